@@ -1,0 +1,44 @@
+# Each target does the set-up that it needs, once; see CONTRIBUTING.md.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: help setup demo test lint docs clean
+.DELETE_ON_ERROR:
+
+help:  ## these lines
+	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+
+setup: $(VENV)/.package  ## an environment in .venv with peerlm and its tools
+
+demo: setup  ## compare PEER with its rivals on the embedded corpus: table, plots, a sample of text
+	$(BIN)/peerlm compare recipes/demo.toml
+
+test: setup  ## every test, on all cores, against the installed package
+	$(BIN)/python -m pytest -n auto
+
+lint: setup  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: setup  ## that every link and file named in the documents exists
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+clean:  ## remove the environment and all caches; runs and prepared data stay
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Dependencies and package have a stamp each, so that an edit below src/ reinstalls the wheel alone.
+$(VENV)/.dependencies: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	    "peerlm needs Python 3.10 or newer and $(PYTHON) is %d.%d: run make PYTHON=/path/to/python3.10" % sys.version_info[:2])'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt hatchling
+	$(PIP) install -c constraints.txt --no-build-isolation ".[dev]"
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.dependencies README.md $(shell find src -not -name '*.pyc' -not -name __pycache__)
+	$(PIP) install --no-deps --no-build-isolation --force-reinstall .
+	@touch $@

@@ -1,0 +1,259 @@
+"""The command `peerlm`: each function parses, imports lazily, and calls.
+
+A mistake that the user can mend is one line on stderr and exit code 2; a bug shows its traceback.
+"""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from peerlm import __version__
+from peerlm.errors import UserError
+
+app = typer.Typer(
+    epilog="Example: peerlm compare recipes/demo.toml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"peerlm {__version__}")
+        raise typer.Exit
+
+
+Recipe = Annotated[Path, typer.Argument(help="TOML file, or the config.json of a run.")]
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
+]
+Output = Annotated[Path | None, typer.Option(help="Folder to write; the same as --set run=FOLDER.")]
+Run = Annotated[Path, typer.Argument(help="Run folder, or folder of a saved model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table, and no progress.")]
+Version = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+]
+
+
+@app.callback()
+def options(version: Version = False) -> None:
+    """Train language models of a million single-neuron experts (PEER), and compare them with rivals."""
+
+
+@app.command(
+    epilog="Examples: peerlm prepare demo --output data/demo\n\n"
+    "peerlm prepare books/ more.jsonl.xz --output data/books --vocab-size 16384"
+)
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Text, JSONL or parquet files, folders, hf:NAME[:CONFIG[:SPLIT]], or the word demo."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Take the tokenizer in this file or folder; train none.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary to train.")] = 4096,
+    holdout: Annotated[float, typer.Option(help="Share of the documents to hold out.")] = 0.02,
+    seed: Annotated[int, typer.Option(help="Chooses the documents that are held out.")] = 0,
+    text_field: Annotated[str, typer.Option(help="Field of JSONL and parquet that is the text.")] = "text",
+    as_json: Json = False,
+) -> None:
+    """Turn text into tokens: train a tokenizer, hold out documents, write shards and their hashes."""
+    from peerlm.data import prepare
+
+    manifest = prepare(
+        sources,
+        output,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        holdout=holdout,
+        seed=seed,
+        text_field=text_field,
+        progress=not as_json,
+    )
+    if as_json:
+        _print_json(asdict(manifest))
+    else:
+        sizes = ("documents", "tokens", "bytes")
+        splits = {name: {size: vars(split)[size] for size in sizes} for name, split in manifest.splits.items()}
+        _print_table(f"{output}: {manifest.vocab_size:,} tokens in the vocabulary", splits)
+
+
+@app.command(
+    epilog="Examples: peerlm train recipes/demo.toml --set optim.learning_rate=2e-3 --output runs/a\n\n"
+    "peerlm train runs/a/config.json --resume"
+)
+def train(
+    recipe: Recipe,
+    settings: Settings = [],  # noqa: B006, typer makes a new list for each call
+    output: Output = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model by a recipe; --resume takes a stopped run to the weights it would have had."""
+    from peerlm.train import load_recipe, train
+
+    config = load_recipe(recipe, _overrides(settings, output))
+    result = train(config, resume=resume, progress=not as_json)
+    if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process alone prints
+        return
+    if as_json:
+        _print_json({"run": str(result.run), **result.summary})
+    else:
+        _print_table(str(result.run), {"value": result.summary})
+
+
+@app.command(
+    "eval",
+    epilog="Examples: peerlm eval runs/a book.txt lambada.jsonl\n\npeerlm eval runs/a book.txt --limit 100000 --json -",
+)
+def evaluate(
+    run: Run,
+    files: Annotated[list[Path], typer.Argument(help="Text, or JSONL of documents or of LAMBADA's layout.")],
+    context: Annotated[int | None, typer.Option(help="Tokens read at once; default: as trained.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens by which the window moves.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Read only the start of each file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE; - prints it, no table.")
+    ] = None,
+) -> None:
+    """Measure perplexity, bits per byte, accuracy of last words (LAMBADA), and use of the experts."""
+    from peerlm.evaluate import evaluate
+
+    to_stdout = json_file == Path("-")
+    rows = evaluate(run, files, context=context, stride=stride, limit=limit, progress=not to_stdout)
+    if to_stdout:
+        _print_json(rows)
+        return
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    _print_table(str(run), rows)
+
+
+@app.command(
+    epilog="Examples: peerlm compare recipes/demo.toml\n\n"
+    "peerlm compare recipes/demo.toml --set budget.flops=1e12 --output runs/quick"
+)
+def compare(
+    recipe: Recipe,
+    settings: Settings = [],  # noqa: B006
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Train PEER and its rivals on the same data for the same FLOPs: table, plots, a sample of text."""
+    from peerlm.experiments.compare import compare
+
+    rows = compare(recipe, _overrides(settings, output), progress=not as_json)
+    if as_json:
+        _print_json(rows)
+
+
+@app.command(
+    epilog="Examples: peerlm generate runs/a 'Once upon a time'\n\n"
+    "peerlm generate runs/a 'The capital of' --temperature 0 --tokens 20"
+)
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at the most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Let a trained model go on from a prompt, printed while it is written."""
+    from transformers import TextStreamer
+
+    from peerlm.evaluate import load_model, sample_text
+
+    model, tokenizer = load_model(run)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    sample_text(model, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed, streamer=streamer)
+
+
+@app.command(epilog="Example: peerlm info --json")
+def info(as_json: Json = False) -> None:
+    """Show versions, devices and backends, as a bug report wants them."""
+    import torch
+    import transformers
+
+    from peerlm.ops.api import available_backends
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    facts = {
+        "peerlm": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "devices": ["cpu", *gpus],
+    }
+    backends = available_backends()
+    if as_json:
+        _print_json({**facts, "backends": backends})
+    else:
+        _print_table("", {"value": facts | {f"backend {name}": what for name, what in backends.items()}})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command with `arguments`, by default the process's, and exit with its code.
+
+    2 stands for a mistake of the user's, 130 for an interrupt; an exception's own `exit_code` is honoured.
+    """
+    try:
+        app(arguments)
+    except Exception as error:
+        is_mistake = isinstance(error, UserError | OSError)
+        exit_code = 2 if is_mistake else getattr(error, "exit_code", None)
+        if exit_code is None:
+            raise
+        typer.echo(f"error: {_sentence(error)}" if is_mistake else str(error), err=True)
+        sys.exit(exit_code)
+
+
+def _sentence(error: Exception) -> str:
+    """One line about an error, without the number that the system gives it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def _overrides(settings: Sequence[str], output: Path | None) -> list[str]:
+    """The changes to a recipe; the folder is quoted as TOML quotes strings."""
+    return [*settings, *([f"run={json.dumps(str(output))}"] if output else [])]
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _print_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print named columns, with a row for each key that any of them has."""
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
+    table = Table("", *columns, title=title or None, title_justify="left")
+    for key in keys:
+        table.add_row(key.replace("_", " "), *(_cell(column.get(key, "")) for column in columns.values()))
+    Console().print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {_cell(part)}" for key, part in value.items())
+    return f"{value:,}" if type(value) is int else str(value)

@@ -1,0 +1,23 @@
+"""Text to tokens to batches: sources, preparation, memory-mapped shards, deterministic order."""
+
+from peerlm.data.batches import Batch, TokenWindows, batches, sequential_batches, window_order
+from peerlm.data.manifest import SPLITS, Manifest
+from peerlm.data.prepare import prepare
+from peerlm.data.shards import TokenShards
+from peerlm.data.sources import read_documents
+from peerlm.data.tokenizer import END_OF_TEXT, load_tokenizer
+
+__all__ = [
+    "END_OF_TEXT",
+    "SPLITS",
+    "Batch",
+    "Manifest",
+    "TokenShards",
+    "TokenWindows",
+    "batches",
+    "load_tokenizer",
+    "prepare",
+    "read_documents",
+    "sequential_batches",
+    "window_order",
+]

@@ -1,0 +1,75 @@
+"""The model and tokenizer of a run or of a saved model, on the device that evaluates fastest."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import peerlm.model  # noqa: F401, registers PeerForCausalLM with the Auto classes
+from peerlm.data.tokenizer import open_tokenizer
+from peerlm.errors import UserError
+
+
+def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load a causal language model in evaluation mode, on CUDA where there is one, and its tokenizer.
+
+    Args:
+        path: a run (its model/, or else its newest checkpoint) or a folder that `save_pretrained` wrote.
+
+    Raises:
+        UserError: no such folder, no model or tokenizer in it, damaged or missing weights, or a tokenizer
+            with more tokens than the model knows.
+    """
+    folder = model_folder(path)
+    tokenizer = open_tokenizer(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{folder} holds no model that can be read ({detail}); restore it") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{folder} lacks {len(missing)} of the model's weights, such as {missing[0]}; restore it")
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {folder} has {len(tokenizer)} tokens, but its model knows "
+            f"{model.config.vocab_size}; restore the tokenizer that the model was trained with"
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder of the saved model that `path` means; raises UserError where there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; name a run or a saved model")
+    if "model_type" in _read_config(path):
+        return path
+    checkpoints = sorted((path / "checkpoints").glob("step-*"))
+    for folder in [path / "model", *reversed(checkpoints)]:
+        if "model_type" in _read_config(folder):
+            return folder
+    raise UserError(f"{path} is neither a run with a model/ or a checkpoint nor a saved model; name the folder of one")
+
+
+def trained_context(path: str | Path) -> int | None:
+    """Tokens of context that a run was trained with; None where `path` is no run and no model in one."""
+    path = Path(path).resolve()
+    for folder in (path, *path.parents[:2]):
+        data = _read_config(folder).get("data")
+        if isinstance(data, dict) and isinstance(data.get("context"), int):
+            return int(data["context"])
+    return None
+
+
+def _read_config(folder: Path) -> dict[str, object]:
+    """config.json of a folder; empty where there is none or it is not a JSON object."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

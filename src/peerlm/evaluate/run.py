@@ -1,0 +1,150 @@
+"""Evaluate a run or a saved model on files: one row of figures for each."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from peerlm.errors import UserError
+from peerlm.evaluate.files import PASSAGE, fields_of, read_documents, read_passages
+from peerlm.evaluate.lambada import score_last_words
+from peerlm.evaluate.likelihood import Report
+from peerlm.evaluate.loading import load_model, trained_context
+from peerlm.evaluate.perplexity import check_windows, score_text
+from peerlm.metrics import record_usage
+
+TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
+"""Tokens read in one forward pass, by device: few, so that on a CPU activations stay in its caches."""
+MAX_DEFAULT_CONTEXT = 2048
+
+
+def evaluate(
+    path: str | Path,
+    files: Sequence[str | Path],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Score each file with the model of a run or of a saved model.
+
+    Args:
+        path: as `load_model`.
+        files: text, JSONL or parquet files, as `evaluate.files` reads them.
+        context: tokens read at once; default: those of the run's training, else 2,048 or the most
+            that the model reads, whichever is less.
+        stride: tokens that each window scores of text; default: half the context.
+        limit: tokens of each file that are read; default: all.
+        progress: whether to show a bar on stderr, when that is a terminal.
+
+    Returns:
+        By file name as given, a row ready for JSON (an infinite figure is None). Text: context, stride,
+        tokens, bytes, words, perplexity, word_perplexity, bits_per_byte. Passages: context, passages,
+        truncated, perplexity (of the last word), accuracy. Where the model has layers that retrieve, also
+        usage (share of their experts, 0 to 1) and unevenness (nats): lists, a number for each such layer,
+        over all tokens read of that file, as often as they were read.
+
+    Raises:
+        UserError: a model or file that cannot be used, no files, or an impossible context, stride or limit.
+    """
+    if not files:
+        raise UserError("there are no files to evaluate on; name at least one")
+    fields_by_file = {str(file): fields_of(Path(file)) for file in files}
+    model, tokenizer = load_model(path)
+    if context is None:
+        context = trained_context(path) or min(model.config.max_position_embeddings, MAX_DEFAULT_CONTEXT)
+    stride = context // 2 if stride is None else stride
+    check_windows(model, context, stride)
+    rows = {}
+    with _progress_bar(shown=progress) as bar:
+        for file, fields in fields_by_file.items():
+            task = bar.add_task(Path(file).name, total=None)
+            rows[file] = _evaluate_file(
+                model,
+                tokenizer,
+                Path(file),
+                fields,
+                context=context,
+                stride=stride,
+                limit=limit,
+                report=partial(_advance, bar, task),
+            )
+    return rows
+
+
+def _evaluate_file(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    file: Path,
+    fields: tuple[str, ...],
+    *,
+    context: int,
+    stride: int,
+    limit: int | None,
+    report: Report,
+) -> dict[str, Any]:
+    """The row of one file."""
+    batch_size = max(1, TOKENS_PER_PASS[model.device.type] // context)
+    row: dict[str, Any] = {"context": context}
+    with record_usage(model) as usage:
+        if fields == PASSAGE:
+            last_words = score_last_words(
+                model,
+                tokenizer,
+                read_passages(file),
+                context=context,
+                batch_size=batch_size,
+                limit=limit,
+                report=report,
+            )
+            row |= {
+                "passages": last_words.passages,
+                "truncated": last_words.truncated,
+                "perplexity": _finite(last_words.perplexity),
+                "accuracy": last_words.accuracy,
+            }
+        else:
+            text = score_text(
+                model,
+                tokenizer,
+                read_documents(file, fields),
+                context=context,
+                stride=stride,
+                batch_size=batch_size,
+                limit=limit,
+                report=report,
+            )
+            row |= {
+                "stride": stride,
+                "tokens": text.tokens,
+                "bytes": text.bytes,
+                "words": text.words,
+                "perplexity": _finite(text.perplexity),
+                "word_perplexity": _finite(text.word_perplexity),
+                "bits_per_byte": _finite(text.bits_per_byte),
+            }
+    if usage:
+        row["usage"] = [layer.share for layer in usage.values()]
+        row["unevenness"] = [layer.unevenness for layer in usage.values()]
+    return row
+
+
+def _finite(figure: float) -> float | None:
+    """The figure, or None where JSON has no word for it."""
+    return figure if math.isfinite(figure) else None
+
+
+def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
+    bar.update(task, completed=done, total=total)
+
+
+def _progress_bar(*, shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not (shown and console.is_terminal))

@@ -1,0 +1,147 @@
+"""The main job: PEER and its rivals in the same model, on the same data, for the same FLOPs."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from peerlm.data import prepare
+from peerlm.errors import UserError
+from peerlm.evaluate import evaluate, load_model, sample_text
+from peerlm.experiments.figures import plot_losses
+from peerlm.experiments.plan import ComparePlan, PlannedRun, load_plan
+from peerlm.experiments.rows import append_row, read_rows
+from peerlm.experiments.tables import markdown_table, print_table, summarise
+from peerlm.train.recipe import to_dict
+from peerlm.train.stopped import TrainingStopped
+
+
+def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool = True) -> list[dict[str, Any]]:
+    """Train and evaluate every run of a comparison's recipe (see `load_plan`), then write its table, plots and sample.
+
+    Each run is a process of its own, so that peak memory is its alone. Finished runs are rows of OUTPUT/rows.jsonl and
+    are not made again; an interrupted one goes on from its checkpoint. OUTPUT also gets table.md, table.json, loss.png
+    and sample.txt.
+
+    Args:
+        recipe: TOML file.
+        overrides: `section.key=value`, as for `peerlm train`.
+        progress: whether to show progress, the table and the sample.
+
+    Returns:
+        One row per method and swept setting, over seeds, as in table.json.
+
+    Raises:
+        UserError: a mistake in the recipe or its data.
+        TrainingStopped: a run was stopped or its loss was not finite; it carries that run's exit code.
+    """
+    plan = load_plan(recipe, overrides)
+    console = Console(quiet=not progress)
+    rows_path = plan.output / "rows.jsonl"
+    for file in plan.compare.evaluate:
+        if not Path(file).is_file():
+            raise UserError(f"compare.evaluate names {file}, which does not exist: correct the path or leave it out")
+    _prepare_data(plan, progress=progress)
+    for number, run in enumerate(plan.runs, start=1):
+        key = run.key(plan.compare)
+        done = any(row["key"] == key for row in read_rows(rows_path))
+        state = "done before" if done else f"{run.train.budget}"
+        console.print(f"[bold]\\[{number}/{len(plan.runs)}] {run.label}[/], seed {run.seed}: {state}", highlight=False)
+        if not done:
+            append_row(rows_path, {"key": key, **_make_row(run, plan, progress=progress)})
+    wanted = {run.key(plan.compare): run for run in plan.runs}
+    rows = [row for row in read_rows(rows_path) if row["key"] in wanted]
+    table = summarise(rows)
+    command = f"peerlm compare {' '.join([str(recipe), *(f'--set {setting}' for setting in overrides)])}"
+    (plan.output / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    (plan.output / "table.md").write_text(markdown_table(table, command=command, rows=rows), encoding="utf-8")
+    plot_losses(rows, plan.output / "loss.png")
+    sample = _write_sample(plan)
+    print_table(table, console)
+    if sample:
+        console.print(f"[bold]{plan.compare.sample} writes:[/] ", sample, markup=True, highlight=False)
+    console.print(f"Table, plot, rows and sample are in {plan.output}.", highlight=False)
+    return table
+
+
+def _prepare_data(plan: ComparePlan, *, progress: bool) -> None:
+    for data in {run.train.data.folder: run.train.data for run in plan.runs}.values():
+        if data.sources:
+            prepare(
+                data.sources,
+                data.folder,
+                vocab_size=data.vocab_size,
+                holdout=data.holdout,
+                progress=progress,
+            )
+
+
+def _make_row(run: PlannedRun, plan: ComparePlan, *, progress: bool) -> dict[str, Any]:
+    folder = Path(run.train.run)
+    _train_in_own_process(run, plan.output, progress=progress)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    evaluation = {}
+    if files := plan.compare.evaluate:
+        results = evaluate(folder, files, limit=plan.compare.evaluate_limit, progress=progress)
+        evaluation = {Path(file).stem: result for file, result in results.items()}
+    log = read_rows(folder / "log.jsonl")
+    return {
+        "method": run.method,
+        "label": run.label,
+        "seed": run.seed,
+        "sweep": run.sweep,
+        "config": to_dict(run.train),
+        "summary": summary,
+        "evaluation": evaluation,
+        "curve": [
+            {name: row[name] for name in ("tokens", "flops", "seconds", "validation_loss")}
+            for row in log
+            if "validation_loss" in row
+        ],
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def _train_in_own_process(run: PlannedRun, output: Path, *, progress: bool) -> None:
+    folder = Path(run.train.run)
+    config = output / "recipes" / f"{folder.name}.json"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(json.dumps(to_dict(run.train), indent=2) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "peerlm", "train", str(config)]
+    if folder.exists():
+        command.append("--resume")
+    stderr = None if progress else subprocess.PIPE
+    outcome = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=stderr, check=False)
+    if outcome.returncode:
+        reason = f": {outcome.stderr.decode().strip()}" if outcome.stderr else ""
+        raise TrainingStopped(
+            f"training {run.label}, seed {run.seed}, ended with exit code {outcome.returncode}{reason}; "
+            "the same command goes on",
+            exit_code=outcome.returncode if outcome.returncode > 0 else 1,
+        )
+
+
+def _write_sample(plan: ComparePlan) -> str:
+    chosen = next((run for run in plan.runs if run.method == plan.compare.sample), None)
+    if chosen is None:
+        return ""
+    model, tokenizer = load_model(chosen.train.run)
+    text = sample_text(
+        model, tokenizer, plan.compare.prompt, tokens=plan.compare.sample_tokens, temperature=0.8, seed=0
+    )
+    (plan.output / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    return text

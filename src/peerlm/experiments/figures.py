@@ -1,0 +1,35 @@
+"""Plots of rows of finished runs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Held-out loss over training FLOPs and over seconds, a colour per label and a line per seed, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (over_flops, over_seconds) = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    for row in rows:
+        first = row is next(other for other in rows if other["label"] == row["label"])
+        style = {
+            "color": f"C{labels.index(row['label']) % 10}",
+            "label": row["label"] if first else None,
+            "marker": ".",
+            "linewidth": 1.2,
+        }
+        losses = [point["validation_loss"] for point in row["curve"]]
+        over_flops.plot([point["flops"] for point in row["curve"]], losses, **style)
+        over_seconds.plot([point["seconds"] for point in row["curve"]], losses, **style)
+    over_flops.set(xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
+    over_seconds.set(xlabel="training seconds")
+    over_flops.legend(frameon=False)
+    for axes in (over_flops, over_seconds):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,42 @@
+"""Results as rows of JSON lines: each is appended whole, so that a comparison killed at any moment resumes."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from peerlm.errors import UserError
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file in order, none where it does not exist; a last line cut short by a kill is left out.
+
+    Raises:
+        UserError: a line in the middle is not JSON; the message has its number.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}, is not a row of JSON: {error.msg}; delete the line") from error
+    return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row, whole and synced to disk; what a kill left of a line is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

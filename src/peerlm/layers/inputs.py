@@ -1,0 +1,33 @@
+"""What every feed-forward layer asks of its sizes and its input, said once."""
+
+from torch import Tensor
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise a ValueError for the first of these that is no whole number of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise ValueError(f"{name} is {size!r}; it must be a whole number, written without a point")
+        if size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1")
+
+
+def flatten_tokens(x: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Fold all leading dimensions of x (..., dim) and of its mask (...) into one of tokens.
+
+    Returns:
+        x (T, dim) and the mask (T,) bool, or None where there is none.
+
+    Raises:
+        TypeError: x is not floating point.
+        ValueError: the last dimension is not `dim`, or the mask does not fit x.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}; pass floating-point hidden states, for example x.float()")
+    if x.shape[-1:] != (dim,):
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be the layer's dim = {dim}")
+    if mask is None:
+        return x.reshape(-1, dim), None
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; for this x it must be {tuple(x.shape[:-1])}")
+    return x.reshape(-1, dim), mask.reshape(-1).bool()

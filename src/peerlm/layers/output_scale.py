@@ -1,0 +1,24 @@
+"""One rule for how loud a feed-forward layer is before training, so that nobody has to tune it.
+
+For inputs of unit mean square (as after RMSNorm) every layer here starts with an output of mean square
+`OUTPUT_POWER`: that of a dense GELU FFW whose two matrices are N(0, 1 / fan_in). A layer sums terms `weight *
+activation * vector`; with `weight_power` the expected sum of squared weights and E[act(z)^2] over a standard
+normal z, the vectors' standard deviation follows.
+"""
+
+import math
+
+# E[act(z)^2] for z ~ N(0, 1); a gated neuron multiplies by an independent factor of power 1.
+ACTIVATION_POWER = {"gelu": 0.42522, "relu": 0.5, "silu": 0.35578, "identity": 1.0}
+
+OUTPUT_POWER = ACTIVATION_POWER["gelu"]
+
+
+def output_std(weight_power: float, activation: str = "identity") -> float:
+    """Standard deviation of the output vectors that gives the layer an output of mean square `OUTPUT_POWER`.
+
+    Args:
+        weight_power: expected sum of squared weights over the terms of one token's sum.
+        activation: what multiplies each weight, a name in `ACTIVATION_POWER`.
+    """
+    return math.sqrt(OUTPUT_POWER / (weight_power * ACTIVATION_POWER[activation]))

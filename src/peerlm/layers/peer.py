@@ -1,0 +1,120 @@
+"""PEER: a learned index retrieves each token's experts from a pool of single neurons."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peerlm.layers.expert_table import ExpertTable
+from peerlm.layers.inputs import flatten_tokens
+from peerlm.layers.output_scale import output_std
+from peerlm.layers.product_keys import ProductKeys
+from peerlm.ops import api
+
+
+class PEER(nn.Module):
+    """Parameter Efficient Expert Retrieval (He 2024, "Mixture of A Million Experts", arXiv 2407.04153).
+
+    A drop-in for a transformer's feed-forward layer: y = sum over heads and retrieved experts of weight *
+    act(u . x) * v. The defaults are the paper's. The paper does not state key_dim or the activation.
+
+    Args:
+        dim: width of input and output.
+        num_experts: N, a square number.
+        heads: independent queries per token.
+        experts_per_head: k, experts that each query retrieves; heads * experts_per_head neurons are active
+            per token.
+        key_dim: size of a query, even.
+        shared_keys: one set of sub-keys for all heads (the paper's text), or one per head (Lample 2019).
+        query_norm: "batch", "layer" or "none".
+        weighting: "softmax" over a head's k scores, "sigmoid", "relu", or "none" (the raw score).
+        activation: "gelu", "relu", "silu" or "identity".
+        gated: give experts a gate vector: (u . x) * act(g . x) * v.
+        dropout: share of retrieved experts dropped per token in training; the others' weights are scaled up.
+        backend: a name in `peerlm.ops.api.BACKENDS`.
+
+    Attributes:
+        product_keys: the index, `ProductKeys`.
+        experts: the rows, `ExpertTable`.
+
+    Raises:
+        ValueError: a setting is impossible; the message has the setting, its value, and the mend.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: int = 1024**2,
+        heads: int = 8,
+        experts_per_head: int = 16,
+        key_dim: int = 128,
+        shared_keys: bool = True,
+        query_norm: str = "batch",
+        weighting: str = "softmax",
+        activation: str = "gelu",
+        gated: bool = False,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout}; it is a share of experts, so take 0 <= dropout < 1")
+        api.check_activation(activation)
+        self.dim = dim
+        self.dropout = dropout
+        self.product_keys = ProductKeys(
+            dim,
+            num_experts=num_experts,
+            heads=heads,
+            experts_per_head=experts_per_head,
+            key_dim=key_dim,
+            shared_keys=shared_keys,
+            query_norm=query_norm,
+            weighting=weighting,
+        )
+        self.experts = ExpertTable(
+            num_experts,
+            dim,
+            activation=activation,
+            gated=gated,
+            backend=backend,
+            up_std=self._initial_up_std(activation),
+        )
+
+    def reset_parameters(self, output_scale: float = 1.0) -> None:
+        """Initialise to an output of a dense FFW's scale (see `output_scale.py`) times `output_scale`."""
+        self.product_keys.reset_parameters()
+        self.experts.reset_parameters(output_scale * self._initial_up_std(self.experts.activation))
+
+    def _initial_up_std(self, activation: str) -> float:
+        return output_std(self.product_keys.initial_weight_power(), activation)
+
+    def retrieve(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights (float32 at least) and expert ids (int64) of x, each (..., heads, experts_per_head)."""
+        return self.product_keys(x, mask)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map x (..., dim) to (..., dim); the bool `mask` (...) is True at real tokens and False at padding.
+
+        Padding is mapped as well, but does not enter the statistics of a query BatchNorm.
+        """
+        x_TD, _ = flatten_tokens(x, mask, self.dim)
+        weights, expert_ids = self.retrieve(x, mask)
+        weights = F.dropout(weights, self.dropout, self.training)
+        per_token = self.product_keys.heads * self.product_keys.experts_per_head
+        y = self.experts(x_TD, weights.reshape(-1, per_token), expert_ids.reshape(-1, per_token))
+        return y.view(x.shape)
+
+    @property
+    def _active_experts(self) -> int:
+        keys = self.product_keys
+        return min(keys.heads * keys.experts_per_head, keys.num_experts)
+
+    def extra_flops_per_token(self, context: int) -> int:
+        """Forward FLOPs of the retrieved neurons; the index counts itself."""
+        keys, tables = self.product_keys, 2 if self.experts.gate is None else 3
+        return 2 * tables * self.dim * keys.heads * keys.experts_per_head
+
+    def inactive_parameters(self) -> int:
+        """Expert parameters that one token leaves untouched."""
+        tables = 2 if self.experts.gate is None else 3
+        return tables * self.dim * (self.product_keys.num_experts - self._active_experts)

@@ -1,0 +1,162 @@
+"""The learned index: queries against product keys, giving each token its experts and their weights."""
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peerlm.layers.inputs import check_sizes, flatten_tokens
+from peerlm.layers.query_norm import QueryBatchNorm
+from peerlm.ops import api
+from peerlm.ops.reference import WEIGHTINGS
+
+QUERY_NORMS: dict[str, Callable[[int, int], nn.Module]] = {
+    "batch": lambda heads, key_dim: QueryBatchNorm(heads * key_dim),
+    "layer": lambda heads, key_dim: nn.LayerNorm(key_dim),
+    "none": lambda heads, key_dim: nn.Identity(),
+}
+
+
+def sub_keys_per_half(
+    num_rows: int, per_head: int, *, names: tuple[str, str] = ("num_experts", "experts_per_head")
+) -> int:
+    """Sub-keys per half, n = sqrt(num_rows), of an index that retrieves `per_head` of its n * n rows.
+
+    Raises:
+        ValueError: `num_rows` is no square, or `per_head` is not in 1 .. n; the message uses `names`.
+    """
+    rows_name, per_head_name = names
+    check_sizes(**{rows_name: num_rows, per_head_name: per_head})
+    n = math.isqrt(num_rows)
+    if n * n != num_rows:
+        nearest = round(math.sqrt(num_rows)) ** 2
+        raise ValueError(
+            f"{rows_name} is {num_rows}, which is not a square number; product keys index n * n rows: "
+            f"the nearest is {nearest}"
+        )
+    if per_head > n:
+        raise ValueError(
+            f"{per_head_name} is {per_head}, more than the {n} sub-keys per half of {rows_name} = "
+            f"{num_rows}; take {per_head_name} <= {n} or {rows_name} >= {per_head**2}"
+        )
+    return n
+
+
+class ProductKeys(nn.Module):
+    """Retrieve the `experts_per_head` best of `num_experts` experts for every token and head.
+
+    The score of expert id = i * n + j is q[:key_dim / 2] . c_i + q[key_dim / 2:] . c'_j with n =
+    sqrt(num_experts), so that 2 n sub-keys index n * n experts, exactly (He 2024, section 2; Lample 2019,
+    section 3.1).
+
+    Args:
+        dim: width of the input.
+        num_experts: N, a square number.
+        heads: independent queries per token, H.
+        experts_per_head: k <= sqrt(num_experts).
+        key_dim: size of a query, even.
+        shared_keys: one set of sub-keys for all heads (He 2024's text), or one per head (Lample 2019).
+        query_norm: "batch" over the H * key_dim features, "layer" over each head's key_dim, or "none".
+        weighting: "softmax" over a head's k scores, "sigmoid", "relu", or "none" (the raw score).
+
+    Attributes:
+        sub_keys: (2, H or 1, n, key_dim / 2).
+
+    Raises:
+        ValueError: a setting is impossible; the message has the setting, its value, and the mend.
+    """
+
+    parameter_roles: ClassVar[dict[str, str]] = {"sub_keys": "keys"}
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: int,
+        heads: int,
+        experts_per_head: int,
+        key_dim: int,
+        shared_keys: bool = True,
+        query_norm: str = "batch",
+        weighting: str = "softmax",
+    ):
+        super().__init__()
+        check_sizes(dim=dim, heads=heads, key_dim=key_dim)
+        n = sub_keys_per_half(num_experts, experts_per_head)
+        if key_dim % 2:
+            raise ValueError(f"key_dim is {key_dim}; it is split into two halves, so take an even number of at least 2")
+        for name, value, choices in (
+            ("query_norm", query_norm, QUERY_NORMS),
+            ("weighting", weighting, WEIGHTINGS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        self.dim = dim
+        self.num_experts = num_experts
+        self.heads = heads
+        self.experts_per_head = experts_per_head
+        self.key_dim = key_dim
+        self.weighting = weighting
+        self.query_proj = nn.Linear(dim, heads * key_dim, bias=False)
+        self.query_norm = QUERY_NORMS[query_norm](heads, key_dim)
+        self.shared_keys = shared_keys
+        self.sub_keys = nn.Parameter(torch.empty(2, 1 if shared_keys else heads, n, key_dim // 2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Queries of unit variance for such inputs; sub-keys as Lample 2019: half scores of variance 1/3."""
+        nn.init.normal_(self.query_proj.weight, std=self.dim**-0.5)
+        bound = (self.key_dim // 2) ** -0.5
+        nn.init.uniform_(self.sub_keys, -bound, bound)
+        if isinstance(self.query_norm, (QueryBatchNorm, nn.LayerNorm)):
+            self.query_norm.reset_parameters()
+
+    def query(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalised queries (..., heads, key_dim) of x (..., dim); `mask` (...) is True at real tokens."""
+        x_TD, mask_T = flatten_tokens(x, mask, self.dim)
+        return self._query(x_TD, mask_T).reshape(*x.shape[:-1], self.heads, self.key_dim)
+
+    def _query(self, x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
+        features = self.query_proj(x_TD)
+        if isinstance(self.query_norm, QueryBatchNorm):
+            return self.query_norm(features, mask_T).unflatten(-1, (self.heads, self.key_dim))
+        return self.query_norm(features.unflatten(-1, (self.heads, self.key_dim)))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights (float32 at least) and expert ids (int64): (..., heads, experts_per_head), best first."""
+        x_TD, mask_T = flatten_tokens(x, mask, self.dim)
+        weights, expert_ids = api.retrieve(
+            self._query(x_TD, mask_T), self.sub_keys, self.experts_per_head, weighting=self.weighting
+        )
+        shape = (*x.shape[:-1], self.heads, self.experts_per_head)
+        return weights.reshape(shape), expert_ids.reshape(shape)
+
+    @torch.no_grad()
+    def initial_weight_power(self) -> float:
+        """Mean over tokens of the sum of squared weights of all heads, for queries of unit variance.
+
+        It sets the scale of what is retrieved: a sum of independent vectors of variance s^2 with these
+            weights has
+        variance s^2 times this. Measured with 512 fixed standard normal queries on the present sub-keys; 1 on
+        the meta device, where there is nothing to measure.
+        """
+        if self.sub_keys.is_meta:
+            return 1.0
+        generator = torch.Generator().manual_seed(0)
+        query = torch.randn(512, self.heads, self.key_dim, generator=generator, device="cpu").to(self.sub_keys)
+        weights, _ = api.retrieve(query, self.sub_keys, self.experts_per_head, weighting=self.weighting)
+        return weights.square().sum(dim=(-2, -1)).mean().item()
+
+    def extra_flops_per_token(self, context: int) -> int:
+        """Forward FLOPs of scoring each head's query against 2 n sub-keys; the query map counts itself."""
+        return 2 * self.heads * self.sub_keys.shape[2] * self.key_dim
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        return (
+            f"num_experts={self.num_experts}, heads={self.heads}, experts_per_head={self.experts_per_head}, "
+            f"key_dim={self.key_dim}, shared_keys={self.shared_keys}, "
+            f"weighting={self.weighting!r}"
+        )

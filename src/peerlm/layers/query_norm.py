@@ -1,0 +1,100 @@
+"""Batch normalisation of queries that is right in a language model."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose backward all-reduces too: each rank's loss depends on every rank's sum."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _sum_over_ranks(local: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return _SumOverRanks.apply(local)
+    return local
+
+
+def _inside_backward() -> bool:
+    """Whether autograd is at work: gradient checkpointing repeats a forward pass whose batch was counted."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class QueryBatchNorm(nn.Module):
+    """BatchNorm over the features of queries, with what a language model asks of it.
+
+    Padding is left out of the statistics; ranks share them when `torch.distributed` is initialised;
+    evaluation uses the running statistics, so that generation is causal and does not depend on the rest of
+    the batch. Where fewer than two tokens are there to take statistics of, the running ones are used in
+    training too. Statistics are in float32 at least. In training a token's output does depend on the whole
+    batch, later tokens included, through two moments per feature.
+
+    Args:
+        num_features: size of the last dimension.
+        eps: added to the variance.
+        momentum: share of the newest batch in the running statistics.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.empty(num_features))
+        self.bias = nn.Parameter(torch.empty(num_features))
+        self.register_buffer("running_mean", torch.empty(num_features))
+        self.register_buffer("running_var", torch.empty(num_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Identity map, no statistics yet."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.running_mean)
+        nn.init.ones_(self.running_var)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise x (T, num_features); rows where the bool `mask` (T,) is False do not count."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, var = self._batch_statistics(wide, mask) if self.training else (self.running_mean, self.running_var)
+        normalised = (wide - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+        return normalised.to(x.dtype)
+
+    def _batch_statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        counted = torch.ones_like(x[:, :1]) if mask is None else mask[:, None].to(x.dtype)
+        count = _sum_over_ranks(counted.sum())
+        safe_count = count.clamp(min=1)
+        mean = _sum_over_ranks((x * counted).sum(dim=0)) / safe_count
+        var = _sum_over_ranks(((x - mean).square() * counted).sum(dim=0)) / safe_count
+        enough = count > 1
+        if not _inside_backward():
+            self._update_running(mean.detach(), var.detach() * (count / (count - 1).clamp(min=1)), enough)
+        running_mean, running_var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
+        return torch.where(enough, mean, running_mean), torch.where(enough, var, running_var)
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, unbiased_var: Tensor, enough: Tensor) -> None:
+        share = self.momentum * enough.to(self.running_mean.dtype)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), share)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"

@@ -1,0 +1,138 @@
+"""PeerConfig: what a language model of PEER blocks, dense blocks and their rivals is made of."""
+
+import difflib
+import inspect
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
+
+# Kind of feed-forward layer -> its class. "dense" and "swiglu" take their size from `intermediate_size`, the
+# others their keyword arguments from the configuration field of the same name.
+FFW_KINDS: dict[str, type] = {
+    "dense": DenseFFW,
+    "swiglu": DenseFFW,
+    "peer": PEER,
+    "pkm": ProductKeyMemory,
+    "expert_choice": ExpertChoiceMoE,
+    "token_choice": TokenChoiceMoE,
+}
+CONFIGURABLE_KINDS = ("peer", "pkm", "expert_choice", "token_choice")
+
+
+@strict
+class PeerConfig(PreTrainedConfig):
+    r"""Configuration of `PeerModel` and `PeerForCausalLM`.
+
+    Args:
+        vocab_size: tokens.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: blocks.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads, a divisor of the query heads (as many if None).
+        head_dim: size of a head (hidden_size / num_attention_heads if None).
+        intermediate_size: hidden neurons of dense layers (4 * hidden_size if None; for "swiglu", 2/3 of
+            that).
+        max_position_embeddings: longest context.
+        ffw_layers: kind of feed-forward layer in each block: a list, or one kind for all blocks. None puts
+            PEER in the middle block and dense layers in the others, as He 2024. Kinds: "dense" (GELU),
+            "swiglu", "peer", "pkm", "expert_choice", "token_choice".
+        peer, pkm, expert_choice, token_choice: keyword arguments of `PEER`, `ProductKeyMemory`,
+            `ExpertChoiceMoE`, `TokenChoiceMoE`.
+        balance_loss_coefficient: weight of the load-balancing loss that token-choice layers add in training.
+        initializer_range: standard deviation of the embeddings at the start; all else initialises by fan-in.
+        ffw_init_scale: how loud feed-forward layers are at the start, relative to the rule of
+            `layers.output_scale` over sqrt(2 * num_hidden_layers). None: 0.1 for "peer" and "pkm", whose random
+            rows are noise until they have been visited, and 1 for the others.
+        rms_norm_eps, rope_parameters, attention_bias, attention_dropout, tie_word_embeddings, use_cache: as
+            in LlamaConfig.
+    """
+
+    model_type = "peer"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 1024
+    ffw_layers: str | list[str] | None = None
+    peer: dict[str, Any] | None = None
+    pkm: dict[str, Any] | None = None
+    expert_choice: dict[str, Any] | None = None
+    token_choice: dict[str, Any] | None = None
+    balance_loss_coefficient: float | int = 0.01
+    initializer_range: float | int = 0.02
+    ffw_init_scale: float | int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_parameters: RopeParameters | dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)  # 0 is refused below
+        if self.ffw_layers is None:
+            self.ffw_layers = ["dense"] * self.num_hidden_layers
+            if self.ffw_layers:
+                self.ffw_layers[self.num_hidden_layers // 2] = "peer"
+        elif isinstance(self.ffw_layers, str):
+            self.ffw_layers = [self.ffw_layers] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Refuse settings that no model can be built from; called by the configuration itself."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1")
+        assert self.num_key_value_heads is not None  # these three are filled in by __post_init__
+        assert self.head_dim is not None
+        assert isinstance(self.ffw_layers, list)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads is {self.num_key_value_heads}; "
+                f"it must divide num_attention_heads = {self.num_attention_heads}"
+            )
+        if self.head_dim % 2 or self.head_dim < 2:
+            raise ValueError(
+                f"head_dim is {self.head_dim}; rotary positions need an even number of at least 2: "
+                f"set hidden_size = {self.hidden_size} to an even multiple of "
+                f"num_attention_heads = {self.num_attention_heads}"
+            )
+        if len(self.ffw_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"ffw_layers names {len(self.ffw_layers)} blocks; num_hidden_layers is "
+                f"{self.num_hidden_layers}: name each, or give one kind for all"
+            )
+        for kind in self.ffw_layers:
+            if kind not in FFW_KINDS:
+                raise ValueError(f"ffw_layers has {kind!r}; choose from {', '.join(FFW_KINDS)}")
+        for kind in CONFIGURABLE_KINDS:
+            known = list(inspect.signature(FFW_KINDS[kind]).parameters)[1:]
+            for key in getattr(self, kind) or {}:
+                if key not in known:
+                    near = difflib.get_close_matches(key, known, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+                    raise ValueError(f"{kind} has no setting {key!r}; {hint}")

@@ -1,0 +1,240 @@
+"""PeerForCausalLM: a decoder-only transformer whose blocks choose their kind of feed-forward layer.
+
+Attention, rotary positions and RMSNorm are Llama's, from transformers. What is here is the block, which hands
+its feed-forward layer the mask of real tokens, and the initialisation.
+"""
+
+# ruff: noqa: RUF012, transformers declares its class settings as instance variables
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from peerlm.layers import PEER, DenseFFW, ProductKeyMemory, TokenChoiceMoE
+from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig
+
+
+class PeerAttention(LlamaAttention):
+    """Llama's attention, which also states its cost."""
+
+    def extra_flops_per_token(self, context: int) -> int:
+        """Forward FLOPs of scores and mixing over the full context; the four maps count themselves."""
+        return 4 * context * self.config.num_attention_heads * self.head_dim
+
+
+def build_ffw(config: PeerConfig, kind: str) -> nn.Module:
+    """A feed-forward layer of this kind, with the configuration's settings."""
+    if kind in CONFIGURABLE_KINDS:
+        return FFW_KINDS[kind](config.hidden_size, **(getattr(config, kind) or {}))
+    hidden = config.intermediate_size or 4 * config.hidden_size
+    if kind == "swiglu":
+        return DenseFFW(config.hidden_size, hidden=round(2 / 3 * hidden), activation="silu", gated=True)
+    return DenseFFW(config.hidden_size, hidden=hidden)
+
+
+class PeerDecoderLayer(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + ffw(norm(x))."""
+
+    def __init__(self, config: PeerConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = PeerAttention(config, layer_idx)  # type: ignore[arg-type]
+        assert config.ffw_layers is not None  # filled in by PeerConfig
+        self.ffw = build_ffw(config, config.ffw_layers[layer_idx])
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Map (batch, sequence, hidden_size); `token_mask` (batch, sequence) is True at real tokens."""
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.ffw(self.post_attention_layernorm(hidden_states), token_mask)
+
+
+class PeerPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the architecture."""
+
+    config_class = PeerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PeerDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": PeerDecoderLayer,
+        "attentions": PeerAttention,
+    }
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Initialise whatever was not loaded.
+
+        For code outside of transformers, modules without parameters of their own are passed over, which would
+        leave out feed-forward layers made of linear ones. Every initialisation here spares loaded weights, so
+        that none must be.
+        """
+        super()._initialize_weights(module, is_custom_code=False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Matrices N(0, 1 / fan_in); what a block adds to the residual stream smaller by sqrt(2 * blocks)."""
+        residual_scale = (2 * self.config.num_hidden_layers) ** -0.5
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, PeerAttention):
+            init.normal_(module.o_proj.weight, std=residual_scale * module.o_proj.in_features**-0.5)
+        elif isinstance(module, tuple(FFW_KINDS.values())):
+            scale = self.config.ffw_init_scale
+            if scale is None:
+                scale = 0.1 if isinstance(module, PEER | ProductKeyMemory) else 1.0
+            module.reset_parameters(output_scale=scale * residual_scale)  # type: ignore[operator]
+        else:
+            super()._init_weights(module)
+
+
+class PeerModel(PeerPreTrainedModel):
+    """The transformer without its output matrix."""
+
+    def __init__(self, config: PeerConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(PeerDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Map tokens (batch, sequence) to hidden states (batch, sequence, hidden_size).
+
+        `attention_mask` (batch, past + sequence) is 1 at real tokens; padding may stand on either side.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds, exactly one of them")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        sequence = inputs_embeds.shape[1]
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + sequence, device=inputs_embeds.device)[None]
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        token_mask = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -sequence:].bool()
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                token_mask=token_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
+    """The transformer with its output matrix, tied to the embeddings by default."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: PeerConfig):
+        super().__init__(config)
+        self.model = PeerModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits (batch, sequence, vocab_size), and the mean loss in nats if there are `labels`.
+
+        Labels are shifted inside; -100 is ignored. In training the loss includes the token-choice layers'
+        balance loss.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = loss + self._balance_loss()
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _balance_loss(self) -> Tensor | float:
+        losses = [
+            module.balance_loss
+            for module in self.modules()
+            if isinstance(module, TokenChoiceMoE) and module.balance_loss is not None
+        ]
+        return self.config.balance_loss_coefficient * torch.stack(losses).mean() if losses else 0.0

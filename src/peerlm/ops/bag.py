@@ -1,0 +1,70 @@
+"""Expert mixing through PyTorch's embedding bags: the gathered rows are never materialised.
+
+A bag is the sparse product C @ table, where row t of C (T, N) holds token t's coefficients. All of PEER's
+arithmetic is made of it and its derivatives: the neurons' inputs u . x are the derivative of a bag with
+    respect to its
+coefficients, and every gradient is a bag or a transposed bag. Shape suffixes as in `reference.py`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peerlm.ops.reference import ACTIVATIONS
+
+_SUM = 0  # the code of mode="sum" in the ATen operators
+
+
+class _RowDots(torch.autograd.Function):
+    """x_t . table[ids[t, p]] for every token and each of its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, table_ND: Tensor, ids_TP: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, table_ND, ids_TP)
+        tokens, per_token = ids_TP.shape
+        token_of_entry = torch.arange(tokens, device=ids_TP.device).repeat_interleave(per_token)
+        offsets = torch.arange(tokens, device=ids_TP.device) * per_token
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x_TD, table_ND, ids_TP.reshape(-1), offsets, token_of_entry, _SUM
+        )
+        return dots.view(tokens, per_token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TP: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_TD, table_ND, ids_TP = ctx.saved_tensors
+        needs_x, needs_table, _ = ctx.needs_input_grad
+        with torch.enable_grad():
+            table = table_ND.detach().requires_grad_(needs_table)
+            grad_x = mix_values(grad_TP, ids_TP, table)
+        grad_table = torch.autograd.grad(grad_x, table, x_TD)[0] if needs_table else None
+        return grad_x.detach() if needs_x else None, grad_table, None
+
+
+def mix_values(weights_TP: Tensor, ids_TP: Tensor, values_ND: Tensor) -> Tensor:
+    """As `reference.mix_values`."""
+    weights = weights_TP.to(values_ND.dtype).contiguous()
+    return F.embedding_bag(ids_TP.contiguous(), values_ND, per_sample_weights=weights, mode="sum")
+
+
+def mix_experts(
+    x_TD: Tensor,
+    weights_TP: Tensor,
+    ids_TP: Tensor,
+    down_ND: Tensor,
+    up_ND: Tensor,
+    gate_ND: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """As `reference.mix_experts`, but differentiable once only."""
+    x = x_TD.to(down_ND.dtype).contiguous()
+    ids = ids_TP.contiguous()
+    hidden_TP = _RowDots.apply(x, down_ND, ids)
+    if gate_ND is None:
+        hidden_TP = ACTIVATIONS[activation](hidden_TP)
+    else:
+        hidden_TP = hidden_TP * ACTIVATIONS[activation](_RowDots.apply(x, gate_ND, ids))
+    return mix_values(hidden_TP * weights_TP.to(hidden_TP.dtype), ids, up_ND).to(x_TD.dtype)

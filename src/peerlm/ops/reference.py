@@ -1,0 +1,154 @@
+"""The definition: product-key retrieval and expert mixing in eager PyTorch, any device, any float dtype.
+
+Every other backend is tested against this file. Shape suffixes:
+T tokens, D model width, H heads, C half of key_dim, n sub-keys per half, N = n * n experts,
+K experts retrieved per head, P = H * K experts per token.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "identity": lambda hidden: hidden,
+}
+
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda scores: scores.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    "relu": F.relu,
+    "none": lambda scores: scores,
+}
+
+
+def half_scores(query_THX: Tensor, sub_keys_2HnC: Tensor) -> Tensor:
+    """Score each half of every query against that half's sub-keys.
+
+    Args:
+        query_THX: queries (T, H, 2C); the first C features meet the first set of sub-keys.
+        sub_keys_2HnC: (2, H, n, C), or (2, 1, n, C) where all heads share one set.
+
+    Returns:
+        (2, T, H, n), in float32 at least: half-precision inputs are widened first, so that rounding the
+        scores does not choose the experts.
+    """
+    dtype = torch.promote_types(query_THX.dtype, torch.float32)
+    query_2THC = query_THX.to(dtype).unflatten(-1, (2, -1)).movedim(-2, 0)
+    keys_2HnC = sub_keys_2HnC.to(dtype)
+    if keys_2HnC.shape[1] == 1:
+        return torch.stack([q_THC @ keys_nC.T for q_THC, (keys_nC,) in zip(query_2THC, keys_2HnC, strict=True)])
+    return torch.einsum("sthc,shnc->sthn", query_2THC, keys_2HnC)
+
+
+def top_k(scores: Tensor, k: int, residual: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+    """Positions of the k highest entries along the last dimension, highest first, in a total order.
+
+    Entries are ordered by `scores + residual` taken exactly (the residual is what rounding cut off the score;
+    none if it is None), and equal ones by ascending `ids` (their position if it is None). `torch.topk` leaves
+    the order of equal entries open, so rows in which it met a tie are sorted again.
+    """
+    values, positions = scores.topk(min(k + 1, scores.shape[-1]))
+    tied = (values[..., 1:] == values[..., :-1]).any(dim=-1)
+    if tied.any():
+        order = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)[tied]
+        # Stable sorts, least significant key first.
+        for key, descending in ((ids, False), (residual, True), (scores, True)):
+            if key is not None:
+                ranked = key[tied].gather(-1, order).argsort(dim=-1, descending=descending, stable=True)
+                order = order.gather(-1, ranked)
+        positions[tied] = order[..., : positions.shape[-1]]
+    return positions[..., :k]
+
+
+def retrieve_ids(scores_2THn: Tensor, k: int) -> Tensor:
+    """The ids of the k experts with the highest sums of half scores, equal to a search over all n * n.
+
+    Expert id = i * n + j scores `scores[0, ..., i] + scores[1, ..., j]`. Experts are ordered by that sum
+    taken exactly, and equal sums by ascending id. In this order an expert whose halves rank a-th and b-th
+    (from 0) comes after the (a + 1) * (b + 1) - 1 others that rank no worse in either half, so that only
+    pairs with (a + 1) * (b + 1) <= k can be among the first k (He 2024, section 2.2, pruned).
+
+    Args:
+        scores_2THn: half scores, (2, ..., n).
+        k: experts to retrieve, 1 <= k <= n.
+
+    Returns:
+        (..., k) int64, best first.
+    """
+    n = scores_2THn.shape[-1]
+    device = scores_2THn.device
+    rank_a, rank_b = (torch.tensor([pair[half] for pair in _candidate_ranks(k)], device=device) for half in (0, 1))
+    first, second = scores_2THn
+    index_i = top_k(first, k)[..., rank_a]
+    index_j = top_k(second, k)[..., rank_b]
+    score_i, score_j = first.gather(-1, index_i), second.gather(-1, index_j)
+    total = score_i + score_j
+    shadow = total - score_i  # Knuth's TwoSum: total + residual is the exact sum
+    residual = (score_i - (total - shadow)) + (score_j - shadow)
+    candidate_ids = index_i * n + index_j
+    return candidate_ids.gather(-1, top_k(total, k, residual, candidate_ids))
+
+
+def _candidate_ranks(k: int) -> list[tuple[int, int]]:
+    return [(a, b) for a in range(k) for b in range(k // (a + 1))]
+
+
+def retrieve(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, weighting: str) -> tuple[Tensor, Tensor]:
+    """The k best experts of every head and their weights (He 2024, section 2.1; Lample 2019, section 3.2).
+
+    Args:
+        query_THX: queries (T, H, 2C).
+        sub_keys_2HnC: (2, H or 1, n, C).
+        k: experts per head, 1 <= k <= n.
+        weighting: a name in `WEIGHTINGS`, applied to each head's k scores.
+
+    Returns:
+        weights (T, H, k) in float32 at least, differentiable in queries and sub-keys;
+        expert ids (T, H, k) int64, best first.
+    """
+    scores_2THn = half_scores(query_THX, sub_keys_2HnC)
+    with torch.no_grad():
+        ids_THK = retrieve_ids(scores_2THn, k)
+    n = scores_2THn.shape[-1]
+    first, second = scores_2THn
+    scores_THK = first.gather(-1, ids_THK // n) + second.gather(-1, ids_THK % n)
+    return WEIGHTINGS[weighting](scores_THK), ids_THK
+
+
+def mix_experts(
+    x_TD: Tensor,
+    weights_TP: Tensor,
+    ids_TP: Tensor,
+    down_ND: Tensor,
+    up_ND: Tensor,
+    gate_ND: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Sum over a token's experts of `weight * act(u . x) * v`; `weight * (u . x) * act(g . x) * v` if gated.
+
+    Args:
+        x_TD: inputs (T, D).
+        weights_TP, ids_TP: (T, P); an id may stand several times in a row, and counts each time.
+        down_ND, up_ND, gate_ND: expert rows u, v and g, (N, D).
+        activation: a name in `ACTIVATIONS`.
+
+    Returns:
+        (T, D) in the dtype of x; the arithmetic is in the dtype of the tables.
+    """
+    x = x_TD.to(down_ND.dtype)
+    hidden_TP = torch.einsum("td,tpd->tp", x, down_ND[ids_TP])
+    if gate_ND is None:
+        hidden_TP = ACTIVATIONS[activation](hidden_TP)
+    else:
+        hidden_TP = hidden_TP * ACTIVATIONS[activation](torch.einsum("td,tpd->tp", x, gate_ND[ids_TP]))
+    return mix_values(hidden_TP * weights_TP.to(hidden_TP.dtype), ids_TP, up_ND).to(x_TD.dtype)
+
+
+def mix_values(weights_TP: Tensor, ids_TP: Tensor, values_ND: Tensor) -> Tensor:
+    """Weighted sum of each token's rows: (T, D) in the dtype of the rows (Lample 2019, equation 2)."""
+    return torch.einsum("tp,tpd->td", weights_TP.to(values_ND.dtype), values_ND[ids_TP])

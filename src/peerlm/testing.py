@@ -1,0 +1,188 @@
+"""Inputs, oracles and the error budget that tests and benchmarks share; nothing else imports this.
+
+The oracles compute what `ops` computes by another road: exhaustive search instead of product keys, exact
+fractions or Python floats instead of tensors, loops instead of products. Shape suffixes as in
+`ops/reference.py`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from peerlm.layers import PEER, QueryBatchNorm
+
+ACTIVATION_OF_FLOAT: dict[str, Callable[[float], float]] = {
+    "gelu": lambda z: z * 0.5 * (1 + math.erf(z / math.sqrt(2))),
+    "relu": lambda z: max(z, 0.0),
+    "silu": lambda z: z / (1 + math.exp(-z)),
+    "identity": lambda z: z,
+}
+
+
+def weigh_floats(scores: Sequence[float], weighting: str) -> list[float]:
+    """A head's weights from its retrieved scores."""
+    if weighting == "softmax":
+        exponentials = [math.exp(score - max(scores)) for score in scores]
+        return [e / sum(exponentials) for e in exponentials]
+    if weighting == "sigmoid":
+        return [1 / (1 + math.exp(-score)) for score in scores]
+    return [max(score, 0.0) if weighting == "relu" else score for score in scores]
+
+
+def exhaustive_ids(first: Sequence[float], second: Sequence[float], k: int) -> list[int]:
+    """The first k of all n * n experts by exact sum of half scores, descending, then by id, ascending."""
+    n = len(first)
+    sums = [Fraction(first[i]) + Fraction(second[j]) for i in range(n) for j in range(n)]
+    return sorted(range(n * n), key=lambda expert_id: (-sums[expert_id], expert_id))[:k]
+
+
+def all_keys(sub_keys_2HnC: Tensor) -> Tensor:
+    """Every product key [c_i ; c'_j] written out, in the order of expert ids: (H or 1, n * n, 2 C)."""
+    first_HnC, second_HnC = sub_keys_2HnC
+    n = first_HnC.shape[1]
+    return torch.cat([first_HnC.repeat_interleave(n, dim=1), second_HnC.repeat(1, n, 1)], dim=-1)
+
+
+def exhaustive_scores(query_THX: Tensor, sub_keys_2HnC: Tensor) -> Tensor:
+    """Score of every expert, (T, H, n * n), in the dtype of the arguments."""
+    keys_HNX = all_keys(sub_keys_2HnC).expand(query_THX.shape[1], -1, -1)
+    return (query_THX[:, :, None] * keys_HNX).sum(dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixInputs:
+    """Arguments of `ops.api.mix_experts`: x (T, D), weights and ids (T, P), rows down, up and gate (N, D)."""
+
+    x: Tensor
+    weights: Tensor
+    ids: Tensor
+    down: Tensor
+    up: Tensor
+    gate: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> "MixInputs":
+        """Copies in `dtype` (ids stay integers) that require gradients."""
+        return MixInputs(
+            x=_leaf(self.x, dtype),
+            weights=_leaf(self.weights, dtype),
+            ids=self.ids,
+            down=_leaf(self.down, dtype),
+            up=_leaf(self.up, dtype),
+            gate=None if self.gate is None else _leaf(self.gate, dtype),
+        )
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """In the order of `mix_experts`."""
+        return self.x, self.weights, self.ids, self.down, self.up, self.gate
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors that have gradients."""
+        return [tensor for tensor in self.arguments() if tensor is not None and tensor.is_floating_point()]
+
+
+def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype, copy=True).requires_grad_()
+
+
+def mix_inputs(
+    tokens: int,
+    per_token: int,
+    dim: int,
+    num_experts: int,
+    *,
+    gated: bool = False,
+    one_expert: bool = False,
+    seed: int = 0,
+) -> MixInputs:
+    """Standard normal arguments of `mix_experts` in float64, which a cast to bfloat16 leaves as they are.
+
+    With `one_expert` every id is the last one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16().double().requires_grad_()
+
+    low = num_experts - 1 if one_expert else 0
+    return MixInputs(
+        x=normal(tokens, dim),
+        weights=normal(tokens, per_token),
+        ids=torch.randint(low, num_experts, (tokens, per_token), generator=generator),
+        down=normal(num_experts, dim),
+        up=normal(num_experts, dim),
+        gate=normal(num_experts, dim) if gated else None,
+    )
+
+
+def loop_mix_experts(inputs: MixInputs, activation: str) -> Tensor:
+    """`mix_experts` one neuron at a time, (T, D) float64 without a graph."""
+    act = ACTIVATION_OF_FLOAT[activation]
+    down, up = inputs.down.tolist(), inputs.up.tolist()
+    gate = None if inputs.gate is None else inputs.gate.tolist()
+    out = torch.zeros(inputs.x.shape, dtype=torch.float64)
+    tokens = zip(inputs.x.tolist(), inputs.weights.tolist(), inputs.ids.tolist(), strict=True)
+    for t, (x, weights, ids) in enumerate(tokens):
+        for weight, expert_id in zip(weights, ids, strict=True):
+            z = _dot(x, down[expert_id])
+            hidden = act(z) if gate is None else z * act(_dot(x, gate[expert_id]))
+            for d, v in enumerate(up[expert_id]):
+                out[t, d] += weight * hidden * v
+    return out
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return math.fsum(p * q for p, q in zip(a, b, strict=True))
+
+
+@torch.no_grad()
+def loop_peer(layer: PEER, x_TD: Tensor) -> Tensor:
+    """A float64 PEER layer in evaluation mode by its equations, with a search of all N experts: (T, dim)."""
+    keys = layer.product_keys
+    query_TX = x_TD @ keys.query_proj.weight.T
+    norm = keys.query_norm
+    if isinstance(norm, QueryBatchNorm):
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        query_TX = (query_TX - norm.running_mean) * scale + norm.bias
+    query_THX = query_TX.view(len(x_TD), keys.heads, keys.key_dim)
+    if isinstance(norm, torch.nn.LayerNorm):
+        centred = query_THX - query_THX.mean(dim=-1, keepdim=True)
+        power = centred.square().mean(dim=-1, keepdim=True)
+        query_THX = centred / (power + norm.eps).sqrt() * norm.weight + norm.bias
+    scores_THN = exhaustive_scores(query_THX, keys.sub_keys)
+    ids_THK = scores_THN.argsort(dim=-1, descending=True, stable=True)[..., : keys.experts_per_head]
+    weights = [
+        [weigh_floats(head, keys.weighting) for head in token] for token in scores_THN.gather(-1, ids_THK).tolist()
+    ]
+    inputs = MixInputs(
+        x=x_TD,
+        weights=torch.tensor(weights, dtype=torch.float64).flatten(1),
+        ids=ids_THK.flatten(1),
+        down=layer.experts.down,
+        up=layer.experts.up,
+        gate=layer.experts.gate,
+    )
+    return loop_mix_experts(inputs, layer.experts.activation)
+
+
+def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Assert that `actual` errs at most twice as much as the plain computation in the same precision.
+
+    Args:
+        actual: what is tested.
+        plain: the definition, computed in the precision of `actual`.
+        exact: the definition in float64.
+
+    Errors are root mean squares of the differences from `exact`; one rounding of every entry is granted too.
+    """
+    assert actual.shape == plain.shape == exact.shape, (actual.shape, plain.shape, exact.shape)
+    assert actual.dtype == plain.dtype, (actual.dtype, plain.dtype)
+    if exact.numel() == 0:
+        return
+    error, plain_error = ((value.double() - exact).square().mean().sqrt().item() for value in (actual, plain))
+    rounding = torch.finfo(actual.dtype).eps * exact.square().mean().sqrt().item()
+    budget = 2 * plain_error + rounding
+    assert error <= budget, f"error {error:.3g} is over the budget of {budget:.3g}"

@@ -1,0 +1,90 @@
+"""From a configuration to the things that train: data, model, optimizer."""
+
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from peerlm.data import TokenShards, TokenWindows, prepare
+from peerlm.errors import UserError
+from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.optim import parameter_groups
+from peerlm.train.config import DataConfig, OptimConfig, TrainConfig
+from peerlm.train.ranks import Ranks
+from peerlm.train.recipe import unknown_key
+
+
+def open_data(config: DataConfig, ranks: Ranks, *, progress: bool) -> tuple[TokenWindows, TokenWindows]:
+    """Training and held-out windows; rank 0 prepares the data first where the configuration names sources."""
+    if config.sources:
+        if ranks.is_main:
+            prepare(
+                config.sources,
+                config.folder,
+                vocab_size=config.vocab_size,
+                holdout=config.holdout,
+                progress=progress,
+            )
+        ranks.wait()
+    train, heldout = (TokenWindows(TokenShards(config.folder, split), config.context) for split in ("train", "heldout"))
+    return train, heldout
+
+
+def build_model(config: TrainConfig, shards: TokenShards, device: torch.device) -> PreTrainedModel:
+    """A new model with weights from `config.seed`, for the vocabulary of `shards`.
+
+    Raises UserError where the recipe's [model] is none that can be built.
+    """
+    known = list(PeerConfig.__annotations__)
+    for key in config.model:
+        if key not in known:
+            raise unknown_key(f"model.{key}", [f"model.{name}" for name in known])
+    settings: dict[str, Any] = {
+        "eos_token_id": shards.eos_token_id,
+        "vocab_size": shards.vocab_size,
+        **config.model,
+    }
+    settings.setdefault("max_position_embeddings", max(config.data.context, PeerConfig.max_position_embeddings))
+    if settings["vocab_size"] < shards.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {settings['vocab_size']} is less than the data's {shards.vocab_size}: leave it out"
+        )
+    torch.manual_seed(config.seed)
+    try:
+        model = PeerForCausalLM(PeerConfig(**settings))
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"no model can be built from the recipe's [model]: {reason}") from error
+    if config.data.context > model.config.max_position_embeddings:
+        raise UserError(
+            f"data.context = {config.data.context} is more than model.max_position_embeddings = "
+            f"{model.config.max_position_embeddings}: raise the latter or leave it out"
+        )
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    nn.Module.to(model, device)
+    return model
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over the groups of `parameter_groups`; set_learning_rates sets the rates before each step."""
+    groups = parameter_groups(
+        model,
+        weight_decay=config.weight_decay,
+        table_lr_multiplier=config.table_lr_multiplier,
+        keys_lr_multiplier=config.keys_lr_multiplier,
+    )
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+
+
+def wrap_forward(model: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """What the training step calls: the model, exchanging gradients between ranks, compiled if asked."""
+    forward = model
+    if ranks.world_size > 1:
+        # Layers with running statistics synchronise them themselves.
+        forward = DistributedDataParallel(forward, broadcast_buffers=False)
+    return torch.compile(forward) if config.compile else forward  # type: ignore[return-value]

@@ -1,0 +1,185 @@
+"""Checkpoints: a run's whole state in one folder, complete or absent, checked when read.
+
+RUN/checkpoints/step-00000100/ holds the model as `save_pretrained` writes it, the tokenizer,
+optimizer.safetensors ("INDEX.KEY" is entry KEY of the state of the optimizer's parameter number INDEX) and
+state.json, which also records the size and CRC-32 of every other file, and a CRC-32 of itself. Nothing is
+unpickled.
+
+Neither schedules, data order nor dropout have files of their own: each is a pure function of the step and
+the seed.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from peerlm.errors import UserError
+from peerlm.train.files import atomic_folder, write_json
+
+PREFIX = "step-"
+_CHUNK_BYTES = 2**22
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a run stands, apart from its weights."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    position: int = 0
+    """Windows read, over all ranks: with the seed, it says which come next."""
+    tokens: int = 0
+    """Tokens read, over all ranks."""
+    flops: float = 0.0
+    """Training FLOPs spent, over all ranks."""
+    seconds: float = 0.0
+    """Wall-clock time of the steps."""
+    cpu_seconds: float = 0.0
+    """Processor time of the steps on rank 0, over its threads."""
+    evaluation_seconds: float = 0.0
+    """Wall-clock time of the evaluations."""
+    checkpoint_seconds: float = 0.0
+    """Wall-clock time of writing checkpoints before this one."""
+    interval_loss: float = 0.0
+    """Sum of the losses since the last row of the log."""
+    interval_steps: int = 0
+    """Steps since the last row of the log."""
+    interval_seconds: float = 0.0
+    """Wall-clock time of those steps."""
+    train_loss: float | None = None
+    """Loss in the last row of the log; None before the first."""
+    peak_memory_bytes: int = 0
+    """Most memory used so far."""
+    log_bytes: int = 0
+    """Length of log.jsonl; a resumed run cuts off what was written later."""
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` steps."""
+    return run / "checkpoints" / f"{PREFIX}{step:08d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    folders = (run / "checkpoints").glob(PREFIX + "*")
+    return sorted((folder for folder in folders if _number(folder).isdigit()), key=lambda each: int(_number(each)))
+
+
+def _number(folder: Path) -> str:
+    return folder.name.removeprefix(PREFIX)
+
+
+def save_checkpoint(
+    run: Path,
+    state: TrainState,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    keep: int,
+) -> Path:
+    """Write a complete checkpoint, then remove all but the newest `keep`; returns its folder."""
+    folder = checkpoint_folder(run, state.step)
+    with atomic_folder(folder) as partial:
+        save_model(partial, model, tokenizer)
+        save_file(_flatten(optimizer.state_dict()["state"]), partial / "optimizer.safetensors")
+        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+        values = {**asdict(state), "files": files}
+        write_json(partial / "state.json", {**values, "crc32": _checksum(values)})
+    for old in list_checkpoints(run)[:-keep]:
+        rmtree(old)
+    return folder
+
+
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write model and tokenizer for `from_pretrained`, the weights in one file."""
+    with _quiet():
+        model.save_pretrained(folder, max_shard_size="1000TB")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Load a checkpoint into `model` and `optimizer`; returns where the run stands.
+
+    Raises UserError when a file is missing or is not as it was written.
+    """
+    state = read_state(folder)
+    load_model(model, folder / "model.safetensors", device=str(next(model.parameters()).device))
+    flat = load_file(folder / "optimizer.safetensors")
+    optimizer.load_state_dict({"state": _unflatten(flat), "param_groups": optimizer.state_dict()["param_groups"]})
+    return state
+
+
+def read_state(folder: Path) -> TrainState:
+    """Check every file of a checkpoint and return where the run stood."""
+    try:
+        values = json.loads((folder / "state.json").read_bytes())
+        if values.pop("crc32") != _checksum(values):
+            raise ValueError("the checksum is not that of the content")
+        files = values.pop("files")
+        state = TrainState(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _corrupt(folder, "state.json") from error
+    for name, fingerprint in files.items():
+        if not (folder / name).is_file() or _fingerprint(folder / name) != fingerprint:
+            raise _corrupt(folder, name)
+    return state
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar of its own."""
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
+def _corrupt(folder: Path, name: str) -> UserError:
+    older = [each for each in list_checkpoints(folder.parents[1]) if int(_number(each)) < int(_number(folder))]
+    then = f"the run goes on from {older[-1].name}" if older else "the run begins anew, for no older one is left"
+    return UserError(
+        f"the checkpoint {folder} is damaged ({name} is missing or changed): delete it and --resume again; {then}"
+    )
+
+
+def _checksum(values: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values).encode())
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    checksum, size = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+            size += len(chunk)
+    return {"bytes": size, "crc32": checksum}
+
+
+def _flatten(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{index}.{key}": tensor.contiguous() for index, entries in state.items() for key, tensor in entries.items()
+    }
+
+
+def _unflatten(flat: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in flat.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    return state

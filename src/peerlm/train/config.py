@@ -1,0 +1,215 @@
+"""What a training run is: one frozen configuration, whose every field a recipe may set."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peerlm.errors import UserError
+
+
+def _require(config: object, prefix: str, names: str, holds: Callable[[Any], bool], mend: str) -> None:
+    """Raise UserError unless `holds` is true of each of the named fields that is set."""
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None and not holds(value):
+            raise UserError(f"{prefix}{name} = {value!r}: {mend}")
+
+
+def _at_least_0(value: float) -> bool:
+    return value >= 0
+
+
+def _at_least_1(value: float) -> bool:
+    return value >= 1
+
+
+def _above_0_and_finite(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which tokens are read, and how many at a time."""
+
+    folder: str
+    """Folder of token shards, as `peerlm prepare` writes it."""
+    sources: tuple[str, ...] = ()
+    """What to prepare `folder` from where that has not happened yet (see `peerlm prepare`); empty: it must
+    exist."""
+    vocab_size: int = 4096
+    """Size of the tokenizer that is trained on `sources`."""
+    holdout: float = 0.02
+    """Share of the documents of `sources` that is held out."""
+    context: int = 256
+    """Tokens in a window."""
+    batch_size: int = 8
+    """Windows in an optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: int | None = None
+    """Windows in one forward pass on one rank; null: all of the rank's share. Smaller ones accumulate
+    gradients."""
+    workers: int = 0
+    """Processes that load data, per rank; 0: the training process itself."""
+
+    def __post_init__(self) -> None:
+        _require(self, "data.", "folder", bool, "name the folder that `peerlm prepare` wrote")
+        _require(
+            self,
+            "data.",
+            "context",
+            lambda value: value >= 2,
+            "must be at least 2, a token and its successor",
+        )
+        _require(self, "data.", "batch_size micro_batch_size", _at_least_1, "must be at least 1")
+        _require(self, "data.", "workers", _at_least_0, "must be 0 or more")
+        _require(self, "data.", "holdout", lambda value: 0 < value < 1, "must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its schedule and its clipping; shares are shares of the budget."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warmup: half a cosine down, or the peak and then a linear decay (warmup-stable-decay)."""
+    warmup: float = 0.05
+    """Share of the run in which the learning rate rises linearly."""
+    decay: float = 0.2
+    """Share of the run in which "wsd" decays; "cosine" does not use it."""
+    final: float = 0.1
+    """Share of the peak learning rate that is left at the end."""
+    beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
+    beta2: float = 0.98
+    """Decay of AdamW's mean of squared gradients."""
+    eps: float = 1e-8
+    """Added to AdamW's root of the mean square."""
+    weight_decay: float = 0.01
+    """Of weight matrices; tables, keys, embeddings, norms and biases have none."""
+    table_lr_multiplier: float = 1.0
+    """Learning rate of expert tables over the learning rate of the rest."""
+    table_lr_decay: bool = False
+    """Whether table_lr_multiplier goes linearly to 1 over the run."""
+    keys_lr_multiplier: float = 1.0
+    """Learning rate of sub-keys over the learning rate of the rest."""
+    clip: float = 1.0
+    """Largest norm of the gradient of everything but the tables; inf: unlimited."""
+    table_clip: float = 1.0
+    """Largest norm of the gradient of the tables; inf: unlimited."""
+
+    def __post_init__(self) -> None:
+        rates = "learning_rate eps table_lr_multiplier keys_lr_multiplier"
+        _require(self, "optim.", rates, _above_0_and_finite, "must be above 0 and finite")
+        _require(self, "optim.", "clip table_clip", lambda value: value > 0, "must be above 0")
+        _require(self, "optim.", "warmup decay final", lambda value: 0 <= value <= 1, "must lie from 0 to 1")
+        _require(self, "optim.", "beta1 beta2", lambda value: 0 <= value < 1, "must be 0 or more, below 1")
+        _require(self, "optim.", "weight_decay", _at_least_0, "must be 0 or more")
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise UserError(f"optim.warmup + optim.decay = {self.warmup + self.decay:g}: must be at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """When training ends: exactly one of these, of which no more is spent than whole steps fit into."""
+
+    steps: int | None = None
+    """Optimizer steps."""
+    tokens: int | None = None
+    """Tokens read."""
+    flops: float | None = None
+    """Training FLOPs as `peerlm.accounting` counts them."""
+    minutes: float | None = None
+    """Minutes of training; evaluation and checkpoints do not count."""
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in vars(self).items() if value is not None]
+        if len(given) != 1:
+            names = ", ".join(given) or "none"
+            raise UserError(f"budget sets {names} of steps, tokens, flops, minutes: set exactly one")
+        _require(self, "budget.", given[0], _above_0_and_finite, "must be above 0 and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """When and on how much held-out text the loss is measured."""
+
+    every: int = 0
+    """Steps between evaluations during training; 0: only at the end."""
+    windows: int | None = 64
+    """Held-out windows read during training; null: all."""
+    final_windows: int | None = None
+    """Held-out windows read at the end; null: all."""
+    batch_size: int = 8
+    """Windows in one forward pass on one rank."""
+
+    def __post_init__(self) -> None:
+        _require(self, "eval.", "every", _at_least_0, "must be 0 or more")
+        _require(self, "eval.", "windows final_windows batch_size", _at_least_1, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run's whole state is saved, and how often over."""
+
+    every: int = 0
+    """Steps between checkpoints; 0: only at the end and when the run is told to stop."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        _require(self, "checkpoint.", "every", _at_least_0, "must be 0 or more")
+        _require(self, "checkpoint.", "keep", _at_least_1, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training."""
+
+    every: int = 10
+    """Steps between rows of log.jsonl."""
+    tensorboard: bool = False
+    """Whether the rows go to RUN/tensorboard too."""
+
+    def __post_init__(self) -> None:
+        _require(self, "log.", "every", _at_least_1, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run: a recipe's sections and the few settings above them."""
+
+    run: str
+    """Folder the run is written to."""
+    data: DataConfig
+    """Section [data]."""
+    budget: BudgetConfig
+    """Section [budget]."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Section [model]: keyword arguments of `peerlm.model.PeerConfig`; vocab_size comes from the data."""
+    optim: OptimConfig = OptimConfig()
+    """Section [optim]."""
+    eval: EvalConfig = EvalConfig()
+    """Section [eval]."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Section [checkpoint]."""
+    log: LogConfig = LogConfig()
+    """Section [log]."""
+    seed: int = 0
+    """Sets initial weights, the order of the data and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; "auto": CUDA where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of matrix products; "bf16" is autocast, the weights stay float32."""
+    gradient_checkpointing: bool = False
+    """Whether activations are computed again in the backward pass, which saves memory and costs time."""
+    compile: bool = False
+    """Whether torch.compile compiles the model."""
+
+    def __post_init__(self) -> None:
+        _require(self, "", "run", bool, "name the folder to write the run to")
+        _require(self, "", "seed", _at_least_0, "must be 0 or more")
+
+
+UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "data.workers")
+"""Keys, or sections, that a resumed run may change: the weights do not depend on them."""

@@ -1,0 +1,83 @@
+"""Files that are there whole or not at all, whenever the process or the machine dies."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PARTIAL = ".partial-"
+"""Prefix of what is being written; a leftover of it is rubbish."""
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to write into; on success it becomes `folder`, on an exception it is removed.
+
+    The folder holds files alone. They are on the disk before it takes its name, and as readable as the folder
+    is (safetensors writes files that only their owner may read). A `folder` that was there is replaced.
+    """
+    partial = folder.with_name(PARTIAL + folder.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in partial.iterdir():
+            path.chmod(partial.stat().st_mode & 0o666)
+            _sync(path)
+        _sync(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.replace(folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write `path` as indented JSON, replacing it in one step."""
+    partial = path.with_name(PARTIAL + path.name)
+    try:
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what a killed process left half written directly in `folder`."""
+    for path in folder.glob(PARTIAL + "*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception, or one it came from, says that the disk or the quota is full.
+
+    Writers in native code report it in words alone.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,44 @@
+"""The folder of a run: may we write there, and is it the run that is to be resumed?"""
+
+from pathlib import Path
+
+from peerlm.errors import UserError
+from peerlm.train.checkpoint import list_checkpoints
+from peerlm.train.config import TrainConfig
+from peerlm.train.files import PARTIAL, remove_partials, write_json
+from peerlm.train.recipe import first_difference, load_recipe, to_dict
+
+
+def check_run(config: TrainConfig, *, resume: bool) -> None:
+    """Raise UserError unless `config.run` can be started, or resumed with the same configuration."""
+    run = Path(config.run)
+    if not resume:
+        if run.exists() and not (run.is_dir() and not any(run.iterdir())):
+            raise UserError(f"the run folder {run} already exists: --resume it, or choose another with --set run=...")
+        return
+    if not run.is_dir():
+        raise UserError(f"there is no run {run} to resume: leave out --resume to start it")
+    if not (run / "config.json").is_file():
+        if any(not path.name.startswith(PARTIAL) for path in run.iterdir()):
+            raise UserError(f"{run} is not a run, for it has no config.json: choose another folder with --set run=...")
+        return
+    difference = first_difference(load_recipe(run / "config.json"), config)
+    if difference is not None:
+        raise UserError(
+            f"cannot resume {run}, for {difference}: resume with {run / 'config.json'}, or start another run"
+        )
+
+
+def open_run(config: TrainConfig) -> None:
+    """Make the run's folder if need be, write config.json, remove what a killed process left half written."""
+    run = Path(config.run)
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for folder in (run, run / "checkpoints"):
+        remove_partials(folder)
+    write_json(run / "config.json", to_dict(config))
+
+
+def last_good(run: Path) -> str:
+    """Which checkpoint a run would go on from, in words."""
+    checkpoints = list_checkpoints(run)
+    return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else f"{run} has no checkpoint yet"

@@ -1,0 +1,14 @@
+"""How a run ends before its budget is spent."""
+
+
+class TrainingStopped(Exception):  # noqa: N818  # an outcome, not a mistake: the run is safe
+    """Training ended early and left its last good state on the disk.
+
+    The message is one sentence: what happened, where the state is, how to go on. `exit_code` is for the
+    process: 3 when the loss or a gradient was not finite, 128 plus the signal's number when told to stop
+    (143 for SIGTERM).
+    """
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

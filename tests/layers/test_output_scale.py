@@ -1,0 +1,103 @@
+"""Every layer starts as loud as a dense GELU FFW."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
+from peerlm.layers.output_scale import ACTIVATION_POWER, OUTPUT_POWER, output_std
+from peerlm.ops.reference import ACTIVATIONS, WEIGHTINGS, half_scores
+
+# The draw of weights and tokens moves the mean square by several percent: sub-keys and large experts are few.
+TOLERANCE = 0.15
+
+
+@torch.no_grad()
+def output_power(layer: nn.Module, dim: int, tokens: int = 256) -> float:
+    return layer(torch.randn(tokens, dim)).square().mean().item()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_power_is_the_integral_over_a_standard_normal(activation: str) -> None:
+    z = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    power = torch.trapezoid(ACTIVATIONS[activation](z).square() * density, z).item()
+    assert ACTIVATION_POWER[activation] == pytest.approx(power, abs=5e-6)
+
+
+def test_output_std_inverts_the_power_of_the_sum() -> None:
+    std = output_std(0.25, "relu")
+    assert std**2 * 0.25 * ACTIVATION_POWER["relu"] == pytest.approx(OUTPUT_POWER)
+
+
+@torch.no_grad()
+def test_queries_and_half_scores_start_with_their_variances() -> None:
+    layer = PEER(128, num_experts=64**2, query_norm="none")
+    query = layer.product_keys.query(torch.randn(256, 128))
+    assert query.var().item() == pytest.approx(1, rel=TOLERANCE)
+    assert half_scores(query, layer.product_keys.sub_keys).var().item() == pytest.approx(1 / 3, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("dim", [128, 512])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_dense(activation: str, gated: bool, dim: int) -> None:
+    layer = DenseFFW(dim, activation=activation, gated=gated)
+    assert output_power(layer, dim) == pytest.approx(OUTPUT_POWER, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("dim", [128, 512])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_peer(activation: str, weighting: str, dim: int) -> None:
+    layer = PEER(dim, num_experts=128**2, activation=activation, weighting=weighting)
+    assert output_power(layer, dim) == pytest.approx(OUTPUT_POWER, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("query_norm", ["layer", "none"])
+@pytest.mark.parametrize("shared_keys", [False, True])
+def test_gated_peer_of_either_index(shared_keys: bool, query_norm: str) -> None:
+    layer = PEER(128, num_experts=128**2, gated=True, shared_keys=shared_keys, query_norm=query_norm)
+    assert output_power(layer, 128) == pytest.approx(OUTPUT_POWER, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_peer_of_a_million_experts() -> None:
+    assert output_power(PEER(128), 128) == pytest.approx(OUTPUT_POWER, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_product_key_memory(weighting: str) -> None:
+    layer = ProductKeyMemory(128, num_values=128**2, weighting=weighting)
+    assert output_power(layer, 128) == pytest.approx(OUTPUT_POWER, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("mixture", [ExpertChoiceMoE, TokenChoiceMoE])
+def test_mixtures(mixture: type[nn.Module], activation: str) -> None:
+    power = output_power(mixture(128, activation=activation), 128, tokens=4096)
+    assert power == pytest.approx(OUTPUT_POWER, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        DenseFFW(32),
+        PEER(32, num_experts=64**2, experts_per_head=8),
+        ProductKeyMemory(32, num_values=64**2),
+        ExpertChoiceMoE(32),
+        TokenChoiceMoE(32),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_output_scale_multiplies_the_output(layer: nn.Module) -> None:
+    layer.reset_parameters(output_scale=0.1)
+    assert output_power(layer, 32, tokens=1024) == pytest.approx(0.01 * OUTPUT_POWER, rel=2 * TOLERANCE)
+
+
+def test_construction_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        layer = PEER(64)
+    assert layer.experts.down.shape == (1024**2, 64)

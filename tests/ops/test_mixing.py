@@ -1,0 +1,164 @@
+"""Expert mixing: every backend against loops; gradients against finite differences and the definition."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from peerlm.ops import api, reference
+from peerlm.testing import MixInputs, assert_within_budget, loop_mix_experts, mix_inputs
+
+BACKENDS = [backend for backend in api.BACKENDS if backend != "auto"]
+NATIVE_BACKENDS = [backend for backend in BACKENDS if backend != "reference"]
+# tokens, experts per token, dim, experts, all on one expert
+AWKWARD_SIZES = [
+    (0, 4, 7, 5, False),
+    (1, 1, 1, 1, False),
+    (1, 6, 64, 9, False),
+    (63, 1, 7, 5, False),
+    (63, 8, 64, 4, False),
+    (63, 8, 64, 100, True),
+]
+
+
+def values_and_gradients(inputs: MixInputs, activation: str, backend: str) -> list[Tensor]:
+    """Output, then the gradients of a fixed weighted sum of it."""
+    out = api.mix_experts(*inputs.arguments(), activation=activation, backend=backend)
+    coefficients = torch.linspace(-1, 1, max(out.numel(), 1), dtype=torch.float64)[: out.numel()]
+    coefficients = coefficients.bfloat16().to(out.dtype).view(out.shape)
+    return [out.detach(), *torch.autograd.grad((out * coefficients).sum(), inputs.leaves())]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixing_equals_loops_over_neurons(backend: str, activation: str, gated: bool) -> None:
+    inputs = mix_inputs(5, 6, 3, 4, gated=gated)
+    out = api.mix_experts(*inputs.arguments(), activation=activation, backend=backend)
+    torch.testing.assert_close(out.detach(), loop_mix_experts(inputs, activation))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_mixing(backend: str, activation: str, gated: bool) -> None:
+    inputs = mix_inputs(3, 4, 3, 4, gated=gated)
+    ids = inputs.ids.clone()
+    ids[0] = 2  # one expert four times
+
+    def mix(x: Tensor, weights: Tensor, down: Tensor, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        return api.mix_experts(x, weights, ids, down, up, gate, activation=activation, backend=backend)
+
+    assert torch.autograd.gradcheck(mix, inputs.leaves())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_mixing_values(backend: str) -> None:
+    inputs = mix_inputs(3, 4, 3, 4)
+
+    def mix(weights: Tensor, values: Tensor) -> Tensor:
+        return api.mix_values(weights, inputs.ids, values, backend=backend)
+
+    assert torch.autograd.gradcheck(mix, (inputs.weights, inputs.up))
+    ones = torch.ones(3, 4, dtype=torch.float64)
+    expected = torch.stack([inputs.up[ids].sum(dim=0) for ids in inputs.ids])
+    torch.testing.assert_close(mix(ones, inputs.up), expected)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weights", "down", "up", "gate"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_with_one_argument_frozen(backend: str, frozen: str) -> None:
+    inputs = mix_inputs(3, 4, 3, 4, gated=True)
+    names = ["x", "weights", "down", "up", "gate"]
+    expected = dict(zip(names, values_and_gradients(inputs, "gelu", "reference")[1:], strict=True))
+    getattr(inputs, frozen).requires_grad_(False)
+    trained = [name for name in names if name != frozen]
+    out = api.mix_experts(*inputs.arguments(), backend=backend)
+    coefficients = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).bfloat16().double().view(out.shape)
+    gradients = torch.autograd.grad((out * coefficients).sum(), [getattr(inputs, name) for name in trained])
+    for name, gradient in zip(trained, gradients, strict=True):
+        torch.testing.assert_close(gradient, expected[name])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("size", AWKWARD_SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_backend_errs_no_more_than_the_definition(
+    backend: str, dtype: torch.dtype, size: tuple[int, int, int, int, bool], gated: bool
+) -> None:
+    tokens, per_token, dim, num_experts, one_expert = size
+    inputs = mix_inputs(tokens, per_token, dim, num_experts, gated=gated, one_expert=one_expert)
+    exact = values_and_gradients(inputs, "gelu", "reference")
+    plain = values_and_gradients(inputs.to(dtype), "gelu", "reference")
+    actual = values_and_gradients(inputs.to(dtype), "gelu", backend)
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        assert_within_budget(a, p, e)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_has_the_dtype_of_the_input_and_gradients_that_of_the_tables(backend: str) -> None:
+    inputs = mix_inputs(3, 4, 6, 4)
+    x = inputs.x.detach().float()
+    down, up = (table.detach().bfloat16().requires_grad_() for table in (inputs.down, inputs.up))
+    out = api.mix_experts(x, inputs.weights.detach().float(), inputs.ids, down, up, backend=backend)
+    assert out.dtype == torch.float32
+    out.sum().backward()
+    assert down.grad is not None
+    assert down.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_need_not_be_contiguous(backend: str) -> None:
+    inputs = mix_inputs(4, 4, 4, 5)
+    x, weights, ids, down, up, _ = inputs.arguments()
+    strided = [t.detach().T.contiguous().T for t in (x, weights, ids, down, up)]
+    assert not strided[0].is_contiguous()
+    out = api.mix_experts(*strided, backend=backend)
+    torch.testing.assert_close(out, loop_mix_experts(inputs, "gelu"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_change_the_arithmetic(backend: str) -> None:
+    inputs = mix_inputs(3, 4, 6, 4).to(torch.float32)
+    plain = api.mix_experts(*inputs.arguments(), backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = api.mix_experts(*inputs.arguments(), backend=backend)
+        values = api.mix_values(inputs.weights, inputs.ids, inputs.up, backend=backend)
+    assert torch.equal(plain, autocast)
+    assert values.dtype == torch.float32
+
+
+def test_definition_is_twice_differentiable() -> None:
+    inputs = mix_inputs(2, 2, 2, 3)
+
+    def mix(x: Tensor, weights: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return api.mix_experts(x, weights, inputs.ids, down, up, activation="silu", backend="reference")
+
+    assert torch.autograd.gradgradcheck(mix, inputs.leaves())
+
+
+def test_bag_refuses_second_derivatives() -> None:
+    inputs = mix_inputs(2, 2, 2, 3)
+    out = api.mix_experts(*inputs.arguments(), backend="bag")
+    (gradient,) = torch.autograd.grad(out.sum(), inputs.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_auto_is_the_backend_that_is_named() -> None:
+    inputs = mix_inputs(3, 4, 6, 4).to(torch.float32)
+    chosen = api.available_backends()["auto"]
+    assert torch.equal(
+        api.mix_experts(*inputs.arguments(), backend="auto"),
+        api.mix_experts(*inputs.arguments(), backend=chosen),
+    )
+    assert set(api.available_backends()) == set(api.BACKENDS)
+
+
+def test_unknown_backend() -> None:
+    inputs = mix_inputs(3, 4, 6, 4)
+    message = "backend is 'cuda'; choose one of auto, reference, bag"
+    with pytest.raises(ValueError, match=message):
+        api.mix_experts(*inputs.arguments(), backend="cuda")
+    with pytest.raises(ValueError, match=message):
+        api.mix_values(inputs.weights, inputs.ids, inputs.up, backend="cuda")

@@ -1,0 +1,136 @@
+"""Checkpoints: complete, pruned, checked when read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from peerlm.errors import UserError
+from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.train.checkpoint import (
+    TrainState,
+    checkpoint_folder,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+
+def build(seed: int) -> tuple[PeerForCausalLM, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    peer = {"num_experts": 16, "heads": 1, "experts_per_head": 2, "key_dim": 4}
+    config = PeerConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=1, peer=peer)
+    model = PeerForCausalLM(config)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+
+def step(model: PeerForCausalLM, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    torch.manual_seed(seed)
+    ids = torch.randint(11, (2, 6))
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model, optimizer = build(0)
+    for number in (1, 2, 3):
+        step(model, optimizer, seed=number)
+        save_checkpoint(tmp_path, TrainState(step=number, seconds=0.5), model, optimizer, None, keep=2)
+    return tmp_path
+
+
+def test_what_is_loaded_goes_on_as_what_was_saved(saved: Path) -> None:
+    straight = build(0)
+    for number in (1, 2, 3, 4):
+        step(*straight, seed=number)
+    resumed = build(7)
+    state = load_checkpoint(checkpoint_folder(saved, 3), *resumed)
+    step(*resumed, seed=4)
+    assert state == TrainState(step=3, seconds=0.5)
+    expected, found = straight[0].state_dict(), resumed[0].state_dict()
+    assert any(name.endswith("running_mean") for name in expected)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_only_the_newest_are_kept(saved: Path) -> None:
+    assert [folder.name for folder in list_checkpoints(saved)] == ["step-00000002", "step-00000003"]
+
+
+def test_a_checkpoint_is_a_model_for_transformers(saved: Path) -> None:
+    model, optimizer = build(7)
+    load_checkpoint(checkpoint_folder(saved, 3), model, optimizer)
+    loaded = PeerForCausalLM.from_pretrained(checkpoint_folder(saved, 3))
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_order_is_by_step_not_by_name(tmp_path: Path) -> None:
+    for number in (99_999_999, 100_000_000):
+        checkpoint_folder(tmp_path, number).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-of-mine").mkdir()
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-99999999", "step-100000000"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "config.json", "state.json"])
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_damage_is_named_and_the_older_checkpoint_with_it(
+    saved: Path, name: str, damage: Callable[[Path], object]
+) -> None:
+    folder = checkpoint_folder(saved, 3)
+    damage(folder / name)
+    model, optimizer = build(7)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        load_checkpoint(folder, model, optimizer)
+    assert str(error.value) == (
+        f"the checkpoint {folder} is damaged ({name} is missing or changed): delete it and --resume again; "
+        "the run goes on from step-00000002"
+    )
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_damage_to_the_only_checkpoint_says_that_the_run_begins_anew(saved: Path) -> None:
+    folder = checkpoint_folder(saved, 2)
+    truncate(folder / "model.safetensors")
+    with pytest.raises(UserError, match="the run begins anew, for no older one is left"):
+        load_checkpoint(folder, *build(7))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"step": 4}'])
+def test_a_state_of_another_shape_is_damage(saved: Path, content: str) -> None:
+    (checkpoint_folder(saved, 3) / "state.json").write_text(content)
+    with pytest.raises(UserError, match=r"state.json is missing or changed"):
+        load_checkpoint(checkpoint_folder(saved, 3), *build(7))
+
+
+def test_a_changed_number_in_the_state_is_damage(saved: Path) -> None:
+    path = checkpoint_folder(saved, 3) / "state.json"
+    path.write_text(path.read_text().replace('"step": 3', '"step": 4'))
+    with pytest.raises(UserError, match=r"state.json is missing or changed"):
+        load_checkpoint(checkpoint_folder(saved, 3), *build(7))
+
+
+def test_the_state_says_where_the_run_stood(saved: Path) -> None:
+    values = json.loads((checkpoint_folder(saved, 3) / "state.json").read_text())
+    assert (values["step"], values["seconds"]) == (3, 0.5)
+    assert set(values["files"]) == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+    }

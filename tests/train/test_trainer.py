@@ -1,0 +1,369 @@
+"""Whole runs: what they write, what they refuse, and how they end early."""
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import peerlm.train.checkpoint
+import peerlm.train.trainer
+from peerlm.accounting import model_cost
+from peerlm.data import TokenShards, TokenWindows
+from peerlm.errors import UserError
+from peerlm.evaluate import held_out_loss
+from peerlm.train import TrainConfig, TrainingStopped, load_recipe, train
+from peerlm.train.checkpoint import list_checkpoints
+from peerlm.train.files import PARTIAL
+from peerlm.train.trainer import Trainer
+
+Configure = Callable[..., TrainConfig]
+TIMES = {"seconds", "tokens_per_second"}
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def untimed(run: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows(run)]
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def straight(configure: Configure, tmp_path: Path) -> Path:
+    """The run that nothing interrupts."""
+    return train(configure(run=str(tmp_path / "straight")), progress=False).run
+
+
+def test_a_run_leaves_all_that_it_promises(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configure()
+    result = train(config, progress=False)
+    assert capsys.readouterr() == ("", "")
+    run = Path(config.run)
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "log.jsonl",
+        "model",
+        "summary.json",
+    }
+    assert load_recipe(run / "config.json") == config
+    assert json.loads((run / "summary.json").read_text()) == result.summary
+    assert [folder.name for folder in list_checkpoints(run)] == ["step-00000006", "step-00000008"]
+    assert [(row["step"], "loss" in row, "validation_loss" in row) for row in rows(run)] == [
+        (2, True, False),
+        (4, True, False),
+        (4, False, True),
+        (6, True, False),
+        (8, True, False),
+        (8, False, True),
+    ]
+
+
+def test_the_summary_agrees_with_the_model_it_describes(configure: Configure) -> None:
+    config = configure()
+    summary = train(config, progress=False).summary
+    model = AutoModelForCausalLM.from_pretrained(Path(config.run) / "model")
+    heldout = TokenWindows(TokenShards(config.data.folder, "heldout"), 16)
+    loss = held_out_loss(model, heldout, batch_size=3, limit=4)
+    cost = model_cost(model, 16)
+    assert summary["validation_loss"] == pytest.approx(loss, rel=1e-6)
+    assert summary["perplexity"] == pytest.approx(math.exp(loss), rel=1e-6)
+    assert (summary["steps"], summary["tokens"]) == (8, 8 * 4 * 16)
+    assert summary["flops"] == 8 * 4 * 16 * cost.training_flops_per_token
+    assert summary["total_parameters"] == cost.total_parameters
+    assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["seconds"])
+    assert summary["peak_memory_bytes"] > 2**20
+    assert summary["cpu_seconds"] > 0
+    (usage,) = summary["usage"].values()
+    assert 0 < usage["share"] <= 1
+    assert 0 <= usage["unevenness"] <= math.log(64)
+    tokenizer = AutoTokenizer.from_pretrained(Path(config.run) / "model")
+    assert tokenizer.decode(tokenizer("the cat sat")["input_ids"]) == "the cat sat"
+
+
+def test_a_model_learns(configure: Configure) -> None:
+    config = configure(budget={"steps": 80}, optim={"learning_rate": 1e-2}, log={"every": 10}, eval={"every": 0})
+    train(config, progress=False)
+    losses = [row["loss"] for row in rows(Path(config.run)) if "loss" in row]
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_rows_hold_the_scheduled_learning_rate_and_mean_losses(configure: Configure, tmp_path: Path) -> None:
+    optim = {"schedule": "wsd", "warmup": 0.5, "decay": 0.5, "final": 0.0, "learning_rate": 0.01}
+    each = configure(optim=optim, log={"every": 1}, eval={"every": 0})
+    pairs = configure(optim=optim, log={"every": 2}, eval={"every": 0}, run=str(tmp_path / "pairs"))
+    single, double = ([row for row in rows(train(c, progress=False).run) if "loss" in row] for c in (each, pairs))
+    expected = [0.0025, 0.005, 0.0075, 0.01, 0.0075, 0.005, 0.0025, 0.0]
+    assert [row["lr"] for row in single] == pytest.approx(expected)
+    means = [(a["loss"] + b["loss"]) / 2 for a, b in zip(single[::2], single[1::2], strict=True)]
+    assert [row["loss"] for row in double] == pytest.approx(means)
+
+
+@pytest.mark.parametrize(("budget", "steps"), [({"tokens": 200}, 3), ({"flops": 1.5e7}, None)])
+def test_a_budget_is_spent_but_not_exceeded(configure: Configure, budget: dict[str, float], steps: int | None) -> None:
+    summary = train(configure(budget=budget), progress=False).summary
+    per_step = 64 * summary["training_flops_per_token"]
+    assert summary["steps"] == (steps or 1.5e7 // per_step) > 0
+
+
+def test_minutes_are_minutes_of_training(configure: Configure) -> None:
+    config = configure(budget={"minutes": 1 / 60}, eval={"every": 0}, checkpoint={"every": 0})
+    summary = train(config, progress=False).summary
+    assert 1.0 <= summary["seconds"] < 3.0
+    assert rows(Path(config.run))[-2]["lr"] < 0.2 * config.optim.learning_rate
+
+
+def test_weights_do_not_depend_on_what_is_watched(configure: Configure, straight: Path) -> None:
+    config = configure(
+        eval={"every": 1}, checkpoint={"every": 1}, log={"every": 1, "tensorboard": True}, data={"workers": 1}
+    )
+    assert weights(train(config, progress=False).run) == weights(straight)
+    assert list((Path(config.run) / "tensorboard").iterdir())
+
+
+def test_another_seed_gives_other_weights(configure: Configure, straight: Path) -> None:
+    assert weights(train(configure(seed=1), progress=False).run) != weights(straight)
+
+
+def test_accumulation_changes_no_more_than_rounding(configure: Configure, tmp_path: Path) -> None:
+    model = {
+        "attention_dropout": 0.0,
+        "peer": {"num_experts": 64, "key_dim": 8, "experts_per_head": 2, "query_norm": "layer"},
+    }
+    runs = [
+        train(
+            configure(run=str(tmp_path / str(size)), model=model, data={"micro_batch_size": size}),
+            progress=False,
+        ).run
+        for size in (1, 3, None)
+    ]
+    first, *others = [AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in runs]
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "tolerance"), [({"precision": "bf16"}, 0.02), ({"gradient_checkpointing": True}, 1e-6)]
+)
+def test_precision_and_memory_settings_train_about_as_well(
+    configure: Configure, straight: Path, setting: dict[str, Any], tolerance: float
+) -> None:
+    found = train(configure(**setting), progress=False).summary["train_loss"]
+    expected = json.loads((straight / "summary.json").read_text())["train_loss"]
+    assert found == pytest.approx(expected, rel=tolerance)
+
+
+def test_the_compiled_model_is_what_steps_call(
+    configure: Configure, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def compile_(model: torch.nn.Module) -> Callable[..., Any]:
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    assert weights(train(configure(compile=True), progress=False).run) == weights(straight)
+    assert len(compiled) == 1
+
+
+def test_named_sources_are_prepared(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(f"{i} green birds" * 20 for i in range(50)))
+    data = {
+        "folder": str(tmp_path / "tokens"),
+        "sources": [str(tmp_path / "text.txt")],
+        "vocab_size": 280,
+        "holdout": 0.2,
+    }
+    config = configure(data=data)
+    train(config, progress=False)
+    assert TokenShards(tmp_path / "tokens", "train").vocab_size == 280
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"hiden_size": 8}, "unknown key 'model.hiden_size': did you mean 'model.hidden_size'?"),
+        ({"num_attention_heads": 3}, "no model can be built from the recipe's [model]: head_dim is 5"),
+        ({"hidden_size": "wide"}, "no model can be built from the recipe's [model]: "),
+        ({"peer": {"num_experts": 65}}, "no model can be built from the recipe's [model]: num_experts"),
+        (
+            {"peer": {"head": 2}},
+            "no model can be built from the recipe's [model]: peer has no setting 'head'",
+        ),
+        ({"vocab_size": 50}, "model.vocab_size = 50 is less than the data's"),
+        ({"max_position_embeddings": 8}, "data.context = 16 is more than model.max_position_embeddings = 8"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_explained_and_leaves_no_run(
+    configure: Configure, model: dict[str, Any], message: str
+) -> None:
+    config = configure(model=model)
+    with pytest.raises(UserError) as error:
+        train(config, progress=False)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path(config.run).exists()
+
+
+def test_cuda_is_refused_where_there_is_none(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device = 'cuda': PyTorch finds no CUDA device"):
+        train(configure(device="cuda"), progress=False)
+
+
+def test_nothing_is_overwritten(configure: Configure, straight: Path) -> None:
+    before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="straight already exists: --resume it, or choose another with --set run="):
+        train(configure(run=str(straight)), progress=False)
+    assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_in_the_place_of_the_run_is_refused(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="already exists"):
+        train(configure(run=str(tmp_path / "file")), progress=False)
+
+
+def test_an_empty_folder_is_a_place_for_a_run(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert train(configure(run=str(tmp_path / "empty")), progress=False).summary["steps"] == 8
+
+
+def test_only_a_run_can_be_resumed(configure: Configure, tmp_path: Path) -> None:
+    config = configure()
+    with pytest.raises(UserError, match=r"there is no run .*run to resume: leave out --resume to start it"):
+        train(config, resume=True, progress=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").touch()
+    with pytest.raises(UserError, match=r"is not a run, for it has no config.json"):
+        train(config, resume=True, progress=False)
+
+
+def test_a_run_is_not_resumed_as_another(configure: Configure, straight: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"cannot resume .*straight, for optim.learning_rate was 0.003, now 0.1: resume with"
+    ):
+        train(configure(run=str(straight), optim={"learning_rate": 0.1}), resume=True, progress=False)
+
+
+def test_resuming_a_finished_run_returns_its_summary(configure: Configure, straight: Path) -> None:
+    before = (straight / "log.jsonl").read_bytes()
+    result = train(configure(run=str(straight)), resume=True, progress=False)
+    assert result.summary == json.loads((straight / "summary.json").read_text())
+    assert (straight / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(
+    configure: Configure, straight: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    config = configure()
+    step = Trainer.step
+
+    def signalled(self: Trainer, state: Any, *arguments: Any, **settings: Any) -> Any:
+        if state.step == 4:
+            signal.raise_signal(number)
+        return step(self, state, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", signalled)
+        with pytest.raises(TrainingStopped) as stopped:
+            train(config, progress=False)
+    assert stopped.value.exit_code == code
+    newest = list_checkpoints(Path(config.run))[-1]
+    assert newest.name == "step-00000005"
+    assert str(stopped.value) == (
+        f"stopped by {number.name} after step 5; the last good checkpoint is {newest}; go on with --resume"
+    )
+    train(config, resume=True, progress=False)
+    assert weights(Path(config.run)) == weights(straight)
+    assert untimed(Path(config.run)) == untimed(straight)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_does_harm(configure: Configure) -> None:
+    config = configure(optim={"learning_rate": 1e30, "warmup": 0.0, "final": 1.0}, checkpoint={"every": 1})
+    with pytest.raises(TrainingStopped) as stopped:
+        train(config, progress=False)
+    assert stopped.value.exit_code == 3
+    (checkpoint,) = list_checkpoints(Path(config.run))
+    assert checkpoint.name == "step-00000001"
+    assert str(stopped.value) == (
+        f"training stopped at step 2: the loss is nan at learning rate 1e+30; the last good "
+        f"checkpoint is {checkpoint}; start another run with a lower optim.learning_rate"
+    )
+
+
+def test_a_gradient_that_is_not_finite_stops_too(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulate = peerlm.train.trainer.accumulate_gradients
+
+    def poison(model: torch.nn.Module, *arguments: Any, **settings: Any) -> torch.Tensor:
+        loss = accumulate(model, *arguments, **settings)
+        model.get_parameter("model.norm.weight").grad.fill_(math.inf)
+        return loss
+
+    monkeypatch.setattr(peerlm.train.trainer, "accumulate_gradients", poison)
+    config = configure()
+    with pytest.raises(
+        TrainingStopped, match=r"step 1: the gradient norm is inf .* has no checkpoint yet; start another"
+    ):
+        train(config, progress=False)
+    assert list_checkpoints(Path(config.run)) == []
+
+
+def test_a_full_disk_loses_nothing(configure: Configure, straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure()
+    save = peerlm.train.checkpoint.save_file
+
+    def fill_up(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save(tensors, path)
+        if list_checkpoints(Path(config.run)):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peerlm.train.checkpoint, "save_file", fill_up)
+        with pytest.raises(UserError) as error:
+            train(config, progress=False)
+    (checkpoint,) = list_checkpoints(Path(config.run))
+    assert str(error.value) == (
+        f"the disk of {config.run} is full: free some space, then --resume; the last good checkpoint is {checkpoint}"
+    )
+    assert not list(Path(config.run).rglob(PARTIAL + "*"))
+    assert rows(Path(config.run))[-1]["step"] == 6
+    train(config, resume=True, progress=False)
+    assert weights(Path(config.run)) == weights(straight)
+    assert untimed(Path(config.run)) == untimed(straight)
+
+
+def test_a_damaged_checkpoint_is_stepped_over_by_hand(configure: Configure, straight: Path) -> None:
+    config = configure(run=str(straight))
+    (straight / "summary.json").unlink()
+    expected = weights(straight)
+    newest = list_checkpoints(straight)[-1]
+    (newest / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"step-00000008 is damaged .* the run goes on from step-00000006"):
+        train(config, resume=True, progress=False)
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()
+    train(config, resume=True, progress=False)
+    assert weights(straight) == expected
+
+
+def test_progress_is_told_in_lines(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    train(configure(), progress=True)
+    shown = capsys.readouterr().err
+    assert "step 2  25.0%  loss " in shown
+    assert "step 8  validation loss " in shown
+    assert "Writing" not in shown
