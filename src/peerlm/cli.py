@@ -65,9 +65,9 @@ def prepare(
         Path | None, typer.Option(help="Take the tokenizer in this file or folder; train none.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary to train.")] = 4096,
-    holdout: Annotated[float, typer.Option(help="Share of the documents to hold out.")] = 0.02,
+    holdout: Annotated[float, typer.Option(help="Share of the text, by bytes, to hold out in whole documents.")] = 0.02,
     seed: Annotated[int, typer.Option(help="Chooses the documents that are held out.")] = 0,
-    text_field: Annotated[str, typer.Option(help="Field of JSONL and parquet that is the text.")] = "text",
+    text_field: Annotated[str, typer.Option(help="Field of JSONL, parquet or data sets that is the text.")] = "text",
     as_json: Json = False,
 ) -> None:
     """Turn text into tokens: train a tokenizer, hold out documents, write shards and their hashes."""
@@ -211,6 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     2 stands for a mistake of the user's, 130 for an interrupt; an exception's own `exit_code` is honoured.
     """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own, between ours
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(arguments)
     except Exception as error:

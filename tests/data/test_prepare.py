@@ -263,7 +263,7 @@ def test_demo_begins_with_real_documents() -> None:
     documents.close()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 @given(
     parts=st.lists(st.lists(st.integers(0, 2**16 - 1), max_size=9), min_size=1, max_size=6),
     shard_tokens=st.integers(1, 7),

@@ -84,7 +84,9 @@ def test_a_comparison_leaves_rows_table_plot_and_sample_and_goes_on(tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_run_that_fails_carries_its_exit_code(recipe: Path) -> None:
-    with pytest.raises(TrainingStopped, match="training dense, seed 0, ended with exit code 3") as error:
+    with pytest.raises(
+        TrainingStopped, match="peerlm train of dense, seed 0, ended with exit code 3: training stopped at step"
+    ) as error:
         compare(recipe, ["optim.learning_rate=1e30", "optim.clip=1e30"], progress=False)
     assert error.value.exit_code == 3
 

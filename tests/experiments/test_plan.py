@@ -77,6 +77,7 @@ def test_the_key_names_what_the_row_depends_on(tmp_path: Path) -> None:
         ("compare.seeds=[]", "compare.seeds is empty: name at least one seed"),
         ("compare.sed=[1]", "unknown key 'compare.sed': did you mean 'compare.seeds'"),
         ("compare.sweep.seed=3", "compare.sweep.seed = 3: give a list"),
+        ("compare.jobs=0", "compare.jobs = 0: must be at least 1"),
         ("compare=3", "compare = 3: expected a section"),
         ("methods.dense=3", "methods.dense = 3: expected a section"),
         ("methods.dense.modl=3", "unknown key 'modl'"),

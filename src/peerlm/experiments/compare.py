@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from peerlm.data import prepare
 from peerlm.errors import UserError
-from peerlm.evaluate import evaluate, load_model, sample_text
+from peerlm.evaluate import load_model, sample_text
 from peerlm.experiments.figures import plot_losses
 from peerlm.experiments.plan import ComparePlan, PlannedRun, load_plan
 from peerlm.experiments.rows import append_row, read_rows
@@ -50,13 +51,16 @@ def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool
         if not Path(file).is_file():
             raise UserError(f"compare.evaluate names {file}, which does not exist: correct the path or leave it out")
     _prepare_data(plan, progress=progress)
-    for number, run in enumerate(plan.runs, start=1):
-        key = run.key(plan.compare)
-        done = any(row["key"] == key for row in read_rows(rows_path))
-        state = "done before" if done else f"{run.train.budget}"
-        console.print(f"[bold]\\[{number}/{len(plan.runs)}] {run.label}[/], seed {run.seed}: {state}", highlight=False)
-        if not done:
-            append_row(rows_path, {"key": key, **_make_row(run, plan, progress=progress)})
+    done = {row["key"] for row in read_rows(rows_path)}
+    missing = [run for run in plan.runs if run.key(plan.compare) not in done]
+    console.print(f"{len(plan.runs)} runs, {len(plan.runs) - len(missing)} done before", highlight=False)
+    with ThreadPoolExecutor(plan.compare.jobs) as pool:
+        rows_to_come = [pool.submit(_make_row, run, plan, console) for run in missing]
+        try:
+            for row in as_completed(rows_to_come):
+                append_row(rows_path, row.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
     wanted = {run.key(plan.compare): run for run in plan.runs}
     rows = [row for row in read_rows(rows_path) if row["key"] in wanted]
     table = summarise(rows)
@@ -84,16 +88,28 @@ def _prepare_data(plan: ComparePlan, *, progress: bool) -> None:
             )
 
 
-def _make_row(run: PlannedRun, plan: ComparePlan, *, progress: bool) -> dict[str, Any]:
+def _make_row(run: PlannedRun, plan: ComparePlan, console: Console) -> dict[str, Any]:
+    """Train and evaluate one run, in processes of their own."""
     folder = Path(run.train.run)
-    _train_in_own_process(run, plan.output, progress=progress)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    console.print(f"[bold]{run.label}[/], seed {run.seed}", highlight=False)
+    config = plan.output / "recipes" / f"{folder.name}.json"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(json.dumps(to_dict(run.train), indent=2) + "\n", encoding="utf-8")
+    _peerlm(run, plan, console, "train", str(config), *(["--resume"] if folder.exists() else []))
     evaluation = {}
     if files := plan.compare.evaluate:
-        results = evaluate(folder, files, limit=plan.compare.evaluate_limit, progress=progress)
-        evaluation = {Path(file).stem: result for file, result in results.items()}
-    log = read_rows(folder / "log.jsonl")
+        results = folder / "evaluation.json"
+        limit = [] if plan.compare.evaluate_limit is None else ["--limit", str(plan.compare.evaluate_limit)]
+        _peerlm(run, plan, console, "eval", str(folder), *files, "--json", str(results), *limit)
+        evaluation = {Path(file).stem: row for file, row in json.loads(results.read_text(encoding="utf-8")).items()}
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    console.print(
+        f"[bold]{run.label}[/], seed {run.seed}: perplexity {summary['perplexity']:.2f} after "
+        f"{summary['seconds']:,.0f} s",
+        highlight=False,
+    )
     return {
+        "key": run.key(plan.compare),
         "method": run.method,
         "label": run.label,
         "seed": run.seed,
@@ -103,7 +119,7 @@ def _make_row(run: PlannedRun, plan: ComparePlan, *, progress: bool) -> dict[str
         "evaluation": evaluation,
         "curve": [
             {name: row[name] for name in ("tokens", "flops", "seconds", "validation_loss")}
-            for row in log
+            for row in read_rows(folder / "log.jsonl")
             if "validation_loss" in row
         ],
         "machine": {
@@ -116,21 +132,24 @@ def _make_row(run: PlannedRun, plan: ComparePlan, *, progress: bool) -> dict[str
     }
 
 
-def _train_in_own_process(run: PlannedRun, output: Path, *, progress: bool) -> None:
-    folder = Path(run.train.run)
-    config = output / "recipes" / f"{folder.name}.json"
-    config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(json.dumps(to_dict(run.train), indent=2) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "peerlm", "train", str(config)]
-    if folder.exists():
-        command.append("--resume")
-    stderr = None if progress else subprocess.PIPE
-    outcome = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=stderr, check=False)
+def _peerlm(run: PlannedRun, plan: ComparePlan, console: Console, *arguments: str) -> None:
+    """Run a command of peerlm for one run; its progress is shown where it is alone on the screen."""
+    shown = plan.compare.jobs == 1 and not console.quiet
+    environment = dict(os.environ)
+    if plan.compare.jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // plan.compare.jobs))
+    outcome = subprocess.run(
+        [sys.executable, "-m", "peerlm", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=None if shown else subprocess.PIPE,
+        env=environment,
+        check=False,
+    )
     if outcome.returncode:
-        reason = f": {outcome.stderr.decode().strip()}" if outcome.stderr else ""
+        reason = outcome.stderr.decode().strip().splitlines()[-1:] if outcome.stderr else []
         raise TrainingStopped(
-            f"training {run.label}, seed {run.seed}, ended with exit code {outcome.returncode}{reason}; "
-            "the same command goes on",
+            f"peerlm {arguments[0]} of {run.label}, seed {run.seed}, ended with exit code {outcome.returncode}"
+            f"{': ' if reason else ''}{''.join(reason)}; once that is mended the same command goes on",
             exit_code=outcome.returncode if outcome.returncode > 0 else 1,
         )
 

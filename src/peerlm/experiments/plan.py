@@ -25,6 +25,8 @@ class CompareConfig:
     """Files on which each trained model is evaluated, as by `peerlm eval`."""
     evaluate_limit: int | None = None
     """Tokens (or LAMBADA examples) read of each file at the most; null: all."""
+    jobs: int = 1
+    """Runs that are made at a time, each with its share of the cores."""
     sample: str = "peer"
     """Method whose first model writes the sample of text."""
     prompt: str = "The"
@@ -33,6 +35,8 @@ class CompareConfig:
     """Tokens the sample is long at the most."""
 
     def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise UserError(f"compare.jobs = {self.jobs}: must be at least 1")
         if not self.seeds:
             raise UserError("compare.seeds is empty: name at least one seed, for example [0]")
         for key, values in self.sweep.items():

@@ -64,7 +64,8 @@ def build_model(config: TrainConfig, shards: TokenShards, device: torch.device) 
             f"{model.config.max_position_embeddings}: raise the latter or leave it out"
         )
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        # transformers renamed it after 5.20, the last release for Python 3.10
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     nn.Module.to(model, device)
     return model
 

@@ -40,7 +40,7 @@ class DataConfig:
     vocab_size: int = 4096
     """Size of the tokenizer that is trained on `sources`."""
     holdout: float = 0.02
-    """Share of the documents of `sources` that is held out."""
+    """Share of the text of `sources`, by bytes, that is held out, in whole documents."""
     context: int = 256
     """Tokens in a window."""
     batch_size: int = 8
