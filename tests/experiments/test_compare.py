@@ -1,6 +1,10 @@
 """The main job, for real and tiny: runs, rows, table, plot, sample, and going on where it was stopped."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +93,23 @@ def test_a_run_that_fails_carries_its_exit_code(recipe: Path) -> None:
     ) as error:
         compare(recipe, ["optim.learning_rate=1e30", "optim.clip=1e30"], progress=False)
     assert error.value.exit_code == 3
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_runs_too_and_the_comparison_goes_on(tmp_path: Path, recipe: Path) -> None:
+    command = [sys.executable, "-m", "peerlm", "compare", str(recipe), "--json", "--set"]
+    endless = subprocess.Popen([*command, "budget.minutes=9"], stderr=subprocess.PIPE, start_new_session=True)
+    logs = tmp_path / "out" / "runs"
+    while not any(logs.glob("*/log.jsonl")):
+        assert endless.poll() is None
+        time.sleep(0.1)
+    endless.terminate()
+    _, stderr = endless.communicate(timeout=60)
+    assert endless.returncode == 143
+    assert b"stopped by SIGTERM; finished runs are kept" in stderr
+    with pytest.raises(ProcessLookupError):
+        os.killpg(endless.pid, 0)
+    assert any(logs.glob("*/checkpoints/step-*"))
 
 
 def test_a_missing_evaluation_file_is_found_before_training(tmp_path: Path, recipe: Path) -> None:

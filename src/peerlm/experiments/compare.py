@@ -4,8 +4,6 @@ import datetime
 import json
 import os
 import platform
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -19,6 +17,7 @@ from peerlm.errors import UserError
 from peerlm.evaluate import load_model, sample_text
 from peerlm.experiments.figures import plot_losses
 from peerlm.experiments.plan import ComparePlan, PlannedRun, load_plan
+from peerlm.experiments.processes import Processes
 from peerlm.experiments.rows import append_row, read_rows
 from peerlm.experiments.tables import markdown_table, print_table, summarise
 from peerlm.train.recipe import to_dict
@@ -54,13 +53,15 @@ def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool
     done = {row["key"] for row in read_rows(rows_path)}
     missing = [run for run in plan.runs if run.key(plan.compare) not in done]
     console.print(f"{len(plan.runs)} runs, {len(plan.runs) - len(missing)} done before", highlight=False)
-    with ThreadPoolExecutor(plan.compare.jobs) as pool:
-        rows_to_come = [pool.submit(_make_row, run, plan, console) for run in missing]
+    jobs = plan.compare.jobs
+    with ThreadPoolExecutor(jobs) as pool, Processes(jobs=jobs, shown=progress) as processes:
+        coming = [pool.submit(_make_row, run, plan, processes, console) for run in missing]
         try:
-            for row in as_completed(rows_to_come):
+            for row in as_completed(coming):
                 append_row(rows_path, row.result())
         finally:
-            pool.shutdown(cancel_futures=True)
+            for row in coming:
+                row.cancel()
     wanted = {run.key(plan.compare): run for run in plan.runs}
     rows = [row for row in read_rows(rows_path) if row["key"] in wanted]
     table = summarise(rows)
@@ -88,19 +89,19 @@ def _prepare_data(plan: ComparePlan, *, progress: bool) -> None:
             )
 
 
-def _make_row(run: PlannedRun, plan: ComparePlan, console: Console) -> dict[str, Any]:
+def _make_row(run: PlannedRun, plan: ComparePlan, processes: Processes, console: Console) -> dict[str, Any]:
     """Train and evaluate one run, in processes of their own."""
     folder = Path(run.train.run)
     console.print(f"[bold]{run.label}[/], seed {run.seed}", highlight=False)
     config = plan.output / "recipes" / f"{folder.name}.json"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(json.dumps(to_dict(run.train), indent=2) + "\n", encoding="utf-8")
-    _peerlm(run, plan, console, "train", str(config), *(["--resume"] if folder.exists() else []))
+    _peerlm(run, processes, "train", str(config), *(["--resume"] if folder.exists() else []))
     evaluation = {}
     if files := plan.compare.evaluate:
         results = folder / "evaluation.json"
         limit = [] if plan.compare.evaluate_limit is None else ["--limit", str(plan.compare.evaluate_limit)]
-        _peerlm(run, plan, console, "eval", str(folder), *files, "--json", str(results), *limit)
+        _peerlm(run, processes, "eval", str(folder), *files, "--json", str(results), *limit)
         evaluation = {Path(file).stem: row for file, row in json.loads(results.read_text(encoding="utf-8")).items()}
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     console.print(
@@ -132,25 +133,13 @@ def _make_row(run: PlannedRun, plan: ComparePlan, console: Console) -> dict[str,
     }
 
 
-def _peerlm(run: PlannedRun, plan: ComparePlan, console: Console, *arguments: str) -> None:
-    """Run a command of peerlm for one run; its progress is shown where it is alone on the screen."""
-    shown = plan.compare.jobs == 1 and not console.quiet
-    environment = dict(os.environ)
-    if plan.compare.jobs > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // plan.compare.jobs))
-    outcome = subprocess.run(
-        [sys.executable, "-m", "peerlm", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=None if shown else subprocess.PIPE,
-        env=environment,
-        check=False,
-    )
-    if outcome.returncode:
-        reason = outcome.stderr.decode().strip().splitlines()[-1:] if outcome.stderr else []
+def _peerlm(run: PlannedRun, processes: Processes, *arguments: str) -> None:
+    exit_code, reason = processes.peerlm(*arguments)
+    if exit_code:
         raise TrainingStopped(
-            f"peerlm {arguments[0]} of {run.label}, seed {run.seed}, ended with exit code {outcome.returncode}"
-            f"{': ' if reason else ''}{''.join(reason)}; once that is mended the same command goes on",
-            exit_code=outcome.returncode if outcome.returncode > 0 else 1,
+            f"peerlm {arguments[0]} of {run.label}, seed {run.seed}, ended with exit code {exit_code}"
+            f"{': ' if reason else ''}{reason}; once that is mended the same command goes on",
+            exit_code=exit_code if exit_code > 0 else 128 - exit_code,
         )
 
 

@@ -1,9 +1,8 @@
 """Expert mixing through PyTorch's embedding bags: the gathered rows are never materialised.
 
-A bag is the sparse product C @ table, where row t of C (T, N) holds token t's coefficients. All of PEER's
-arithmetic is made of it and its derivatives: the neurons' inputs u . x are the derivative of a bag with
-    respect to its
-coefficients, and every gradient is a bag or a transposed bag. Shape suffixes as in `reference.py`.
+A bag is the sparse product C @ table, where row t of C (T, N) holds token t's coefficients. All of PEER's arithmetic is
+made of it and its derivatives: the neurons' inputs u . x are the derivative of a bag with respect to its coefficients,
+and every gradient is a bag or a transposed bag. Shape suffixes as in `reference.py`.
 """
 
 from typing import Any

@@ -45,33 +45,39 @@ def half_scores(query_THX: Tensor, sub_keys_2HnC: Tensor) -> Tensor:
     return torch.einsum("sthc,shnc->sthn", query_2THC, keys_2HnC)
 
 
-def top_k(scores: Tensor, k: int, residual: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
-    """Positions of the k highest entries along the last dimension, highest first, in a total order.
+TieBreak = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Takes the mask of rows that have a tie; gives, of those rows alone, the residuals and ids of their entries."""
 
-    Entries are ordered by `scores + residual` taken exactly (the residual is what rounding cut off the score;
-    none if it is None), and equal ones by ascending `ids` (their position if it is None). `torch.topk` leaves
-    the order of equal entries open, so rows in which it met a tie are sorted again.
+
+def top_k(scores: Tensor, k: int, tie_break: TieBreak | None = None) -> tuple[Tensor, Tensor]:
+    """Values and positions of the k highest entries along the last dimension, highest first, in a total order.
+
+    Entries are ordered by score plus residual taken exactly (the residual is what rounding cut off the score),
+    equal ones by ascending id; without `tie_break` residuals are zero and ids are positions. `torch.topk` leaves the
+    order of equal entries open, so rows in which it met a tie are sorted again.
     """
     values, positions = scores.topk(min(k + 1, scores.shape[-1]))
     tied = (values[..., 1:] == values[..., :-1]).any(dim=-1)
     if tied.any():
-        order = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)[tied]
-        # Stable sorts, least significant key first.
-        for key, descending in ((ids, False), (residual, True), (scores, True)):
+        rows = scores[tied]
+        order = torch.arange(rows.shape[-1], device=rows.device).expand_as(rows)
+        residual, ids = (None, None) if tie_break is None else tie_break(tied)
+        for key, descending in ((ids, False), (residual, True), (rows, True)):  # least significant key first
             if key is not None:
-                ranked = key[tied].gather(-1, order).argsort(dim=-1, descending=descending, stable=True)
+                ranked = key.gather(-1, order).argsort(dim=-1, descending=descending, stable=True)
                 order = order.gather(-1, ranked)
         positions[tied] = order[..., : positions.shape[-1]]
-    return positions[..., :k]
+        values[tied] = rows.gather(-1, positions[tied])
+    return values[..., :k], positions[..., :k]
 
 
 def retrieve_ids(scores_2THn: Tensor, k: int) -> Tensor:
     """The ids of the k experts with the highest sums of half scores, equal to a search over all n * n.
 
-    Expert id = i * n + j scores `scores[0, ..., i] + scores[1, ..., j]`. Experts are ordered by that sum
-    taken exactly, and equal sums by ascending id. In this order an expert whose halves rank a-th and b-th
-    (from 0) comes after the (a + 1) * (b + 1) - 1 others that rank no worse in either half, so that only
-    pairs with (a + 1) * (b + 1) <= k can be among the first k (He 2024, section 2.2, pruned).
+    Expert id = i * n + j scores `scores[0, ..., i] + scores[1, ..., j]`. Experts are ordered by that sum taken
+    exactly, and equal sums by ascending id. In this order an expert whose halves rank a-th and b-th (from 0)
+    comes after the (a + 1) * (b + 1) - 1 others that rank no worse in either half, so that only pairs with
+    (a + 1) * (b + 1) <= k can be among the first k (He 2024, section 2.2, pruned).
 
     Args:
         scores_2THn: half scores, (2, ..., n).
@@ -81,17 +87,19 @@ def retrieve_ids(scores_2THn: Tensor, k: int) -> Tensor:
         (..., k) int64, best first.
     """
     n = scores_2THn.shape[-1]
-    device = scores_2THn.device
-    rank_a, rank_b = (torch.tensor([pair[half] for pair in _candidate_ranks(k)], device=device) for half in (0, 1))
-    first, second = scores_2THn
-    index_i = top_k(first, k)[..., rank_a]
-    index_j = top_k(second, k)[..., rank_b]
-    score_i, score_j = first.gather(-1, index_i), second.gather(-1, index_j)
+    rank_a, rank_b = torch.tensor(_candidate_ranks(k), device=scores_2THn.device).T
+    (best_i, index_i), (best_j, index_j) = (top_k(half, k) for half in scores_2THn)
+    score_i, score_j = best_i.index_select(-1, rank_a), best_j.index_select(-1, rank_b)
     total = score_i + score_j
-    shadow = total - score_i  # Knuth's TwoSum: total + residual is the exact sum
-    residual = (score_i - (total - shadow)) + (score_j - shadow)
-    candidate_ids = index_i * n + index_j
-    return candidate_ids.gather(-1, top_k(total, k, residual, candidate_ids))
+
+    def tie_break(tied: Tensor) -> tuple[Tensor, Tensor]:
+        i, j, t = score_i[tied], score_j[tied], total[tied]
+        shadow = t - i  # Knuth's TwoSum: t + residual is the exact sum
+        residual = (i - (t - shadow)) + (j - shadow)
+        return residual, index_i[tied][:, rank_a] * n + index_j[tied][:, rank_b]
+
+    _, candidate = top_k(total, k, tie_break)
+    return index_i.gather(-1, rank_a[candidate]) * n + index_j.gather(-1, rank_b[candidate])
 
 
 def _candidate_ranks(k: int) -> list[tuple[int, int]]:
