@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.md")])
 LINK = re.compile(r"\[[^\]]*\]\((?![a-z]+:)([^)#\s]+)(?:#[^)]*)?\)")
 CODE = re.compile(r"`([^`\s]+)`")
-TREES = ("src/", "tests/", "docs/", "recipes/", "benchmarks/")
+TREES = ("src/", "tests/", "docs/", "recipes/", "benchmarks/", "results/")
 
 
 def dead_links(text: str, folder: Path) -> list[str]:

@@ -91,11 +91,19 @@ def test_every_parameter_is_trained(tiny_model: Build, kind: str) -> None:
         assert parameter.grad.abs().sum() > 0 or "query_norm.bias" in name, name
 
 
-def test_starts_near_a_uniform_guess(tiny_model: Build) -> None:
+@torch.no_grad()
+def test_starts_with_logits_of_unit_variance_but_for_the_token_itself(tiny_model: Build) -> None:
     for kind in FFW_KINDS:
         ids = draw_tokens(8, 32)
-        loss = tiny_model(ffw_layers=kind)(ids, labels=ids).loss.item()
-        assert loss == pytest.approx(torch.tensor(64.0).log().item(), abs=0.2), kind
+        logits = tiny_model(ffw_layers=kind)(ids).logits
+        others = logits[torch.arange(64) != ids[..., None]]
+        assert others.std().item() == pytest.approx(1, abs=0.15), kind
+
+
+@torch.no_grad()
+def test_the_residual_stream_starts_with_unit_mean_square(tiny_model: Build) -> None:
+    embedded = tiny_model().model.embed_tokens(torch.arange(64))
+    assert embedded.square().mean().item() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("kind", CAUSAL_KINDS)

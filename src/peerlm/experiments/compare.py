@@ -52,7 +52,9 @@ def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool
     _prepare_data(plan, progress=progress)
     done = {row["key"] for row in read_rows(rows_path)}
     missing = [run for run in plan.runs if run.key(plan.compare) not in done]
-    console.print(f"{len(plan.runs)} runs, {len(plan.runs) - len(missing)} done before", highlight=False)
+    console.print(
+        f"{len(plan.runs)} runs, {len(plan.runs) - len(missing)} done before", highlight=False, soft_wrap=True
+    )
     jobs = plan.compare.jobs
     with ThreadPoolExecutor(jobs) as pool, Processes(jobs=jobs, shown=progress) as processes:
         coming = [pool.submit(_make_row, run, plan, processes, console) for run in missing]
@@ -72,8 +74,8 @@ def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool
     sample = _write_sample(plan)
     print_table(table, console)
     if sample:
-        console.print(f"[bold]{plan.compare.sample} writes:[/] ", sample, markup=True, highlight=False)
-    console.print(f"Table, plot, rows and sample are in {plan.output}.", highlight=False)
+        console.print(f"[bold]{plan.compare.sample} writes:[/] ", sample, markup=True, highlight=False, soft_wrap=True)
+    console.print(f"Table, plot, rows and sample are in {plan.output}.", highlight=False, soft_wrap=True)
     return table
 
 
@@ -92,7 +94,7 @@ def _prepare_data(plan: ComparePlan, *, progress: bool) -> None:
 def _make_row(run: PlannedRun, plan: ComparePlan, processes: Processes, console: Console) -> dict[str, Any]:
     """Train and evaluate one run, in processes of their own."""
     folder = Path(run.train.run)
-    console.print(f"[bold]{run.label}[/], seed {run.seed}", highlight=False)
+    console.print(f"[bold]{run.label}[/], seed {run.seed}", highlight=False, soft_wrap=True)
     config = plan.output / "recipes" / f"{folder.name}.json"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(json.dumps(to_dict(run.train), indent=2) + "\n", encoding="utf-8")
@@ -108,6 +110,7 @@ def _make_row(run: PlannedRun, plan: ComparePlan, processes: Processes, console:
         f"[bold]{run.label}[/], seed {run.seed}: perplexity {summary['perplexity']:.2f} after "
         f"{summary['seconds']:,.0f} s",
         highlight=False,
+        soft_wrap=True,
     )
     return {
         "key": run.key(plan.compare),

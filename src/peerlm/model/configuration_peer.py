@@ -43,10 +43,8 @@ class PeerConfig(PreTrainedConfig):
         peer, pkm, expert_choice, token_choice: keyword arguments of `PEER`, `ProductKeyMemory`,
             `ExpertChoiceMoE`, `TokenChoiceMoE`.
         balance_loss_coefficient: weight of the load-balancing loss that token-choice layers add in training.
-        initializer_range: standard deviation of the embeddings at the start; all else initialises by fan-in.
-        ffw_init_scale: how loud feed-forward layers are at the start, relative to the rule of
-            `layers.output_scale` over sqrt(2 * num_hidden_layers). None: 0.1 for "peer" and "pkm", whose random
-            rows are noise until they have been visited, and 1 for the others.
+        ffw_init_scale: how loud feed-forward layers are at the start, relative to the rule of `layers.output_scale`
+            over sqrt(2 * num_hidden_layers). The default is the best of recipes/tune.toml, for every kind of layer.
         rms_norm_eps, rope_parameters, attention_bias, attention_dropout, tie_word_embeddings, use_cache: as
             in LlamaConfig.
     """
@@ -68,8 +66,7 @@ class PeerConfig(PreTrainedConfig):
     expert_choice: dict[str, Any] | None = None
     token_choice: dict[str, Any] | None = None
     balance_loss_coefficient: float | int = 0.01
-    initializer_range: float | int = 0.02
-    ffw_init_scale: float | int | None = None
+    ffw_init_scale: float | int = 3.0
     rms_norm_eps: float = 1e-6
     rope_parameters: RopeParameters | dict[str, Any] | None = None
     attention_bias: bool = False

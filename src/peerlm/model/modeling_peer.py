@@ -20,8 +20,20 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from peerlm.layers import PEER, DenseFFW, ProductKeyMemory, TokenChoiceMoE
+from peerlm.layers import DenseFFW, TokenChoiceMoE
 from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig
+
+
+class PeerEmbedding(nn.Embedding):
+    """Embeddings of variance 1 / dim, scaled to unit mean square.
+
+    The residual stream then begins as loud as what blocks add to it, so that attention does not drown the token it
+    starts from, while the same matrix, tied to the output, gives logits of unit variance (as in Gemma).
+    """
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Map ids (...) to (..., embedding_dim)."""
+        return super().forward(input_ids) * self.embedding_dim**0.5
 
 
 class PeerAttention(LlamaAttention):
@@ -103,14 +115,11 @@ class PeerPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.initializer_range)
+            init.normal_(module.weight, std=module.embedding_dim**-0.5)
         elif isinstance(module, PeerAttention):
             init.normal_(module.o_proj.weight, std=residual_scale * module.o_proj.in_features**-0.5)
         elif isinstance(module, tuple(FFW_KINDS.values())):
-            scale = self.config.ffw_init_scale
-            if scale is None:
-                scale = 0.1 if isinstance(module, PEER | ProductKeyMemory) else 1.0
-            module.reset_parameters(output_scale=scale * residual_scale)  # type: ignore[operator]
+            module.reset_parameters(output_scale=self.config.ffw_init_scale * residual_scale)  # type: ignore[operator]
         else:
             super()._init_weights(module)
 
@@ -120,7 +129,7 @@ class PeerModel(PeerPreTrainedModel):
 
     def __init__(self, config: PeerConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = PeerEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(PeerDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]
