@@ -6,7 +6,10 @@ from typing import Any
 
 
 def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Held-out loss over training FLOPs and over seconds, a colour per label and a line per seed, as a PNG."""
+    """Held-out loss over training FLOPs and over seconds, a colour per label and a line per seed, as a PNG.
+
+    The last evaluation of a run is left out where it read other windows than those before it: it does not compare.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,9 +25,12 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             "marker": ".",
             "linewidth": 1.2,
         }
-        losses = [point["validation_loss"] for point in row["curve"]]
-        over_flops.plot([point["flops"] for point in row["curve"]], losses, **style)
-        over_seconds.plot([point["seconds"] for point in row["curve"]], losses, **style)
+        evaluation = row["config"]["eval"]
+        alike = len(row["curve"]) == 1 or evaluation["windows"] == evaluation["final_windows"]
+        curve = row["curve"] if alike else row["curve"][:-1]
+        losses = [point["validation_loss"] for point in curve]
+        over_flops.plot([point["flops"] for point in curve], losses, **style)
+        over_seconds.plot([point["seconds"] for point in curve], losses, **style)
     over_flops.set(xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
     over_seconds.set(xlabel="training seconds")
     over_flops.legend(frameon=False)
