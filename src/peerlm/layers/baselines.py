@@ -1,6 +1,7 @@
 """PEER's rivals as `module(x, mask=None) -> y`: dense FFW, mixtures of large experts, product-key memory."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -56,7 +57,7 @@ class DenseFFW(nn.Module):
         return self.up_proj(hidden)
 
 
-class _LargeExperts(nn.Module):
+class _LargeExperts(nn.Module, ABC):
     """What both mixtures share: a linear router and `num_experts` dense FFWs of `hidden` neurons, stacked."""
 
     def __init__(self, dim: int, *, num_experts: int, hidden: int | None, activation: str):
@@ -87,8 +88,9 @@ class _LargeExperts(nn.Module):
         gates, _ = self._choose(logits, None)
         return gates.square().sum().item() / len(logits)
 
+    @abstractmethod
     def _choose(self, logits_TE: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """What the router chooses for logits (T, E): gates and indices, in the layout of the mixture."""
 
     def _expert_parameters(self) -> int:
         return 2 * self.dim * self.hidden
