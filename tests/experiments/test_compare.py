@@ -59,7 +59,9 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_comparison_leaves_rows_table_plot_and_sample_and_goes_on(tmp_path: Path, recipe: Path) -> None:
+def test_a_comparison_leaves_rows_table_plot_and_sample_and_goes_on(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = compare(recipe, progress=False)
     output = tmp_path / "out"
     rows = read_rows(output / "rows.jsonl")
@@ -84,6 +86,10 @@ def test_a_comparison_leaves_rows_table_plot_and_sample_and_goes_on(tmp_path: Pa
     again = read_rows(output / "rows.jsonl")
     assert again[0] == rows[0]
     assert again[1]["summary"]["validation_loss"] == rows[1]["summary"]["validation_loss"]
+
+    monkeypatch.setattr("peerlm.experiments.compare._write_sample", lambda plan: "text in [/b] brackets")
+    compare(recipe)
+    assert "peer writes: text in [/b] brackets" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from peerlm.data import prepare
 from peerlm.errors import UserError
 from peerlm.evaluate import load_model, sample_text
 from peerlm.experiments.figures import plot_losses
@@ -20,6 +19,7 @@ from peerlm.experiments.plan import ComparePlan, PlannedRun, load_plan
 from peerlm.experiments.processes import Processes
 from peerlm.experiments.rows import append_row, read_rows
 from peerlm.experiments.tables import markdown_table, print_table, summarise
+from peerlm.train.build import prepare_data
 from peerlm.train.recipe import to_dict
 from peerlm.train.stopped import TrainingStopped
 
@@ -49,7 +49,8 @@ def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool
     for file in plan.compare.evaluate:
         if not Path(file).is_file():
             raise UserError(f"compare.evaluate names {file}, which does not exist: correct the path or leave it out")
-    _prepare_data(plan, progress=progress)
+    for data in {run.train.data.folder: run.train.data for run in plan.runs}.values():
+        prepare_data(data, progress=progress)
     done = {row["key"] for row in read_rows(rows_path)}
     missing = [run for run in plan.runs if run.key(plan.compare) not in done]
     console.print(
@@ -64,7 +65,7 @@ def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool
         finally:
             for row in coming:
                 row.cancel()
-    wanted = {run.key(plan.compare): run for run in plan.runs}
+    wanted = {run.key(plan.compare) for run in plan.runs}
     rows = [row for row in read_rows(rows_path) if row["key"] in wanted]
     table = summarise(rows)
     command = f"peerlm compare {' '.join([str(recipe), *(f'--set {setting}' for setting in overrides)])}"
@@ -74,27 +75,15 @@ def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool
     sample = _write_sample(plan)
     print_table(table, console)
     if sample:
-        console.print(f"[bold]{plan.compare.sample} writes:[/] ", sample, markup=True, highlight=False, soft_wrap=True)
+        console.print(f"{plan.compare.sample} writes: {sample}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Table, plot, rows and sample are in {plan.output}.", highlight=False, soft_wrap=True)
     return table
-
-
-def _prepare_data(plan: ComparePlan, *, progress: bool) -> None:
-    for data in {run.train.data.folder: run.train.data for run in plan.runs}.values():
-        if data.sources:
-            prepare(
-                data.sources,
-                data.folder,
-                vocab_size=data.vocab_size,
-                holdout=data.holdout,
-                progress=progress,
-            )
 
 
 def _make_row(run: PlannedRun, plan: ComparePlan, processes: Processes, console: Console) -> dict[str, Any]:
     """Train and evaluate one run, in processes of their own."""
     folder = Path(run.train.run)
-    console.print(f"[bold]{run.label}[/], seed {run.seed}", highlight=False, soft_wrap=True)
+    console.print(f"{run.label}, seed {run.seed}", markup=False, highlight=False, soft_wrap=True)
     config = plan.output / "recipes" / f"{folder.name}.json"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(json.dumps(to_dict(run.train), indent=2) + "\n", encoding="utf-8")
@@ -107,8 +96,8 @@ def _make_row(run: PlannedRun, plan: ComparePlan, processes: Processes, console:
         evaluation = {Path(file).stem: row for file, row in json.loads(results.read_text(encoding="utf-8")).items()}
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     console.print(
-        f"[bold]{run.label}[/], seed {run.seed}: perplexity {summary['perplexity']:.2f} after "
-        f"{summary['seconds']:,.0f} s",
+        f"{run.label}, seed {run.seed}: perplexity {summary['perplexity']:.2f} after {summary['seconds']:,.0f} s",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )

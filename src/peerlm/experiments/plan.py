@@ -24,7 +24,7 @@ class CompareConfig:
     evaluate: tuple[str, ...] = ()
     """Files on which each trained model is evaluated, as by `peerlm eval`."""
     evaluate_limit: int | None = None
-    """Tokens (or LAMBADA examples) read of each file at the most; null: all."""
+    """Tokens read of each file at the most; null: all."""
     jobs: int = 1
     """Runs that are made at a time, each with its share of the cores."""
     sample: str = "peer"

@@ -17,18 +17,23 @@ from peerlm.train.ranks import Ranks
 from peerlm.train.recipe import unknown_key
 
 
+def prepare_data(config: DataConfig, *, progress: bool) -> None:
+    """Prepare the data's folder where the configuration names sources and it is not there yet."""
+    if config.sources:
+        prepare(
+            config.sources,
+            config.folder,
+            vocab_size=config.vocab_size,
+            holdout=config.holdout,
+            progress=progress,
+        )
+
+
 def open_data(config: DataConfig, ranks: Ranks, *, progress: bool) -> tuple[TokenWindows, TokenWindows]:
     """Training and held-out windows; rank 0 prepares the data first where the configuration names sources."""
-    if config.sources:
-        if ranks.is_main:
-            prepare(
-                config.sources,
-                config.folder,
-                vocab_size=config.vocab_size,
-                holdout=config.holdout,
-                progress=progress,
-            )
-        ranks.wait()
+    if ranks.is_main:
+        prepare_data(config, progress=progress)
+    ranks.wait()
     train, heldout = (TokenWindows(TokenShards(config.folder, split), config.context) for split in ("train", "heldout"))
     return train, heldout
 
