@@ -1,8 +1,8 @@
 """Native CPU kernels as PyTorch operators: tensors in, `peerlm.ops._native` called, gradients registered.
 
 The operators `torch.ops.peerlm.*` have a schema, a fake for tracing and an autograd formula, so that torch.compile,
-torch.export and gradient checkpointing take models that use them. They compute in float32; rows may be float32, bfloat16
-or int8 with scales. Results are the same bits for any number of threads. Shape suffixes as in `reference.py`.
+torch.export and gradient checkpointing take models that use them. They compute in float32; rows may be float32,
+bfloat16 or int8 with scales. Results are the same bits for any number of threads. Shape suffixes as in `reference.py`.
 """
 
 import os
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 try:
-    from peerlm.ops import _native
+    import peerlm.ops._native as _native
 
     _reason = ""
 except ImportError as error:  # pure-Python installation, or a machine other than the one it was built for
@@ -86,7 +86,7 @@ def mix_experts(
 ) -> Tensor:
     """As `reference.mix_experts`, but differentiable once only; the arithmetic is in float32.
 
-    With `row_gradients` the gradient of the rows is a sparse tensor (coalesced, one dimension sparse) of those that occur.
+    With `row_gradients` the gradient of the rows is a sparse tensor, coalesced, of those that occur.
     """
     x, weights = x_TD.float().contiguous(), weights_TP.float().contiguous()
     y, _ = torch.ops.peerlm.mix_experts(
@@ -118,9 +118,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define("mix_values(Tensor weights, Tensor ids, Tensor values, bool row_gradients) -> Tensor")
 _LIBRARY.define("mix_values_backward(Tensor grad_y, Tensor weights, Tensor ids, Tensor values) -> Tensor")
-_LIBRARY.define(
-    "row_gradients(Tensor? x, Tensor grad_y, Tensor ids, Tensor coefficients, SymInt num_rows) -> Tensor"
-)
+_LIBRARY.define("row_gradients(Tensor? x, Tensor grad_y, Tensor ids, Tensor coefficients, SymInt num_rows) -> Tensor")
 
 
 def _scoring_in_bf16() -> bool:
