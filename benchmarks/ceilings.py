@@ -16,7 +16,8 @@ def _build() -> ctypes.CDLL:
     library = Path(tempfile.mkdtemp()) / "ceilings.so"
     flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC"]
     subprocess.run(
-        [os.environ.get("CC", "cc"), *flags, str(Path(__file__).with_name("ceilings.c")), "-o", str(library)], check=True
+        [os.environ.get("CC", "cc"), *flags, str(Path(__file__).with_name("ceilings.c")), "-o", str(library)],
+        check=True,
     )
     loaded = ctypes.CDLL(str(library))
     loaded.read_all.restype = loaded.gather.restype = ctypes.c_double

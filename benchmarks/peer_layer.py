@@ -185,7 +185,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--parts", nargs="+", choices=("forward", "step", "decode"), default=("forward", "step", "decode"))
+    parser.add_argument(
+        "--parts", nargs="+", choices=("forward", "step", "decode"), default=("forward", "step", "decode")
+    )
     parser.add_argument("--memory", action="store_true", help="train the rival alone ('none': ours) and print its peak")
     parser.add_argument("--mode", choices=("exact", "lazy", "fused", "row-wise"), default="exact", help="our optimizer")
     parser.add_argument("--row-format", default="float32")
@@ -194,9 +196,12 @@ def main() -> None:
     torch.manual_seed(0)
     trains = "step" in options.parts or options.memory
     dim, num_experts = options.dim, options.num_experts
-    mode = {"exact": {}, "lazy": {"lazy": True}, "fused": {"fused": True}, "row-wise": {"lazy": True, "row_wise": True}}[
-        options.mode
-    ]
+    mode = {
+        "exact": {},
+        "lazy": {"lazy": True},
+        "fused": {"fused": True},
+        "row-wise": {"lazy": True, "row_wise": True},
+    }[options.mode]
     if options.row_format != "float32" and options.mode == "exact":
         mode = {"lazy": True}
     contenders = {}
@@ -261,7 +266,9 @@ def report(options: argparse.Namespace, part: str, figures: dict[str, list[float
             "machine": platform.machine(),
             "date": datetime.date.today().isoformat(),
         }
-        print(f"| {part} | N = {options.num_experts} | {name} | {median:.2f} | {low:.2f} .. {high:.2f} | {median / first:.2f} |")
+        print(
+            f"| {part} | N = {options.num_experts} | {name} | {median:.2f} | {low:.2f} .. {high:.2f} | {median / first:.2f} |"
+        )
         if options.json:
             with options.json.open("a") as file:
                 file.write(json.dumps(row) + "\n")

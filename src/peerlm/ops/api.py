@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from peerlm.ops import reference
+from peerlm.ops import native, reference
+from peerlm.ops.rows import RowTable
 
 _MODULES = {
     "reference": "peerlm.ops.reference",
@@ -26,7 +27,6 @@ BACKENDS = ("auto", *_MODULES)
 
 def available_backends() -> dict[str, str]:
     """Each backend by name, and in one phrase what it is; "auto" says what it stands for."""
-    native = _load("cpu")
     return {
         "auto": "reference and bag"
         if native.unavailable()
@@ -41,7 +41,7 @@ def check_backend(backend: str) -> None:
     """Raise a ValueError where `backend` is not the name of a backend, or is one that cannot run on this machine."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend == "cpu" and (reason := _load("cpu").unavailable()):
+    if backend == "cpu" and (reason := native.unavailable()):
         raise ValueError(f"backend is 'cpu', but {reason}; choose 'auto' or install peerlm again")
 
 
@@ -57,7 +57,13 @@ def _load(backend: str) -> ModuleType:
 
 def use_huge_pages(tensor: Tensor) -> bool:
     """Ask the system to back a large CPU tensor by huge pages; returns whether it agreed."""
-    return _load("cpu").use_huge_pages(tensor)
+    return native.use_huge_pages(tensor)
+
+
+def row_kernels(table: RowTable) -> ModuleType | None:
+    """The native module with `update_rows` and `catch_up_rows` for this table; None where there is none."""
+    module = importlib.import_module("peerlm.ops.cpu_rows")
+    return module if module.supports(table) else None
 
 
 def _choose(backend: str, fallback: str, *inputs: Tensor, rows: Tensor | None = None) -> ModuleType:
