@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerlm import PEER, DenseFFW
-from peerlm.ops import cpu
+from peerlm.ops import native
 from peerlm.optim import RowAdamW, parameter_groups
 
 HEADS, EXPERTS_PER_HEAD, HALF_KEY = 8, 16, 128
@@ -261,7 +261,7 @@ def report(options: argparse.Namespace, part: str, figures: dict[str, list[float
             "mode": options.mode if name == "peerlm" else "",
             "row_format": options.row_format if name == "peerlm" else "float32",
             "threads": torch.get_num_threads(),
-            "kernels": cpu.description(),
+            "kernels": native.description(),
             "torch": torch.__version__,
             "machine": platform.machine(),
             "date": datetime.date.today().isoformat(),

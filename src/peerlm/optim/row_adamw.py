@@ -197,7 +197,9 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _update_in_backward(self, parameter: Tensor) -> None:
-        """The hook of fused mode: update the rows and drop their gradient."""
+        """The hook of fused mode: update the rows, unless the backward pass did so itself, and drop their gradient."""
+        if parameter.grad is None:
+            return
         table, step = self._fused_update(parameter)
         ids, gradient = _row_gradient(parameter)
         self._catch_up_rows(parameter, ids)
