@@ -14,7 +14,8 @@ from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
 from peerlm.optim.sparse_norm import teach_torch_sparse_norms
 
 State = dict[str, Any]
-_TRIM_EVERY = 1024
+_SWEEP_EVERY = 4096
+"""Steps after which all rows of a table catch up, so that the learning rates to be kept stay few."""
 
 
 class RowAdamW(torch.optim.Optimizer):
@@ -178,7 +179,7 @@ class RowAdamW(torch.optim.Optimizer):
     def _step_table(self, parameter: Tensor, group: dict[str, Any]) -> None:
         ids, gradient = _row_gradient(parameter)
         state = self._ready_state(parameter, group)
-        self._catch_up_rows(parameter, ids)
+        self._catch_up(parameter, ids)
         table, step = self._table(parameter), self._row_step(parameter, group, state["step"] + 1)
         _kernels(table).update_rows(table, ids, gradient, step)
         self._finish_step(parameter, group)
@@ -189,17 +190,16 @@ class RowAdamW(torch.optim.Optimizer):
         state["step"] += 1
         if group["lazy"]:
             return
-        history = _history(state).append(float(group["lr"]), group["weight_decay"])
-        if state["step"] % _TRIM_EVERY == 0:
-            history = history.since(int(state["weights_step"].min()))
-        _keep_history(state, history)
+        _keep_history(state, _history(state).append(float(group["lr"]), group["weight_decay"]))
+        if state["step"] % _SWEEP_EVERY == 0:
+            self._catch_up(parameter, None)
 
     @torch.no_grad()
     def _update_in_backward(self, parameter: Tensor) -> None:
         """The hook of fused mode: update the rows and drop their gradient."""
         table, step = self._fused_update(parameter)
         ids, gradient = _row_gradient(parameter)
-        self._catch_up_rows(parameter, ids)
+        self._catch_up(parameter, ids)
         _kernels(table).update_rows(table, ids, gradient, step)
         parameter.grad = None
 
@@ -220,9 +220,9 @@ class RowAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["rows"]:
                 for parameter in group["params"]:
-                    self._catch_up_rows(parameter, None)
+                    self._catch_up(parameter, None)
 
-    def _catch_up_rows(self, parameter: Tensor, ids: Tensor | None) -> None:
+    def _catch_up(self, parameter: Tensor, ids: Tensor | None) -> None:
         """Bring these rows, or all, up to date. ids: int64, any shape, repetitions allowed."""
         state = self.state.get(parameter)
         if not state or state.get("weights_step") is None:
@@ -231,11 +231,11 @@ class RowAdamW(torch.optim.Optimizer):
         ids_U = _behind(weights_step, ids, now)
         if len(ids_U):
             history = _history(state)
-            beta1, beta2 = state["betas"]
-            since = weights_step[ids_U].cpu().long()
             seen = torch.zeros(now - history.start + 1, dtype=torch.bool)
-            seen[since - history.start] = True
-            rules = catch_up_rules(history, seen.nonzero().flatten() + history.start, beta1, beta2)
+            seen[weights_step[ids_U].cpu().long() - history.start] = True
+            rules = catch_up_rules(
+                history, seen.nonzero().flatten() + history.start, state["betas"][0], state["betas"][1]
+            )
             table, step = self._table(parameter), self._row_step(parameter, self._group(parameter), now)
             _kernels(table).catch_up_rows(table, ids_U, rules, step)
         if ids is None:
@@ -278,7 +278,7 @@ class RowAdamW(torch.optim.Optimizer):
         if (*group["betas"], group["eps"]) != (*state["betas"], state["eps"]):
             if (group["betas"][0] == 0) != (state["betas"][0] == 0):
                 raise ValueError(f"beta1 cannot go from {state['betas'][0]} to {group['betas'][0]} during training")
-            self._catch_up_rows(parameter, None)
+            self._catch_up(parameter, None)
             self._age_moments(state)
             state["betas"], state["eps"] = tuple(group["betas"]), group["eps"]
         return state
@@ -328,7 +328,7 @@ class _Watcher:
 
     @torch.no_grad()
     def before_read(self, parameter: Tensor, ids: Tensor | None) -> None:
-        self.optimizer._catch_up_rows(parameter, ids)
+        self.optimizer._catch_up(parameter, ids)
 
     def takes_row_gradients(self, parameter: Tensor) -> bool:
         return True
@@ -357,12 +357,13 @@ def _behind(weights_step: Tensor, ids: Tensor | None, now: int) -> Tensor:
     """The distinct rows among ids, or of all, that are not right up to `now`; ascending int64."""
     if ids is None:
         return (weights_step < now).nonzero().flatten()
-    if 16 * ids.numel() < len(weights_step):
-        ids = ids.flatten().unique()
-        return ids[weights_step[ids] < now]
+    ids = ids.flatten()
+    ids = ids[weights_step[ids] < now]
+    if 16 * len(ids) < len(weights_step):
+        return ids.unique()
     asked_N = torch.zeros(len(weights_step), dtype=torch.bool, device=weights_step.device)
-    asked_N[ids.flatten()] = True
-    return asked_N.logical_and_(weights_step < now).nonzero().flatten()
+    asked_N[ids] = True  # quicker than sorting
+    return asked_N.nonzero().flatten()
 
 
 def _row_gradient(parameter: Tensor) -> tuple[Tensor | None, Tensor]:
