@@ -152,6 +152,13 @@ def test_dense_gradients_of_tables_and_mixtures_with_sparse_ones() -> None:
     assert difference(table.detach(), expected, start(torch.float64)) < 2e-8
 
 
+def test_dense_gradients_of_tables_have_the_bits_of_fused_adamw() -> None:
+    tables = start(torch.float32), start(torch.float32)
+    train(tables[0], by_rows(tables[0], **SETTINGS), 1.0, sparse=False, steps=range(10))
+    train(tables[1], torch.optim.AdamW([tables[1]], fused=True, **SETTINGS), 1.0, sparse=False, steps=range(10))
+    assert torch.equal(*tables)
+
+
 def test_rows_with_gradients_that_nobody_prepared_catch_up_in_step() -> None:
     """Another rank's rows, after gradients were exchanged."""
 
@@ -521,6 +528,16 @@ def test_a_second_backward_pass_in_a_fused_step_is_refused() -> None:
         net(example["ids"][None], example["labels"][None])["loss"].backward()
 
 
+def test_several_ranks_exchange_dense_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    RowAdamW(parameter_groups(net), fused=True)
+    monkeypatch.setattr("peerlm.optim.row_adamw._several_ranks", lambda: True)
+    assert not wants_row_gradients(net.table.rows)
+    example = Examples()[0]
+    with pytest.raises(RuntimeError, match="cannot wait for the gradients of other ranks: use fused=False"):
+        net(example["ids"][None], example["labels"][None])["loss"].backward()
+
+
 def test_a_kernel_may_take_over_the_fused_update() -> None:
     table = start(torch.float32)
     assert fused_row_update(table) is None
@@ -624,7 +641,7 @@ def test_a_sum_of_sparse_gradients_is_taken_whole() -> None:
     for optimizer in optimizers:
         optimizer.step()
         optimizer.catch_up()
-    assert torch.equal(table, other)
+    torch.testing.assert_close(table, other, rtol=1e-12, atol=0)
 
 
 def test_no_row_has_a_gradient() -> None:

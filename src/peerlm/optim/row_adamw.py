@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -47,7 +48,8 @@ class RowAdamW(torch.optim.Optimizer):
             mean; to nearest, small steps would be lost.
         seed: of stochastic rounding, which is a function of seed, step, row and column.
         fused: rows of tables are updated in the backward pass, which then leaves no gradient. Each step
-            must have one backward pass, and tables cannot be clipped.
+            must have one backward pass, in one process, at the learning rate that is set by then; tables cannot be
+            clipped.
 
     Both `clip_gradients` and torch's `clip_grad_norm_` take the sparse gradients (the latter by
     `peerlm.optim.sparse_norm`), so that it works under transformers.Trainer as it is.
@@ -157,31 +159,21 @@ class RowAdamW(torch.optim.Optimizer):
                 }
         if not parameters:
             return
-        states = [self.state[parameter] for parameter in parameters]
-        beta1, beta2 = group["betas"]
-        adamw(
-            parameters,
-            [parameter.grad for parameter in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters),
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        _dense_step(parameters, [self.state[parameter] for parameter in parameters], group)
 
     def _step_table(self, parameter: Tensor, group: dict[str, Any]) -> None:
         ids, gradient = _row_gradient(parameter)
         state = self._ready_state(parameter, group)
         self._catch_up(parameter, ids)
-        table, step = self._table(parameter), self._row_step(parameter, group, state["step"] + 1)
-        _kernels(table).update_rows(table, ids, gradient, step)
+        if ids is None and _is_plain(parameter, state):
+            self._age_moments(state)
+            _dense_step([parameter], [{**state, "step": torch.tensor(float(state["step"]))}], group)
+            for name in ("moments_step", "weights_step"):
+                if name in state:
+                    state[name].fill_(state["step"] + 1)
+        else:
+            table, step = self._table(parameter), self._row_step(parameter, group, state["step"] + 1)
+            _kernels(table).update_rows(table, ids, gradient, step)
         self._finish_step(parameter, group)
 
     def _finish_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -204,6 +196,8 @@ class RowAdamW(torch.optim.Optimizer):
         parameter.grad = None
 
     def _fused_update(self, parameter: Tensor) -> tuple[RowTable, RowStep]:
+        if _several_ranks():
+            raise RuntimeError("fused=True cannot wait for the gradients of other ranks: use fused=False")
         group = self._group(parameter)
         state = self._ready_state(parameter, group)
         if state.get("updated_in_backward"):
@@ -297,11 +291,14 @@ class RowAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave; tables' state keeps its dtypes. Raises ValueError where it does not fit."""
         tables: dict[int, Tensor] = {}
-        for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            if ours["rows"]:
-                tables.update(zip(saved["params"], ours["params"], strict=False))
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if group["rows"]:
+                tables.update(zip(saved["params"], group["params"], strict=False))
         dense = {key: value for key, value in state_dict["state"].items() if key not in tables}
+        fused = [group["fused"] for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": dense})
+        for group, ours in zip(self.param_groups, fused, strict=True):
+            group["fused"] = ours  # how steps are made, not what has been learned
         for key, parameter in tables.items():
             saved_state = state_dict["state"].get(key)
             if saved_state:
@@ -331,7 +328,7 @@ class _Watcher:
         self.optimizer._catch_up(parameter, ids)
 
     def takes_row_gradients(self, parameter: Tensor) -> bool:
-        return True
+        return not _several_ranks()  # DistributedDataParallel exchanges dense gradients
 
     def fused_update(self, parameter: Tensor) -> tuple[RowTable, RowStep] | None:
         if not self.optimizer._group(parameter)["fused"]:
@@ -346,6 +343,37 @@ class _Watcher:
 
 def _nobody() -> None:
     return None
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _dense_step(parameters: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+    """AdamW of torch itself on whole tensors; each state has "step", "exp_avg" and "exp_avg_sq"."""
+    beta1, beta2 = group["betas"]
+    adamw(
+        parameters,
+        [parameter.grad for parameter in parameters if parameter.grad is not None],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _is_plain(parameter: Tensor, state: State) -> bool:
+    """Whether the table's state is what torch's AdamW keeps of a dense parameter."""
+    same = all(name in state and state[name].shape == parameter.shape for name in ("exp_avg", "exp_avg_sq"))
+    return same and parameter.dtype == state["exp_avg"].dtype == state["exp_avg_sq"].dtype != torch.bfloat16
 
 
 def _kernels(table: RowTable) -> Any:
