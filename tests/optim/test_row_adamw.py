@@ -100,7 +100,6 @@ def dense_outcome(scale: float, beta2: float) -> Tensor:
     return table.detach()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("regime", REGIMES)
 def test_weights_are_those_of_dense_adamw(regime: str) -> None:
     scale, beta2 = REGIMES[regime]
@@ -113,7 +112,7 @@ def test_weights_are_those_of_dense_adamw(regime: str) -> None:
         assert difference(table.detach(), expected, first) > 1e-4  # many rows are behind
         optimizer.catch_up()
         errors[dtype] = difference(table.detach(), expected, first)
-    assert errors[torch.float64] < 2e-7
+    assert errors[torch.float64] < 2e-8
     assert errors[torch.float32] < 2e-6
 
 
@@ -134,7 +133,7 @@ def test_any_momentum_and_decay(beta1: float, weight_decay: float) -> None:
     settings: dict[str, Any] = {"lr": 1e-2, "betas": (beta1, 0.99), "weight_decay": weight_decay}
     expected = short_outcome(lambda table: torch.optim.AdamW([table], **settings), sparse=False)
     found = short_outcome(lambda table: by_rows(table, **settings), sparse=True)
-    assert difference(found, expected, start(torch.float64).detach()) < 2e-7
+    assert difference(found, expected, start(torch.float64).detach()) < 2e-8
 
 
 def test_dense_gradients_of_tables_and_mixtures_with_sparse_ones() -> None:
@@ -150,7 +149,14 @@ def test_dense_gradients_of_tables_and_mixtures_with_sparse_ones() -> None:
     for step in range(60):
         train(table, optimizer, 1.0, sparse=step % 7 != 3, steps=range(step, step + 1))
     optimizer.catch_up()
-    assert difference(table.detach(), expected, start(torch.float64)) < 2e-7
+    assert difference(table.detach(), expected, start(torch.float64)) < 2e-8
+
+
+def test_dense_gradients_of_tables_have_the_bits_of_fused_adamw() -> None:
+    tables = start(torch.float32), start(torch.float32)
+    train(tables[0], by_rows(tables[0], **SETTINGS), 1.0, sparse=False, steps=range(10))
+    train(tables[1], torch.optim.AdamW([tables[1]], fused=True, **SETTINGS), 1.0, sparse=False, steps=range(10))
+    assert torch.equal(*tables)
 
 
 def test_rows_with_gradients_that_nobody_prepared_catch_up_in_step() -> None:
@@ -168,7 +174,7 @@ def test_rows_with_gradients_that_nobody_prepared_catch_up_in_step() -> None:
         return table.detach()
 
     expected, found = run(lambda t: torch.optim.AdamW([t], **SETTINGS)), run(lambda t: by_rows(t, **SETTINGS))
-    assert difference(found, expected, start(torch.float64)) < 2e-7
+    assert difference(found, expected, start(torch.float64)) < 2e-8
 
 
 def test_reading_more_often_or_less_changes_nothing_but_rounding() -> None:
@@ -179,7 +185,7 @@ def test_reading_more_often_or_less_changes_nothing_but_rounding() -> None:
     table = start(torch.float64)
     train(table, by_rows(table, **SETTINGS), 1.0, sparse=True, steps=range(60), after_step=read_some(table))
     prepare_rows(table, None)
-    assert difference(table.detach(), expected, start(torch.float64)) < 2e-7
+    assert difference(table.detach(), expected, start(torch.float64)) < 2e-8
 
 
 @given(
@@ -201,7 +207,7 @@ def test_any_order_of_touches(touched: list[set[int]], betas: tuple[float, float
             optimizer.param_groups[0]["lr"] = 0.01 * (1 + number % 3)
             optimizer.step()
     prepare_rows(rows, None)
-    torch.testing.assert_close(rows.detach(), dense.detach(), rtol=0, atol=1e-7 * 0.03 * len(touched) + 1e-15)
+    torch.testing.assert_close(rows.detach(), dense.detach(), rtol=0, atol=1e-9)
 
 
 def test_steps_without_a_gradient_do_not_count() -> None:
@@ -213,7 +219,7 @@ def test_steps_without_a_gradient_do_not_count() -> None:
         rows.step()
         dense.step()
     rows.catch_up()
-    assert difference(table.detach(), other.detach(), start(torch.float64)) < 2e-7
+    assert difference(table.detach(), other.detach(), start(torch.float64)) < 2e-8
 
 
 def test_betas_and_eps_may_change_on_the_way() -> None:
@@ -235,7 +241,7 @@ def test_betas_and_eps_may_change_on_the_way() -> None:
         train(table, optimizer, 1.0, sparse=sparse, steps=range(60), after_step=change(optimizer))
         prepare_rows(table, None)
         outcomes.append(table.detach())
-    assert difference(outcomes[1], outcomes[0], start(torch.float64)) < 2e-7
+    assert difference(outcomes[1], outcomes[0], start(torch.float64)) < 2e-8
 
 
 def test_lazy_mode_is_sparse_adam_with_decay_of_the_rows_touched() -> None:
@@ -293,7 +299,7 @@ def test_row_wise_second_moments_are_means_over_rows(lazy: bool) -> None:
         optimizer.step()
     optimizer.catch_up()
     assert optimizer.state[table]["exp_avg_sq"].shape == (ROWS,)
-    assert difference(table.detach(), w, start(torch.float64)) < 2e-7
+    assert difference(table.detach(), w, start(torch.float64)) < 2e-8
 
 
 def bytes_of(optimizer: RowAdamW, table: Tensor) -> int:
@@ -328,7 +334,6 @@ def bfloat16_outcomes(**settings: Any) -> tuple[Tensor, Tensor]:
     return outcomes[0], outcomes[1]
 
 
-@pytest.mark.slow
 def test_stochastic_rounding_keeps_steps_that_rounding_to_nearest_loses() -> None:
     found, exact = bfloat16_outcomes()
     assert (found.mean() - exact.mean()).abs() < 0.05 * (1.5 - exact.mean())
@@ -441,7 +446,7 @@ def test_schedulers_and_closures_work() -> None:
         for scheduler in schedulers:
             scheduler.step()
     optimizers[0].catch_up()
-    assert difference(table.detach(), other.detach(), start(torch.float64)) < 2e-7
+    assert difference(table.detach(), other.detach(), start(torch.float64)) < 2e-8
 
 
 @pytest.mark.parametrize(
@@ -476,23 +481,21 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(settings: dict[str, Any])
         assert torch.equal(expected, found)
 
 
-def test_what_is_kept_of_learning_rates_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peerlm.optim.row_adamw._TRIM_EVERY", 16)
+def test_learning_rates_are_kept_no_longer_than_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peerlm.optim.row_adamw._SWEEP_EVERY", 16)
     table = start(torch.float64)
     optimizer = by_rows(table, **SETTINGS)
     expected = short_outcome(lambda other: torch.optim.AdamW([other], **SETTINGS), sparse=False)
-    train(
-        table,
-        optimizer,
-        1.0,
-        sparse=True,
-        steps=range(60),
-        after_step=lambda step: prepare_rows(table, torch.arange(ROWS)),
-    )
-    assert len(optimizer.state[table]["learning_rates"]) <= 16
+    kept = []
+
+    def look(step: int) -> None:
+        kept.append(len(optimizer.state[table]["learning_rates"]))
+
+    train(table, optimizer, 1.0, sparse=True, steps=range(60), after_step=look)
+    assert max(kept) == 15
     optimizer.catch_up()
     assert len(optimizer.state[table]["learning_rates"]) == 0
-    assert difference(table.detach(), expected, start(torch.float64)) < 2e-7
+    assert difference(table.detach(), expected, start(torch.float64)) < 2e-8
 
 
 def test_a_fused_step_is_the_same_step() -> None:
@@ -522,6 +525,16 @@ def test_a_second_backward_pass_in_a_fused_step_is_refused() -> None:
     example = Examples()[0]
     net(example["ids"][None], example["labels"][None])["loss"].backward()
     with pytest.raises(RuntimeError, match=r"this is the second one before step\(\).*fused=False"):
+        net(example["ids"][None], example["labels"][None])["loss"].backward()
+
+
+def test_several_ranks_exchange_dense_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    RowAdamW(parameter_groups(net), fused=True)
+    monkeypatch.setattr("peerlm.optim.row_adamw._several_ranks", lambda: True)
+    assert not wants_row_gradients(net.table.rows)
+    example = Examples()[0]
+    with pytest.raises(RuntimeError, match="cannot wait for the gradients of other ranks: use fused=False"):
         net(example["ids"][None], example["labels"][None])["loss"].backward()
 
 
@@ -628,7 +641,7 @@ def test_a_sum_of_sparse_gradients_is_taken_whole() -> None:
     for optimizer in optimizers:
         optimizer.step()
         optimizer.catch_up()
-    assert torch.equal(table, other)
+    torch.testing.assert_close(table, other, rtol=1e-12, atol=0)
 
 
 def test_no_row_has_a_gradient() -> None:
@@ -645,9 +658,13 @@ def test_reading_rows_does_not_disturb_an_open_graph() -> None:
     train(table, optimizer, 1.0, sparse=True, steps=range(10))
     ids = torch.tensor([1, 2])
     prepare_rows(table, ids)
-    loss = (table[ids] ** 2).sum()
-    prepare_rows(table, None)
-    loss.backward()
+    weights = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+    rows = nn.functional.embedding_bag(ids[None], table.flatten(1), mode="sum", per_sample_weights=weights)
+    before = table.detach().clone()
+    prepare_rows(table, None)  # the graph has kept the whole table
+    assert not torch.equal(before, table)
+    rows.sum().backward()
+    torch.testing.assert_close(weights.grad[0], table.detach()[ids].sum((1, 2)))
     assert table.grad is not None
 
 

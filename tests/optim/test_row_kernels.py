@@ -220,6 +220,7 @@ def test_catching_up_is_that_of_the_definition(native: Any, kind: str, row_shape
     assert not torch.equal(found.rows, before)
     assert_alike(found, expected)
     again = found.rows.clone()
+    rules.index[-1] = 0  # no rule is for rows that are up to date
     native.catch_up_rows(found, ids, rules, step)
     assert torch.equal(found.rows, again)
 

@@ -24,6 +24,8 @@ TOLERANCE = 1e-7
 """Largest error of a rule, relative to the sum; more nodes are taken until it is met, up to `MAX_NODES`."""
 _WORST_TOLERATED = 1e-6
 _TAIL = 1e-10
+_ENOUGH_UP_TO = (1.001, 1.35, 2.8, 5.6, 11.0, 19.0, 37.0)
+"""Spreads of c, largest to smallest, up to which 1, 2, ... nodes met the tolerance: where the search begins."""
 _PROBES = 16
 _RULES_AT_ONCE = 256
 
@@ -55,12 +57,6 @@ class RateHistory:
         keep = self.log_keep[-1:] + math.log1p(-learning_rate * weight_decay)
         rate = torch.tensor([learning_rate], dtype=torch.float64)
         return RateHistory(self.start, torch.cat([self.learning_rates, rate]), torch.cat([self.log_keep, keep]))
-
-    def since(self, start: int) -> "RateHistory":
-        """Without the steps up to `start`."""
-        cut = start - self.start
-        log_keep = self.log_keep[cut:]
-        return RateHistory(start, self.learning_rates[cut:].clone(), log_keep - log_keep[0])
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,7 @@ def missed_steps(history: RateHistory, since_S: Tensor, beta1: float, beta2: flo
     real_SK = step_SK <= history.now
     index_SK = (step_SK - history.start).clamp_max_(len(history.learning_rates))
     keep_SK = (history.log_keep[-1] - history.log_keep[index_SK]).exp_()
+    k_K, step_SK = k_K.double(), step_SK.double()
     a_SK = history.learning_rates[index_SK - 1] * keep_SK * beta1**k_K / -torch.expm1(step_SK * math.log(beta1))
     c_SK = torch.sqrt(-torch.expm1(step_SK * math.log(beta2))) * beta2 ** (-0.5 * k_K)
     return a_SK * real_SK, torch.where(real_SK, c_SK, c_SK[:, :1])
@@ -122,21 +119,23 @@ def gauss_rules(a_SK: Tensor, c_SK: Tensor, num_nodes: int) -> tuple[Tensor, Ten
     measure_SK = a_SK * c_SK / _product(c_SK, points_SI, scale_S1)
     mass_S1 = measure_SK.sum(-1, keepdim=True)
     q_SK = (measure_SK / mass_S1.clamp_min(torch.finfo(torch.float64).tiny)).sqrt_()
-    basis = [q_SK]
+    basis_SJK = a_SK.new_zeros(len(a_SK), num_nodes, a_SK.shape[1])
+    basis_SJK[:, 0] = q_SK
     matrix_SJJ = a_SK.new_zeros(len(a_SK), num_nodes, num_nodes)
     for j in range(num_nodes):
-        z_SK = c_SK * basis[-1]
-        matrix_SJJ[:, j, j] = (z_SK * basis[-1]).sum(-1)
+        z_SK = c_SK * basis_SJK[:, j]
+        matrix_SJJ[:, j, j] = (z_SK * basis_SJK[:, j]).sum(-1)
         if j + 1 == num_nodes:
             break
         for _ in range(2):  # once more, against rounding: nodes may lie close together
-            for q_SK in basis:
-                z_SK = z_SK - (z_SK * q_SK).sum(-1, keepdim=True) * q_SK
+            known_SJK = basis_SJK[:, : j + 1]
+            overlap_SJ = torch.einsum("sjk,sk->sj", known_SJK, z_SK)
+            z_SK = z_SK - torch.einsum("sj,sjk->sk", overlap_SJ, known_SJK)
         norm_S1 = z_SK.norm(dim=-1, keepdim=True)
-        # Where the measure has no more points than nodes, what is left is rounding; a node of its own, without weight.
+        # Where the measure has no more points than nodes, what is left is rounding: a node of its own, without weight.
         norm_S1 = torch.where(norm_S1 > 1e-14 * matrix_SJJ[:, j, j, None], norm_S1, 0.0)
         matrix_SJJ[:, j, j + 1] = matrix_SJJ[:, j + 1, j] = norm_S1[:, 0]
-        basis.append(torch.where(norm_S1 > 0, z_SK / norm_S1, 0.0))
+        basis_SJK[:, j + 1] = torch.where(norm_S1 > 0, z_SK / norm_S1, 0.0)
     nodes_SJ, vectors_SJJ = torch.linalg.eigh(matrix_SJJ)
     weights_SJ = vectors_SJJ[:, 0, :] ** 2 * mass_S1 * _product(nodes_SJ, points_SI, scale_S1)
     empty_SJ = nodes_SJ < 0.5 * c_SK.amin(-1, keepdim=True)
@@ -145,9 +144,17 @@ def gauss_rules(a_SK: Tensor, c_SK: Tensor, num_nodes: int) -> tuple[Tensor, Ten
 
 def rule_error(a_SK: Tensor, c_SK: Tensor, weights_SJ: Tensor, nodes_SJ: Tensor) -> Tensor:
     """(S,): the largest relative error of each rule, at probes spread over the r where its error is not tiny."""
+    probes_SR, true_SR = _probes(a_SK, c_SK)
+    return _error_at_probes(probes_SR, true_SR, weights_SJ, nodes_SJ)
+
+
+def _probes(a_SK: Tensor, c_SK: Tensor) -> tuple[Tensor, Tensor]:
     low_S1, high_S1 = _extent(a_SK, c_SK)
     probes_SR = low_S1 * (2 * high_S1 / low_S1) ** torch.linspace(-0.5, 1.5, _PROBES, dtype=torch.float64)
-    true_SR = _sum_of_fractions(a_SK * c_SK, c_SK, probes_SR)
+    return probes_SR, _sum_of_fractions(a_SK * c_SK, c_SK, probes_SR)
+
+
+def _error_at_probes(probes_SR: Tensor, true_SR: Tensor, weights_SJ: Tensor, nodes_SJ: Tensor) -> Tensor:
     error_SR = (_sum_of_fractions(weights_SJ, nodes_SJ, probes_SR) - true_SR).abs()
     return torch.where(error_SR == 0, 0.0, error_SR / true_SR).amax(-1)  # NaN stays, and meets no tolerance
 
@@ -188,8 +195,8 @@ def catch_up_rules(
 ) -> CatchUpRules:
     """The rules that bring rows last right at the distinct steps since_S, ascending int64, to the present step.
 
-    Each takes the fewest nodes with which it meets the tolerance at probes spread over all r; `MAX_NODES`
-    where none does. With beta1 = 0 rows only decay, and rules have no nodes.
+    Each has as many nodes as it takes to meet the tolerance at probes spread over all r, `MAX_NODES` where none
+    does. With beta1 = 0 rows only decay, and rules have no nodes.
     """
     first_step = int(since_S[0])
     index = torch.full((history.now - first_step + 1,), -1, dtype=torch.int32)
@@ -214,18 +221,21 @@ def _fill_rules(
     weights_SJ: Tensor,
     nodes_SJ: Tensor,
 ) -> None:
+    low_S1, high_S1 = _extent(a_SK, c_SK)
+    try_S = 1 + torch.bucketize((high_S1 / low_S1)[:, 0], torch.tensor(_ENOUGH_UP_TO, dtype=torch.float64))
+    probes_SR, true_SR = _probes(a_SK, c_SK)
     for num_nodes in range(1, MAX_NODES + 1):
-        weights, nodes = gauss_rules(a_SK, c_SK, num_nodes)
-        good_S = rule_error(a_SK, c_SK, weights, nodes) <= tolerance
-        if num_nodes == MAX_NODES:
-            good_S = torch.ones_like(good_S)
-        done_S, left_S = at_S[good_S], ~good_S
-        num_nodes_S[done_S] = num_nodes
-        weights_SJ[done_S, :num_nodes] = weights[good_S]
-        nodes_SJ[done_S, :num_nodes] = nodes[good_S]
-        if not left_S.any():
-            return
-        at_S, a_SK, c_SK = at_S[left_S], a_SK[left_S], c_SK[left_S]
+        now_Q = (try_S == num_nodes).nonzero().flatten()
+        if not len(now_Q):
+            continue
+        weights_QJ, nodes_QJ = gauss_rules(a_SK[now_Q], c_SK[now_Q], num_nodes)
+        if num_nodes < MAX_NODES:
+            good_Q = _error_at_probes(probes_SR[now_Q], true_SR[now_Q], weights_QJ, nodes_QJ) <= tolerance
+            try_S[now_Q[~good_Q]] += 1
+            now_Q, weights_QJ, nodes_QJ = now_Q[good_Q], weights_QJ[good_Q], nodes_QJ[good_Q]
+        num_nodes_S[at_S[now_Q]] = num_nodes
+        weights_SJ[at_S[now_Q], :num_nodes] = weights_QJ
+        nodes_SJ[at_S[now_Q], :num_nodes] = nodes_QJ
 
 
 @lru_cache

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -15,7 +16,8 @@ from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
 from peerlm.optim.sparse_norm import teach_torch_sparse_norms
 
 State = dict[str, Any]
-_TRIM_EVERY = 1024
+_SWEEP_EVERY = 4096
+"""Steps after which all rows of a table catch up, so that the learning rates to be kept stay few."""
 
 
 class RowAdamW(torch.optim.Optimizer):
@@ -47,7 +49,8 @@ class RowAdamW(torch.optim.Optimizer):
             mean; to nearest, small steps would be lost.
         seed: of stochastic rounding, which is a function of seed, step, row and column.
         fused: rows of tables are updated in the backward pass, which then leaves no gradient. Each step
-            must have one backward pass, and tables cannot be clipped.
+            must have one backward pass, in one process, at the learning rate that is set by then; tables cannot be
+            clipped.
 
     Both `clip_gradients` and torch's `clip_grad_norm_` take the sparse gradients (the latter by
     `peerlm.optim.sparse_norm`), so that it works under transformers.Trainer as it is.
@@ -157,31 +160,21 @@ class RowAdamW(torch.optim.Optimizer):
                 }
         if not parameters:
             return
-        states = [self.state[parameter] for parameter in parameters]
-        beta1, beta2 = group["betas"]
-        adamw(
-            parameters,
-            [parameter.grad for parameter in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters),
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        _dense_step(parameters, [self.state[parameter] for parameter in parameters], group)
 
     def _step_table(self, parameter: Tensor, group: dict[str, Any]) -> None:
         ids, gradient = _row_gradient(parameter)
         state = self._ready_state(parameter, group)
-        self._catch_up_rows(parameter, ids)
-        table, step = self._table(parameter), self._row_step(parameter, group, state["step"] + 1)
-        _kernels(table).update_rows(table, ids, gradient, step)
+        self._catch_up(parameter, ids)
+        if ids is None and _is_plain(parameter, state):
+            self._age_moments(state)
+            _dense_step([parameter], [{**state, "step": torch.tensor(float(state["step"]))}], group)
+            for name in ("moments_step", "weights_step"):
+                if name in state:
+                    state[name].fill_(state["step"] + 1)
+        else:
+            table, step = self._table(parameter), self._row_step(parameter, group, state["step"] + 1)
+            _kernels(table).update_rows(table, ids, gradient, step)
         self._finish_step(parameter, group)
 
     def _finish_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -190,10 +183,9 @@ class RowAdamW(torch.optim.Optimizer):
         state["step"] += 1
         if group["lazy"]:
             return
-        history = _history(state).append(float(group["lr"]), group["weight_decay"])
-        if state["step"] % _TRIM_EVERY == 0:
-            history = history.since(int(state["weights_step"].min()))
-        _keep_history(state, history)
+        _keep_history(state, _history(state).append(float(group["lr"]), group["weight_decay"]))
+        if state["step"] % _SWEEP_EVERY == 0:
+            self._catch_up(parameter, None)
 
     @torch.no_grad()
     def _update_in_backward(self, parameter: Tensor) -> None:
@@ -202,11 +194,13 @@ class RowAdamW(torch.optim.Optimizer):
             return
         table, step = self._fused_update(parameter)
         ids, gradient = _row_gradient(parameter)
-        self._catch_up_rows(parameter, ids)
+        self._catch_up(parameter, ids)
         _kernels(table).update_rows(table, ids, gradient, step)
         parameter.grad = None
 
     def _fused_update(self, parameter: Tensor) -> tuple[RowTable, RowStep]:
+        if _several_ranks():
+            raise RuntimeError("fused=True cannot wait for the gradients of other ranks: use fused=False")
         group = self._group(parameter)
         state = self._ready_state(parameter, group)
         if state.get("updated_in_backward"):
@@ -223,9 +217,9 @@ class RowAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["rows"]:
                 for parameter in group["params"]:
-                    self._catch_up_rows(parameter, None)
+                    self._catch_up(parameter, None)
 
-    def _catch_up_rows(self, parameter: Tensor, ids: Tensor | None) -> None:
+    def _catch_up(self, parameter: Tensor, ids: Tensor | None) -> None:
         """Bring these rows, or all, up to date. ids: int64, any shape, repetitions allowed."""
         state = self.state.get(parameter)
         if not state or state.get("weights_step") is None:
@@ -234,11 +228,11 @@ class RowAdamW(torch.optim.Optimizer):
         ids_U = _behind(weights_step, ids, now)
         if len(ids_U):
             history = _history(state)
-            beta1, beta2 = state["betas"]
-            since = weights_step[ids_U].cpu().long()
             seen = torch.zeros(now - history.start + 1, dtype=torch.bool)
-            seen[since - history.start] = True
-            rules = catch_up_rules(history, seen.nonzero().flatten() + history.start, beta1, beta2)
+            seen[weights_step[ids_U].cpu().long() - history.start] = True
+            rules = catch_up_rules(
+                history, seen.nonzero().flatten() + history.start, state["betas"][0], state["betas"][1]
+            )
             table, step = self._table(parameter), self._row_step(parameter, self._group(parameter), now)
             _kernels(table).catch_up_rows(table, ids_U, rules, step)
         if ids is None:
@@ -281,7 +275,7 @@ class RowAdamW(torch.optim.Optimizer):
         if (*group["betas"], group["eps"]) != (*state["betas"], state["eps"]):
             if (group["betas"][0] == 0) != (state["betas"][0] == 0):
                 raise ValueError(f"beta1 cannot go from {state['betas'][0]} to {group['betas'][0]} during training")
-            self._catch_up_rows(parameter, None)
+            self._catch_up(parameter, None)
             self._age_moments(state)
             state["betas"], state["eps"] = tuple(group["betas"]), group["eps"]
         return state
@@ -300,11 +294,14 @@ class RowAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave; tables' state keeps its dtypes. Raises ValueError where it does not fit."""
         tables: dict[int, Tensor] = {}
-        for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            if ours["rows"]:
-                tables.update(zip(saved["params"], ours["params"], strict=False))
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if group["rows"]:
+                tables.update(zip(saved["params"], group["params"], strict=False))
         dense = {key: value for key, value in state_dict["state"].items() if key not in tables}
+        fused = [group["fused"] for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": dense})
+        for group, ours in zip(self.param_groups, fused, strict=True):
+            group["fused"] = ours  # how steps are made, not what has been learned
         for key, parameter in tables.items():
             saved_state = state_dict["state"].get(key)
             if saved_state:
@@ -331,10 +328,10 @@ class _Watcher:
 
     @torch.no_grad()
     def before_read(self, parameter: Tensor, ids: Tensor | None) -> None:
-        self.optimizer._catch_up_rows(parameter, ids)
+        self.optimizer._catch_up(parameter, ids)
 
     def takes_row_gradients(self, parameter: Tensor) -> bool:
-        return True
+        return not _several_ranks()  # DistributedDataParallel exchanges dense gradients
 
     def fused_update(self, parameter: Tensor) -> tuple[RowTable, RowStep] | None:
         if not self.optimizer._group(parameter)["fused"]:
@@ -351,6 +348,37 @@ def _nobody() -> None:
     return None
 
 
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _dense_step(parameters: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+    """AdamW of torch itself on whole tensors; each state has "step", "exp_avg" and "exp_avg_sq"."""
+    beta1, beta2 = group["betas"]
+    adamw(
+        parameters,
+        [parameter.grad for parameter in parameters if parameter.grad is not None],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _is_plain(parameter: Tensor, state: State) -> bool:
+    """Whether the table's state is what torch's AdamW keeps of a dense parameter."""
+    same = all(name in state and state[name].shape == parameter.shape for name in ("exp_avg", "exp_avg_sq"))
+    return same and parameter.dtype == state["exp_avg"].dtype == state["exp_avg_sq"].dtype != torch.bfloat16
+
+
 def _kernels(table: RowTable) -> Any:
     """The module whose `update_rows` and `catch_up_rows` work on this table."""
     return api.row_kernels(table) or row_step
@@ -360,12 +388,13 @@ def _behind(weights_step: Tensor, ids: Tensor | None, now: int) -> Tensor:
     """The distinct rows among ids, or of all, that are not right up to `now`; ascending int64."""
     if ids is None:
         return (weights_step < now).nonzero().flatten()
-    if 16 * ids.numel() < len(weights_step):
-        ids = ids.flatten().unique()
-        return ids[weights_step[ids] < now]
+    ids = ids.flatten()
+    ids = ids[weights_step[ids] < now]
+    if 16 * len(ids) < len(weights_step):
+        return ids.unique()
     asked_N = torch.zeros(len(weights_step), dtype=torch.bool, device=weights_step.device)
-    asked_N[ids.flatten()] = True
-    return asked_N.logical_and_(weights_step < now).nonzero().flatten()
+    asked_N[ids] = True  # quicker than sorting
+    return asked_N.nonzero().flatten()
 
 
 def _row_gradient(parameter: Tensor) -> tuple[Tensor | None, Tensor]:
