@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from peerlm.data import TokenShards, TokenWindows, prepare
 from peerlm.errors import UserError
-from peerlm.layers import ProductKeys
+from peerlm.layers import ExpertTable, ProductKeys
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import native
 from peerlm.optim import RowAdamW, parameter_groups
-from peerlm.train.config import DataConfig, TrainConfig
+from peerlm.train.config import DataConfig, OptimConfig, TrainConfig
 from peerlm.train.ranks import Ranks
 from peerlm.train.recipe import unknown_key
 
@@ -97,10 +97,17 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
     }
     tables = optim.tables
     obstacle = _obstacle_to_rows(config, ranks)
+    needs_rows = _need_of_rows(model, optim)
     if tables == "auto":
-        tables = "dense" if obstacle or not _rows_pay(model, config, ranks) else "exact"
+        tables = "exact" if needs_rows or (not obstacle and _rows_pay(model, config, ranks)) else "dense"
     if tables == "dense":
+        if needs_rows:
+            raise UserError(f"optim.tables = 'dense' does not go with {needs_rows}: leave one of them out")
         return torch.optim.AdamW(groups, **options, fused=True)
+    for group in groups:
+        if group["name"] == "table":
+            beta1 = optim.beta1 if optim.table_beta1 is None else optim.table_beta1
+            group.update(betas=(beta1, optim.beta2), row_wise=optim.table_row_wise)
     if tables == "fused" and not obstacle:
         micro_batch_size = config.data.micro_batch_size or config.data.batch_size
         if math.isfinite(optim.table_clip):
@@ -108,7 +115,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
         elif micro_batch_size < config.data.batch_size:
             obstacle = f"data.micro_batch_size = {micro_batch_size}: leave it out"
     if obstacle:
-        raise UserError(f"optim.tables = {tables!r} does not go with {obstacle}, or choose another optim.tables")
+        raise UserError(f"optim.tables = {tables!r} does not go with {obstacle}, or choose another value")
     try:
         return RowAdamW(groups, **options, lazy=tables == "lazy", fused=tables == "fused")
     except ValueError as error:
@@ -121,6 +128,17 @@ def _obstacle_to_rows(config: TrainConfig, ranks: Ranks) -> str:
         return f"{ranks.world_size} processes, which exchange dense gradients: train with one"
     if config.compile:
         return "compile = true: set it to false"
+    return ""
+
+
+def _need_of_rows(model: nn.Module, config: OptimConfig) -> str:
+    """What only an optimizer by rows can do; empty where nothing is asked for."""
+    if config.table_beta1 is not None:
+        return f"optim.table_beta1 = {config.table_beta1}"
+    if config.table_row_wise:
+        return "optim.table_row_wise = true"
+    if any(isinstance(module, ExpertTable) and module.row_format == "bfloat16" for module in model.modules()):
+        return "row_format = 'bfloat16', whose small steps would be lost by rounding"
     return ""
 
 
