@@ -164,7 +164,7 @@ class RowAdamW(torch.optim.Optimizer):
     def _step_table(self, parameter: Tensor, group: dict[str, Any]) -> None:
         ids, gradient = _row_gradient(parameter)
         state = self._ready_state(parameter, group)
-        self._catch_up(parameter, ids)
+        self._catch_up_rows(parameter, ids)
         if ids is None and _is_plain(parameter, state):
             self._age_moments(state)
             _dense_step([parameter], [{**state, "step": torch.tensor(float(state["step"]))}], group)
@@ -184,14 +184,16 @@ class RowAdamW(torch.optim.Optimizer):
             return
         _keep_history(state, _history(state).append(float(group["lr"]), group["weight_decay"]))
         if state["step"] % _SWEEP_EVERY == 0:
-            self._catch_up(parameter, None)
+            self._catch_up_rows(parameter, None)
 
     @torch.no_grad()
     def _update_in_backward(self, parameter: Tensor) -> None:
-        """The hook of fused mode: update the rows and drop their gradient."""
+        """The hook of fused mode: update the rows, unless the backward pass did so itself, and drop their gradient."""
+        if parameter.grad is None:
+            return
         table, step = self._fused_update(parameter)
         ids, gradient = _row_gradient(parameter)
-        self._catch_up(parameter, ids)
+        self._catch_up_rows(parameter, ids)
         _kernels(table).update_rows(table, ids, gradient, step)
         parameter.grad = None
 
@@ -214,9 +216,9 @@ class RowAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["rows"]:
                 for parameter in group["params"]:
-                    self._catch_up(parameter, None)
+                    self._catch_up_rows(parameter, None)
 
-    def _catch_up(self, parameter: Tensor, ids: Tensor | None) -> None:
+    def _catch_up_rows(self, parameter: Tensor, ids: Tensor | None) -> None:
         """Bring these rows, or all, up to date. ids: int64, any shape, repetitions allowed."""
         state = self.state.get(parameter)
         if not state or state.get("weights_step") is None:
@@ -272,7 +274,7 @@ class RowAdamW(torch.optim.Optimizer):
         if (*group["betas"], group["eps"]) != (*state["betas"], state["eps"]):
             if (group["betas"][0] == 0) != (state["betas"][0] == 0):
                 raise ValueError(f"beta1 cannot go from {state['betas'][0]} to {group['betas'][0]} during training")
-            self._catch_up(parameter, None)
+            self._catch_up_rows(parameter, None)
             self._age_moments(state)
             state["betas"], state["eps"] = tuple(group["betas"]), group["eps"]
         return state
@@ -325,7 +327,7 @@ class _Watcher:
 
     @torch.no_grad()
     def before_read(self, parameter: Tensor, ids: Tensor | None) -> None:
-        self.optimizer._catch_up(parameter, ids)
+        self.optimizer._catch_up_rows(parameter, ids)
 
     def takes_row_gradients(self, parameter: Tensor) -> bool:
         return not _several_ranks()  # DistributedDataParallel exchanges dense gradients
