@@ -55,14 +55,12 @@ def exhaustive_scores(query_THX: Tensor, sub_keys_2HnC: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MixInputs:
-    """Arguments of `ops.api.mix_experts`: x (T, D), weights and ids (T, P), rows down, up and gate (N, D)."""
+    """Arguments of `ops.api.mix_experts`: x (T, D), weights and ids (T, P), rows (N, 2 or 3, D)."""
 
     x: Tensor
     weights: Tensor
     ids: Tensor
-    down: Tensor
-    up: Tensor
-    gate: Tensor | None
+    rows: Tensor
 
     def to(self, dtype: torch.dtype) -> "MixInputs":
         """Copies in `dtype` (ids stay integers) that require gradients."""
@@ -70,18 +68,16 @@ class MixInputs:
             x=_leaf(self.x, dtype),
             weights=_leaf(self.weights, dtype),
             ids=self.ids,
-            down=_leaf(self.down, dtype),
-            up=_leaf(self.up, dtype),
-            gate=None if self.gate is None else _leaf(self.gate, dtype),
+            rows=_leaf(self.rows, dtype),
         )
 
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """In the order of `mix_experts`."""
-        return self.x, self.weights, self.ids, self.down, self.up, self.gate
+        return self.x, self.weights, self.ids, self.rows
 
     def leaves(self) -> list[Tensor]:
         """The tensors that have gradients."""
-        return [tensor for tensor in self.arguments() if tensor is not None and tensor.is_floating_point()]
+        return [self.x, self.weights, self.rows]
 
 
 def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -112,17 +108,15 @@ def mix_inputs(
         x=normal(tokens, dim),
         weights=normal(tokens, per_token),
         ids=torch.randint(low, num_experts, (tokens, per_token), generator=generator),
-        down=normal(num_experts, dim),
-        up=normal(num_experts, dim),
-        gate=normal(num_experts, dim) if gated else None,
+        rows=normal(num_experts, 3 if gated else 2, dim),
     )
 
 
 def loop_mix_experts(inputs: MixInputs, activation: str) -> Tensor:
     """`mix_experts` one neuron at a time, (T, D) float64 without a graph."""
     act = ACTIVATION_OF_FLOAT[activation]
-    down, up = inputs.down.tolist(), inputs.up.tolist()
-    gate = None if inputs.gate is None else inputs.gate.tolist()
+    down, up, *gates = inputs.rows.transpose(0, 1).tolist()
+    gate = gates[0] if gates else None
     out = torch.zeros(inputs.x.shape, dtype=torch.float64)
     tokens = zip(inputs.x.tolist(), inputs.weights.tolist(), inputs.ids.tolist(), strict=True)
     for t, (x, weights, ids) in enumerate(tokens):
@@ -161,9 +155,7 @@ def loop_peer(layer: PEER, x_TD: Tensor) -> Tensor:
         x=x_TD,
         weights=torch.tensor(weights, dtype=torch.float64).flatten(1),
         ids=ids_THK.flatten(1),
-        down=layer.experts.down,
-        up=layer.experts.up,
-        gate=layer.experts.gate,
+        rows=layer.experts.rows,
     )
     return loop_mix_experts(inputs, layer.experts.activation)
 

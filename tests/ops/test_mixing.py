@@ -8,7 +8,8 @@ from peerlm.ops import api, reference
 from peerlm.testing import MixInputs, assert_within_budget, loop_mix_experts, mix_inputs
 
 BACKENDS = [backend for backend in api.BACKENDS if backend != "auto"]
-NATIVE_BACKENDS = [backend for backend in BACKENDS if backend != "reference"]
+FLOAT64_BACKENDS = ["reference", "bag"]
+OTHER_BACKENDS = [backend for backend in BACKENDS if backend != "reference"]
 # tokens, experts per token, dim, experts, all on one expert
 AWKWARD_SIZES = [
     (0, 4, 7, 5, False),

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from peerlm.layers.inputs import check_sizes, flatten_tokens
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys, sub_keys_per_half
+from peerlm.layers.row_table import RowTable, empty_rows
 from peerlm.ops import api
 from peerlm.ops.reference import ACTIVATIONS
+from peerlm.ops.rows import prepare_rows, wants_row_gradients
 
 
 class DenseFFW(nn.Module):
@@ -234,7 +236,7 @@ class TokenChoiceMoE(_LargeExperts):
         return (self.num_experts - self.experts_per_token) * self._expert_parameters()
 
 
-class ProductKeyMemory(nn.Module):
+class ProductKeyMemory(RowTable):
     """Product-key memory (Lample 2019, arXiv 1907.05242): PEER's index, but what it retrieves are vectors.
 
     Args:
@@ -254,6 +256,7 @@ class ProductKeyMemory(nn.Module):
     """
 
     parameter_roles: ClassVar[dict[str, str]] = {"values": "table"}
+    rows_name: ClassVar[str] = "values"
 
     def __init__(
         self,
@@ -282,8 +285,9 @@ class ProductKeyMemory(nn.Module):
             shared_keys=shared_keys,
             query_norm=query_norm,
             weighting=weighting,
+            backend=backend,
         )
-        self.values = nn.Parameter(torch.empty(num_values, dim))
+        self.values = nn.Parameter(empty_rows(num_values, dim))
         self.reset_parameters()
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
@@ -296,8 +300,14 @@ class ProductKeyMemory(nn.Module):
         """Map x (..., dim) to (..., dim); padding (mask False) does not enter the query norm's statistics."""
         weights, ids = self.product_keys(x, mask)
         per_token = self.product_keys.heads * self.product_keys.experts_per_head
+        value_ids = ids.reshape(-1, per_token)
+        prepare_rows(self.values, value_ids)
         y = api.mix_values(
-            weights.reshape(-1, per_token), ids.reshape(-1, per_token), self.values, backend=self.backend
+            weights.reshape(-1, per_token),
+            value_ids,
+            self.values,
+            backend=self.backend,
+            row_gradients=wants_row_gradients(self.values),
         )
         return y.to(x.dtype).view(x.shape)
 

@@ -5,10 +5,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from peerlm.layers.row_table import RowTable, empty_rows
 from peerlm.ops import api
+from peerlm.ops.rows import prepare_rows, wants_row_gradients
+
+ROW_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-class ExpertTable(nn.Module):
+class ExpertTable(RowTable):
     """N single-neuron experts `act(u . x) v`, or `(u . x) act(g . x) v` if gated (He 2024, section 2.1).
 
     Args:
@@ -17,14 +21,16 @@ class ExpertTable(nn.Module):
         activation: "gelu", "relu", "silu" or "identity".
         gated: whether experts have a gate vector.
         backend: a name in `peerlm.ops.api.BACKENDS`.
+        row_format: "float32", "bfloat16", or "int8" with a scale for each vector; int8 rows are not trained.
         up_std: standard deviation of v at the start.
 
     Attributes:
-        down, up: u and v, (num_experts, dim).
-        gate: g, (num_experts, dim), or None.
+        rows: u, v and, if gated, g of each expert side by side, (num_experts, 2 or 3, dim).
+        scales: what each vector of int8 rows is multiplied by, (num_experts, 2 or 3) float32; otherwise None.
     """
 
-    parameter_roles: ClassVar[dict[str, str]] = {"down": "table", "up": "table", "gate": "table"}
+    parameter_roles: ClassVar[dict[str, str]] = {"rows": "table"}
+    scales: Tensor | None
 
     def __init__(
         self,
@@ -34,6 +40,7 @@ class ExpertTable(nn.Module):
         activation: str = "gelu",
         gated: bool = False,
         backend: str = "auto",
+        row_format: str = "float32",
         up_std: float = 1.0,
     ):
         super().__init__()
@@ -42,35 +49,100 @@ class ExpertTable(nn.Module):
         self.num_experts = num_experts
         self.dim = dim
         self.activation = activation
+        self.gated = gated
         self.backend = backend
-        self.down = nn.Parameter(torch.empty(num_experts, dim))
-        self.up = nn.Parameter(torch.empty(num_experts, dim))
-        self.gate = nn.Parameter(torch.empty(num_experts, dim)) if gated else None
+        dtype = _row_dtype(row_format)
+        parts = 3 if gated else 2
+        rows = empty_rows(num_experts, parts, dim, dtype=dtype)
+        self.rows = nn.Parameter(rows, requires_grad=dtype.is_floating_point)
+        self.register_buffer("scales", None if dtype.is_floating_point else torch.empty(num_experts, parts))
         self.reset_parameters(up_std)
 
     def reset_parameters(self, up_std: float = 1.0) -> None:
         """u, g ~ N(0, 1 / dim): pre-activations of unit variance. v ~ N(0, up_std^2)."""
-        nn.init.normal_(self.down, std=self.dim**-0.5)
-        if self.gate is not None:
-            nn.init.normal_(self.gate, std=self.dim**-0.5)
-        nn.init.normal_(self.up, std=up_std)
+        if self.rows.is_meta or getattr(self.rows, "_is_hf_initialized", False):
+            return  # transformers marks what it has loaded
+        with torch.no_grad():
+            if self.scales is None:
+                _fill_normal(self.rows, self.dim**-0.5, up_std)
+            else:
+                rows = torch.empty(self.rows.shape, device=self.rows.device)
+                _fill_normal(rows, self.dim**-0.5, up_std)
+                for target, value in zip((self.rows, self.scales), quantise(rows), strict=True):
+                    target.copy_(value)
+
+    @property
+    def row_format(self) -> str:
+        """A name in `ROW_FORMATS`."""
+        return next(name for name, dtype in ROW_FORMATS.items() if dtype == self.rows.dtype)
+
+    @torch.no_grad()
+    def convert_rows(self, row_format: str) -> None:
+        """Store the rows in another format from now on; a training table's optimizer must be built anew."""
+        dtype = _row_dtype(row_format)
+        if dtype == self.rows.dtype:
+            return
+        prepare_rows(self.rows, None)
+        wide = self.rows.float() if self.scales is None else self.rows * self.scales[..., None]
+        rows, self.scales = (wide.to(dtype), None) if dtype.is_floating_point else quantise(wide)
+        self.rows = nn.Parameter(empty_rows(*rows.shape, dtype=dtype).to(rows.device), dtype.is_floating_point)
+        self.rows.copy_(rows)
+
+    @property
+    def down(self) -> Tensor:
+        """u, (num_experts, dim): a view of the rows, or of int8 rows a float32 copy."""
+        return self._part(0)
+
+    @property
+    def up(self) -> Tensor:
+        """v, as `down`."""
+        return self._part(1)
+
+    @property
+    def gate(self) -> Tensor | None:
+        """g, as `down`; None if not gated."""
+        return self._part(2) if self.gated else None
+
+    def _part(self, which: int) -> Tensor:
+        prepare_rows(self.rows, None)
+        part = self.rows[:, which]
+        return part if self.scales is None else part * self.scales[:, which, None]
 
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         """Mix each token's experts: x (T, dim), weights and expert_ids (T, P) -> (T, dim)."""
+        prepare_rows(self.rows, expert_ids)
         return api.mix_experts(
             x,
             weights,
             expert_ids,
-            self.down,
-            self.up,
-            self.gate,
+            self.rows,
+            self.scales,
             activation=self.activation,
             backend=self.backend,
+            row_gradients=wants_row_gradients(self.rows),
         )
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
         return (
-            f"num_experts={self.num_experts}, dim={self.dim}, activation={self.activation!r}, "
-            f"gated={self.gate is not None}, backend={self.backend!r}"
+            f"num_experts={self.num_experts}, dim={self.dim}, activation={self.activation!r}, gated={self.gated}, "
+            f"row_format={self.row_format!r}, backend={self.backend!r}"
         )
+
+
+def _row_dtype(row_format: str) -> torch.dtype:
+    if row_format not in ROW_FORMATS:
+        raise ValueError(f"row_format is {row_format!r}; choose one of {', '.join(ROW_FORMATS)}")
+    return ROW_FORMATS[row_format]
+
+
+def _fill_normal(rows: Tensor, in_std: float, up_std: float) -> None:
+    rows.normal_(std=in_std)
+    rows[:, 1].mul_(up_std / in_std)
+
+
+def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 rows and scales of rows (N, R, D): each vector's largest entry becomes 127."""
+    scales = rows.abs().amax(dim=-1) / 127
+    safe = torch.where(scales > 0, scales, 1.0)
+    return (rows / safe[..., None]).round().to(torch.int8), scales

@@ -30,6 +30,7 @@ class PEER(nn.Module):
         gated: give experts a gate vector: (u . x) * act(g . x) * v.
         dropout: share of retrieved experts dropped per token in training; the others' weights are scaled up.
         backend: a name in `peerlm.ops.api.BACKENDS`.
+        row_format: how experts are stored: "float32", "bfloat16", or "int8", which is not trained.
 
     Attributes:
         product_keys: the index, `ProductKeys`.
@@ -54,6 +55,7 @@ class PEER(nn.Module):
         gated: bool = False,
         dropout: float = 0.0,
         backend: str = "auto",
+        row_format: str = "float32",
     ):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
@@ -70,6 +72,7 @@ class PEER(nn.Module):
             shared_keys=shared_keys,
             query_norm=query_norm,
             weighting=weighting,
+            backend=backend,
         )
         self.experts = ExpertTable(
             num_experts,
@@ -77,6 +80,7 @@ class PEER(nn.Module):
             activation=activation,
             gated=gated,
             backend=backend,
+            row_format=row_format,
             up_std=self._initial_up_std(activation),
         )
 
@@ -111,10 +115,10 @@ class PEER(nn.Module):
 
     def extra_flops_per_token(self, context: int) -> int:
         """Forward FLOPs of the retrieved neurons; the index counts itself."""
-        keys, tables = self.product_keys, 2 if self.experts.gate is None else 3
+        keys, tables = self.product_keys, 3 if self.experts.gated else 2
         return 2 * tables * self.dim * keys.heads * keys.experts_per_head
 
     def inactive_parameters(self) -> int:
         """Expert parameters that one token leaves untouched."""
-        tables = 2 if self.experts.gate is None else 3
+        tables = 3 if self.experts.gated else 2
         return tables * self.dim * (self.product_keys.num_experts - self._active_experts)

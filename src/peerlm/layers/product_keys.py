@@ -60,6 +60,7 @@ class ProductKeys(nn.Module):
         shared_keys: one set of sub-keys for all heads (He 2024's text), or one per head (Lample 2019).
         query_norm: "batch" over the H * key_dim features, "layer" over each head's key_dim, or "none".
         weighting: "softmax" over a head's k scores, "sigmoid", "relu", or "none" (the raw score).
+        backend: a name in `peerlm.ops.api.BACKENDS`.
 
     Attributes:
         sub_keys: (2, H or 1, n, key_dim / 2).
@@ -81,8 +82,10 @@ class ProductKeys(nn.Module):
         shared_keys: bool = True,
         query_norm: str = "batch",
         weighting: str = "softmax",
+        backend: str = "auto",
     ):
         super().__init__()
+        api.check_backend(backend)
         check_sizes(dim=dim, heads=heads, key_dim=key_dim)
         n = sub_keys_per_half(num_experts, experts_per_head)
         if key_dim % 2:
@@ -99,6 +102,7 @@ class ProductKeys(nn.Module):
         self.experts_per_head = experts_per_head
         self.key_dim = key_dim
         self.weighting = weighting
+        self.backend = backend
         self.query_proj = nn.Linear(dim, heads * key_dim, bias=False)
         self.query_norm = QUERY_NORMS[query_norm](heads, key_dim)
         self.shared_keys = shared_keys
@@ -128,7 +132,11 @@ class ProductKeys(nn.Module):
         """Weights (float32 at least) and expert ids (int64): (..., heads, experts_per_head), best first."""
         x_TD, mask_T = flatten_tokens(x, mask, self.dim)
         weights, expert_ids = api.retrieve(
-            self._query(x_TD, mask_T), self.sub_keys, self.experts_per_head, weighting=self.weighting
+            self._query(x_TD, mask_T),
+            self.sub_keys,
+            self.experts_per_head,
+            weighting=self.weighting,
+            backend=self.backend,
         )
         shape = (*x.shape[:-1], self.heads, self.experts_per_head)
         return weights.reshape(shape), expert_ids.reshape(shape)
@@ -137,8 +145,7 @@ class ProductKeys(nn.Module):
     def initial_weight_power(self) -> float:
         """Mean over tokens of the sum of squared weights of all heads, for queries of unit variance.
 
-        It sets the scale of what is retrieved: a sum of independent vectors of variance s^2 with these
-            weights has
+        It sets the scale of what is retrieved: a sum of independent vectors of variance s^2 with these weights has
         variance s^2 times this. Measured with 512 fixed standard normal queries on the present sub-keys; 1 on
         the meta device, where there is nothing to measure.
         """
@@ -146,7 +153,9 @@ class ProductKeys(nn.Module):
             return 1.0
         generator = torch.Generator().manual_seed(0)
         query = torch.randn(512, self.heads, self.key_dim, generator=generator, device="cpu").to(self.sub_keys)
-        weights, _ = api.retrieve(query, self.sub_keys, self.experts_per_head, weighting=self.weighting)
+        weights, _ = api.retrieve(
+            query, self.sub_keys, self.experts_per_head, weighting=self.weighting, backend=self.backend
+        )
         return weights.square().sum(dim=(-2, -1)).mean().item()
 
     def extra_flops_per_token(self, context: int) -> int:

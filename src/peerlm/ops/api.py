@@ -1,8 +1,9 @@
 """The public operations: which backend computes them, and what is asked of their arguments.
 
-A backend is one file in this folder and one entry in `_MODULES`. An explicit choice works or explains itself:
-it never falls back. Autocast stops here: the dtypes are those of the arguments, because scores rounded to
-bfloat16 would choose other experts.
+A backend is one file in this folder and one entry in `_MODULES`. An explicit choice works or explains itself: it never
+falls back. "auto" takes the native kernels where they were built and support the arguments, and otherwise what PyTorch
+has. Autocast stops here: the dtypes are those of the arguments, because scores rounded to bfloat16 would choose other
+experts.
 """
 
 import importlib
@@ -12,14 +13,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from peerlm.ops import reference
+from peerlm.ops import native, reference
+from peerlm.ops.rows import RowTable
 
 _MODULES = {
-    "reference": (
-        "peerlm.ops.reference",
-        "the definition in eager PyTorch, any device, twice differentiable",
-    ),
-    "bag": ("peerlm.ops.bag", "PyTorch's embedding bags, any device, gathered rows are never materialised"),
+    "reference": "peerlm.ops.reference",
+    "bag": "peerlm.ops.bag",
+    "cpu": "peerlm.ops.cpu",
 }
 
 BACKENDS = ("auto", *_MODULES)
@@ -27,13 +27,22 @@ BACKENDS = ("auto", *_MODULES)
 
 def available_backends() -> dict[str, str]:
     """Each backend by name, and in one phrase what it is; "auto" says what it stands for."""
-    return {"auto": "bag"} | {name: description for name, (_, description) in _MODULES.items()}
+    return {
+        "auto": "reference and bag"
+        if native.unavailable()
+        else "cpu for tensors on a CPU, otherwise reference and bag",
+        "reference": "the definition in eager PyTorch, any device, twice differentiable",
+        "bag": "expert mixing by PyTorch's embedding bags, any device, gathered rows are never materialised",
+        "cpu": native.description(),
+    }
 
 
 def check_backend(backend: str) -> None:
-    """Raise a ValueError where `backend` is not the name of a backend."""
+    """Raise a ValueError where `backend` is not the name of a backend, or is one that cannot run on this machine."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend == "cpu" and (reason := native.unavailable()):
+        raise ValueError(f"backend is 'cpu', but {reason}; choose 'auto' or install peerlm again")
 
 
 def check_activation(activation: str) -> None:
@@ -43,8 +52,29 @@ def check_activation(activation: str) -> None:
 
 
 def _load(backend: str) -> ModuleType:
+    return importlib.import_module(_MODULES[backend])
+
+
+def use_huge_pages(tensor: Tensor) -> bool:
+    """Ask the system to back a large CPU tensor by huge pages; returns whether it agreed."""
+    return native.use_huge_pages(tensor)
+
+
+def row_kernels(table: RowTable) -> ModuleType | None:
+    """The native module with `update_rows` and `catch_up_rows` for this table; None where there is none."""
+    module = importlib.import_module("peerlm.ops.cpu_rows")
+    return module if module.supports(table) else None
+
+
+def _choose(backend: str, fallback: str, *inputs: Tensor, rows: Tensor | None = None) -> ModuleType:
+    """The module that computes with these inputs; `fallback` is what "auto" takes where the native one cannot."""
     check_backend(backend)
-    return importlib.import_module(_MODULES["bag" if backend == "auto" else backend][0])
+    if backend in ("auto", "cpu"):
+        reason = _load("cpu").unsupported(*inputs, rows=rows)
+        if reason and backend == "cpu":
+            raise ValueError(f"backend is 'cpu', but {reason}; choose 'auto', or convert the tensors")
+        backend = fallback if reason else "cpu"
+    return _load(backend)
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -54,7 +84,9 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def retrieve(query: Tensor, sub_keys: Tensor, k: int, *, weighting: str = "softmax") -> tuple[Tensor, Tensor]:
+def retrieve(
+    query: Tensor, sub_keys: Tensor, k: int, *, weighting: str = "softmax", backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Retrieve every head's k best experts by product keys; equal to a search over all n * n experts.
 
     Args:
@@ -62,44 +94,59 @@ def retrieve(query: Tensor, sub_keys: Tensor, k: int, *, weighting: str = "softm
         sub_keys: (2, H or 1, n, key_dim / 2).
         k: experts per head, 1 <= k <= n.
         weighting: "softmax" over each head's k scores, "sigmoid", "relu", or "none" (the raw score).
+        backend: a name in `BACKENDS`; "bag" has no retrieval of its own and takes the reference.
 
     Returns:
         weights (T, H, k) in float32 at least, and expert ids (T, H, k) int64 in 0 .. n * n - 1, best first.
         Expert id = i * n + j; experts are ordered by the exact sum of their half scores, equal sums by
-        ascending id.
+        ascending id. The reference scores in the dtype of its arguments, float32 at least, the native kernels
+        choose by float64 scores.
     """
+    module = _choose("reference" if backend == "bag" else backend, "reference", query, sub_keys)
     with _without_autocast(query):
-        return reference.retrieve(query, sub_keys, k, weighting)
+        return module.retrieve(query, sub_keys, k, weighting)
 
 
 def mix_experts(
     x: Tensor,
     weights: Tensor,
     expert_ids: Tensor,
-    down: Tensor,
-    up: Tensor,
-    gate: Tensor | None = None,
+    rows: Tensor,
+    scales: Tensor | None = None,
     *,
     activation: str = "gelu",
     backend: str = "auto",
+    row_gradients: bool = False,
 ) -> Tensor:
     """Apply each token's retrieved single-neuron experts and sum them by weight (He 2024, equation 1).
 
     Args:
         x: (T, D).
         weights, expert_ids: (T, P); ids int64 in 0 .. N - 1, repetitions count each time.
-        down, up: (N, D). gate: (N, D) for gated experts, or None.
+        rows: (N, 2, D), the experts' u and v, or (N, 3, D) with g for gated experts; a float dtype, or int8.
+        scales: (N, 2 or 3) float32, what each vector of int8 rows is multiplied by; otherwise None.
         activation: "gelu", "relu", "silu" or "identity".
         backend: a name in `BACKENDS`.
+        row_gradients: give the gradient of `rows` as a sparse tensor of the rows that occur; not with "bag".
 
     Returns:
         (T, D), in the dtype of x.
     """
+    module = _choose(backend, "reference" if row_gradients or scales is not None else "bag", x, weights, rows=rows)
+    if module.__name__ == _MODULES["bag"] and (row_gradients or scales is not None):
+        raise ValueError("backend 'bag' has no sparse row gradients and takes no int8 rows; choose 'auto'")
+    options = {"row_gradients": True} if row_gradients else {}
     with _without_autocast(x):
-        return _load(backend).mix_experts(x, weights, expert_ids, down, up, gate, activation)
+        return module.mix_experts(x, weights, expert_ids, rows, scales, activation, **options)
 
 
-def mix_values(weights: Tensor, value_ids: Tensor, values: Tensor, *, backend: str = "auto") -> Tensor:
+def mix_values(
+    weights: Tensor, value_ids: Tensor, values: Tensor, *, backend: str = "auto", row_gradients: bool = False
+) -> Tensor:
     """Sum each token's retrieved values: weights, value_ids (T, P), values (N, D) -> (T, D)."""
+    module = _choose(backend, "reference" if row_gradients else "bag", weights, rows=values)
+    if module.__name__ == _MODULES["bag"] and row_gradients:
+        raise ValueError("backend 'bag' has no sparse row gradients; choose 'auto'")
+    options = {"row_gradients": True} if row_gradients else {}
     with _without_autocast(weights):
-        return _load(backend).mix_values(weights, value_ids, values)
+        return module.mix_values(weights, value_ids, values, **options)

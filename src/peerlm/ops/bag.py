@@ -53,17 +53,18 @@ def mix_experts(
     x_TD: Tensor,
     weights_TP: Tensor,
     ids_TP: Tensor,
-    down_ND: Tensor,
-    up_ND: Tensor,
-    gate_ND: Tensor | None,
+    rows_NRD: Tensor,
+    scales_NR: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """As `reference.mix_experts`, but differentiable once only."""
-    x = x_TD.to(down_ND.dtype).contiguous()
-    ids = ids_TP.contiguous()
-    hidden_TP = _RowDots.apply(x, down_ND, ids)
-    if gate_ND is None:
+    """As `reference.mix_experts`, but differentiable once only, in the dtype of the rows, and without scales."""
+    _, parts, dim = rows_NRD.shape
+    table = rows_NRD.reshape(-1, dim)
+    first_TP = ids_TP * parts
+    x = x_TD.to(table.dtype).contiguous()
+    hidden_TP = _RowDots.apply(x, table, first_TP)
+    if parts == 2:
         hidden_TP = ACTIVATIONS[activation](hidden_TP)
     else:
-        hidden_TP = hidden_TP * ACTIVATIONS[activation](_RowDots.apply(x, gate_ND, ids))
-    return mix_values(hidden_TP * weights_TP.to(hidden_TP.dtype), ids, up_ND).to(x_TD.dtype)
+        hidden_TP = hidden_TP * ACTIVATIONS[activation](_RowDots.apply(x, table, first_TP + 2))
+    return mix_values(hidden_TP * weights_TP.to(hidden_TP.dtype), first_TP + 1, table).to(x_TD.dtype)

@@ -2,10 +2,11 @@
 
 Every other backend is tested against this file. Shape suffixes:
 T tokens, D model width, H heads, C half of key_dim, n sub-keys per half, N = n * n experts,
-K experts retrieved per head, P = H * K experts per token.
+K experts retrieved per head, P = H * K experts per token, R vectors in an expert's row (u, v and, if gated, g).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,35 +129,64 @@ def retrieve(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, weighting: str) -
     return WEIGHTINGS[weighting](scores_THK), ids_THK
 
 
+class _SelectRows(torch.autograd.Function):
+    """rows[ids] whose gradient is sparse: the ids, with repetitions, and the gradients of their rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ids_TP: Tensor) -> Tensor:
+        ctx.save_for_backward(ids_TP)
+        ctx.shape = rows.shape
+        return rows[ids_TP]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (ids_TP,) = ctx.saved_tensors
+        values = grad.reshape(-1, *ctx.shape[1:])
+        return torch.sparse_coo_tensor(ids_TP.reshape(1, -1), values, ctx.shape, check_invariants=False), None
+
+
+def _gather_rows(rows: Tensor, ids_TP: Tensor, scales: Tensor | None, *, row_gradients: bool) -> Tensor:
+    """rows[ids], in float32 at least; int8 rows (N, ..., D) are multiplied by their scales (N, ...)."""
+    gathered = _SelectRows.apply(rows, ids_TP) if row_gradients else rows[ids_TP]
+    if scales is not None:
+        return gathered.to(scales.dtype) * scales[ids_TP][..., None]
+    return gathered.to(torch.promote_types(rows.dtype, torch.float32))
+
+
 def mix_experts(
     x_TD: Tensor,
     weights_TP: Tensor,
     ids_TP: Tensor,
-    down_ND: Tensor,
-    up_ND: Tensor,
-    gate_ND: Tensor | None,
+    rows_NRD: Tensor,
+    scales_NR: Tensor | None,
     activation: str,
+    *,
+    row_gradients: bool = False,
 ) -> Tensor:
     """Sum over a token's experts of `weight * act(u . x) * v`; `weight * (u . x) * act(g . x) * v` if gated.
 
     Args:
         x_TD: inputs (T, D).
         weights_TP, ids_TP: (T, P); an id may stand several times in a row, and counts each time.
-        down_ND, up_ND, gate_ND: expert rows u, v and g, (N, D).
+        rows_NRD: expert rows u, v and, if gated, g: (N, 2 or 3, D).
+        scales_NR: what int8 rows are multiplied by, (N, 2 or 3), or None.
         activation: a name in `ACTIVATIONS`.
+        row_gradients: whether the gradient of the rows is a sparse tensor of those that occur, or a dense one.
 
     Returns:
-        (T, D) in the dtype of x; the arithmetic is in the dtype of the tables.
+        (T, D) in the dtype of x; the arithmetic is in that of the rows, float32 at least.
     """
-    x = x_TD.to(down_ND.dtype)
-    hidden_TP = torch.einsum("td,tpd->tp", x, down_ND[ids_TP])
-    if gate_ND is None:
-        hidden_TP = ACTIVATIONS[activation](hidden_TP)
+    down, up, *gate = _gather_rows(rows_NRD, ids_TP, scales_NR, row_gradients=row_gradients).unbind(-2)
+    x = x_TD.to(down.dtype)
+    hidden_TP = torch.einsum("td,tpd->tp", x, down)
+    if gate:
+        hidden_TP = hidden_TP * ACTIVATIONS[activation](torch.einsum("td,tpd->tp", x, gate[0]))
     else:
-        hidden_TP = hidden_TP * ACTIVATIONS[activation](torch.einsum("td,tpd->tp", x, gate_ND[ids_TP]))
-    return mix_values(hidden_TP * weights_TP.to(hidden_TP.dtype), ids_TP, up_ND).to(x_TD.dtype)
+        hidden_TP = ACTIVATIONS[activation](hidden_TP)
+    return torch.einsum("tp,tpd->td", hidden_TP * weights_TP.to(hidden_TP.dtype), up).to(x_TD.dtype)
 
 
-def mix_values(weights_TP: Tensor, ids_TP: Tensor, values_ND: Tensor) -> Tensor:
+def mix_values(weights_TP: Tensor, ids_TP: Tensor, values_ND: Tensor, *, row_gradients: bool = False) -> Tensor:
     """Weighted sum of each token's rows: (T, D) in the dtype of the rows (Lample 2019, equation 2)."""
-    return torch.einsum("tp,tpd->td", weights_TP.to(values_ND.dtype), values_ND[ids_TP])
+    values = _gather_rows(values_ND, ids_TP, None, row_gradients=row_gradients)
+    return torch.einsum("tp,tpd->td", weights_TP.to(values.dtype), values).to(values_ND.dtype)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from peerlm.ops import api
 from peerlm.ops import rows as row_seam
 from peerlm.ops.rows import RowStep, RowTable
 from peerlm.optim import row_step
@@ -380,7 +381,7 @@ def _is_plain(parameter: Tensor, state: State) -> bool:
 
 def _kernels(table: RowTable) -> Any:
     """The module whose `update_rows` and `catch_up_rows` work on this table."""
-    return row_step
+    return api.row_kernels(table) or row_step
 
 
 def _behind(weights_step: Tensor, ids: Tensor | None, now: int) -> Tensor:

@@ -1,0 +1,349 @@
+// Tensors in, kernels called: checks of types and shapes are nanobind's and the few below; torch is not linked.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <sys/mman.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using namespace peerlm;
+
+template <class T, int... Dims>
+using Array = nb::ndarray<T, nb::ndim<Dims>..., nb::c_contig, nb::device::cpu>;
+using In = const float;
+using Ids = Array<const int64_t, 2>;
+using AnyTable = nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+template <class Optional>
+auto* data_or_null(Optional& array) {
+  return array ? array->data() : nullptr;
+}
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+Weighting weighting_of(const std::string& name) {
+  if (name == "softmax") return Weighting::softmax;
+  if (name == "sigmoid") return Weighting::sigmoid;
+  if (name == "relu") return Weighting::relu;
+  if (name == "none") return Weighting::none;
+  throw std::invalid_argument("unknown weighting " + name);
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "relu") return Activation::relu;
+  if (name == "silu") return Activation::silu;
+  if (name == "identity") return Activation::identity;
+  throw std::invalid_argument("unknown activation " + name);
+}
+
+Table table_of(const AnyTable& rows, const std::optional<Array<In, 2>>& scales) {
+  RowFormat format;
+  if (rows.dtype() == nb::dtype<float>()) format = RowFormat::f32;
+  else if (rows.dtype() == nb::dtype<int8_t>()) format = RowFormat::i8;
+  else if (rows.dtype().code == (uint8_t)nb::dlpack::dtype_code::Bfloat) format = RowFormat::bf16;
+  else throw std::invalid_argument("rows must be float32, bfloat16 or int8");
+  require((format == RowFormat::i8) == scales.has_value(), "int8 rows need scales, and others have none");
+  if (scales) require(scales->shape(0) == rows.shape(0) && scales->shape(1) == rows.shape(1), "scales must be (N, parts)");
+  return {rows.data(), scales ? scales->data() : nullptr, format, (int64_t)rows.shape(0), (int64_t)rows.shape(1),
+          (int64_t)rows.shape(2)};
+}
+
+// Ids come from callers, and a wrong one would read or write anywhere.
+void check_ids(const int64_t* ids, int64_t count, int64_t num_rows) {
+  for (int64_t i = 0; i < count; ++i)
+    if (ids[i] < 0 || ids[i] >= num_rows)
+      throw nb::index_error(("expert id " + std::to_string(ids[i]) + " is not in 0 .. " + std::to_string(num_rows - 1)).c_str());
+}
+
+void retrieve_(Array<In, 4> query, Array<In, 4> sub_keys, int64_t k, const std::string& weighting, bool bf16_scores,
+               int threads, Array<float, 3> weights, Array<int64_t, 3> ids) {
+  const RetrieveArgs a{query.data(),
+                       sub_keys.data(),
+                       (int64_t)query.shape(0),
+                       (int64_t)query.shape(1),
+                       (int64_t)sub_keys.shape(1),
+                       (int64_t)sub_keys.shape(2),
+                       (int64_t)query.shape(3),
+                       k,
+                       weighting_of(weighting),
+                       bf16_scores,
+                       threads,
+                       weights.data(),
+                       ids.data()};
+  require(query.shape(2) == 2 && sub_keys.shape(0) == 2 && sub_keys.shape(3) == query.shape(3) &&
+              (a.sets == 1 || a.sets == a.heads) && k >= 1 && k <= a.n,
+          "query (T, H, 2, C) and sub_keys (2, H or 1, n, C) do not fit, or k is not in 1 .. n");
+  require(weights.size() == (size_t)(a.tokens * a.heads * k) && ids.size() == weights.size(), "outputs must be (T, H, k)");
+  const Kernels& chosen = kernels();
+  require(!bf16_scores || chosen.bf16_dot_products, "this machine has no bfloat16 dot products");
+  nb::gil_scoped_release released;
+  chosen.retrieve(a);
+}
+
+void retrieve_backward_(Array<In, 3> grad_weights, Array<In, 3> weights, Array<const int64_t, 3> ids, Array<In, 4> query,
+                        Array<In, 4> sub_keys, const std::string& weighting, int threads,
+                        std::optional<Array<float, 4>> grad_query, std::optional<Array<float, 4>> grad_sub_keys) {
+  const RetrieveBackwardArgs a{grad_weights.data(),
+                               weights.data(),
+                               ids.data(),
+                               query.data(),
+                               sub_keys.data(),
+                               (int64_t)query.shape(0),
+                               (int64_t)query.shape(1),
+                               (int64_t)sub_keys.shape(1),
+                               (int64_t)sub_keys.shape(2),
+                               (int64_t)query.shape(3),
+                               (int64_t)ids.shape(2),
+                               weighting_of(weighting),
+                               threads,
+                               data_or_null(grad_query),
+                               data_or_null(grad_sub_keys)};
+  require(weights.size() == ids.size() && grad_weights.size() == ids.size() &&
+              ids.size() == (size_t)(a.tokens * a.heads * a.k) && sub_keys.shape(3) == query.shape(3),
+          "shapes of weights, ids, query and sub_keys do not fit");
+  require(!grad_query || grad_query->size() == query.size(), "grad_query must have the shape of query");
+  require(!grad_sub_keys || grad_sub_keys->size() == sub_keys.size(), "grad_sub_keys must have the shape of sub_keys");
+  check_ids(ids.data(), ids.size(), a.n * a.n);
+  nb::gil_scoped_release released;
+  kernels().retrieve_backward(a);
+}
+
+void mix_(std::optional<Array<In, 2>> x, Array<In, 2> weights, Ids ids, AnyTable rows,
+          std::optional<Array<In, 2>> scales, const std::string& activation, int threads,
+          std::optional<Array<float, 3>> hidden, Array<float, 2> y) {
+  const Table table = table_of(rows, scales);
+  const MixArgs a{data_or_null(x),
+                  weights.data(),
+                  ids.data(),
+                  table,
+                  (int64_t)ids.shape(0),
+                  (int64_t)ids.shape(1),
+                  activation_of(activation),
+                  threads,
+                  data_or_null(hidden),
+                  y.data()};
+  require(weights.size() == ids.size() && (int64_t)y.size() == a.tokens * table.dim, "shapes of weights, ids and y do not fit");
+  require(x ? table.parts > 1 && x->size() == y.size() : table.parts == 1, "experts need x like y, and memory values none");
+  require(!hidden || (int64_t)hidden->size() == (int64_t)ids.size() * (table.parts - 1), "hidden must be (T, P, parts - 1)");
+  check_ids(a.ids, (int64_t)ids.size(), table.num_rows);
+  nb::gil_scoped_release released;
+  (x ? kernels().mix_experts : kernels().mix_values)(a);
+}
+
+void mix_backward_(Array<In, 2> grad_y, Array<In, 2> weights, Ids ids, std::optional<Array<In, 3>> hidden, AnyTable rows,
+                   std::optional<Array<In, 2>> scales, const std::string& activation, int threads,
+                   std::optional<Array<float, 2>> grad_x, std::optional<Array<float, 2>> grad_weights,
+                   std::optional<Array<float, 3>> coefficients) {
+  const Table table = table_of(rows, scales);
+  const MixBackwardArgs a{grad_y.data(),
+                          weights.data(),
+                          ids.data(),
+                          data_or_null(hidden),
+                          table,
+                          (int64_t)ids.shape(0),
+                          (int64_t)ids.shape(1),
+                          activation_of(activation),
+                          threads,
+                          data_or_null(grad_x),
+                          data_or_null(grad_weights),
+                          data_or_null(coefficients)};
+  const int64_t entries = a.tokens * a.per_token;
+  require((int64_t)weights.size() == entries && (int64_t)grad_y.size() == a.tokens * table.dim,
+          "shapes of weights, ids and grad_y do not fit");
+  require(hidden ? (int64_t)hidden->size() == entries * (table.parts - 1) : table.parts == 1, "experts need hidden");
+  require(!grad_x || grad_x->size() == grad_y.size(), "grad_x must have the shape of grad_y");
+  require(!grad_weights || (int64_t)grad_weights->size() == entries, "grad_weights must have the shape of ids");
+  require(!coefficients || (int64_t)coefficients->size() == entries * table.parts, "coefficients must be (T, P, parts)");
+  check_ids(a.ids, entries, table.num_rows);
+  nb::gil_scoped_release released;
+  if (hidden) kernels().mix_experts_backward(a);
+  else if (grad_weights) kernels().mix_values_backward(a);
+}
+
+int64_t group_by_row_(Ids ids, int64_t num_rows, Array<int32_t, 1> order, Array<int64_t, 1> starts, Array<int64_t, 1> rows) {
+  const int64_t count = (int64_t)ids.size();
+  require(count < (int64_t)1 << 31 && num_rows < (int64_t)1 << 31, "at most 2^31 - 1 entries and rows");
+  require((int64_t)order.size() == count && (int64_t)starts.size() == count + 1 && (int64_t)rows.size() == count,
+          "order, starts and rows need count, count + 1 and count elements");
+  check_ids(ids.data(), count, num_rows);
+  nb::gil_scoped_release released;
+  return group_by_row(ids.data(), count, num_rows, reinterpret_cast<uint32_t*>(order.data()), starts.data(), rows.data());
+}
+
+RowGradientArgs row_gradient_args(const Array<const int32_t, 1>& order, const Array<const int64_t, 1>& starts,
+                                  const Array<const int64_t, 1>& rows, const std::optional<Array<In, 2>>& x,
+                                  const Array<In, 2>& grad_y, const Array<In, 3>& coefficients, int threads) {
+  const RowGradientArgs a{
+      {reinterpret_cast<const uint32_t*>(order.data()), starts.data(), rows.data(), (int64_t)rows.size()},
+      data_or_null(x),
+      grad_y.data(),
+      coefficients.data(),
+      (int64_t)coefficients.shape(1),
+      (int64_t)coefficients.shape(2),
+      (int64_t)grad_y.shape(1),
+      threads,
+      false,
+      nullptr};
+  require(order.size() == coefficients.shape(0) * coefficients.shape(1) && starts.size() > rows.size() &&
+              coefficients.shape(0) == grad_y.shape(0),
+          "groups and coefficients do not fit");
+  require(x ? x->size() == grad_y.size() : a.parts == 1, "experts need x like grad_y");
+  return a;
+}
+
+void row_gradients_(Array<const int32_t, 1> order, Array<const int64_t, 1> starts, Array<const int64_t, 1> rows,
+                    std::optional<Array<In, 2>> x, Array<In, 2> grad_y, Array<In, 3> coefficients, int threads,
+                    bool compact, Array<float, 3> grad_rows) {
+  RowGradientArgs a = row_gradient_args(order, starts, rows, x, grad_y, coefficients, threads);
+  a.compact = compact;
+  a.grad_rows = grad_rows.data();
+  require((int64_t)grad_rows.shape(1) == a.parts && (int64_t)grad_rows.shape(2) == a.dim &&
+              (!compact || grad_rows.shape(0) == rows.size()),
+          "grad_rows must be (rows, parts, D)");
+  if (!compact) check_ids(rows.data(), (int64_t)rows.size(), (int64_t)grad_rows.shape(0));
+  nb::gil_scoped_release released;
+  kernels().row_gradients(a);
+}
+
+using AnyRows = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Steps = std::optional<Array<int32_t, 1>>;
+
+template <class AnyArray>
+bool is_bf16(const AnyArray& array) {
+  if (array.dtype().code == (uint8_t)nb::dlpack::dtype_code::Bfloat) return true;
+  require(array.dtype() == nb::dtype<float>(), "rows, moments and gradients must be float32 or bfloat16");
+  return false;
+}
+
+// A table of rows (N, len) with its moments: exp_avg (N, len) or null, exp_avg_sq (N, len), or (N, 1) where row-wise.
+struct RowState {
+  AnyRows rows;
+  std::optional<AnyRows> exp_avg;
+  AnyRows exp_avg_sq;
+  Steps moments_step, weights_step;
+
+  RowAdamWTable table() const {
+    const bool row_wise = exp_avg_sq.shape(1) == 1 && rows.shape(1) != 1;
+    const size_t count = rows.shape(0);
+    require(exp_avg_sq.shape(0) == count && (row_wise || exp_avg_sq.shape(1) == rows.shape(1)) &&
+                (!exp_avg || exp_avg->size() == rows.size()) && (!moments_step || moments_step->size() == count) &&
+                (!weights_step || weights_step->size() == count),
+            "rows, moments and steps do not fit");
+    const bool bf16_moments = exp_avg ? is_bf16(*exp_avg) : !row_wise && is_bf16(exp_avg_sq);
+    require(row_wise ? !is_bf16(exp_avg_sq) : is_bf16(exp_avg_sq) == bf16_moments, "moments must have one dtype");
+    return {rows.data(),
+            exp_avg ? exp_avg->data() : nullptr,
+            exp_avg_sq.data(),
+            moments_step ? moments_step->data() : nullptr,
+            weights_step ? weights_step->data() : nullptr,
+            (int64_t)count,
+            (int64_t)rows.shape(1),
+            is_bf16(rows),
+            bf16_moments,
+            row_wise};
+  }
+};
+
+RowAdamWStep step_of(int32_t number, double learning_rate, double weight_decay, double beta1, double beta2, double eps,
+                     std::optional<uint32_t> seed) {
+  return {number, learning_rate, weight_decay, beta1, beta2, eps, seed.has_value(), seed.value_or(0)};
+}
+
+void update_rows_(const RowState& state, Array<const int64_t, 1> ids, AnyRows gradient, const RowAdamWStep& step,
+                  int threads) {
+  const RowAdamWTable table = state.table();
+  require(gradient.shape(0) == ids.size() && (int64_t)gradient.shape(1) == table.len, "gradient must be (U, len)");
+  const bool bf16_gradient = is_bf16(gradient);
+  check_ids(ids.data(), (int64_t)ids.size(), table.num_rows);
+  nb::gil_scoped_release released;
+  kernels().row_adamw.update_rows(table, ids.data(), (int64_t)ids.size(), gradient.data(), bf16_gradient, step, threads);
+}
+
+void catch_up_rows_(const RowState& state, Array<const int64_t, 1> ids, int32_t first_step, Array<const int32_t, 1> index,
+                    Array<const double, 1> decay, Array<const int32_t, 1> num_nodes, Array<const double, 2> weights,
+                    Array<const double, 2> nodes, const RowAdamWStep& step, int threads) {
+  const RowAdamWTable table = state.table();
+  const RowCatchUpRules rules{first_step,     index.data(), decay.data(), num_nodes.data(),
+                              weights.data(), nodes.data(), (int64_t)weights.shape(1)};
+  require(table.weights_step && table.moments_step, "rows catch up by their steps");
+  require(num_nodes.size() == decay.size() && weights.shape(0) == decay.size() && nodes.size() == weights.size() &&
+              weights.shape(1) <= 8,
+          "the rules do not fit");
+  check_ids(ids.data(), (int64_t)ids.size(), table.num_rows);
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const int64_t since = table.weights_step[ids.data()[i]];
+    const int64_t place = since - first_step;
+    require(since >= step.step || (place >= 0 && place < (int64_t)index.size() && index.data()[place] >= 0 &&
+                                   index.data()[place] < (int64_t)decay.size()),
+            "a row's step has no rule");
+  }
+  nb::gil_scoped_release released;
+  kernels().row_adamw.catch_up_rows(table, ids.data(), (int64_t)ids.size(), rules, step, threads);
+}
+
+void update_by_row_gradients_(Array<const int32_t, 1> order, Array<const int64_t, 1> starts, Array<const int64_t, 1> rows,
+                              std::optional<Array<In, 2>> x, Array<In, 2> grad_y, Array<In, 3> coefficients,
+                              const RowState& state, const RowAdamWStep& step, int threads) {
+  const RowAdamWTable table = state.table();
+  const RowGradientArgs a = row_gradient_args(order, starts, rows, x, grad_y, coefficients, threads);
+  require(a.parts * a.dim == table.len, "rows must be (N, parts * D)");
+  check_ids(rows.data(), (int64_t)rows.size(), table.num_rows);
+  nb::gil_scoped_release released;
+  kernels().update_by_row_gradients(a, table, step);
+}
+
+// Ask for huge pages under the whole pages of an array, whether it was touched or not.
+bool use_huge_pages_(nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> array) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = 2 << 20;
+  const uintptr_t begin = ((uintptr_t)array.data() + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = ((uintptr_t)array.data() + array.nbytes()) / PAGE * PAGE;
+  return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
+#else
+  (void)array;
+  return false;
+#endif
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Native kernels of peerlm; peerlm.ops.cpu is their only user.";
+  m.def("target", [] { return std::string(kernels().name); });
+  m.def("runnable_targets", [] { return std::string(runnable_targets()); });
+  m.def("has_bf16_dot_products", [] { return kernels().bf16_dot_products; });
+  m.def("retrieve", &retrieve_);
+  m.def("retrieve_backward", &retrieve_backward_, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg().none(), nb::arg().none());
+  m.def("mix", &mix_, nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
+        nb::arg().none(), nb::arg());
+  m.def("mix_backward", &mix_backward_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none(),
+        nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
+  m.def("group_by_row", &group_by_row_);
+  m.def("row_gradients", &row_gradients_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg());
+  nb::class_<RowState>(m, "RowState")
+      .def(nb::init<AnyRows, std::optional<AnyRows>, AnyRows, Steps, Steps>(), nb::arg(), nb::arg().none(), nb::arg(),
+           nb::arg().none(), nb::arg().none());
+  nb::class_<RowAdamWStep>(m, "RowAdamWStep");
+  m.def("row_adamw_step", &step_of, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+  m.def("update_rows", &update_rows_);
+  m.def("catch_up_rows", &catch_up_rows_);
+  m.def("update_by_row_gradients", &update_by_row_gradients_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+  m.def("use_huge_pages", &use_huge_pages_);
+}

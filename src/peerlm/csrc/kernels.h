@@ -1,0 +1,126 @@
+// What the native kernels are, in plain C++: arguments as structs of pointers and sizes, kernels as a table of functions.
+//
+// Every SIMD target compiles the same sources (target.inc) and fills one table; dispatch.cpp chooses a table at run time.
+// Arrays are contiguous and row-major. Symbols as in ops/reference.py: T tokens, H heads, n sub-keys per half,
+// C = key_dim / 2 features per half, K experts per head, P = H * K entries per token, N rows, D model width.
+// A row holds `parts` vectors of width D: 1 for a memory's value, 2 for an expert (u, v), 3 for a gated one (u, v, g).
+
+#pragma once
+
+#include <cstdint>
+
+#include "row_adamw.h"
+
+namespace peerlm {
+
+enum class Weighting { softmax, sigmoid, relu, none };
+enum class Activation { gelu, relu, silu, identity };
+enum class RowFormat { f32, bf16, i8 };
+
+// Rows of a table; `scales` (N, parts) belongs to i8 alone.
+struct Table {
+  const void* rows;
+  const float* scales;
+  RowFormat format;
+  int64_t num_rows;
+  int64_t parts;
+  int64_t dim;
+};
+
+struct RetrieveArgs {
+  const float* query;     // (T, H, 2, C)
+  const float* sub_keys;  // (2, sets, n, C)
+  int64_t tokens, heads, sets, n, half_dim, k;  // sets: H, or 1 where heads share sub-keys
+  Weighting weighting;
+  bool bf16_scores;  // score in bfloat16 first; ids are the same, see retrieve.inc
+  int threads;
+  float* weights;  // out (T, H, K)
+  int64_t* ids;    // out (T, H, K)
+};
+
+struct RetrieveBackwardArgs {
+  const float* grad_weights;  // (T, H, K)
+  const float* weights;       // (T, H, K)
+  const int64_t* ids;         // (T, H, K)
+  const float* query;
+  const float* sub_keys;
+  int64_t tokens, heads, sets, n, half_dim, k;
+  Weighting weighting;
+  int threads;
+  float* grad_query;     // out (T, H, 2, C), or null
+  float* grad_sub_keys;  // out (2, sets, n, C), or null
+};
+
+struct MixArgs {
+  const float* x;        // (T, D); unused by mix_values
+  const float* weights;  // (T, P)
+  const int64_t* ids;    // (T, P)
+  Table table;
+  int64_t tokens, per_token;
+  Activation activation;
+  int threads;
+  float* hidden;  // out (T, P, parts - 1): pre-activations u . x and, if gated, g . x; null: not wanted
+  float* y;       // out (T, D)
+};
+
+struct MixBackwardArgs {
+  const float* grad_y;  // (T, D)
+  const float* weights;
+  const int64_t* ids;
+  const float* hidden;  // (T, P, parts - 1), as forward left it
+  Table table;
+  int64_t tokens, per_token;
+  Activation activation;
+  int threads;
+  float* grad_x;        // out (T, D), or null
+  float* grad_weights;  // out (T, P), or null
+  float* coefficients;  // out (T, P, parts): what multiplies grad_y (for v) and x (for u, g) in a row's gradient, or null
+};
+
+// Entries (T * P) sorted by row, equal rows by entry: `order` (T * P), `rows` and `starts` one per row that occurs.
+struct Groups {
+  const uint32_t* order;
+  const int64_t* starts;  // (count + 1)
+  const int64_t* rows;    // (count)
+  int64_t count;
+};
+
+struct RowGradientArgs {
+  Groups groups;
+  const float* x;             // (T, D); null for parts == 1
+  const float* grad_y;        // (T, D)
+  const float* coefficients;  // (T, P, parts)
+  int64_t per_token, parts, dim;
+  int threads;
+  bool compact;  // gradient number i is that of row groups.rows[i]; otherwise of row i, and others are left as they are
+  float* grad_rows;  // out (count or N, parts, D)
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;               // floats in a vector
+  bool bf16_dot_products;  // whether bf16_scores is supported
+  void (*retrieve)(const RetrieveArgs&);
+  void (*retrieve_backward)(const RetrieveBackwardArgs&);
+  void (*mix_experts)(const MixArgs&);
+  void (*mix_experts_backward)(const MixBackwardArgs&);
+  void (*mix_values)(const MixArgs&);
+  void (*mix_values_backward)(const MixBackwardArgs&);
+  void (*row_gradients)(const RowGradientArgs&);
+  // Each row's gradient, and at once its AdamW step; grad_rows and compact are not used.
+  void (*update_by_row_gradients)(const RowGradientArgs&, const RowAdamWTable&, const RowAdamWStep&);
+  RowAdamWKernels row_adamw;
+};
+
+// The table in use: the best this machine runs, or the one that PEERLM_SIMD names. Throws std::runtime_error where that
+// name is unknown or cannot run here.
+const Kernels& kernels();
+
+// Names of the targets that this machine runs, best first, separated by commas.
+const char* runnable_targets();
+
+// Sort entries 0 .. count - 1 by ids[entry], stably, into `order`; list each id that occurs and where its entries start.
+// Returns how many ids occur. `rows` and `starts` have room for count and count + 1. count < 2^32, ids in 0 .. num_rows - 1.
+int64_t group_by_row(const int64_t* ids, int64_t count, int64_t num_rows, uint32_t* order, int64_t* starts, int64_t* rows);
+
+}  // namespace peerlm

@@ -1,0 +1,3 @@
+#define PEERLM_TARGET avx2
+#define PEERLM_TARGET_NAME "avx2"
+#include "target.inc"

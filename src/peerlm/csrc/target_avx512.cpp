@@ -1,0 +1,3 @@
+#define PEERLM_TARGET avx512
+#define PEERLM_TARGET_NAME "avx512"
+#include "target.inc"

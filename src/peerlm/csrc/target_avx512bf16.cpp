@@ -1,0 +1,3 @@
+#define PEERLM_TARGET avx512bf16
+#define PEERLM_TARGET_NAME "avx512bf16"
+#include "target.inc"

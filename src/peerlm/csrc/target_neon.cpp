@@ -1,0 +1,3 @@
+#define PEERLM_TARGET neon
+#define PEERLM_TARGET_NAME "neon"
+#include "target.inc"

@@ -1,0 +1,3 @@
+#define PEERLM_TARGET portable
+#define PEERLM_TARGET_NAME "portable"
+#include "target.inc"

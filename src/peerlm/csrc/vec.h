@@ -1,0 +1,181 @@
+// Vectors of LANES floats by the compilers' vector extensions: one source for every SIMD target.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define PEERLM_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef double vd __attribute__((vector_size(4 * LANES)));                // LANES / 2 doubles
+typedef float vf_half __attribute__((vector_size(2 * LANES)));            // LANES / 2 floats
+typedef uint16_t vu16 __attribute__((vector_size(2 * LANES)));
+typedef int8_t vi8 __attribute__((vector_size(LANES)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+PEERLM_INLINE vf splat(float value) { return vf{} + value; }
+
+template <class Vector>
+PEERLM_INLINE Vector load_as(const void* from) {
+  Vector out;
+  std::memcpy(&out, from, sizeof out);
+  return out;
+}
+
+PEERLM_INLINE vf load(const float* from) { return load_as<vf>(from); }
+#if defined(__AVX512F__)
+PEERLM_INLINE vf load(const bf16* from) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(from)), 16);
+}
+PEERLM_INLINE vf load(const int8_t* from) {
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from)));
+}
+#elif defined(__AVX2__)
+PEERLM_INLINE vf load(const bf16* from) {
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(from)), 16);
+}
+PEERLM_INLINE vf load(const int8_t* from) {
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_as<int64_t>(from))));
+}
+#else
+PEERLM_INLINE vf load(const bf16* from) { return (vf)(__builtin_convertvector(load_as<vu16>(from), vu) << 16); }
+PEERLM_INLINE vf load(const int8_t* from) { return __builtin_convertvector(load_as<vi8>(from), vf); }
+#endif
+
+PEERLM_INLINE void store(float* to, vf value) { std::memcpy(to, &value, sizeof value); }
+
+PEERLM_INLINE float to_float(float value) { return value; }
+PEERLM_INLINE float to_float(int8_t value) { return value; }
+PEERLM_INLINE float to_float(bf16 value) {
+  const uint32_t bits = (uint32_t)value.bits << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+// The nearest bfloat16, ties to even; NaN stays NaN.
+PEERLM_INLINE bf16 to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) return {(uint16_t)((bits >> 16) | 0x40)};
+  return {(uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+// The first `count` < LANES elements, the others 0.
+template <class Row>
+PEERLM_INLINE vf load_first(const Row* from, int64_t count) {
+  float out[LANES] = {};
+  for (int64_t i = 0; i < count; ++i) out[i] = to_float(from[i]);
+  return load(out);
+}
+
+PEERLM_INLINE void store_first(float* to, vf value, int64_t count) { std::memcpy(to, &value, 4 * count); }
+
+PEERLM_INLINE float sum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
+  float lanes[LANES];
+  store(lanes, v);
+  for (int step = LANES / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+
+PEERLM_INLINE double sum(vd v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)v);
+#endif
+  double lanes[LANES / 2];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int step = LANES / 4; step; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+
+PEERLM_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+
+// Bit i is set where a[i] >= b[i].
+PEERLM_INLINE uint32_t at_least(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
+#else
+  const vi mask = a >= b;
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; ++i) bits |= (uint32_t)(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// e^x to a relative 1e-7, for x in -87 .. 88; clamped outside, NaN stays NaN.
+PEERLM_INLINE vf exp(vf x) {
+  x = x > 88.0f ? splat(88.0f) : x;
+  x = x < -87.0f ? splat(-87.0f) : x;
+  const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number in the low bits
+  const vf n = shifted - 12582912.0f;
+  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  // least squares on |r| <= ln 2 / 2
+  vf p = 1.395060015e-3f * r + 8.368953725e-3f;
+  p = p * r + 4.166620417e-2f;
+  p = p * r + 1.666651830e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  return p * (vf)(((vi)shifted << 23) + (127 << 23));
+}
+
+// An activation and its derivative at once.
+struct Activated {
+  vf value, slope;
+};
+
+PEERLM_INLINE Activated gelu(vf z) {
+  // Phi(-t) = exp(-t^2 / 2) * (polynomial in 1 / (1 + 0.3 t)) for t >= 0, relative error 6e-8 up to t = 14.
+  const vf t = z < 0.0f ? -z : z;
+  const vf bell = exp(t * t * -0.5f);
+  const vf u = 1.0f / (1.0f + 0.3f * t);
+  vf p = 0.038378410f * u - 0.169166669f;
+  p = p * u + 0.228661165f;
+  p = p * u - 0.0765076354f;
+  p = p * u + 0.142536268f;
+  p = p * u + 0.0946832374f;
+  p = p * u + 0.121920407f;
+  p = p * u + 0.119487680f;
+  p = p * u + 7.16930076e-6f;
+  const vf tail = bell * p;
+  const vf phi = z < 0.0f ? tail : 1.0f - tail;
+  return {z * phi, phi + z * bell * 0.398942280f};
+}
+
+PEERLM_INLINE Activated relu(vf z) {
+  const vf zero = splat(0.0f);
+  return {z < 0.0f ? zero : z, z > 0.0f ? splat(1.0f) : zero};
+}
+
+PEERLM_INLINE Activated silu(vf z) {
+  const vf sigmoid = 1.0f / (1.0f + exp(-z));
+  return {z * sigmoid, sigmoid * (1.0f + z * (1.0f - sigmoid))};
+}
+
+}  // namespace
