@@ -140,8 +140,8 @@ class RowAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step_table(parameter, group)
-                elif self.state.get(parameter, {}).pop("updated_in_backward", False):
-                    self._finish_step(parameter, group)
+                elif "updated_at" in self.state.get(parameter, {}):
+                    self._finish_step(parameter, group, *self.state[parameter].pop("updated_at"))
         return loss
 
     def _step_dense(self, group: dict[str, Any]) -> None:
@@ -175,15 +175,15 @@ class RowAdamW(torch.optim.Optimizer):
         else:
             table, step = self._table(parameter), self._row_step(parameter, group, state["step"] + 1)
             _kernels(table).update_rows(table, ids, gradient, step)
-        self._finish_step(parameter, group)
+        self._finish_step(parameter, group, float(group["lr"]), group["weight_decay"])
 
-    def _finish_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Count a step whose updates are made."""
+    def _finish_step(self, parameter: Tensor, group: dict[str, Any], lr: float, weight_decay: float) -> None:
+        """Count a step whose updates are made, at this learning rate and decay."""
         state = self.state[parameter]
         state["step"] += 1
         if group["lazy"]:
             return
-        _keep_history(state, _history(state).append(float(group["lr"]), group["weight_decay"]))
+        _keep_history(state, _history(state).append(lr, weight_decay))
         if state["step"] % _SWEEP_EVERY == 0:
             self._catch_up_rows(parameter, None)
 
@@ -203,13 +203,14 @@ class RowAdamW(torch.optim.Optimizer):
             raise RuntimeError("fused=True cannot wait for the gradients of other ranks: use fused=False")
         group = self._group(parameter)
         state = self._ready_state(parameter, group)
-        if state.get("updated_in_backward"):
+        if "updated_at" in state:
             raise RuntimeError(
                 "fused=True updates tables in the backward pass, and this is the second one before step(): "
                 "call step() after each, or accumulate gradients with fused=False"
             )
-        state["updated_in_backward"] = True
-        return self._table(parameter), self._row_step(parameter, group, state["step"] + 1)
+        step = self._row_step(parameter, group, state["step"] + 1)
+        state["updated_at"] = step.learning_rate, step.weight_decay
+        return self._table(parameter), step
 
     @torch.no_grad()
     def catch_up(self) -> None:
