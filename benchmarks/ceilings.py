@@ -1,4 +1,4 @@
-"""The limits of this machine's memory, measured by the loops of ceilings.c, which the C compiler builds on first use."""
+"""The limits of this machine's memory, measured by the loops of ceilings.c, which is compiled on first use."""
 
 import ctypes
 import os

@@ -28,11 +28,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerlm import PEER, DenseFFW
-from peerlm.ops import cpu
+from peerlm.ops import native
 from peerlm.optim import RowAdamW, parameter_groups
 
 HEADS, EXPERTS_PER_HEAD, HALF_KEY = 8, 16, 128
 LEARNING_RATE = 1e-3
+PARTS = ("forward", "step", "decode")
+MODES: dict[str, dict[str, object]] = {
+    "exact": {},
+    "lazy": {"lazy": True},
+    "fused": {"fused": True},
+    "row-wise": {"lazy": True, "row_wise": True},
+}
 
 
 class Contender:
@@ -103,7 +110,7 @@ class EmbeddingPEER(nn.Module):
 def rival(name: str, dim: int, num_experts: int, *, tuned: bool, train: bool) -> Contender:
     """The other implementation and the optimizer that it is used with."""
     if name == "PEER-pytorch":
-        from PEER_pytorch import PEER as PeerPytorch
+        from PEER_pytorch import PEER as PeerPytorch  # noqa: N811
 
         layer = PeerPytorch(
             dim,
@@ -185,23 +192,16 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument(
-        "--parts", nargs="+", choices=("forward", "step", "decode"), default=("forward", "step", "decode")
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--memory", action="store_true", help="train the rival alone ('none': ours) and print its peak")
-    parser.add_argument("--mode", choices=("exact", "lazy", "fused", "row-wise"), default="exact", help="our optimizer")
+    parser.add_argument("--mode", choices=MODES, default="exact", help="our optimizer")
     parser.add_argument("--row-format", default="float32")
     parser.add_argument("--json", type=Path, help="file that a row for each figure is added to")
     options = parser.parse_args()
     torch.manual_seed(0)
     trains = "step" in options.parts or options.memory
     dim, num_experts = options.dim, options.num_experts
-    mode = {
-        "exact": {},
-        "lazy": {"lazy": True},
-        "fused": {"fused": True},
-        "row-wise": {"lazy": True, "row_wise": True},
-    }[options.mode]
+    mode = MODES[options.mode]
     if options.row_format != "float32" and options.mode == "exact":
         mode = {"lazy": True}
     contenders = {}
@@ -225,7 +225,7 @@ def main() -> None:
             grad = torch.randn(options.tokens, dim)
             times = interleave(
                 {
-                    name: lambda contender=contender: contender.step(torch.randn(options.tokens, dim), grad)
+                    name: lambda contender=contender, grad=grad: contender.step(torch.randn(options.tokens, dim), grad)
                     for name, contender in trained.items()
                 },
                 rounds=min(options.rounds, 5),
@@ -261,14 +261,13 @@ def report(options: argparse.Namespace, part: str, figures: dict[str, list[float
             "mode": options.mode if name == "peerlm" else "",
             "row_format": options.row_format if name == "peerlm" else "float32",
             "threads": torch.get_num_threads(),
-            "kernels": cpu.description(),
+            "kernels": native.description(),
             "torch": torch.__version__,
             "machine": platform.machine(),
             "date": datetime.date.today().isoformat(),
         }
-        print(
-            f"| {part} | N = {options.num_experts} | {name} | {median:.2f} | {low:.2f} .. {high:.2f} | {median / first:.2f} |"
-        )
+        spread = f"{low:.2f} .. {high:.2f}"
+        print(f"| {part} | N = {options.num_experts} | {name} | {median:.2f} | {spread} | {median / first:.2f} |")
         if options.json:
             with options.json.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -87,6 +87,10 @@ class OptimConfig:
     """Added to AdamW's root of the mean square."""
     weight_decay: float = 0.01
     """Of weight matrices; tables, keys, embeddings, norms and biases have none."""
+    tables: Literal["auto", "exact", "lazy", "fused", "dense"] = "auto"
+    """How tables are updated: "dense" by torch.optim.AdamW, which visits every row; "exact", the same weights by rows
+    that were retrieved; "fused", as exact but in the backward pass, without clipping or accumulation; "lazy", rows that
+    were not retrieved stay as they are, another optimizer. "auto" takes whichever of dense and exact is quicker."""
     table_lr_multiplier: float = 1.0
     """Learning rate of expert tables over the learning rate of the rest."""
     table_lr_decay: bool = False
