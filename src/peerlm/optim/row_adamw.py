@@ -140,8 +140,8 @@ class RowAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step_table(parameter, group)
-                elif self.state.get(parameter, {}).pop("updated_in_backward", False):
-                    self._finish_step(parameter, group)
+                elif "updated_at" in self.state.get(parameter, {}):
+                    self._finish_step(parameter, group, *self.state[parameter].pop("updated_at"))
         return loss
 
     def _step_dense(self, group: dict[str, Any]) -> None:
@@ -165,7 +165,7 @@ class RowAdamW(torch.optim.Optimizer):
     def _step_table(self, parameter: Tensor, group: dict[str, Any]) -> None:
         ids, gradient = _row_gradient(parameter)
         state = self._ready_state(parameter, group)
-        self._catch_up(parameter, ids)
+        self._catch_up_rows(parameter, ids)
         if ids is None and _is_plain(parameter, state):
             self._age_moments(state)
             _dense_step([parameter], [{**state, "step": torch.tensor(float(state["step"]))}], group)
@@ -175,17 +175,17 @@ class RowAdamW(torch.optim.Optimizer):
         else:
             table, step = self._table(parameter), self._row_step(parameter, group, state["step"] + 1)
             _kernels(table).update_rows(table, ids, gradient, step)
-        self._finish_step(parameter, group)
+        self._finish_step(parameter, group, float(group["lr"]), group["weight_decay"])
 
-    def _finish_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Count a step whose updates are made."""
+    def _finish_step(self, parameter: Tensor, group: dict[str, Any], lr: float, weight_decay: float) -> None:
+        """Count a step whose updates are made, at this learning rate and decay."""
         state = self.state[parameter]
         state["step"] += 1
         if group["lazy"]:
             return
-        _keep_history(state, _history(state).append(float(group["lr"]), group["weight_decay"]))
+        _keep_history(state, _history(state).append(lr, weight_decay))
         if state["step"] % _SWEEP_EVERY == 0:
-            self._catch_up(parameter, None)
+            self._catch_up_rows(parameter, None)
 
     @torch.no_grad()
     def _update_in_backward(self, parameter: Tensor) -> None:
@@ -194,7 +194,7 @@ class RowAdamW(torch.optim.Optimizer):
             return
         table, step = self._fused_update(parameter)
         ids, gradient = _row_gradient(parameter)
-        self._catch_up(parameter, ids)
+        self._catch_up_rows(parameter, ids)
         _kernels(table).update_rows(table, ids, gradient, step)
         parameter.grad = None
 
@@ -203,13 +203,14 @@ class RowAdamW(torch.optim.Optimizer):
             raise RuntimeError("fused=True cannot wait for the gradients of other ranks: use fused=False")
         group = self._group(parameter)
         state = self._ready_state(parameter, group)
-        if state.get("updated_in_backward"):
+        if "updated_at" in state:
             raise RuntimeError(
                 "fused=True updates tables in the backward pass, and this is the second one before step(): "
                 "call step() after each, or accumulate gradients with fused=False"
             )
-        state["updated_in_backward"] = True
-        return self._table(parameter), self._row_step(parameter, group, state["step"] + 1)
+        step = self._row_step(parameter, group, state["step"] + 1)
+        state["updated_at"] = step.learning_rate, step.weight_decay
+        return self._table(parameter), step
 
     @torch.no_grad()
     def catch_up(self) -> None:
@@ -217,9 +218,9 @@ class RowAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["rows"]:
                 for parameter in group["params"]:
-                    self._catch_up(parameter, None)
+                    self._catch_up_rows(parameter, None)
 
-    def _catch_up(self, parameter: Tensor, ids: Tensor | None) -> None:
+    def _catch_up_rows(self, parameter: Tensor, ids: Tensor | None) -> None:
         """Bring these rows, or all, up to date. ids: int64, any shape, repetitions allowed."""
         state = self.state.get(parameter)
         if not state or state.get("weights_step") is None:
@@ -275,7 +276,7 @@ class RowAdamW(torch.optim.Optimizer):
         if (*group["betas"], group["eps"]) != (*state["betas"], state["eps"]):
             if (group["betas"][0] == 0) != (state["betas"][0] == 0):
                 raise ValueError(f"beta1 cannot go from {state['betas'][0]} to {group['betas'][0]} during training")
-            self._catch_up(parameter, None)
+            self._catch_up_rows(parameter, None)
             self._age_moments(state)
             state["betas"], state["eps"] = tuple(group["betas"]), group["eps"]
         return state
@@ -328,7 +329,7 @@ class _Watcher:
 
     @torch.no_grad()
     def before_read(self, parameter: Tensor, ids: Tensor | None) -> None:
-        self.optimizer._catch_up(parameter, ids)
+        self.optimizer._catch_up_rows(parameter, ids)
 
     def takes_row_gradients(self, parameter: Tensor) -> bool:
         return not _several_ranks()  # DistributedDataParallel exchanges dense gradients
