@@ -328,8 +328,8 @@ def test_a_full_disk_loses_nothing(configure: Configure, straight: Path, monkeyp
     config = configure()
     save = peerlm.train.checkpoint.save_file
 
-    def fill_up(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        save(tensors, path)
+    def fill_up(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save(tensors, path, metadata)
         if list_checkpoints(Path(config.run)):
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
