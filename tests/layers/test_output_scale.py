@@ -97,6 +97,26 @@ def test_output_scale_multiplies_the_output(layer: nn.Module) -> None:
     assert output_power(layer, 32, tokens=1024) == pytest.approx(0.01 * OUTPUT_POWER, rel=2 * TOLERANCE)
 
 
+@pytest.mark.parametrize("layer_class", [PEER, ProductKeyMemory])
+def test_scaled_weights_leave_the_loudness_and_shrink_the_rows(layer_class: type[nn.Module]) -> None:
+    size = {"num_experts" if layer_class is PEER else "num_values": 64**2}
+    torch.manual_seed(0)
+    plain = layer_class(32, **size)
+    torch.manual_seed(0)
+    scaled = layer_class(32, **size, weight_scale=16.0)
+    x = torch.randn(64, 32)
+    torch.testing.assert_close(plain.eval()(x), scaled.eval()(x), rtol=1e-4, atol=1e-5)
+    vectors = [layer.experts.up if layer_class is PEER else layer.values for layer in (plain, scaled)]
+    torch.testing.assert_close(vectors[0], 16 * vectors[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer_class", [PEER, ProductKeyMemory])
+@pytest.mark.parametrize("weight_scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_impossible_weight_scale(layer_class: type[nn.Module], weight_scale: float) -> None:
+    with pytest.raises(ValueError, match=f"weight_scale is {weight_scale}; .* take a number above 0"):
+        layer_class(32, weight_scale=weight_scale)
+
+
 def test_construction_on_the_meta_device() -> None:
     with torch.device("meta"):
         layer = PEER(64)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlm.layers.inputs import check_sizes, flatten_tokens
+from peerlm.layers.inputs import check_sizes, check_weight_scale, flatten_tokens
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys, sub_keys_per_half
 from peerlm.layers.row_table import RowTable, empty_rows
@@ -249,6 +249,7 @@ class ProductKeyMemory(RowTable):
         query_norm: "batch", "layer" or "none".
         weighting: "softmax", "sigmoid", "relu" or "none".
         backend: a name in `peerlm.ops.api.BACKENDS`.
+        weight_scale: what weights are multiplied by, as in PEER; 1 is the paper's.
 
     Attributes:
         product_keys: the index, `ProductKeys`.
@@ -270,12 +271,15 @@ class ProductKeyMemory(RowTable):
         query_norm: str = "batch",
         weighting: str = "softmax",
         backend: str = "auto",
+        weight_scale: float = 1.0,
     ):
         super().__init__()
         api.check_backend(backend)
         sub_keys_per_half(num_values, values_per_head, names=("num_values", "values_per_head"))
         self.dim = dim
+        check_weight_scale(weight_scale)
         self.backend = backend
+        self.weight_scale = weight_scale
         self.product_keys = ProductKeys(
             dim,
             num_experts=num_values,
@@ -293,7 +297,7 @@ class ProductKeyMemory(RowTable):
     def reset_parameters(self, output_scale: float = 1.0) -> None:
         """The index by its own rule, the values by `output_scale.py`, times `output_scale`."""
         self.product_keys.reset_parameters()
-        std = output_std(self.product_keys.initial_weight_power())
+        std = output_std(self.product_keys.initial_weight_power()) / self.weight_scale
         nn.init.normal_(self.values, std=output_scale * std)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -303,7 +307,7 @@ class ProductKeyMemory(RowTable):
         value_ids = ids.reshape(-1, per_token)
         prepare_rows(self.values, value_ids)
         y = api.mix_values(
-            weights.reshape(-1, per_token),
+            self.weight_scale * weights.reshape(-1, per_token),
             value_ids,
             self.values,
             backend=self.backend,

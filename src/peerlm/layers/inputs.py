@@ -1,5 +1,7 @@
 """What every feed-forward layer asks of its sizes and its input, said once."""
 
+import math
+
 from torch import Tensor
 
 
@@ -10,6 +12,12 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} is {size!r}; it must be a whole number, written without a point")
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
+
+
+def check_weight_scale(weight_scale: float) -> None:
+    """Raise a ValueError where this is no positive, finite number."""
+    if not 0.0 < weight_scale < math.inf:
+        raise ValueError(f"weight_scale is {weight_scale}; it multiplies weights, so take a number above 0")
 
 
 def flatten_tokens(x: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerlm.layers.expert_table import ExpertTable
-from peerlm.layers.inputs import flatten_tokens
+from peerlm.layers.inputs import check_weight_scale, flatten_tokens
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.ops import api
@@ -31,6 +31,9 @@ class PEER(nn.Module):
         dropout: share of retrieved experts dropped per token in training; the others' weights are scaled up.
         backend: a name in `peerlm.ops.api.BACKENDS`.
         row_format: how experts are stored: "float32", "bfloat16", or "int8", which is not trained.
+        weight_scale: what weights are multiplied by; 1 is the paper's. Vectors v start smaller by as much, so that
+            the layer starts as loud as ever, but steps of AdamW, whose size is that of the learning rate, change
+            its output more.
 
     Attributes:
         product_keys: the index, `ProductKeys`.
@@ -56,13 +59,16 @@ class PEER(nn.Module):
         dropout: float = 0.0,
         backend: str = "auto",
         row_format: str = "float32",
+        weight_scale: float = 1.0,
     ):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout}; it is a share of experts, so take 0 <= dropout < 1")
         api.check_activation(activation)
         self.dim = dim
+        check_weight_scale(weight_scale)
         self.dropout = dropout
+        self.weight_scale = weight_scale
         self.product_keys = ProductKeys(
             dim,
             num_experts=num_experts,
@@ -90,7 +96,7 @@ class PEER(nn.Module):
         self.experts.reset_parameters(output_scale * self._initial_up_std(self.experts.activation))
 
     def _initial_up_std(self, activation: str) -> float:
-        return output_std(self.product_keys.initial_weight_power(), activation)
+        return output_std(self.product_keys.initial_weight_power(), activation) / self.weight_scale
 
     def retrieve(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights (float32 at least) and expert ids (int64) of x, each (..., heads, experts_per_head)."""
@@ -103,7 +109,7 @@ class PEER(nn.Module):
         """
         x_TD, _ = flatten_tokens(x, mask, self.dim)
         weights, expert_ids = self.retrieve(x, mask)
-        weights = F.dropout(weights, self.dropout, self.training)
+        weights = F.dropout(weights * self.weight_scale, self.dropout, self.training)
         per_token = self.product_keys.heads * self.product_keys.experts_per_head
         y = self.experts(x_TD, weights.reshape(-1, per_token), expert_ids.reshape(-1, per_token))
         return y.view(x.shape)
