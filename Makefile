@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test lint docs clean
+.PHONY: help setup demo test lint docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## these lines
@@ -25,6 +25,10 @@ lint: setup  ## formatting, lint and types
 
 docs: setup  ## that every link and file named in the documents exists
 	$(BIN)/python -m pytest -q tests/test_docs.py
+
+bench: setup  ## the layer and its kernels against other implementations and the limits of memory; half an hour, 20 GB
+	$(PIP) install -c constraints.txt --no-build-isolation ".[bench]"
+	$(BIN)/python benchmarks/run.py
 
 clean:  ## remove the environment and all caches; runs and prepared data stay
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -133,6 +133,8 @@ def rival(name: str, dim: int, num_experts: int, *, tuned: bool, train: bool) ->
                 torch.optim.Adam(module.index.parameters(), lr=LEARNING_RATE, fused=tuned),
             ],
         )
+    if name in MODES:
+        return ours(dim, num_experts, train=train, **MODES[name])
     if name == "reference":
         return ours(dim, num_experts, train=False, backend="reference")
     if name == "bag":
@@ -142,7 +144,8 @@ def rival(name: str, dim: int, num_experts: int, *, tuned: bool, train: bool) ->
     return Contender(layer, torch.optim.AdamW(layer.parameters(), lr=LEARNING_RATE, fused=True) if train else None)
 
 
-RIVALS = ("PEER-pytorch", "SparseAdam", "reference", "bag", "dense, equal active", "dense, 4 d", "none")
+DENSE = ("dense, equal active", "dense, 4 d")
+RIVALS = ("PEER-pytorch", "SparseAdam", "reference", "bag", *DENSE, *MODES, "none")
 
 
 def check(mine: Contender, other: Contender, x: Tensor) -> None:
@@ -208,7 +211,8 @@ def main() -> None:
     if options.rival == "none" or not options.memory:
         contenders["peerlm"] = ours(dim, num_experts, train=trains, row_format=options.row_format, **mode)
     if options.rival != "none":
-        name = options.rival + (", tuned" if options.tuned else "")
+        name = f"peerlm, {options.rival}" if options.rival in MODES else options.rival
+        name += ", tuned" if options.tuned else ""
         contenders[name] = rival(options.rival, dim, num_experts, tuned=options.tuned, train=trains)
     if options.memory:
         (contender,) = contenders.values()
