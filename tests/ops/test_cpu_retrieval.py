@@ -59,7 +59,7 @@ KINDS = {
 
 @st.composite
 def cases(draw: st.DrawFn, max_n: int = 40, max_tokens: int = 50) -> tuple[Tensor, Tensor, int]:
-    """query (T, H, 2 C), sub_keys (2, H or 1, n, C) and k."""
+    """Queries (T, H, 2 C), sub_keys (2, H or 1, n, C) and k."""
     n, heads, half = draw(st.integers(1, max_n)), draw(st.integers(1, 3)), draw(st.integers(1, 40))
     tokens = draw(st.one_of(st.integers(1, FEW_TOKENS), st.integers(FEW_TOKENS + 1, max_tokens)))
     k = draw(st.one_of(st.integers(1, n), st.just(n)))
@@ -244,7 +244,7 @@ def test_arguments_need_not_be_contiguous() -> None:
     ids=["k > n", "k = 0", "size of sub-keys", "heads", "halves"],
 )
 def test_arguments_that_do_not_fit(query: Tensor, sub_keys: Tensor, k: int) -> None:
-    with pytest.raises(ValueError, match="query .* and sub_keys .* do not fit, or k is not in 1 .. n"):
+    with pytest.raises(ValueError, match=r"query .* and sub_keys .* do not fit, or k is not in 1 .. n"):
         api.retrieve(query, sub_keys, k, backend="cpu")
 
 
