@@ -6,34 +6,28 @@ has. Autocast stops here: the dtypes are those of the arguments, because scores 
 experts.
 """
 
-import importlib
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from peerlm.ops import reference
+from peerlm.ops import bag, cpu, reference
 
-_MODULES = {
-    "reference": "peerlm.ops.reference",
-    "bag": "peerlm.ops.bag",
-    "cpu": "peerlm.ops.cpu",
-}
+_MODULES: dict[str, ModuleType] = {"reference": reference, "bag": bag, "cpu": cpu}
 
 BACKENDS = ("auto", *_MODULES)
 
 
 def available_backends() -> dict[str, str]:
     """Each backend by name, and in one phrase what it is; "auto" says what it stands for."""
-    native = _load("cpu")
     return {
         "auto": "reference and bag"
-        if native.unavailable()
+        if cpu.unavailable()
         else "cpu for tensors on a CPU, otherwise reference and bag",
         "reference": "the definition in eager PyTorch, any device, twice differentiable",
         "bag": "expert mixing by PyTorch's embedding bags, any device, gathered rows are never materialised",
-        "cpu": native.description(),
+        "cpu": cpu.description(),
     }
 
 
@@ -41,7 +35,7 @@ def check_backend(backend: str) -> None:
     """Raise a ValueError where `backend` is not the name of a backend, or is one that cannot run on this machine."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend == "cpu" and (reason := _load("cpu").unavailable()):
+    if backend == "cpu" and (reason := cpu.unavailable()):
         raise ValueError(f"backend is 'cpu', but {reason}; choose 'auto' or install peerlm again")
 
 
@@ -51,24 +45,20 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation is {activation!r}; choose one of {', '.join(reference.ACTIVATIONS)}")
 
 
-def _load(backend: str) -> ModuleType:
-    return importlib.import_module(_MODULES[backend])
-
-
 def use_huge_pages(tensor: Tensor) -> bool:
     """Ask the system to back a large CPU tensor by huge pages; returns whether it agreed."""
-    return _load("cpu").use_huge_pages(tensor)
+    return cpu.use_huge_pages(tensor)
 
 
 def _choose(backend: str, fallback: str, *inputs: Tensor, rows: Tensor | None = None) -> ModuleType:
     """The module that computes with these inputs; `fallback` is what "auto" takes where the native one cannot."""
     check_backend(backend)
     if backend in ("auto", "cpu"):
-        reason = _load("cpu").unsupported(*inputs, rows=rows)
+        reason = cpu.unsupported(*inputs, rows=rows)
         if reason and backend == "cpu":
             raise ValueError(f"backend is 'cpu', but {reason}; choose 'auto', or convert the tensors")
         backend = fallback if reason else "cpu"
-    return _load(backend)
+    return _MODULES[backend]
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -127,7 +117,7 @@ def mix_experts(
         (T, D), in the dtype of x.
     """
     module = _choose(backend, "reference" if row_gradients or scales is not None else "bag", x, weights, rows=rows)
-    if module.__name__ == _MODULES["bag"] and (row_gradients or scales is not None):
+    if module is bag and (row_gradients or scales is not None):
         raise ValueError("backend 'bag' has no sparse row gradients and takes no int8 rows; choose 'auto'")
     options = {"row_gradients": True} if row_gradients else {}
     with _without_autocast(x):
@@ -139,7 +129,7 @@ def mix_values(
 ) -> Tensor:
     """Sum each token's retrieved values: weights, value_ids (T, P), values (N, D) -> (T, D)."""
     module = _choose(backend, "reference" if row_gradients else "bag", weights, rows=values)
-    if module.__name__ == _MODULES["bag"] and row_gradients:
+    if module is bag and row_gradients:
         raise ValueError("backend 'bag' has no sparse row gradients; choose 'auto'")
     options = {"row_gradients": True} if row_gradients else {}
     with _without_autocast(weights):

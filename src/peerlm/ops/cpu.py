@@ -23,6 +23,7 @@ ROW_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot look into the extension
 def unavailable() -> str:
     """Why there are no native kernels here; empty where there are.
 
