@@ -16,7 +16,6 @@ pytestmark = pytest.mark.skipif(bool(cpu._reason), reason=cpu._reason)
 
 AWKWARD_DIMS = [1, 7, 16, 17, 64, 100]
 AWKWARD_COUNTS = [1, 4, 15, 16, 17, 33, 70]
-ROW_ERROR = {torch.float32: 1e-6, torch.bfloat16: 3e-3}
 
 
 def widened(inputs: MixInputs, rows: Tensor | None = None) -> MixInputs:
@@ -43,8 +42,9 @@ def output_and_gradients(inputs: MixInputs, scales: Tensor | None = None, **opti
 
 def assert_close(actual: dict[str, Tensor], exact: dict[str, Tensor], bound: float = 1e-6) -> None:
     for name, value in actual.items():
-        limit = max(bound, ROW_ERROR[value.dtype])  # a gradient in bfloat16 is rounded to it
-        assert relative_error(value, exact[name]) <= limit, name
+        if value.dtype == torch.bfloat16:  # a gradient is rounded to the dtype of the rows: to two or three digits
+            bound = max(bound, 3e-3 if value.numel() > 64 else 2**-8)
+        assert relative_error(value, exact[name]) <= bound, name
 
 
 def draw(tokens: int, per_token: int, dim: int, num_experts: int, **options: Any) -> MixInputs:

@@ -22,9 +22,7 @@ BACKENDS = ("auto", *_MODULES)
 def available_backends() -> dict[str, str]:
     """Each backend by name, and in one phrase what it is; "auto" says what it stands for."""
     return {
-        "auto": "reference and bag"
-        if cpu.unavailable()
-        else "cpu for tensors on a CPU, otherwise reference and bag",
+        "auto": "reference and bag" if cpu.unavailable() else "cpu for tensors on a CPU, otherwise reference and bag",
         "reference": "the definition in eager PyTorch, any device, twice differentiable",
         "bag": "expert mixing by PyTorch's embedding bags, any device, gathered rows are never materialised",
         "cpu": cpu.description(),
