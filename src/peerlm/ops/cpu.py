@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peerlm.errors import UserError
+
 try:
     import peerlm.ops._native as _native
 
@@ -28,13 +30,13 @@ def unavailable() -> str:
     """Why there are no native kernels here; empty where there are.
 
     Raises:
-        ValueError: PEERLM_SIMD names no target that this machine runs.
+        UserError: PEERLM_SIMD names no target that this machine runs.
     """
     if _native is not None:
         try:
             _native.target()
         except RuntimeError as error:
-            raise ValueError(str(error)) from error
+            raise UserError(str(error)) from error
     return _reason
 
 
