@@ -13,18 +13,18 @@ from torch import Tensor
 
 from peerlm import PEER, ProductKeyMemory
 from peerlm.cli import main
-from peerlm.ops import api, cpu
+from peerlm.ops import api, native
 from peerlm.testing import MixInputs, mix_inputs
 
-NEEDS_KERNELS = pytest.mark.skipif(bool(cpu._reason), reason=cpu._reason)
+NEEDS_KERNELS = pytest.mark.skipif(bool(native._reason), reason=native._reason)
 NUMERICAL_TESTS = ["test_cpu_retrieval.py", "test_cpu_mixing.py", "test_cpu_operators.py"]
 
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there was no compiler."""
-    monkeypatch.setattr(cpu, "_native", None)
-    monkeypatch.setattr(cpu, "_reason", "the native kernels were not built")
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "_reason", "the native kernels were not built")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +40,7 @@ def single_inputs() -> MixInputs:
 def test_kernels_are_built_where_there_is_a_compiler() -> None:
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler on this machine")
-    assert cpu._reason == ""
+    assert native._reason == ""
 
 
 @NEEDS_KERNELS
@@ -136,7 +136,7 @@ print(api.available_backends()["cpu"])
 def test_what_is_in_use_is_said() -> None:
     said = api.available_backends()
     assert said["auto"].startswith("cpu for tensors on a CPU")
-    assert f"native kernels for {cpu._native.target()}, of" in said["cpu"]
+    assert f"native kernels for {native.module.target()}, of" in said["cpu"]
     assert said["cpu"].endswith(f"{torch.get_num_threads()} threads")
 
 
@@ -149,7 +149,7 @@ def test_huge_pages_are_asked_for_large_tables_alone() -> None:
 
 @NEEDS_KERNELS
 def test_target_that_the_machine_does_not_run() -> None:
-    message = f"PEERLM_SIMD is 'mmx'; this machine runs {cpu._native.runnable_targets()}"
+    message = f"PEERLM_SIMD is 'mmx'; this machine runs {native.module.runnable_targets()}"
     code = "from peerlm import PEER; PEER(16, num_experts=16, heads=2, experts_per_head=3, key_dim=4)"
     done = python(code, PEERLM_SIMD="mmx")
     assert done.returncode == 1
@@ -162,21 +162,21 @@ def test_target_that_the_machine_does_not_run() -> None:
         timeout=100,
     )
     assert info.returncode == 2
-    assert info.stderr == f"peerlm: {message}\n"
+    assert info.stderr == f"error: {message}\n"
 
 
 @NEEDS_KERNELS
 def test_named_target_is_the_one_in_use() -> None:
-    done = python("from peerlm.ops import cpu; print(cpu._native.target())", PEERLM_SIMD="portable")
+    done = python("from peerlm.ops import native; print(native.module.target())", PEERLM_SIMD="portable")
     assert (done.stdout, done.stderr) == ("portable\n", "")
 
 
 @pytest.mark.slow
 @NEEDS_KERNELS
-@pytest.mark.parametrize("target", cpu._native.runnable_targets().split(", ") if cpu._native else [])
+@pytest.mark.parametrize("target", native.module.runnable_targets().split(", ") if native.module else [])
 def test_numbers_of_every_target(target: str) -> None:
     """The numerical tests once more for each SIMD target that this machine runs."""
-    named = python("from peerlm.ops import cpu; print(cpu._native.target())", PEERLM_SIMD=target)
+    named = python("from peerlm.ops import native; print(native.module.target())", PEERLM_SIMD=target)
     assert named.stdout == f"{target}\n"
     folder = Path(__file__).parent
     done = subprocess.run(

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peerlm.layers.expert_table import quantise
-from peerlm.ops import api, cpu, reference
+from peerlm.ops import api, native, reference
 from peerlm.testing import MixInputs, mix_inputs, relative_error
 
-pytestmark = pytest.mark.skipif(bool(cpu._reason), reason=cpu._reason)
+pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
 
 AWKWARD_DIMS = [1, 7, 16, 17, 64, 100]
 AWKWARD_COUNTS = [1, 4, 15, 16, 17, 33, 70]
@@ -315,7 +315,7 @@ def test_arguments_that_do_not_fit(change: dict[str, Any], message: str) -> None
 def test_group_by_row_sorts_stably() -> None:
     for num_rows, count in ((1, 5), (7, 40), (3000, 5000), (2**30, 1000), (9, 0)):
         ids = torch.randint(num_rows, (count, 1))
-        order, starts, rows = cpu.group_by_row(ids, num_rows)
+        order, starts, rows = native.group_by_row(ids, num_rows)
         expected, by_row = ids.flatten().sort(stable=True)
         assert torch.equal(order.long(), by_row)
         assert torch.equal(rows, expected.unique())

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from peerlm import PEER, PeerConfig, PeerForCausalLM, ProductKeyMemory
 from peerlm.layers.expert_table import quantise
-from peerlm.ops import api, cpu, reference
+from peerlm.ops import api, cpu, native, reference
 from peerlm.testing import mix_inputs
 
-pytestmark = pytest.mark.skipif(bool(cpu._reason), reason=cpu._reason)
+pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
 
 operators = torch.ops.peerlm
 

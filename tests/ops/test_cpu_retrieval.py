@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peerlm.ops import api, cpu, reference
+from peerlm.ops import api, native, reference
 from peerlm.testing import exhaustive_search, relative_error
 
-pytestmark = pytest.mark.skipif(bool(cpu._reason), reason=cpu._reason)
+pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
 
 FEW_TOKENS = 4  # up to here the kernels take another path
 

@@ -184,28 +184,126 @@ int64_t group_by_row_(Ids ids, int64_t num_rows, Array<int32_t, 1> order, Array<
   return group_by_row(ids.data(), count, num_rows, reinterpret_cast<uint32_t*>(order.data()), starts.data(), rows.data());
 }
 
-void row_gradients_(Array<const int32_t, 1> order, Array<const int64_t, 1> starts, Array<const int64_t, 1> rows,
-                    std::optional<Array<In, 2>> x, Array<In, 2> grad_y, Array<In, 3> coefficients, int threads,
-                    bool compact, Array<float, 3> grad_rows) {
-  const RowGradientArgs a{{reinterpret_cast<const uint32_t*>(order.data()), starts.data(), rows.data(), (int64_t)rows.size()},
-                          data_or_null(x),
-                          grad_y.data(),
-                          coefficients.data(),
-                          (int64_t)coefficients.shape(1),
-                          (int64_t)coefficients.shape(2),
-                          (int64_t)grad_y.shape(1),
-                          threads,
-                          compact,
-                          grad_rows.data()};
+RowGradientArgs row_gradient_args(const Array<const int32_t, 1>& order, const Array<const int64_t, 1>& starts,
+                                  const Array<const int64_t, 1>& rows, const std::optional<Array<In, 2>>& x,
+                                  const Array<In, 2>& grad_y, const Array<In, 3>& coefficients, int threads) {
+  const RowGradientArgs a{
+      {reinterpret_cast<const uint32_t*>(order.data()), starts.data(), rows.data(), (int64_t)rows.size()},
+      data_or_null(x),
+      grad_y.data(),
+      coefficients.data(),
+      (int64_t)coefficients.shape(1),
+      (int64_t)coefficients.shape(2),
+      (int64_t)grad_y.shape(1),
+      threads,
+      false,
+      nullptr};
   require(order.size() == coefficients.shape(0) * coefficients.shape(1) && starts.size() > rows.size() &&
               coefficients.shape(0) == grad_y.shape(0),
           "groups and coefficients do not fit");
   require(x ? x->size() == grad_y.size() : a.parts == 1, "experts need x like grad_y");
+  return a;
+}
+
+void row_gradients_(Array<const int32_t, 1> order, Array<const int64_t, 1> starts, Array<const int64_t, 1> rows,
+                    std::optional<Array<In, 2>> x, Array<In, 2> grad_y, Array<In, 3> coefficients, int threads,
+                    bool compact, Array<float, 3> grad_rows) {
+  RowGradientArgs a = row_gradient_args(order, starts, rows, x, grad_y, coefficients, threads);
+  a.compact = compact;
+  a.grad_rows = grad_rows.data();
   require((int64_t)grad_rows.shape(1) == a.parts && (int64_t)grad_rows.shape(2) == a.dim &&
               (!compact || grad_rows.shape(0) == rows.size()),
           "grad_rows must be (rows, parts, D)");
+  if (!compact) check_ids(rows.data(), (int64_t)rows.size(), (int64_t)grad_rows.shape(0));
   nb::gil_scoped_release released;
   kernels().row_gradients(a);
+}
+
+using AnyRows = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Steps = std::optional<Array<int32_t, 1>>;
+
+template <class AnyArray>
+bool is_bf16(const AnyArray& array) {
+  if (array.dtype().code == (uint8_t)nb::dlpack::dtype_code::Bfloat) return true;
+  require(array.dtype() == nb::dtype<float>(), "rows, moments and gradients must be float32 or bfloat16");
+  return false;
+}
+
+// A table of rows (N, len) with its moments: exp_avg (N, len) or null, exp_avg_sq (N, len), or (N, 1) where row-wise.
+struct RowState {
+  AnyRows rows;
+  std::optional<AnyRows> exp_avg;
+  AnyRows exp_avg_sq;
+  Steps moments_step, weights_step;
+
+  RowAdamWTable table() const {
+    const bool row_wise = exp_avg_sq.shape(1) == 1 && rows.shape(1) != 1;
+    const size_t count = rows.shape(0);
+    require(exp_avg_sq.shape(0) == count && (row_wise || exp_avg_sq.shape(1) == rows.shape(1)) &&
+                (!exp_avg || exp_avg->size() == rows.size()) && (!moments_step || moments_step->size() == count) &&
+                (!weights_step || weights_step->size() == count),
+            "rows, moments and steps do not fit");
+    const bool bf16_moments = exp_avg ? is_bf16(*exp_avg) : !row_wise && is_bf16(exp_avg_sq);
+    require(row_wise ? !is_bf16(exp_avg_sq) : is_bf16(exp_avg_sq) == bf16_moments, "moments must have one dtype");
+    return {rows.data(),
+            exp_avg ? exp_avg->data() : nullptr,
+            exp_avg_sq.data(),
+            moments_step ? moments_step->data() : nullptr,
+            weights_step ? weights_step->data() : nullptr,
+            (int64_t)count,
+            (int64_t)rows.shape(1),
+            is_bf16(rows),
+            bf16_moments,
+            row_wise};
+  }
+};
+
+RowAdamWStep step_of(int32_t number, double learning_rate, double weight_decay, double beta1, double beta2, double eps,
+                     std::optional<uint32_t> seed) {
+  return {number, learning_rate, weight_decay, beta1, beta2, eps, seed.has_value(), seed.value_or(0)};
+}
+
+void update_rows_(const RowState& state, Array<const int64_t, 1> ids, AnyRows gradient, const RowAdamWStep& step,
+                  int threads) {
+  const RowAdamWTable table = state.table();
+  require(gradient.shape(0) == ids.size() && (int64_t)gradient.shape(1) == table.len, "gradient must be (U, len)");
+  const bool bf16_gradient = is_bf16(gradient);
+  check_ids(ids.data(), (int64_t)ids.size(), table.num_rows);
+  nb::gil_scoped_release released;
+  kernels().row_adamw.update_rows(table, ids.data(), (int64_t)ids.size(), gradient.data(), bf16_gradient, step, threads);
+}
+
+void catch_up_rows_(const RowState& state, Array<const int64_t, 1> ids, int32_t first_step, Array<const int32_t, 1> index,
+                    Array<const double, 1> decay, Array<const int32_t, 1> num_nodes, Array<const double, 2> weights,
+                    Array<const double, 2> nodes, const RowAdamWStep& step, int threads) {
+  const RowAdamWTable table = state.table();
+  const RowCatchUpRules rules{first_step,     index.data(), decay.data(), num_nodes.data(),
+                              weights.data(), nodes.data(), (int64_t)weights.shape(1)};
+  require(table.weights_step && table.moments_step, "rows catch up by their steps");
+  require(num_nodes.size() == decay.size() && weights.shape(0) == decay.size() && nodes.size() == weights.size() &&
+              weights.shape(1) <= 8,
+          "the rules do not fit");
+  check_ids(ids.data(), (int64_t)ids.size(), table.num_rows);
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const int64_t since = table.weights_step[ids.data()[i]];
+    const int64_t place = since - first_step;
+    require(since >= step.step || (place >= 0 && place < (int64_t)index.size() && index.data()[place] >= 0 &&
+                                   index.data()[place] < (int64_t)decay.size()),
+            "a row's step has no rule");
+  }
+  nb::gil_scoped_release released;
+  kernels().row_adamw.catch_up_rows(table, ids.data(), (int64_t)ids.size(), rules, step, threads);
+}
+
+void update_by_row_gradients_(Array<const int32_t, 1> order, Array<const int64_t, 1> starts, Array<const int64_t, 1> rows,
+                              std::optional<Array<In, 2>> x, Array<In, 2> grad_y, Array<In, 3> coefficients,
+                              const RowState& state, const RowAdamWStep& step, int threads) {
+  const RowAdamWTable table = state.table();
+  const RowGradientArgs a = row_gradient_args(order, starts, rows, x, grad_y, coefficients, threads);
+  require(a.parts * a.dim == table.len, "rows must be (N, parts * D)");
+  check_ids(rows.data(), (int64_t)rows.size(), table.num_rows);
+  nb::gil_scoped_release released;
+  kernels().update_by_row_gradients(a, table, step);
 }
 
 // Ask for huge pages under the whole pages of an array, whether it was touched or not.
@@ -238,5 +336,14 @@ NB_MODULE(_native, m) {
   m.def("group_by_row", &group_by_row_);
   m.def("row_gradients", &row_gradients_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg());
+  nb::class_<RowState>(m, "RowState")
+      .def(nb::init<AnyRows, std::optional<AnyRows>, AnyRows, Steps, Steps>(), nb::arg(), nb::arg().none(), nb::arg(),
+           nb::arg().none(), nb::arg().none());
+  nb::class_<RowAdamWStep>(m, "RowAdamWStep");
+  m.def("row_adamw_step", &step_of, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+  m.def("update_rows", &update_rows_);
+  m.def("catch_up_rows", &catch_up_rows_);
+  m.def("update_by_row_gradients", &update_by_row_gradients_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
   m.def("use_huge_pages", &use_huge_pages_);
 }

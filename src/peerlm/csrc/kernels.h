@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "row_adamw.h"
+
 namespace peerlm {
 
 enum class Weighting { softmax, sigmoid, relu, none };
@@ -105,6 +107,9 @@ struct Kernels {
   void (*mix_values)(const MixArgs&);
   void (*mix_values_backward)(const MixBackwardArgs&);
   void (*row_gradients)(const RowGradientArgs&);
+  // Each row's gradient, and at once its AdamW step; grad_rows and compact are not used.
+  void (*update_by_row_gradients)(const RowGradientArgs&, const RowAdamWTable&, const RowAdamWStep&);
+  RowAdamWKernels row_adamw;
 };
 
 // The table in use: the best this machine runs, or the one that PEERLM_SIMD names. Throws std::runtime_error where that

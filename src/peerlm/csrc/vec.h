@@ -92,6 +92,9 @@ PEERLM_INLINE vf load_first(const Row* from, int64_t count) {
 PEERLM_INLINE void store_first(float* to, vf value, int64_t count) { std::memcpy(to, &value, 4 * count); }
 
 PEERLM_INLINE float sum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   float lanes[LANES];
   store(lanes, v);
   for (int step = LANES / 2; step; step /= 2)
@@ -100,6 +103,9 @@ PEERLM_INLINE float sum(vf v) {
 }
 
 PEERLM_INLINE double sum(vd v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)v);
+#endif
   double lanes[LANES / 2];
   std::memcpy(lanes, &v, sizeof v);
   for (int step = LANES / 4; step; step /= 2)

@@ -12,7 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from peerlm.ops import bag, cpu, reference
+from peerlm.ops import bag, cpu, cpu_rows, native, reference
+from peerlm.ops.rows import RowTable
 
 _MODULES: dict[str, ModuleType] = {"reference": reference, "bag": bag, "cpu": cpu}
 
@@ -22,10 +23,12 @@ BACKENDS = ("auto", *_MODULES)
 def available_backends() -> dict[str, str]:
     """Each backend by name, and in one phrase what it is; "auto" says what it stands for."""
     return {
-        "auto": "reference and bag" if cpu.unavailable() else "cpu for tensors on a CPU, otherwise reference and bag",
+        "auto": "reference and bag"
+        if native.unavailable()
+        else "cpu for tensors on a CPU, otherwise reference and bag",
         "reference": "the definition in eager PyTorch, any device, twice differentiable",
         "bag": "expert mixing by PyTorch's embedding bags, any device, gathered rows are never materialised",
-        "cpu": cpu.description(),
+        "cpu": native.description(),
     }
 
 
@@ -33,7 +36,7 @@ def check_backend(backend: str) -> None:
     """Raise a ValueError where `backend` is not the name of a backend, or is one that cannot run on this machine."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend == "cpu" and (reason := cpu.unavailable()):
+    if backend == "cpu" and (reason := native.unavailable()):
         raise ValueError(f"backend is 'cpu', but {reason}; choose 'auto' or install peerlm again")
 
 
@@ -45,7 +48,12 @@ def check_activation(activation: str) -> None:
 
 def use_huge_pages(tensor: Tensor) -> bool:
     """Ask the system to back a large CPU tensor by huge pages; returns whether it agreed."""
-    return cpu.use_huge_pages(tensor)
+    return native.use_huge_pages(tensor)
+
+
+def row_kernels(table: RowTable) -> ModuleType | None:
+    """The native module with `update_rows` and `catch_up_rows` for this table; None where there is none."""
+    return cpu_rows if cpu_rows.supports(table) else None
 
 
 def _choose(backend: str, fallback: str, *inputs: Tensor, rows: Tensor | None = None) -> ModuleType:

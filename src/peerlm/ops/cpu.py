@@ -11,45 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peerlm.errors import UserError
-
-try:
-    import peerlm.ops._native as _native
-
-    _reason = ""
-except ImportError as error:  # pure-Python installation, or a machine other than the one it was built for
-    _native = None
-    _reason = f"the native kernels were not built when peerlm was installed ({error}); it takes a C++17 compiler"
+from peerlm.ops import cpu_rows, native
+from peerlm.ops.native import group_by_row
+from peerlm.ops.rows import fused_row_update
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into the extension
-def unavailable() -> str:
-    """Why there are no native kernels here; empty where there are.
-
-    Raises:
-        UserError: PEERLM_SIMD names no target that this machine runs.
-    """
-    if _native is not None:
-        try:
-            _native.target()
-        except RuntimeError as error:
-            raise UserError(str(error)) from error
-    return _reason
-
-
-def description() -> str:
-    """What is in use, in one phrase, or why nothing is."""
-    if reason := unavailable():
-        return f"not available: {reason}"
-    return f"native kernels for {_native.target()}, of {_native.runnable_targets()}; {torch.get_num_threads()} threads"
-
-
 def unsupported(*inputs: Tensor, rows: Tensor | None = None) -> str:
     """Why these arguments cannot be computed here; empty where they can."""
-    if reason := unavailable():
+    if reason := native.unavailable():
         return reason
     for tensor in inputs if rows is None else (*inputs, rows):
         if tensor.device.type != "cpu":
@@ -60,15 +32,6 @@ def unsupported(*inputs: Tensor, rows: Tensor | None = None) -> str:
     if rows is not None and rows.dtype not in ROW_DTYPES:
         return f"rows have dtype {rows.dtype}, and the native kernels take float32, bfloat16 and int8"
     return ""
-
-
-def use_huge_pages(tensor: Tensor) -> bool:
-    """Ask the system to back a large, contiguous CPU tensor by huge pages; returns whether it agreed.
-
-    Rows that lie anywhere in gigabytes are read up to twice as fast from them. Pages touched before keep their size
-    until the system merges them.
-    """
-    return _native is not None and tensor.device.type == "cpu" and bool(_native.use_huge_pages(tensor.detach()))
 
 
 def retrieve(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, weighting: str) -> tuple[Tensor, Tensor]:
@@ -126,14 +89,14 @@ _LIBRARY.define("row_gradients(Tensor? x, Tensor grad_y, Tensor ids, Tensor coef
 
 def _scoring_in_bf16() -> bool:
     """Whether scores are first computed from bfloat16 products: wherever the machine has them, unless told not to."""
-    return _native.has_bf16_dot_products() and os.environ.get("PEERLM_SCORES", "bf16") != "fp32"
+    return native.module.has_bf16_dot_products() and os.environ.get("PEERLM_SCORES", "bf16") != "fp32"
 
 
 def _retrieve(query: Tensor, sub_keys: Tensor, k: int, weighting: str) -> tuple[Tensor, Tensor]:
     tokens, heads, key_dim = query.shape
     weights = query.new_empty(tokens, heads, k)
     ids = query.new_empty(tokens, heads, k, dtype=torch.int64)
-    _native.retrieve(
+    native.module.retrieve(
         query.detach().view(tokens, heads, 2, key_dim // 2),
         sub_keys.detach(),
         k,
@@ -157,7 +120,7 @@ def _retrieve_backward(
     tokens, heads, key_dim = query.shape
     halves = (tokens, heads, 2, key_dim // 2)
     grad_query, grad_sub_keys = torch.empty_like(query), torch.empty_like(sub_keys)
-    _native.retrieve_backward(
+    native.module.retrieve_backward(
         grad_weights.detach().contiguous(),
         weights.detach(),
         ids,
@@ -199,7 +162,7 @@ def _mix_experts(
     row_gradients: bool,
 ) -> tuple[Tensor, Tensor]:
     y, hidden = _mix_experts_fake(x, weights, ids, rows, scales, activation, row_gradients)
-    _native.mix(
+    native.module.mix(
         x.detach(),
         weights.detach(),
         ids,
@@ -235,7 +198,7 @@ def _mix_experts_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _mix_experts_backward_fake(grad_y, weights, ids, hidden, rows, scales, activation)
-    _native.mix_backward(
+    native.module.mix_backward(
         grad_y.detach(),
         weights.detach(),
         ids,
@@ -278,14 +241,14 @@ def _mix_experts_gradients(ctx: Any, grad_y: Tensor | None, _: Tensor | None) ->
     )
     grad_rows = None
     if ctx.needs_input_grad[3]:
-        grad_rows = _gradient_of_rows(x, grad_y, ids, coefficients, rows, compact=ctx.row_gradients)
+        grad_rows = _gradient_of_rows(x, grad_y, ids, coefficients, rows, by_row=ctx.row_gradients)
     return grad_x, grad_weights, None, grad_rows, None, None, None
 
 
 def _mix_values(weights: Tensor, ids: Tensor, values: Tensor, row_gradients: bool) -> Tensor:
     y = _mix_values_fake(weights, ids, values, row_gradients)
     rows = values.detach()[:, None]
-    _native.mix(None, weights.detach(), ids, rows, None, "identity", torch.get_num_threads(), None, y)
+    native.module.mix(None, weights.detach(), ids, rows, None, "identity", torch.get_num_threads(), None, y)
     return y
 
 
@@ -296,7 +259,7 @@ def _mix_values_fake(weights: Tensor, ids: Tensor, values: Tensor, row_gradients
 def _mix_values_backward(grad_y: Tensor, weights: Tensor, ids: Tensor, values: Tensor) -> Tensor:
     grad_weights = torch.empty_like(weights)
     rows, threads = values.detach()[:, None], torch.get_num_threads()
-    _native.mix_backward(
+    native.module.mix_backward(
         grad_y.detach(), weights.detach(), ids, None, rows, None, "identity", threads, None, grad_weights, None
     )
     return grad_weights
@@ -313,36 +276,25 @@ def _mix_values_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]
     grad_weights = torch.ops.peerlm.mix_values_backward(grad_y, weights, ids, values)
     grad_values = None
     if ctx.needs_input_grad[2]:
-        grad_values = _gradient_of_rows(None, grad_y, ids, weights[..., None], values, compact=ctx.row_gradients)
+        grad_values = _gradient_of_rows(None, grad_y, ids, weights[..., None], values, by_row=ctx.row_gradients)
     return grad_weights, None, grad_values, None
 
 
 def _gradient_of_rows(
-    x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor, rows: Tensor, *, compact: bool
-) -> Tensor:
-    """Gradient of `rows` in their shape and dtype: sparse if compact, otherwise dense."""
-    if not compact:
+    x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor, rows: Tensor, *, by_row: bool
+) -> Tensor | None:
+    """Gradient of `rows` in their shape and dtype: dense, or by row sparse; None where an optimizer has used it up."""
+    if not by_row:
         grad = torch.ops.peerlm.row_gradients(x, grad_y, ids, coefficients, rows.shape[0])
         return grad.view(rows.shape).to(rows.dtype)
+    if (update := fused_row_update(rows)) is not None:
+        cpu_rows.update_by_gradients(*update, x, grad_y, ids, coefficients)
+        return None
     order, starts, found = group_by_row(ids, rows.shape[0])
     grad = grad_y.new_empty(len(found), coefficients.shape[-1], grad_y.shape[-1])
     _native_row_gradients(order, starts, found, x, grad_y, coefficients, grad, compact=True)
     values = grad.view(-1, *rows.shape[1:]).to(rows.dtype)
     return torch.sparse_coo_tensor(found[None], values, rows.shape, is_coalesced=True, check_invariants=False)
-
-
-def group_by_row(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort the entries of ids (T, P) by row, stably.
-
-    Returns order (T * P,) int32: entry numbers; starts (U + 1,) int64: where in `order` each row's entries start;
-    and the U rows that occur, ascending, int64.
-    """
-    count = ids.numel()
-    order = torch.empty(count, dtype=torch.int32)
-    starts = torch.empty(count + 1, dtype=torch.int64)
-    found = torch.empty(count, dtype=torch.int64)
-    rows = _native.group_by_row(ids, num_rows, order, starts, found)
-    return order, starts[: rows + 1], found[:rows].clone()
 
 
 def _native_row_gradients(
@@ -356,7 +308,7 @@ def _native_row_gradients(
     *,
     compact: bool,
 ) -> None:
-    _native.row_gradients(
+    native.module.row_gradients(
         order,
         starts,
         found,

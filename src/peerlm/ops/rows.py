@@ -5,12 +5,16 @@ first (`prepare_rows`), and the optimizer brings them up to date. Readers work t
 Shape suffixes: N rows of a table, U of them, each of shape `row_shape` (the table is (N, *row_shape)).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 _WATCHER = "_peerlm_row_watcher"
+_as_they_are: ContextVar[bool] = ContextVar("rows_as_they_are", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +87,18 @@ def prepare_rows(parameter: Tensor, ids: Tensor | None) -> None:
         ids: int64 row numbers of any shape, repetitions allowed; None for all N rows.
     """
     watcher = _watcher(parameter)
-    if watcher is not None:
+    if watcher is not None and not _as_they_are.get():
         watcher.before_read(parameter, ids)
+
+
+@contextmanager
+def rows_as_they_are() -> Iterator[None]:
+    """Within this context `prepare_rows` does nothing: for who saves rows together with their optimizer's state."""
+    token = _as_they_are.set(True)
+    try:
+        yield
+    finally:
+        _as_they_are.reset(token)
 
 
 def wants_row_gradients(parameter: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """From a configuration to the things that train: data, model, optimizer."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from transformers import PreTrainedModel
 
 from peerlm.data import TokenShards, TokenWindows, prepare
 from peerlm.errors import UserError
+from peerlm.layers import ExpertTable, ProductKeys
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.optim import parameter_groups
+from peerlm.ops import native
+from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.train.config import DataConfig, OptimConfig, TrainConfig
 from peerlm.train.ranks import Ranks
 from peerlm.train.recipe import unknown_key
@@ -75,16 +78,79 @@ def build_model(config: TrainConfig, shards: TokenShards, device: torch.device) 
     return model
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the groups of `parameter_groups`; set_learning_rates sets the rates before each step."""
+def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torch.optim.Optimizer:
+    """AdamW over the groups of `parameter_groups`; set_learning_rates sets the rates before each step.
+
+    Raises UserError where `optim.tables` asks for what this run cannot have.
+    """
+    optim = config.optim
     groups = parameter_groups(
         model,
-        weight_decay=config.weight_decay,
-        table_lr_multiplier=config.table_lr_multiplier,
-        keys_lr_multiplier=config.keys_lr_multiplier,
+        weight_decay=optim.weight_decay,
+        table_lr_multiplier=optim.table_lr_multiplier,
+        keys_lr_multiplier=optim.keys_lr_multiplier,
     )
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+    options: dict[str, Any] = {
+        "lr": optim.learning_rate,
+        "betas": (optim.beta1, optim.beta2),
+        "eps": optim.eps,
+    }
+    tables = optim.tables
+    obstacle = _obstacle_to_rows(config, ranks)
+    needs_rows = _need_of_rows(model, optim)
+    if tables == "auto":
+        tables = "exact" if needs_rows or (not obstacle and _rows_pay(model, config, ranks)) else "dense"
+    if tables == "dense":
+        if needs_rows:
+            raise UserError(f"optim.tables = 'dense' does not go with {needs_rows}: leave one of them out")
+        return torch.optim.AdamW(groups, **options, fused=True)
+    for group in groups:
+        if group["name"] == "table":
+            beta1 = optim.beta1 if optim.table_beta1 is None else optim.table_beta1
+            group.update(betas=(beta1, optim.beta2), row_wise=optim.table_row_wise)
+    if tables == "fused" and not obstacle:
+        micro_batch_size = config.data.micro_batch_size or config.data.batch_size
+        if math.isfinite(optim.table_clip):
+            obstacle = f"optim.table_clip = {optim.table_clip}: set it to inf"
+        elif micro_batch_size < config.data.batch_size:
+            obstacle = f"data.micro_batch_size = {micro_batch_size}: leave it out"
+    if obstacle:
+        raise UserError(f"optim.tables = {tables!r} does not go with {obstacle}, or choose another value")
+    try:
+        return RowAdamW(groups, **options, lazy=tables == "lazy", fused=tables == "fused")
+    except ValueError as error:
+        raise UserError(f"optim.tables = {tables!r}: {error}") from error
+
+
+def _obstacle_to_rows(config: TrainConfig, ranks: Ranks) -> str:
+    """What keeps gradients from being sparse, and its mend; empty where nothing does."""
+    if ranks.world_size > 1:
+        return f"{ranks.world_size} processes, which exchange dense gradients: train with one"
+    if config.compile:
+        return "compile = true: set it to false"
+    return ""
+
+
+def _need_of_rows(model: nn.Module, config: OptimConfig) -> str:
+    """What only an optimizer by rows can do; empty where nothing is asked for."""
+    if config.table_beta1 is not None:
+        return f"optim.table_beta1 = {config.table_beta1}"
+    if config.table_row_wise:
+        return "optim.table_row_wise = true"
+    if any(isinstance(module, ExpertTable) and module.row_format == "bfloat16" for module in model.modules()):
+        return "row_format = 'bfloat16', whose small steps would be lost by rounding"
+    return ""
+
+
+def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether native kernels are there and a step leaves most rows of some table untouched."""
+    tokens = config.data.batch_size * config.data.context
+    layers = [module for module in model.modules() if isinstance(module, ProductKeys)]
+    return (
+        ranks.device.type == "cpu"
+        and not native.unavailable()
+        and any(tokens * keys.heads * keys.experts_per_head < keys.num_experts for keys in layers)
+    )
 
 
 def wrap_forward(model: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:

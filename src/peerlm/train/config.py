@@ -87,6 +87,14 @@ class OptimConfig:
     """Added to AdamW's root of the mean square."""
     weight_decay: float = 0.01
     """Of weight matrices; tables, keys, embeddings, norms and biases have none."""
+    tables: Literal["auto", "exact", "lazy", "fused", "dense"] = "auto"
+    """How tables are updated: "dense" by torch.optim.AdamW, which visits every row; "exact", the same weights by rows
+    that were retrieved; "fused", as exact but in the backward pass, without clipping or accumulation; "lazy", rows that
+    were not retrieved stay as they are, another optimizer. "auto" takes whichever of dense and exact is quicker."""
+    table_beta1: float | None = None
+    """beta1 of tables; null: that of the rest. With 0 no mean of gradients is kept. Not with tables = "dense"."""
+    table_row_wise: bool = False
+    """Whether tables keep one mean square per row in place of one per weight. Not with tables = "dense"."""
     table_lr_multiplier: float = 1.0
     """Learning rate of expert tables over the learning rate of the rest."""
     table_lr_decay: bool = False
@@ -103,7 +111,8 @@ class OptimConfig:
         _require(self, "optim.", rates, _above_0_and_finite, "must be above 0 and finite")
         _require(self, "optim.", "clip table_clip", lambda value: value > 0, "must be above 0")
         _require(self, "optim.", "warmup decay final", lambda value: 0 <= value <= 1, "must lie from 0 to 1")
-        _require(self, "optim.", "beta1 beta2", lambda value: 0 <= value < 1, "must be 0 or more, below 1")
+        betas = "beta1 beta2" if self.table_beta1 is None else "beta1 beta2 table_beta1"
+        _require(self, "optim.", betas, lambda value: 0 <= value < 1, "must be 0 or more, below 1")
         _require(self, "optim.", "weight_decay", _at_least_0, "must be 0 or more")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise UserError(f"optim.warmup + optim.decay = {self.warmup + self.decay:g}: must be at most 1")

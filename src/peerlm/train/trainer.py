@@ -21,7 +21,7 @@ from peerlm.data import Batch, batches, load_tokenizer
 from peerlm.errors import UserError
 from peerlm.evaluate import held_out_loss
 from peerlm.metrics import ExpertUsage, record_usage
-from peerlm.optim import clip_gradients, cosine, set_learning_rates, wsd
+from peerlm.optim import RowAdamW, clip_gradients, cosine, set_learning_rates, wsd
 from peerlm.train.budget import Budget
 from peerlm.train.build import build_model, build_optimizer, open_data, wrap_forward
 from peerlm.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint, save_model
@@ -111,7 +111,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(config.data.folder)
         self.model = build_model(config, self.windows.shards, ranks.device)
         self.cost = model_cost(self.model, config.data.context)
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizer = build_optimizer(self.model, config, ranks)
         self.forward = wrap_forward(self.model, config, ranks)
         self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
         if config.precision == "bf16":
@@ -169,7 +169,10 @@ class Trainer:
             if every["eval"] and state.step % every["eval"] == 0 and not done:
                 state, _ = self.evaluate(state, self.config.eval.windows)
             stop = self.ranks.any(interrupts.received is not None) and not done
-            if stop or done or (every["checkpoint"] and state.step % every["checkpoint"] == 0):
+            due = done or bool(every["checkpoint"] and state.step % every["checkpoint"] == 0)
+            if due and isinstance(self.optimizer, RowAdamW):
+                self.optimizer.catch_up()  # not when told to stop: a resumed run must do the same at the same steps
+            if stop or due:
                 state = self.save(state)
             if stop:
                 raise self.stopped_by_signal(state, interrupts)

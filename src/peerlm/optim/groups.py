@@ -1,11 +1,8 @@
-"""How each kind of weight is trained: parameter groups, gradient clipping, learning-rate schedules.
+"""Parameter groups of a model, and clipping of their gradients.
 
 Expert tables hold most of a PEER model's weights and each row sees few tokens, so that tables and sub-keys
 get groups of their own. A module names such parameters itself, in a dict `parameter_roles` from its own
 direct parameter names to "table" (expert rows, memory values) or "keys" (sub-keys).
-
-Schedules are pure functions of progress, the share of the budget that is spent: they hold no state to save
-and know nothing of steps, so that any budget works.
 """
 
 import math
@@ -13,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 GROUP_NAMES = ("matrix", "vector", "table", "keys")
 
@@ -94,61 +92,41 @@ def clip_gradients(groups: Sequence[dict[str, Any]], *, max_norm: float, table_m
 
     Separate norms, because a table's gradient touches few rows of many: clipped together, either would set
     the step of the other. A limit of math.inf never scales. Nothing is scaled when a norm is not finite.
+
+    Gradients may be sparse: an uncoalesced one, a sum over micro-batches, is coalesced first, because its norm is
+    that of the summed rows. Raises ValueError where tables have no gradients that could be clipped, under
+    RowAdamW(fused=True).
     """
-    tables = _with_gradients(group for group in groups if group["name"] == "table")
-    rest = _with_gradients(group for group in groups if group["name"] != "table")
-    rest_norm, table_norm = (get_total_norm([p.grad for p in part if p.grad is not None]) for part in (rest, tables))
+    if table_max_norm < math.inf and any(group.get("fused") and group.get("rows") for group in groups):
+        raise ValueError(
+            f"RowAdamW(fused=True) leaves no gradient of tables to clip to table_max_norm = {table_max_norm}: "
+            "choose fused=False, or table_max_norm = math.inf"
+        )
+    tables = _gradient_values(group for group in groups if group.get("name") == "table")
+    rest = _gradient_values(group for group in groups if group.get("name") != "table")
+    rest_norm, table_norm = get_total_norm(rest), get_total_norm(tables)
     norms = GradientNorms(rest=rest_norm.item(), table=table_norm.item())
     if norms.finite and norms.rest > max_norm:
-        clip_grads_with_norm_(rest, max_norm, rest_norm)
+        _scale(rest, max_norm / (rest_norm + 1e-6))
     if norms.finite and norms.table > table_max_norm:
-        clip_grads_with_norm_(tables, table_max_norm, table_norm)
+        _scale(tables, table_max_norm / (table_norm + 1e-6))
     return norms
 
 
-def _with_gradients(groups: Iterable[dict[str, Any]]) -> list[nn.Parameter]:
-    return [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
+def _gradient_values(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    values = []
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            values.append(parameter.grad._values())  # not values(), which refuses to be scaled in place
+        else:
+            values.append(parameter.grad)
+    return values
 
 
-def cosine(progress: float, *, warmup: float, final: float) -> float:
-    """Share of the peak learning rate: linear warmup, then half a cosine down to `final`.
-
-    progress, warmup: shares of the budget, 0 to 1. final: share of the peak that is left at the end.
-    """
-    if progress < warmup:
-        return progress / warmup
-    past = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(past, 1.0)))
-
-
-def wsd(progress: float, *, warmup: float, decay: float, final: float) -> float:
-    """Share of the peak learning rate: linear warmup, stable peak, linear decay to `final`.
-
-    progress, warmup, decay: shares of the budget, 0 to 1, warmup + decay <= 1. With decay 0 the peak holds
-    to the end.
-    """
-    if progress < warmup:
-        return progress / warmup
-    if progress <= 1 - decay or decay == 0:
-        return 1.0
-    left = max(0.0, (1 - progress) / decay)
-    return final + (1 - final) * left
-
-
-def decaying_multiplier(progress: float, *, start: float) -> float:
-    """A learning-rate multiplier that goes linearly from `start` to 1 over the run."""
-    return start + (1.0 - start) * min(progress, 1.0)
-
-
-def set_learning_rates(
-    groups: Sequence[dict[str, Any]], learning_rate: float, *, progress: float, table_lr_decay: bool = False
-) -> None:
-    """Set "lr" in each group of `parameter_groups`: the scheduled learning rate times its multiplier.
-
-    With table_lr_decay, the multiplier of "table" goes linearly to 1 over the run.
-    """
-    for group in groups:
-        multiplier = group["lr_multiplier"]
-        if table_lr_decay and group["name"] == "table":
-            multiplier = decaying_multiplier(progress, start=multiplier)
-        group["lr"] = learning_rate * multiplier
+def _scale(values: list[Tensor], factor: Tensor) -> None:
+    with torch.no_grad():
+        for value in values:
+            value.mul_(factor.to(value.device))

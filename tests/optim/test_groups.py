@@ -1,4 +1,4 @@
-"""Parameter groups, clipping and schedules against values worked out by hand."""
+"""Parameter groups and clipping against values worked out by hand."""
 
 import math
 from typing import ClassVar
@@ -7,14 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from peerlm.optim import (
-    clip_gradients,
-    cosine,
-    decaying_multiplier,
-    parameter_groups,
-    set_learning_rates,
-    wsd,
-)
+from peerlm.optim import clip_gradients, parameter_groups
 
 
 class Memory(nn.Module):
@@ -140,40 +133,3 @@ def test_a_norm_that_is_not_finite_is_reported_and_scales_nothing(value: float, 
     norms = clip_gradients(groups, max_norm=1.0, table_max_norm=1.0)
     assert not norms.finite
     assert gradients(groups, table=not table).unique().tolist() == [2.0]
-
-
-def test_cosine_has_its_landmarks() -> None:
-    shape = {"warmup": 0.2, "final": 0.1}
-    assert cosine(0.0, **shape) == 0.0
-    assert cosine(0.1, **shape) == pytest.approx(0.5)
-    assert cosine(0.2, **shape) == pytest.approx(1.0)
-    assert cosine(0.6, **shape) == pytest.approx(0.55)
-    assert cosine(1.0, **shape) == pytest.approx(0.1)
-    assert cosine(0.0, warmup=0.0, final=0.1) == 1.0
-    assert cosine(1.0, warmup=1.0, final=0.1) == pytest.approx(0.1)
-
-
-def test_wsd_has_its_landmarks() -> None:
-    shape = {"warmup": 0.1, "decay": 0.4, "final": 0.2}
-    assert wsd(0.05, **shape) == pytest.approx(0.5)
-    assert wsd(0.1, **shape) == wsd(0.6, **shape) == 1.0
-    assert wsd(0.8, **shape) == pytest.approx(0.6)
-    assert wsd(1.0, **shape) == pytest.approx(0.2)
-    assert wsd(1.0, warmup=0.1, decay=0.0, final=0.2) == 1.0
-
-
-def test_multipliers_reach_one_at_the_end() -> None:
-    assert [decaying_multiplier(p, start=10.0) for p in (0.0, 0.5, 1.0)] == pytest.approx([10.0, 5.5, 1.0])
-
-
-def test_learning_rates_follow_the_multipliers() -> None:
-    groups = parameter_groups(Model(), table_lr_multiplier=4.0, keys_lr_multiplier=2.0)
-
-    def rates(**settings: float) -> dict[str, float]:
-        set_learning_rates(groups, 0.1, **settings)
-        return {group["name"]: group["lr"] for group in groups}
-
-    steady = {"matrix": 0.1, "vector": 0.1, "table": 0.4, "keys": 0.2}
-    assert rates(progress=0.5) == pytest.approx(steady)
-    assert rates(progress=0.5, table_lr_decay=True) == pytest.approx(steady | {"table": 0.25})
-    assert rates(progress=1.0, table_lr_decay=True) == pytest.approx(steady | {"table": 0.1})

@@ -1,0 +1,50 @@
+// AdamW on chosen rows of a table, in plain C++: what optim/row_step.py defines, for tables in float or bfloat16.
+//
+// Arrays are contiguous and row-major. A table has N rows of `len` weights; a call works on `count` distinct rows `ids`.
+
+#pragma once
+
+#include <cstdint>
+
+namespace peerlm {
+
+// A table and what AdamW remembers of its rows (RowTable in ops/rows.py).
+struct RowAdamWTable {
+  void* rows;             // (N, len) float, or bfloat16 where bf16_rows
+  void* exp_avg;          // (N, len) float, or bfloat16 where bf16_moments; null without first moment
+  void* exp_avg_sq;       // likewise; (N) float where row_wise
+  int32_t* moments_step;  // (N), or null in lazy mode
+  int32_t* weights_step;  // (N), or null in lazy mode
+  int64_t num_rows, len;
+  bool bf16_rows, bf16_moments, row_wise;
+};
+
+// The numbers of one step (RowStep in ops/rows.py).
+struct RowAdamWStep {
+  int32_t step;  // counted from 1
+  double learning_rate, weight_decay, beta1, beta2, eps;
+  bool stochastic_rounding;
+  uint32_t seed;
+};
+
+// How rows last right at a step become right now (CatchUpRules in optim/catch_up.py).
+struct RowCatchUpRules {
+  int32_t first_step;
+  const int32_t* index;      // entry s - first_step is the number of the rule for step s
+  const double* decay;       // one per rule
+  const int32_t* num_nodes;  // one per rule, at most max_nodes
+  const double* weights;     // max_nodes per rule
+  const double* nodes;       // max_nodes per rule
+  int64_t max_nodes;         // at most 8
+};
+
+struct RowAdamWKernels {
+  // Gradient number i, float or bfloat16, is that of row ids[i]. False where an id is not in 0 .. N - 1; nothing has changed then.
+  bool (*update_rows)(const RowAdamWTable&, const int64_t* ids, int64_t count, const void* gradient, bool bf16_gradient,
+                      const RowAdamWStep&, int threads);
+  // Each row's weights_step must have a rule. False as above.
+  bool (*catch_up_rows)(const RowAdamWTable&, const int64_t* ids, int64_t count, const RowCatchUpRules&, const RowAdamWStep&,
+                        int threads);
+};
+
+}  // namespace peerlm

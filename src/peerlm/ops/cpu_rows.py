@@ -1,0 +1,101 @@
+"""Native AdamW on chosen rows of a table: what `optim/row_step.py` defines, for float32 and bfloat16 on a CPU."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from peerlm.ops import native
+from peerlm.ops.native import group_by_row
+from peerlm.ops.rows import RowStep, RowTable
+
+_MAX_NODES = 8
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class CatchUpRules(Protocol):
+    """As `peerlm.optim.catch_up.CatchUpRules`."""
+
+    first_step: int
+    index: Tensor
+    decay: Tensor
+    num_nodes: Tensor
+    weights: Tensor
+    nodes: Tensor
+
+
+def supports(table: RowTable) -> bool:
+    """Whether the native kernels work on this table."""
+    tensors = [tensor for tensor in (table.rows, table.exp_avg, table.exp_avg_sq) if tensor is not None]
+    moments = {tensor.dtype for tensor in tensors[1:]} if table.exp_avg_sq.ndim > 1 else {torch.float32}
+    return not native.unavailable() and (
+        len(moments) == 1
+        and (table.exp_avg_sq.ndim > 1 or table.exp_avg_sq.dtype == torch.float32)
+        and all(t.device.type == "cpu" and t.dtype in _DTYPES and t.is_contiguous() for t in tensors)
+    )
+
+
+def update_rows(table: RowTable, ids: Tensor | None, gradient_UX: Tensor, step: RowStep) -> None:
+    """As `row_step.update_rows`."""
+    if ids is None:
+        ids = torch.arange(len(table.rows))
+    gradient = gradient_UX.detach().flatten(1).contiguous()
+    native.module.update_rows(_state(table), ids.contiguous(), gradient, _step(step), torch.get_num_threads())
+
+
+def catch_up_rows(table: RowTable, ids: Tensor, rules: CatchUpRules, step: RowStep) -> None:
+    """As `row_step.catch_up_rows`."""
+    native.module.catch_up_rows(
+        _state(table),
+        ids.contiguous(),
+        rules.first_step,
+        rules.index.contiguous(),
+        rules.decay.contiguous(),
+        rules.num_nodes.contiguous(),
+        rules.weights[:, :_MAX_NODES].contiguous(),
+        rules.nodes[:, :_MAX_NODES].contiguous(),
+        _step(step),
+        torch.get_num_threads(),
+    )
+
+
+def update_by_gradients(
+    table: RowTable, step: RowStep, x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor
+) -> None:
+    """Give every row that occurs in ids (T, P) its gradient's AdamW step, without storing the gradient.
+
+    x: (T, D), or None for a memory's values; grad_y: (T, D); coefficients: (T, P, vectors per row), as
+    `torch.ops.peerlm.mix_experts_backward` gives them.
+    """
+    native.module.update_by_row_gradients(
+        *group_by_row(ids, len(table.rows)),
+        None if x is None else x.detach(),
+        grad_y.detach(),
+        coefficients.detach().contiguous(),
+        _state(table),
+        _step(step),
+        torch.get_num_threads(),
+    )
+
+
+def _state(table: RowTable) -> object:
+    count = len(table.rows)
+    return native.module.RowState(
+        table.rows.detach().view(count, -1),
+        None if table.exp_avg is None else table.exp_avg.view(count, -1),
+        table.exp_avg_sq.view(count, -1),
+        table.moments_step,
+        table.weights_step,
+    )
+
+
+def _step(step: RowStep) -> object:
+    return native.module.row_adamw_step(
+        step.step,
+        step.learning_rate,
+        step.weight_decay,
+        step.beta1,
+        step.beta2,
+        step.eps,
+        None if step.seed is None else step.seed & 0xFFFFFFFF,
+    )

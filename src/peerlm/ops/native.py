@@ -1,0 +1,59 @@
+"""The compiled module: whether it is there, what it runs on, and what both users of it need."""
+
+import torch
+from torch import Tensor
+
+from peerlm.errors import UserError
+
+try:
+    import peerlm.ops._native as module
+
+    _reason = ""
+except ImportError as error:  # pure-Python installation, or a machine other than the one it was built for
+    module = None
+    _reason = f"the native kernels were not built when peerlm was installed ({error}); it takes a C++17 compiler"
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into the extension
+def unavailable() -> str:
+    """Why there are no native kernels here; empty where there are.
+
+    Raises:
+        UserError: PEERLM_SIMD names no target that this machine runs.
+    """
+    if module is not None:
+        try:
+            module.target()
+        except RuntimeError as error:
+            raise UserError(str(error)) from error
+    return _reason
+
+
+def description() -> str:
+    """What is in use, in one phrase, or why nothing is."""
+    if reason := unavailable():
+        return f"not available: {reason}"
+    return f"native kernels for {module.target()}, of {module.runnable_targets()}; {torch.get_num_threads()} threads"
+
+
+def use_huge_pages(tensor: Tensor) -> bool:
+    """Ask the system to back a large, contiguous CPU tensor by huge pages; returns whether it agreed.
+
+    Rows that lie anywhere in gigabytes are read up to twice as fast from them. Pages touched before keep their size
+    until the system merges them.
+    """
+    return module is not None and tensor.device.type == "cpu" and bool(module.use_huge_pages(tensor.detach()))
+
+
+def group_by_row(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the entries of ids (T, P) by row, stably.
+
+    Returns order (T * P,) int32: entry numbers; starts (U + 1,) int64: where in `order` each row's entries start;
+    and the U rows that occur, ascending, int64.
+    """
+    count = ids.numel()
+    order = torch.empty(count, dtype=torch.int32)
+    starts = torch.empty(count + 1, dtype=torch.int64)
+    found = torch.empty(count, dtype=torch.int64)
+    rows = module.group_by_row(ids, num_rows, order, starts, found)
+    return order, starts[: rows + 1], found[:rows].clone()

@@ -1,0 +1,487 @@
+"""AdamW for models with tables: a step costs the rows that it touches, and the weights are those of dense AdamW."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from peerlm.ops import api
+from peerlm.ops import rows as row_seam
+from peerlm.ops.rows import RowStep, RowTable
+from peerlm.optim import row_step
+from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
+from peerlm.optim.sparse_norm import teach_torch_sparse_norms
+
+State = dict[str, Any]
+_SWEEP_EVERY = 4096
+"""Steps after which all rows of a table catch up, so that the learning rates to be kept stay few."""
+
+
+class RowAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov 2019) over a whole model, its tables by rows.
+
+    Groups named "table" (those of `parameter_groups`), or with `rows=True`, hold tables (N, *row_shape): their
+    gradients may be sparse COO tensors with indices (1, U) and values (U, *row_shape), coalesced or not, and only
+    those rows are visited. Every other parameter is updated by torch's own AdamW.
+
+    By default the weights are those of `torch.optim.AdamW`. A row without a gradient would move there too, by
+    momentum and by weight decay: here it catches up when it is next read. Tables are watched through
+    `peerlm.ops.rows` for that; who reads rows without saying so there, or saves or evaluates the model, calls
+    `catch_up()` first. Decaying learning rates, weight decay, and changing betas and eps are all right, though
+    a change of betas or eps costs a sweep over the tables.
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate. Each group's "lr" may change before every step.
+        betas: decay of the moments. Exact mode needs a row left alone to come to rest soon: it refuses betas for
+            which `catch_up_rules` misses its tolerance. With beta1 = 0 tables have no first moment.
+        eps: added to the root of the second moment; positive in exact mode.
+        weight_decay: decoupled; lr * weight_decay < 1.
+        lazy: rows of tables without a gradient stay where they are and their moments do not decay, as in
+            `torch.optim.SparseAdam`; rows with one also decay. It is another optimizer: in `tests/optim` its
+            weights end a quarter to a half of their whole movement away from AdamW's.
+        row_wise: one second moment per row of a table, the mean of the squares over the row.
+        state_dtype: of tables' moments: float32 (float64 for float64 tables) or bfloat16.
+        stochastic_rounding: whether what tables keep in bfloat16 is rounded up or down at random, right in the
+            mean; to nearest, small steps would be lost.
+        seed: of stochastic rounding, which is a function of seed, step, row and column.
+        fused: rows of tables are updated in the backward pass, which then leaves no gradient. Each step
+            must have one backward pass, in one process, at the learning rate that is set by then; tables cannot be
+            clipped.
+
+    Both `clip_gradients` and torch's `clip_grad_norm_` take the sparse gradients (the latter by
+    `peerlm.optim.sparse_norm`), so that it works under transformers.Trainer as it is.
+
+    Exact mode holds tables in float32 or float64, and so their moments; bfloat16 needs lazy=True or beta1 = 0.
+    Per row it keeps two int32 besides the moments. Gradients that are NaN or infinite make weights so.
+
+    State: dense parameters have torch's "step", "exp_avg", "exp_avg_sq". Tables have these ("step" an int), in
+    exact mode also "moments_step" and "weights_step", (N,) int32, and the learning rates of the steps since the
+    row longest left behind. Saving does not change weights: a resumed run has the bits of an unbroken one.
+
+    Raises:
+        ValueError: for settings out of range, combinations that do not exist, and gradients of another shape.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        lazy: bool = False,
+        row_wise: bool = False,
+        state_dtype: torch.dtype = torch.float32,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        fused: bool = False,
+        maximize: bool = False,
+    ):
+        if maximize:
+            raise ValueError("maximize=True is not supported: negate the loss")
+        teach_torch_sparse_norms()
+        self._watcher = _Watcher(self)
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "lazy": lazy,
+            "row_wise": row_wise,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; one named "table", or with "rows" True, holds tables, which are watched from now on."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault("rows", group.get("name") == "table")
+        try:
+            _check(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if group["rows"]:
+            for parameter in group["params"]:
+                self._watch(parameter, group)
+
+    def _watch(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        row_seam.watch_rows(parameter, self._watcher)
+        if group["fused"]:
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._update_in_backward))
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; returns what the closure, run first, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if not group["rows"]:
+                self._step_dense(group)
+                continue
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_table(parameter, group)
+                elif "updated_at" in self.state.get(parameter, {}):
+                    self._finish_step(parameter, group, *self.state[parameter].pop("updated_at"))
+        return loss
+
+    def _step_dense(self, group: dict[str, Any]) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        for parameter in parameters:
+            if parameter.grad.is_sparse:
+                raise ValueError(
+                    f"a parameter {tuple(parameter.shape)} outside the tables has a sparse gradient: "
+                    "put it in a group with rows=True"
+                )
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.tensor(0.0, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+        if not parameters:
+            return
+        _dense_step(parameters, [self.state[parameter] for parameter in parameters], group)
+
+    def _step_table(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        ids, gradient = _row_gradient(parameter)
+        state = self._ready_state(parameter, group)
+        self._catch_up_rows(parameter, ids)
+        if ids is None and _is_plain(parameter, state):
+            self._age_moments(state)
+            _dense_step([parameter], [{**state, "step": torch.tensor(float(state["step"]))}], group)
+            for name in ("moments_step", "weights_step"):
+                if name in state:
+                    state[name].fill_(state["step"] + 1)
+        else:
+            table, step = self._table(parameter), self._row_step(parameter, group, state["step"] + 1)
+            _kernels(table).update_rows(table, ids, gradient, step)
+        self._finish_step(parameter, group, float(group["lr"]), group["weight_decay"])
+
+    def _finish_step(self, parameter: Tensor, group: dict[str, Any], lr: float, weight_decay: float) -> None:
+        """Count a step whose updates are made, at this learning rate and decay."""
+        state = self.state[parameter]
+        state["step"] += 1
+        if group["lazy"]:
+            return
+        _keep_history(state, _history(state).append(lr, weight_decay))
+        if state["step"] % _SWEEP_EVERY == 0:
+            self._catch_up_rows(parameter, None)
+
+    @torch.no_grad()
+    def _update_in_backward(self, parameter: Tensor) -> None:
+        """The hook of fused mode: update the rows, unless the backward pass did so itself, and drop their gradient."""
+        if parameter.grad is None:
+            return
+        table, step = self._fused_update(parameter)
+        ids, gradient = _row_gradient(parameter)
+        self._catch_up_rows(parameter, ids)
+        _kernels(table).update_rows(table, ids, gradient, step)
+        parameter.grad = None
+
+    def _fused_update(self, parameter: Tensor) -> tuple[RowTable, RowStep]:
+        if _several_ranks():
+            raise RuntimeError("fused=True cannot wait for the gradients of other ranks: use fused=False")
+        group = self._group(parameter)
+        state = self._ready_state(parameter, group)
+        if "updated_at" in state:
+            raise RuntimeError(
+                "fused=True updates tables in the backward pass, and this is the second one before step(): "
+                "call step() after each, or accumulate gradients with fused=False"
+            )
+        step = self._row_step(parameter, group, state["step"] + 1)
+        state["updated_at"] = step.learning_rate, step.weight_decay
+        return self._table(parameter), step
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Bring every row of every table up to date, as before an evaluation, an export, or use by others."""
+        for group in self.param_groups:
+            if group["rows"]:
+                for parameter in group["params"]:
+                    self._catch_up_rows(parameter, None)
+
+    def _catch_up_rows(self, parameter: Tensor, ids: Tensor | None) -> None:
+        """Bring these rows, or all, up to date. ids: int64, any shape, repetitions allowed."""
+        state = self.state.get(parameter)
+        if not state or state.get("weights_step") is None:
+            return
+        weights_step, now = state["weights_step"], state["step"]
+        ids_U = _behind(weights_step, ids, now)
+        if len(ids_U):
+            history = _history(state)
+            seen = torch.zeros(now - history.start + 1, dtype=torch.bool)
+            seen[weights_step[ids_U].cpu().long() - history.start] = True
+            rules = catch_up_rules(
+                history, seen.nonzero().flatten() + history.start, state["betas"][0], state["betas"][1]
+            )
+            table, step = self._table(parameter), self._row_step(parameter, self._group(parameter), now)
+            _kernels(table).catch_up_rows(table, ids_U, rules, step)
+        if ids is None:
+            _keep_history(state, RateHistory.empty(now))
+
+    def _group(self, parameter: Tensor) -> dict[str, Any]:
+        return next(group for group in self.param_groups if any(member is parameter for member in group["params"]))
+
+    def _table(self, parameter: Tensor) -> RowTable:
+        state = self.state[parameter]
+        return RowTable(
+            rows=parameter.data,  # in place without a new version: rows that autograd has saved do not change
+            exp_avg=state.get("exp_avg"),
+            exp_avg_sq=state["exp_avg_sq"],
+            moments_step=state.get("moments_step"),
+            weights_step=state.get("weights_step"),
+        )
+
+    def _row_step(self, parameter: Tensor, group: dict[str, Any], number: int) -> RowStep:
+        state = self.state[parameter]
+        beta1, beta2 = state["betas"]
+        return RowStep(
+            step=number,
+            learning_rate=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=state["eps"],
+            seed=group["seed"] + state["number"] if group["stochastic_rounding"] else None,
+        )
+
+    def _ready_state(self, parameter: Tensor, group: dict[str, Any]) -> State:
+        """The state of a table, made when first needed; a change of betas or eps sets in here."""
+        _check(group)
+        state: State = self.state[parameter]
+        if not state:
+            state.update(_new_state(parameter, group))
+            tables = [p for g in self.param_groups if g["rows"] for p in g["params"]]
+            state["number"] = next(number for number, table in enumerate(tables) if table is parameter)
+        if (*group["betas"], group["eps"]) != (*state["betas"], state["eps"]):
+            if (group["betas"][0] == 0) != (state["betas"][0] == 0):
+                raise ValueError(f"beta1 cannot go from {state['betas'][0]} to {group['betas'][0]} during training")
+            self._catch_up_rows(parameter, None)
+            self._age_moments(state)
+            state["betas"], state["eps"] = tuple(group["betas"]), group["eps"]
+        return state
+
+    def _age_moments(self, state: State) -> None:
+        """Let moments decay up to the present step, so that other betas can take over."""
+        if state.get("moments_step") is None:
+            return
+        missed_N = (state["step"] - state["moments_step"]).double()
+        for name, beta in zip(("exp_avg", "exp_avg_sq"), state["betas"], strict=True):
+            if name in state:
+                decay_N = (beta**missed_N).to(torch.promote_types(state[name].dtype, torch.float32))
+                state[name].mul_(decay_N.view(-1, *[1] * (state[name].ndim - 1)))
+        state["moments_step"].fill_(state["step"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` gave; tables' state keeps its dtypes. Raises ValueError where it does not fit."""
+        tables: dict[int, Tensor] = {}
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if group["rows"]:
+                tables.update(zip(saved["params"], group["params"], strict=False))
+        dense = {key: value for key, value in state_dict["state"].items() if key not in tables}
+        fused = [group["fused"] for group in self.param_groups]
+        super().load_state_dict({**state_dict, "state": dense})
+        for group, ours in zip(self.param_groups, fused, strict=True):
+            group["fused"] = ours  # how steps are made, not what has been learned
+        for key, parameter in tables.items():
+            saved_state = state_dict["state"].get(key)
+            if saved_state:
+                self.state[parameter] = _loaded_state(parameter, self._group(parameter), saved_state)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_watcher" not in self.__dict__:  # a copy, or unpickled
+            self._watcher, self._hooks = _Watcher(self), []
+            for group in self.param_groups:
+                if group["rows"]:
+                    for parameter in group["params"]:
+                        self._watch(parameter, group)
+
+
+class _Watcher:
+    """What stands at a table in place of its optimizer; a pickled model leaves it behind."""
+
+    def __init__(self, optimizer: RowAdamW):
+        self.optimizer = optimizer
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nobody, ()
+
+    @torch.no_grad()
+    def before_read(self, parameter: Tensor, ids: Tensor | None) -> None:
+        self.optimizer._catch_up_rows(parameter, ids)
+
+    def takes_row_gradients(self, parameter: Tensor) -> bool:
+        return not _several_ranks()  # DistributedDataParallel exchanges dense gradients
+
+    def fused_update(self, parameter: Tensor) -> tuple[RowTable, RowStep] | None:
+        if not self.optimizer._group(parameter)["fused"]:
+            return None
+        return self.optimizer._fused_update(parameter)
+
+    def release(self, parameter: Tensor) -> None:
+        self.before_read(parameter, None)
+        for hook in self.optimizer._hooks:
+            hook.remove()
+
+
+def _nobody() -> None:
+    return None
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _dense_step(parameters: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+    """AdamW of torch itself on whole tensors; each state has "step", "exp_avg" and "exp_avg_sq"."""
+    beta1, beta2 = group["betas"]
+    adamw(
+        parameters,
+        [parameter.grad for parameter in parameters if parameter.grad is not None],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _is_plain(parameter: Tensor, state: State) -> bool:
+    """Whether the table's state is what torch's AdamW keeps of a dense parameter."""
+    same = all(name in state and state[name].shape == parameter.shape for name in ("exp_avg", "exp_avg_sq"))
+    return same and parameter.dtype == state["exp_avg"].dtype == state["exp_avg_sq"].dtype != torch.bfloat16
+
+
+def _kernels(table: RowTable) -> Any:
+    """The module whose `update_rows` and `catch_up_rows` work on this table."""
+    return api.row_kernels(table) or row_step
+
+
+def _behind(weights_step: Tensor, ids: Tensor | None, now: int) -> Tensor:
+    """The distinct rows among ids, or of all, that are not right up to `now`; ascending int64."""
+    if ids is None:
+        return (weights_step < now).nonzero().flatten()
+    ids = ids.flatten()
+    ids = ids[weights_step[ids] < now]
+    if 16 * len(ids) < len(weights_step):
+        return ids.unique()
+    asked_N = torch.zeros(len(weights_step), dtype=torch.bool, device=weights_step.device)
+    asked_N[ids] = True  # quicker than sorting
+    return asked_N.nonzero().flatten()
+
+
+def _row_gradient(parameter: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Distinct row numbers (U,), None for all rows in order, and their gradients (U, *row_shape)."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if not gradient.is_sparse:
+        return None, gradient
+    if gradient.sparse_dim() != 1:
+        raise ValueError(
+            f"the sparse gradient of a table {tuple(parameter.shape)} has {gradient.sparse_dim()} sparse dimensions: "
+            "give indices (1, U) and values (U, *row_shape)"
+        )
+    gradient = gradient.coalesce()
+    return gradient.indices()[0], gradient.values()
+
+
+def _check(group: dict[str, Any]) -> None:
+    """Raise ValueError where the numbers of a group are out of range or do not go together."""
+    beta1, beta2 = group["betas"]
+    for name, value, right in (
+        ("lr", float(group["lr"]), float(group["lr"]) >= 0),
+        ("betas", (beta1, beta2), 0 <= beta1 < 1 and 0 <= beta2 < 1),
+        ("eps", group["eps"], group["eps"] >= 0),
+        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
+    ):
+        if not right:
+            raise ValueError(f"{name} = {value} is out of range: lr, eps and weight_decay >= 0, 0 <= betas < 1")
+    if not group["rows"]:
+        return
+    if group["state_dtype"] not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"state_dtype = {group['state_dtype']}: tables keep moments in torch.float32 or torch.bfloat16"
+        )
+    for parameter in group["params"]:
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(f"a table has dtype {parameter.dtype}: tables are float32, float64 or bfloat16")
+        if group["lazy"] or beta1 == 0:
+            continue
+        if torch.bfloat16 in (parameter.dtype, group["state_dtype"]):
+            raise ValueError(
+                "weights equal to dense AdamW's need tables and moments in float32 (got a table in "
+                f"{parameter.dtype}, state_dtype = {group['state_dtype']}): pass lazy=True, or betas with beta1 = 0"
+            )
+        if group["eps"] == 0:
+            raise ValueError("eps = 0: rows can only catch up with eps > 0, or pass lazy=True")
+        check_betas(beta1, beta2)
+
+
+def _new_state(parameter: Tensor, group: dict[str, Any]) -> State:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    state_dtype = torch.bfloat16 if group["state_dtype"] == torch.bfloat16 else dtype
+    state: State = {"step": 0, "betas": tuple(group["betas"]), "eps": group["eps"]}
+    if group["betas"][0] > 0:
+        state["exp_avg"] = torch.zeros_like(parameter, dtype=state_dtype, memory_format=torch.contiguous_format)
+    if group["row_wise"]:
+        state["exp_avg_sq"] = torch.zeros(len(parameter), dtype=dtype, device=parameter.device)
+    else:
+        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=state_dtype, memory_format=torch.contiguous_format)
+    if not group["lazy"]:
+        for name in ("moments_step", "weights_step"):
+            state[name] = torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device)
+        _keep_history(state, RateHistory.empty(0))
+    return state
+
+
+def _loaded_state(parameter: Tensor, group: dict[str, Any], saved: State) -> State:
+    expected = _new_state(torch.empty_like(parameter, device="meta"), group)
+    for name, value in expected.items():
+        if isinstance(value, Tensor) and name not in ("learning_rates", "log_keep"):
+            found = saved.get(name)
+            if found is None or found.shape != value.shape:
+                shape = None if found is None else tuple(found.shape)
+                raise ValueError(f"the saved {name!r} of a table has shape {shape}, not {tuple(value.shape)}")
+    on_cpu = ("learning_rates", "log_keep")
+    return {
+        name: value.to(parameter.device) if isinstance(value, Tensor) and name not in on_cpu else value
+        for name, value in saved.items()
+    }
+
+
+def _history(state: State) -> RateHistory:
+    return RateHistory(state["history_start"], state["learning_rates"], state["log_keep"])
+
+
+def _keep_history(state: State, history: RateHistory) -> None:
+    state["history_start"] = history.start
+    state["learning_rates"] = history.learning_rates
+    state["log_keep"] = history.log_keep

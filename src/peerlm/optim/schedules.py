@@ -1,0 +1,52 @@
+"""Learning-rate schedules: the share of the peak that is due when some share of the budget is spent.
+
+Pure functions of progress: they hold no state to save and know nothing of steps, so that any budget works.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def cosine(progress: float, *, warmup: float, final: float) -> float:
+    """Share of the peak learning rate: linear warmup, then half a cosine down to `final`.
+
+    progress, warmup: shares of the budget, 0 to 1. final: share of the peak that is left at the end.
+    """
+    if progress < warmup:
+        return progress / warmup
+    past = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(past, 1.0)))
+
+
+def wsd(progress: float, *, warmup: float, decay: float, final: float) -> float:
+    """Share of the peak learning rate: linear warmup, stable peak, linear decay to `final`.
+
+    progress, warmup, decay: shares of the budget, 0 to 1, warmup + decay <= 1. With decay 0 the peak holds
+    to the end.
+    """
+    if progress < warmup:
+        return progress / warmup
+    if progress <= 1 - decay or decay == 0:
+        return 1.0
+    left = max(0.0, (1 - progress) / decay)
+    return final + (1 - final) * left
+
+
+def decaying_multiplier(progress: float, *, start: float) -> float:
+    """A learning-rate multiplier that goes linearly from `start` to 1 over the run."""
+    return start + (1.0 - start) * min(progress, 1.0)
+
+
+def set_learning_rates(
+    groups: Sequence[dict[str, Any]], learning_rate: float, *, progress: float, table_lr_decay: bool = False
+) -> None:
+    """Set "lr" in each group of `parameter_groups`: the scheduled learning rate times its multiplier.
+
+    With table_lr_decay, the multiplier of "table" goes linearly to 1 over the run.
+    """
+    for group in groups:
+        multiplier = group["lr_multiplier"]
+        if table_lr_decay and group["name"] == "table":
+            multiplier = decaying_multiplier(progress, start=multiplier)
+        group["lr"] = learning_rate * multiplier

@@ -1,0 +1,34 @@
+"""The norm of sparse gradients, which torch's clipping lacks.
+
+`torch.nn.utils.clip_grad_norm_`, and with it transformers.Trainer (which calls it even where nothing is to be
+clipped, to log the norm), knows `linalg_vector_norm` for dense gradients alone.
+"""
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("aten", "IMPL")
+
+
+def teach_torch_sparse_norms() -> None:
+    """Let `torch.linalg.vector_norm` take sparse COO tensors of this process, where torch itself does not yet."""
+    tiny = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (1,), check_invariants=True)
+    try:
+        torch.linalg.vector_norm(tiny)
+    except NotImplementedError:
+        for backend in ("SparseCPU", "SparseCUDA"):
+            _library.impl("linalg_vector_norm", _vector_norm, backend)
+
+
+def _vector_norm(
+    x: Tensor,
+    ord: float = 2.0,
+    dim: list[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Of all entries; entries that are not stored are zeros, and count for no norm with ord > 0."""
+    if dim is not None or keepdim or ord <= 0:
+        raise NotImplementedError("of a sparse tensor only the norm of all entries is known, for ord > 0")
+    return torch.linalg.vector_norm(x.coalesce().values(), ord, dtype=dtype)

@@ -1,0 +1,174 @@
+"""The native row kernels against their definition in `row_step`."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from peerlm.ops import cpu_rows, native
+from peerlm.ops.rows import RowStep, RowTable
+from peerlm.optim import RowAdamW, row_step
+from peerlm.optim.catch_up import RateHistory, catch_up_rules
+
+pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=f"no native kernels: {native.unavailable()}")
+
+NOW = 150
+KINDS = {
+    "plain": {},
+    "row-wise": {"row_wise": True},
+    "no first moment": {"first": False},
+    "neither": {"first": False, "row_wise": True},
+    "bf16 rows": {"rows": torch.bfloat16},
+    "bf16 rows alone": {"rows": torch.bfloat16, "first": False, "row_wise": True},
+    "bf16 moments": {"moments": torch.bfloat16},
+    "bf16": {"rows": torch.bfloat16, "moments": torch.bfloat16},
+    "lazy": {"lazy": True},
+}
+
+
+def random_table(
+    row_shape: tuple[int, ...],
+    *,
+    first: bool = True,
+    row_wise: bool = False,
+    lazy: bool = False,
+    rows: torch.dtype = torch.float32,
+    moments: torch.dtype = torch.float32,
+) -> RowTable:
+    num_rows = 40
+    shape = (num_rows, *row_shape)
+    moments_step = torch.randint(0, NOW - 1, (num_rows,), dtype=torch.int32)
+    weights_step = torch.maximum(moments_step, torch.randint(0, NOW, (num_rows,), dtype=torch.int32))
+    weights_step[::3] = moments_step[::3]
+    never = (moments_step == 0).view(-1, *[1] * len(row_shape))
+    exp_avg = torch.randn(shape).masked_fill_(never, 0)
+    size = shape if not row_wise else (num_rows,)
+    exp_avg_sq = torch.randn(size).square().masked_fill_(never.flatten() if row_wise else never, 0)
+    # Some elements at the scale of eps, where nodes matter most
+    exp_avg.view(num_rows, -1)[:, ::2] *= 1e-8
+    if not row_wise:
+        exp_avg_sq.view(num_rows, -1)[:, ::2] *= 1e-16
+    return RowTable(
+        rows=torch.randn(shape).to(rows),
+        exp_avg=exp_avg.to(moments) if first else None,
+        exp_avg_sq=exp_avg_sq if row_wise else exp_avg_sq.to(moments),
+        moments_step=None if lazy else moments_step,
+        weights_step=None if lazy else weights_step,
+    )
+
+
+def tensors(table: RowTable) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(table).items() if value is not None}
+
+
+def twins(table: RowTable) -> tuple[RowTable, RowTable]:
+    def clone() -> RowTable:
+        copies = {name: value.clone() for name, value in tensors(table).items()}
+        return RowTable(**{name: copies.get(name) for name in vars(table)})
+
+    return clone(), clone()
+
+
+def step_of(table: RowTable, *, seed: int | None = 5, learning_rate: float = 1e-2) -> RowStep:
+    beta1 = 0.0 if table.exp_avg is None else 0.9
+    return RowStep(
+        step=NOW, learning_rate=learning_rate, weight_decay=0.1, beta1=beta1, beta2=0.95, eps=1e-8, seed=seed
+    )
+
+
+def assert_alike(found: RowTable, expected: RowTable) -> None:
+    """Equal up to float rounding; in bfloat16 up to one unit, where rounding tips a random decision."""
+    for name, value in tensors(expected).items():
+        ours = tensors(found)[name]
+        if value.dtype == torch.bfloat16:
+            apart = (ours.view(torch.int16).int() - value.view(torch.int16).int()).abs()
+            assert apart.max() <= 1, name
+            assert (apart > 0).float().mean() < 0.01, name
+        else:
+            torch.testing.assert_close(ours, value, rtol=2e-6, atol=0 if name == "exp_avg_sq" else 2e-7, msg=name)
+
+
+@pytest.mark.parametrize("row_shape", [(1,), (2, 31), (512,)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_is_that_of_the_definition(kind: str, row_shape: tuple[int, ...]) -> None:
+    found, expected = twins(random_table(row_shape, **KINDS[kind]))
+    ids = torch.tensor([0, 3, 7, 8, 39])
+    gradient = torch.randn(5, *row_shape).to(found.rows.dtype)
+    for functions, table in ((cpu_rows, found), (row_step, expected)):
+        functions.update_rows(table, ids, gradient, step_of(table))
+    assert_alike(found, expected)
+    functions.update_rows(expected, None, torch.ones_like(expected.rows), step_of(expected))
+    cpu_rows.update_rows(found, None, torch.ones_like(found.rows), step_of(found))
+    assert_alike(found, expected)
+
+
+@pytest.mark.parametrize("row_shape", [(1,), (2, 31), (512,)])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lazy"])
+def test_catching_up_is_that_of_the_definition(kind: str, row_shape: tuple[int, ...]) -> None:
+    found, expected = twins(random_table(row_shape, **KINDS[kind]))
+    step = step_of(found)
+    history = RateHistory.empty(0)
+    for number in range(NOW):
+        history = history.append(1e-2 / (1 + number), 0.1)
+    assert found.weights_step is not None
+    ids = (found.weights_step < NOW).nonzero().flatten()
+    rules = catch_up_rules(history, found.weights_step[ids].unique().long(), step.beta1, step.beta2)
+    before = found.rows.clone()
+    cpu_rows.catch_up_rows(found, ids, rules, step)
+    row_step.catch_up_rows(expected, ids, rules, step)
+    assert not torch.equal(found.rows, before)
+    assert_alike(found, expected)
+    again = found.rows.clone()
+    rules.index[-1] = 0  # no rule is for rows that are up to date
+    cpu_rows.catch_up_rows(found, ids, rules, step)
+    assert torch.equal(found.rows, again)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bf16"])
+def test_threads_do_not_change_bits(kind: str) -> None:
+    one, two = twins(random_table((2, 31), **KINDS[kind]))
+    gradient = torch.randn(40, 2, 31)
+    cpu_rows.update_rows(one, None, gradient, step_of(one))
+    torch.set_num_threads(3)
+    try:
+        cpu_rows.update_rows(two, None, gradient, step_of(two))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(tensors(one)[name], tensors(two)[name]) for name in tensors(one))
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, 0.0, -0.0, 1e-40])
+def test_extreme_values_round_alike(value: float, seed: int | None) -> None:
+    found, expected = twins(random_table((16,), rows=torch.bfloat16, lazy=True))
+    gradient = torch.full((1, 16), value)
+    ids = torch.tensor([2])
+    for functions, table in ((cpu_rows, found), (row_step, expected)):
+        functions.update_rows(table, ids, gradient, step_of(table, seed=seed))
+    torch.testing.assert_close(found.rows[2], expected.rows[2], rtol=0, atol=0.02, equal_nan=True)
+    assert (found.rows[2].isnan() == expected.rows[2].isnan()).all()
+
+
+@pytest.mark.parametrize("row", [-1, 40])
+def test_rows_out_of_range_change_nothing(row: int) -> None:
+    table, before = twins(random_table((4,)))
+    with pytest.raises(IndexError):
+        cpu_rows.update_rows(table, torch.tensor([0, row]), torch.ones(2, 4), step_of(table))
+    assert torch.equal(table.rows, before.rows)
+
+
+def test_a_run_of_the_optimizer_is_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def outcome() -> Tensor:
+        table = torch.nn.Parameter(torch.randn(30, 2, 5, generator=torch.Generator().manual_seed(1)))
+        optimizer = RowAdamW([{"params": [table], "rows": True}], lr=1e-2, weight_decay=0.1)
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(50):
+            ids = torch.randint(30, (4,), generator=generator).unique()
+            values = torch.randn(len(ids), 2, 5, generator=generator)
+            table.grad = torch.sparse_coo_tensor(ids[None], values, table.shape, check_invariants=True)
+            optimizer.step()
+        optimizer.catch_up()
+        return table.detach()
+
+    found = outcome()
+    monkeypatch.setattr("peerlm.optim.row_adamw._kernels", lambda table: row_step)
+    torch.testing.assert_close(found, outcome(), rtol=0, atol=2e-6)
