@@ -36,7 +36,8 @@ sanitize: setup  ## the kernels' tests under the address and undefined-behaviour
 	ls $(SANITIZED)/package/peerlm/ops/_native*
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED)/package \
-	    $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/ops/test_cpu_*.py
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/ops/test_cpu_*.py \
+	    tests/optim/test_row_kernels.py
 
 clean:  ## remove the environment and all caches; runs and prepared data stay
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
