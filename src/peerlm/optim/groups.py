@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from peerlm.optim.sparse_gradients import coalesced
+
 GROUP_NAMES = ("matrix", "vector", "table", "keys")
 
 
@@ -119,7 +121,7 @@ def _gradient_values(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
         if parameter.grad is None:
             continue
         if parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
+            parameter.grad = coalesced(parameter.grad)
             values.append(parameter.grad._values())  # not values(), which refuses to be scaled in place
         else:
             values.append(parameter.grad)

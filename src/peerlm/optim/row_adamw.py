@@ -13,7 +13,7 @@ from peerlm.ops import rows as row_seam
 from peerlm.ops.rows import RowStep, RowTable
 from peerlm.optim import row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
-from peerlm.optim.sparse_norm import teach_torch_sparse_norms
+from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_gradientss
 
 State = dict[str, Any]
 _SWEEP_EVERY = 4096
@@ -53,7 +53,7 @@ class RowAdamW(torch.optim.Optimizer):
             clipped.
 
     Both `clip_gradients` and torch's `clip_grad_norm_` take the sparse gradients (the latter by
-    `peerlm.optim.sparse_norm`), so that it works under transformers.Trainer as it is.
+    `peerlm.optim.sparse_gradients`), so that it works under transformers.Trainer as it is.
 
     Exact mode holds tables in float32 or float64, and so their moments; bfloat16 needs lazy=True or beta1 = 0.
     Per row it keeps two int32 besides the moments. Gradients that are NaN or infinite make weights so.
@@ -84,7 +84,7 @@ class RowAdamW(torch.optim.Optimizer):
     ):
         if maximize:
             raise ValueError("maximize=True is not supported: negate the loss")
-        teach_torch_sparse_norms()
+        teach_torch_sparse_gradientss()
         self._watcher = _Watcher(self)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         defaults = {
@@ -409,7 +409,7 @@ def _row_gradient(parameter: Tensor) -> tuple[Tensor | None, Tensor]:
             f"the sparse gradient of a table {tuple(parameter.shape)} has {gradient.sparse_dim()} sparse dimensions: "
             "give indices (1, U) and values (U, *row_shape)"
         )
-    gradient = gradient.coalesce()
+    gradient = coalesced(gradient)
     return gradient.indices()[0], gradient.values()
 
 

@@ -1,4 +1,4 @@
-"""The norm of sparse gradients, which torch's clipping lacks.
+"""Sparse gradients of rows: made coalesced cheaply, and their norm, which torch's clipping lacks.
 
 `torch.nn.utils.clip_grad_norm_`, and with it transformers.Trainer (which calls it even where nothing is to be
 clipped, to log the norm), knows `linalg_vector_norm` for dense gradients alone.
@@ -10,7 +10,7 @@ from torch import Tensor
 _library = torch.library.Library("aten", "IMPL")
 
 
-def teach_torch_sparse_norms() -> None:
+def teach_torch_sparse_gradientss() -> None:
     """Let `torch.linalg.vector_norm` take sparse COO tensors of this process, where torch itself does not yet."""
     tiny = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (1,), check_invariants=True)
     try:
@@ -31,4 +31,17 @@ def _vector_norm(
     """Of all entries; entries that are not stored are zeros, and count for no norm with ord > 0."""
     if dim is not None or keepdim or ord <= 0:
         raise NotImplementedError("of a sparse tensor only the norm of all entries is known, for ord > 0")
-    return torch.linalg.vector_norm(x.coalesce().values(), ord, dtype=dtype)
+    return torch.linalg.vector_norm(coalesced(x).values(), ord, dtype=dtype)
+
+
+def coalesced(gradient: Tensor) -> Tensor:
+    """A sparse gradient with distinct ascending rows.
+
+    Autograd forgets that a gradient is coalesced when it stores it; where row numbers ascend nothing is copied.
+    """
+    if gradient.is_coalesced():
+        return gradient
+    ids = gradient._indices()
+    if len(ids) != 1 or not bool((ids[0, 1:] > ids[0, :-1]).all()):
+        return gradient.coalesce()
+    return torch.sparse_coo_tensor(ids, gradient._values(), gradient.shape, is_coalesced=True, check_invariants=False)
