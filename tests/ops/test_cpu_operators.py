@@ -216,7 +216,7 @@ def assert_compiles(module: torch.nn.Module, x: Tensor, run: Callable[[Any], Ten
 @pytest.mark.parametrize(
     "module",
     [
-        lambda: layer(query_norm="layer"),
+        layer,
         lambda: layer(gated=True, row_format="bfloat16", query_norm="none"),
         lambda: ProductKeyMemory(16, num_values=64, heads=2, values_per_head=3, key_dim=8, backend="cpu").eval(),
     ],
