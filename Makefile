@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test lint docs bench clean
+.PHONY: help setup demo test lint docs bench sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## these lines
@@ -29,6 +29,19 @@ docs: setup  ## that every link and file named in the documents exists
 bench: setup  ## the layer and its kernels against other implementations and the limits of memory; half an hour, 20 GB
 	$(PIP) install -c constraints.txt --no-build-isolation ".[bench]"
 	$(BIN)/python benchmarks/run.py
+
+# Python itself is not instrumented: the sanitizer must come first, with the C++ library whose exceptions it follows, and
+# memory that Python keeps until it ends is no leak. A package built beside the installed one is imported before it.
+SANITIZED := build/sanitize
+sanitize: setup  ## the kernels' tests under the address and undefined-behaviour sanitizers
+	rm -rf $(SANITIZED)
+	$(PIP) install --no-deps --no-build-isolation --target $(SANITIZED)/package \
+	    -C cmake.define.PEERLM_SANITIZE=ON -C build-dir=$(SANITIZED)/cmake .
+	ls $(SANITIZED)/package/peerlm/ops/_native*
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED)/package \
+	    $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/ops/test_cpu_*.py \
+	    tests/optim/test_row_kernels.py
 
 clean:  ## remove the environment and all caches; runs and prepared data stay
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

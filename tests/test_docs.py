@@ -40,5 +40,7 @@ def test_document_names_only_what_exists(document: Path) -> None:
 
 def test_every_source_file_has_a_caption_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    sources = [path for path in ROOT.glob("src/peerlm/**/*.py") if path.name != "__init__.py"]
-    assert [str(path) for path in sources if path.name not in readme] == []
+    package = ROOT / "src/peerlm"
+    sources = [*package.glob("**/*.py"), *(path for path in package.glob("csrc/*") if path.is_file())]
+    names = [path.relative_to(package).as_posix() for path in sources]
+    assert [name for name in names if f"`{name}`" not in readme] == []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,32 @@ def exhaustive_scores(query_THX: Tensor, sub_keys_2HnC: Tensor) -> Tensor:
     """Score of every expert, (T, H, n * n), in the dtype of the arguments."""
     keys_HNX = all_keys(sub_keys_2HnC).expand(query_THX.shape[1], -1, -1)
     return (query_THX[:, :, None] * keys_HNX).sum(dim=-1)
+
+
+def exhaustive_search(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k of all n * n experts by half scores in float64, and their scores: ids and scores (T, H, k).
+
+    Half scores are summed in extended precision and rounded once, so that equal sub-keys score the same; experts
+    are ordered by exact sum, descending, then by id, ascending.
+    """
+    heads, n = query_THX.shape[1], sub_keys_2HnC.shape[2]
+    ids, scores = [], []
+    queries = query_THX.detach().double().numpy().astype(np.longdouble)
+    keys_2HnC = sub_keys_2HnC.detach().double().expand(-1, heads, -1, -1).numpy().astype(np.longdouble)
+    for query_HX in queries:
+        for h, query_2C in enumerate(query_HX.reshape(heads, 2, -1)):
+            first, second = ((keys_2HnC[s, h] * query_2C[s]).sum(axis=-1).astype(np.float64) for s in (0, 1))
+            i, j = np.repeat(first, n), np.tile(second, n)
+            total = i + j
+            shadow = total - i
+            residual = (i - (total - shadow)) + (j - shadow)  # Knuth's TwoSum
+            best = np.lexsort((np.arange(n * n), -residual, -total))[:k]
+            ids.append(best)
+            scores.append(total[best])
+    shape = (len(query_THX), heads, k)
+    if not ids:
+        return torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.float64)
+    return torch.from_numpy(np.stack(ids)).view(shape), torch.from_numpy(np.stack(scores)).view(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +185,13 @@ def loop_peer(layer: PEER, x_TD: Tensor) -> Tensor:
         rows=layer.experts.rows,
     )
     return loop_mix_experts(inputs, layer.experts.activation)
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """|actual - exact| / |exact| by Frobenius norms; the numerator where exact is all zeros. NaN if either has one."""
+    assert actual.shape == exact.shape, (actual.shape, exact.shape)
+    size = exact.double().norm().item()
+    return (actual.double() - exact.double()).norm().item() / (size or 1.0)
 
 
 def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor) -> None:

@@ -107,8 +107,8 @@ def test_permuting_experts_with_their_keys_changes_nothing(gated: bool, shared_k
     with torch.no_grad():
         keys = layer.product_keys.sub_keys
         keys.copy_(torch.stack([keys[0][:, first], keys[1][:, second]]))
-        for table in layer.experts.parameters():
-            table.copy_(table.view(4, 4, DIM)[first][:, second].reshape(16, DIM))
+        rows = layer.experts.rows
+        rows.copy_(rows.unflatten(0, (4, 4))[first][:, second].flatten(0, 1))
     weights_after, ids_after = layer.retrieve(x)
     torch.testing.assert_close(layer(x), before)
     torch.testing.assert_close(weights_after, weights)
@@ -141,7 +141,9 @@ def test_names_and_shapes_that_others_build_on() -> None:
     layer = PEER(8, num_experts=25, heads=3, experts_per_head=2, key_dim=6, shared_keys=False, gated=True)
     keys, experts = layer.product_keys, layer.experts
     assert keys.sub_keys.shape == (2, 3, 5, 3)
-    assert experts.down.shape == experts.up.shape == experts.gate.shape == (25, 8)
+    assert experts.rows.shape == (25, 3, 8)
+    for which, part in enumerate((experts.down, experts.up, experts.gate)):
+        assert torch.equal(part, experts.rows[:, which])
     assert PEER(8, num_experts=25, heads=3, experts_per_head=2, key_dim=6).product_keys.sub_keys.shape == (
         2,
         1,
@@ -151,9 +153,7 @@ def test_names_and_shapes_that_others_build_on() -> None:
     assert PEER(8, num_experts=25, heads=3, experts_per_head=2, key_dim=6).experts.gate is None
     assert {name: role for m in layer.modules() for name, role in getattr(m, "parameter_roles", {}).items()} == {
         "sub_keys": "keys",
-        "down": "table",
-        "up": "table",
-        "gate": "table",
+        "rows": "table",
     }
 
 
@@ -279,7 +279,7 @@ def test_repr_shows_the_settings() -> None:
         ({"query_norm": "rms"}, "query_norm is 'rms'; choose one of batch, layer, none"),
         ({"weighting": "softmx"}, "weighting is 'softmx'; choose one of softmax, sigmoid, relu, none"),
         ({"activation": "tanh"}, "activation is 'tanh'; choose one of gelu, relu, silu, identity"),
-        ({"backend": "cuda"}, "backend is 'cuda'; choose one of auto, reference, bag"),
+        ({"backend": "cuda"}, "backend is 'cuda'; choose one of auto, reference, bag, cpu"),
         ({"dropout": 1.0}, "dropout is 1.0; .* 0 <= dropout < 1"),
         ({"dropout": -0.1}, "dropout is -0.1; .* 0 <= dropout < 1"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -293,14 +294,14 @@ def test_what_blocks_add_to_the_residual_stream_is_scaled_down(tiny_model: Build
     for kind, name in OUTPUTS.items():
         shallow, deep = (tiny_model(num_hidden_layers=n, ffw_layers=kind).model.layers[0] for n in (1, 16))
         for output in ("self_attn.o_proj.weight", name):
-            ratio = (shallow.get_parameter(output).std() / deep.get_parameter(output).std()).item()
+            ratio = (attrgetter(output)(shallow).std() / attrgetter(output)(deep).std()).item()
             assert ratio == pytest.approx(4.0, rel=0.3), (kind, output)
 
 
 def test_feed_forward_layers_start_at_the_scale_that_is_set(tiny_model: Build) -> None:
     for kind, name in OUTPUTS.items():
         full, half = (tiny_model(ffw_layers=kind, ffw_init_scale=s).model.layers[0] for s in (1.0, 0.5))
-        ratio = (full.get_parameter(name).std() / half.get_parameter(name).std()).item()
+        ratio = (attrgetter(name)(full).std() / attrgetter(name)(half).std()).item()
         assert ratio == pytest.approx(2.0, rel=0.3), kind
 
 

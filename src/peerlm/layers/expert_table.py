@@ -1,6 +1,6 @@
 """The experts' rows, and the look-up that sharding, quantisation and offloading replace."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +73,8 @@ class ExpertTable(RowTable):
 
     @property
     def row_format(self) -> str:
-        """A name in `ROW_FORMATS`."""
-        return next(name for name, dtype in ROW_FORMATS.items() if dtype == self.rows.dtype)
+        """A name in `ROW_FORMATS`, or of another dtype that the module was cast to."""
+        return str(self.rows.dtype).removeprefix("torch.")
 
     @torch.no_grad()
     def convert_rows(self, row_format: str) -> None:
@@ -121,6 +121,27 @@ class ExpertTable(RowTable):
             backend=self.backend,
             row_gradients=wants_row_gradients(self.rows),
         )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *lists: list[str],
+    ) -> None:
+        """As in `nn.Module`, but saved rows of any format become rows of this table's."""
+        rows, scales = state_dict.get(prefix + "rows"), state_dict.get(prefix + "scales")
+        if rows is not None and rows.dtype.is_floating_point and self.scales is not None:
+            state_dict[prefix + "rows"], state_dict[prefix + "scales"] = quantise(rows.float())
+        elif rows is not None and rows.dtype == torch.int8 and self.scales is None:
+            if scales is None:
+                missing_keys.append(prefix + "scales")
+                del state_dict[prefix + "rows"]
+            else:
+                state_dict[prefix + "rows"] = rows * state_dict.pop(prefix + "scales")[..., None]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""

@@ -30,8 +30,11 @@ def _sum_over_ranks(local: Tensor) -> Tensor:
 
 
 def _inside_backward() -> bool:
-    """Whether autograd is at work: gradient checkpointing repeats a forward pass whose batch was counted."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether autograd is at work: gradient checkpointing repeats a forward pass whose batch was counted.
+
+    torch.compile, which cannot ask, traces forward passes alone.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class QueryBatchNorm(nn.Module):

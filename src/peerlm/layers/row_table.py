@@ -19,7 +19,7 @@ def empty_rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 class RowTable(nn.Module):
     """A module with a parameter of rows that an optimizer may watch (`ops/rows.py`).
 
-    Before it evaluates or is saved, all rows are brought up to date. Subclasses name the parameter, and call
+    Before it evaluates, is saved or is loaded, all rows are brought up to date. Subclasses name the parameter, and call
     `prepare_rows` for those that they are about to read.
     """
 
@@ -34,3 +34,7 @@ class RowTable(nn.Module):
     def _save_to_state_dict(self, *arguments: Any, **options: Any) -> None:
         prepare_rows(getattr(self, self.rows_name), None)
         super()._save_to_state_dict(*arguments, **options)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        prepare_rows(getattr(self, self.rows_name), None)
+        super()._load_from_state_dict(*arguments, **options)

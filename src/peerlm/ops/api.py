@@ -6,21 +6,16 @@ has. Autocast stops here: the dtypes are those of the arguments, because scores 
 experts.
 """
 
-import importlib
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from peerlm.ops import native, reference
+from peerlm.ops import bag, cpu, cpu_rows, native, reference
 from peerlm.ops.rows import RowTable
 
-_MODULES = {
-    "reference": "peerlm.ops.reference",
-    "bag": "peerlm.ops.bag",
-    "cpu": "peerlm.ops.cpu",
-}
+_MODULES: dict[str, ModuleType] = {"reference": reference, "bag": bag, "cpu": cpu}
 
 BACKENDS = ("auto", *_MODULES)
 
@@ -51,10 +46,6 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation is {activation!r}; choose one of {', '.join(reference.ACTIVATIONS)}")
 
 
-def _load(backend: str) -> ModuleType:
-    return importlib.import_module(_MODULES[backend])
-
-
 def use_huge_pages(tensor: Tensor) -> bool:
     """Ask the system to back a large CPU tensor by huge pages; returns whether it agreed."""
     return native.use_huge_pages(tensor)
@@ -62,19 +53,18 @@ def use_huge_pages(tensor: Tensor) -> bool:
 
 def row_kernels(table: RowTable) -> ModuleType | None:
     """The native module with `update_rows` and `catch_up_rows` for this table; None where there is none."""
-    module = importlib.import_module("peerlm.ops.cpu_rows")
-    return module if module.supports(table) else None
+    return cpu_rows if cpu_rows.supports(table) else None
 
 
 def _choose(backend: str, fallback: str, *inputs: Tensor, rows: Tensor | None = None) -> ModuleType:
     """The module that computes with these inputs; `fallback` is what "auto" takes where the native one cannot."""
     check_backend(backend)
     if backend in ("auto", "cpu"):
-        reason = _load("cpu").unsupported(*inputs, rows=rows)
+        reason = cpu.unsupported(*inputs, rows=rows)
         if reason and backend == "cpu":
             raise ValueError(f"backend is 'cpu', but {reason}; choose 'auto', or convert the tensors")
         backend = fallback if reason else "cpu"
-    return _load(backend)
+    return _MODULES[backend]
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -133,7 +123,7 @@ def mix_experts(
         (T, D), in the dtype of x.
     """
     module = _choose(backend, "reference" if row_gradients or scales is not None else "bag", x, weights, rows=rows)
-    if module.__name__ == _MODULES["bag"] and (row_gradients or scales is not None):
+    if module is bag and (row_gradients or scales is not None):
         raise ValueError("backend 'bag' has no sparse row gradients and takes no int8 rows; choose 'auto'")
     options = {"row_gradients": True} if row_gradients else {}
     with _without_autocast(x):
@@ -145,7 +135,7 @@ def mix_values(
 ) -> Tensor:
     """Sum each token's retrieved values: weights, value_ids (T, P), values (N, D) -> (T, D)."""
     module = _choose(backend, "reference" if row_gradients else "bag", weights, rows=values)
-    if module.__name__ == _MODULES["bag"] and row_gradients:
+    if module is bag and row_gradients:
         raise ValueError("backend 'bag' has no sparse row gradients; choose 'auto'")
     options = {"row_gradients": True} if row_gradients else {}
     with _without_autocast(weights):

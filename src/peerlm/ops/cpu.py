@@ -332,6 +332,10 @@ def _row_gradients_fake(x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficie
     return grad_y.new_empty(num_rows, coefficients.shape[-1], grad_y.shape[-1])
 
 
+def _refuse_second_derivatives(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError("the native kernels are differentiable once only; backend 'reference' is twice")
+
+
 for _name, _kernel, _fake in (
     ("retrieve", _retrieve, _retrieve_fake),
     ("retrieve_backward", _retrieve_backward, _retrieve_backward_fake),
@@ -349,3 +353,5 @@ for _name, _save, _gradients in (
     ("mix_values", _mix_values_save, _mix_values_gradients),
 ):
     torch.library.register_autograd(f"peerlm::{_name}", _gradients, setup_context=_save, lib=_LIBRARY)
+for _name in ("retrieve_backward", "mix_experts_backward", "mix_values_backward", "row_gradients"):
+    torch.library.register_autograd(f"peerlm::{_name}", _refuse_second_derivatives, lib=_LIBRARY)

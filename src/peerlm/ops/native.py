@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from peerlm.errors import UserError
+
 try:
     import peerlm.ops._native as module
 
@@ -12,17 +14,18 @@ except ImportError as error:  # pure-Python installation, or a machine other tha
     _reason = f"the native kernels were not built when peerlm was installed ({error}); it takes a C++17 compiler"
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot look into the extension
 def unavailable() -> str:
     """Why there are no native kernels here; empty where there are.
 
     Raises:
-        ValueError: PEERLM_SIMD names no target that this machine runs.
+        UserError: PEERLM_SIMD names no target that this machine runs.
     """
     if module is not None:
         try:
             module.target()
         except RuntimeError as error:
-            raise ValueError(str(error)) from error
+            raise UserError(str(error)) from error
     return _reason
 
 

@@ -1,0 +1,252 @@
+"""The experts' table: row formats, how they convert, and what is saved and loaded."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peerlm import PEER, PeerConfig, PeerForCausalLM, ProductKeyMemory
+from peerlm.layers.expert_table import ROW_FORMATS, ExpertTable, quantise
+from peerlm.ops.rows import watch_rows
+from peerlm.testing import relative_error
+
+PAIRS = list(itertools.product(ROW_FORMATS, ROW_FORMATS))
+# Of the rows, relative to those in float32: bfloat16 rounds by at most 2^-9, int8 by half of 1 / 127 of the largest.
+ERRORS = {"float32": 0.0, "bfloat16": 2**-8, "int8": 1e-2}
+
+
+def table(row_format: str = "float32", *, gated: bool = False, backend: str = "auto") -> ExpertTable:
+    return ExpertTable(25, 24, gated=gated, row_format=row_format, backend=backend)
+
+
+def values(experts: ExpertTable) -> Tensor:
+    """u, v and, if gated, g as they count, (N, 2 or 3, dim) float32."""
+    parts = [experts.down, experts.up] + ([experts.gate] if experts.gate is not None else [])
+    return torch.stack([part.detach().float() for part in parts], dim=1)
+
+
+def call(experts: ExpertTable) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    x, weights = torch.randn(7, 24, generator=generator), torch.rand(7, 4, generator=generator)
+    return experts(x, weights, torch.randint(25, (7, 4), generator=generator)).detach()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_what_is_stored(row_format: str, gated: bool) -> None:
+    experts = table(row_format, gated=gated)
+    parts = 3 if gated else 2
+    assert experts.row_format == row_format
+    assert experts.rows.shape == (25, parts, 24)
+    assert experts.rows.dtype == ROW_FORMATS[row_format]
+    assert experts.rows.requires_grad == (row_format != "int8")
+    assert (experts.scales is None) == (row_format != "int8")
+    assert sorted(experts.state_dict()) == (["rows", "scales"] if row_format == "int8" else ["rows"])
+    assert experts.gate is None or experts.gate.shape == (25, 24)
+    assert f"row_format={row_format!r}" in repr(experts)
+    std = values(experts).std(dim=(0, 2))
+    expected = torch.tensor([24**-0.5, 1.0, 24**-0.5])[:parts]
+    torch.testing.assert_close(std, expected, rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_conversion(before: str, after: str, gated: bool) -> None:
+    experts = table(before, gated=gated)
+    rows, y = values(experts), call(experts)
+    experts.convert_rows(after)
+    assert experts.row_format == after
+    assert experts.rows.requires_grad == (after != "int8")
+    assert relative_error(values(experts), rows) <= ERRORS[after]
+    assert relative_error(call(experts), y) <= 1e-6 + 4 * ERRORS[after]
+    again = values(experts)
+    experts.convert_rows("float32")
+    assert torch.equal(values(experts), again)
+
+
+def test_conversion_to_the_same_format_keeps_the_parameter() -> None:
+    experts = table("float32")
+    kept = experts.rows
+    experts.convert_rows("float32")
+    assert experts.rows is kept
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("saved", "loaded"), PAIRS)
+def test_checkpoints_move_between_formats(saved: str, loaded: str, gated: bool) -> None:
+    source, target = table(saved, gated=gated), table(loaded, gated=gated)
+    state = source.state_dict()
+    names, rows = sorted(state), state["rows"]
+    assert not torch.allclose(values(source), values(target))
+    result = target.load_state_dict(state)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert target.row_format == loaded
+    assert target.rows.requires_grad == (loaded != "int8")
+    assert relative_error(values(target), values(source)) <= ERRORS[loaded]
+    assert sorted(state) == names  # what is loaded is left as it is
+    assert state["rows"] is rows
+    if saved == loaded:
+        assert torch.equal(call(target), call(source))
+
+
+@pytest.mark.parametrize(("saved", "loaded"), PAIRS)
+def test_checkpoints_of_whole_layers_move_between_formats_and_backends(saved: str, loaded: str) -> None:
+    settings = {"num_experts": 25, "heads": 2, "experts_per_head": 3, "key_dim": 8}
+    source = PEER(24, row_format=saved, backend="reference", **settings).eval()
+    target = PEER(24, row_format=loaded, **settings).eval()
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(9, 24)
+    assert relative_error(target(x).detach(), source(x).detach()) <= 1e-5 + 4 * ERRORS[loaded]
+
+
+def test_int8_rows_without_their_scales_are_not_loaded() -> None:
+    state = table("int8").state_dict()
+    del state["scales"]
+    for row_format in ROW_FORMATS:
+        with pytest.raises(RuntimeError, match="scales"):
+            table(row_format).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), PAIRS)
+def test_rows_of_another_shape_are_not_loaded(saved: str, loaded: str) -> None:
+    with pytest.raises(RuntimeError, match=r"size mismatch for rows.*\[25, 3, 24\].*\[25, 2, 24\]"):
+        table(loaded).load_state_dict(table(saved, gated=True).state_dict())
+
+
+@given(st.integers(1, 5), st.integers(2, 3), st.integers(1, 40), st.integers(-30, 30), st.integers(0, 1000))
+def test_quantisation(count: int, parts: int, dim: int, exponent: int, seed: int) -> None:
+    rows = torch.randn(count, parts, dim, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    rows[0, 0] = 0
+    quantised, scales = quantise(rows)
+    assert quantised.dtype == torch.int8
+    assert scales.shape == (count, parts)
+    step = rows.abs().amax(dim=-1, keepdim=True) / 127
+    assert ((quantised * scales[..., None] - rows).abs() <= 0.501 * step).all()
+    assert (quantised.abs().amax(dim=-1) == 127).sum() == (scales > 0).sum()
+    assert torch.equal(quantised[0, 0], torch.zeros(dim, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda row_format: table(row_format),
+        lambda row_format: PEER(8, num_experts=4, heads=1, experts_per_head=1, key_dim=2, row_format=row_format),
+    ],
+    ids=["table", "layer"],
+)
+def test_unknown_row_format(build: object) -> None:
+    with pytest.raises(ValueError, match="row_format is 'int4'; choose one of float32, bfloat16, int8"):
+        build("int4")
+    with pytest.raises(ValueError, match="row_format is 'int4'; choose one of float32, bfloat16, int8"):
+        table().convert_rows("int4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_a_table_cast_to_another_dtype_shows_and_computes(row_format: str, dtype: torch.dtype) -> None:
+    experts = table(row_format)
+    y = call(experts)
+    cast = experts.to(dtype)
+    assert "row_format=" in repr(cast)
+    assert relative_error(call(cast), y) <= 1e-6 + (0 if dtype == torch.float64 else 2e-2)
+
+
+def test_int8_rows_get_no_gradient_but_pass_one_on() -> None:
+    experts = table("int8")
+    x, weights = torch.randn(7, 24, requires_grad=True), torch.rand(7, 4, requires_grad=True)
+    experts(x, weights, torch.randint(25, (7, 4))).sum().backward()
+    assert experts.rows.grad is None
+    assert x.grad is not None
+    assert weights.grad is not None
+
+
+class Watcher:
+    """Writes down which rows are asked for."""
+
+    def __init__(self, *, sparse: bool = False):
+        self.sparse = sparse
+        self.read: list[object] = []
+
+    def before_read(self, parameter: Tensor, ids: Tensor | None) -> None:
+        self.read.append(None if ids is None else sorted(set(ids.flatten().tolist())))
+
+    def takes_row_gradients(self, parameter: Tensor) -> bool:
+        return self.sparse
+
+    def fused_update(self, parameter: Tensor) -> None:
+        return None
+
+    def release(self, parameter: Tensor) -> None:
+        self.read.append("released")
+
+
+def test_a_watcher_learns_of_every_read() -> None:
+    experts, watcher = table(), Watcher()
+    watch_rows(experts.rows, watcher)
+    ids = torch.tensor([[3, 1], [3, 7]])
+    experts(torch.randn(2, 24), torch.rand(2, 2), ids)
+    assert watcher.read == [[1, 3, 7]]
+    for read in (
+        lambda: experts.down,
+        experts.eval,
+        experts.state_dict,
+        lambda: experts.load_state_dict(table().state_dict()),
+    ):
+        watcher.read.clear()
+        read()
+        assert None in watcher.read
+    watch_rows(experts.rows, Watcher())
+    assert watcher.read[-1] == "released"
+
+
+def test_a_memory_has_a_watcher_too() -> None:
+    memory, watcher = ProductKeyMemory(8, num_values=16, heads=2, values_per_head=3, key_dim=4), Watcher(sparse=True)
+    watch_rows(memory.values, watcher)
+    _, ids = memory.product_keys(torch.ones(1, 8))
+    memory.eval()
+    watcher.read.clear()
+    memory(torch.randn(5, 8)).sum().backward()
+    assert len(watcher.read) == 1
+    assert memory.values.grad.is_sparse
+    assert ids.shape == (1, 2, 3)
+    watcher.read.clear()
+    memory.load_state_dict(memory.state_dict())
+    assert watcher.read == [None, None]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_watcher_says_which_gradient_it_takes(sparse: bool, backend: str) -> None:
+    experts = table(backend=backend)
+    watch_rows(experts.rows, Watcher(sparse=sparse))
+    experts(torch.randn(2, 24), torch.rand(2, 2), torch.tensor([[3, 1], [3, 7]])).square().sum().backward()
+    assert experts.rows.grad.is_sparse == sparse
+    touched = experts.rows.grad.to_dense().abs().sum(dim=(1, 2)).nonzero().flatten()
+    assert touched.tolist() == [1, 3, 7]
+
+
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_a_language_model_keeps_its_row_format(row_format: str, tmp_path: Path) -> None:
+    config = PeerConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        ffw_layers="peer",
+        peer={"num_experts": 16, "heads": 2, "experts_per_head": 3, "key_dim": 8, "row_format": row_format},
+    )
+    model = PeerForCausalLM(config).eval()
+    experts = model.model.layers[0].ffw.experts
+    assert experts.row_format == row_format
+    model.save_pretrained(tmp_path)
+    loaded = PeerForCausalLM.from_pretrained(tmp_path).eval()
+    again = loaded.model.layers[0].ffw.experts
+    assert again.row_format == row_format
+    assert torch.equal(values(again), values(experts))
+    ids = torch.randint(64, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)

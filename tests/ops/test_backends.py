@@ -1,0 +1,193 @@
+"""Which backend computes: explicit choices never fall back, and what is in use is said."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from peerlm import PEER, ProductKeyMemory
+from peerlm.cli import main
+from peerlm.ops import api, native
+from peerlm.testing import MixInputs, mix_inputs
+
+NEEDS_KERNELS = pytest.mark.skipif(bool(native._reason), reason=native._reason)
+NUMERICAL_TESTS = ["test_cpu_retrieval.py", "test_cpu_mixing.py", "test_cpu_operators.py"]
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there was no compiler."""
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "_reason", "the native kernels were not built")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=100
+    )
+
+
+def single_inputs() -> MixInputs:
+    return mix_inputs(3, 4, 6, 5).to(torch.float32)
+
+
+def test_kernels_are_built_where_there_is_a_compiler() -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler on this machine")
+    assert native._reason == ""
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize(
+    ("dtype", "device", "message"),
+    [
+        (torch.float64, "cpu", "backend is 'cpu', but a tensor has dtype torch.float64, .*; choose 'auto', or convert"),
+        (torch.float32, "meta", "backend is 'cpu', but a tensor is on meta, .*; choose 'auto', or convert the tensors"),
+    ],
+)
+def test_explicit_choice_never_falls_back(dtype: torch.dtype, device: str, message: str) -> None:
+    def tensor(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=dtype, device=device)
+
+    ids = torch.zeros(3, 4, dtype=torch.int64, device=device)
+    for call in (
+        lambda backend: api.retrieve(tensor(3, 2, 4), tensor(2, 1, 5, 2), 3, backend=backend)[0],
+        lambda backend: api.mix_experts(tensor(3, 6), tensor(3, 4), ids, tensor(5, 2, 6), backend=backend),
+        lambda backend: api.mix_values(tensor(3, 4), ids, tensor(5, 6), backend=backend),
+    ):
+        with pytest.raises(ValueError, match=message) as raised:
+            call("cpu")
+        assert "\n" not in str(raised.value)
+    assert call("auto").device.type == device
+
+
+@NEEDS_KERNELS
+def test_rows_of_another_dtype_are_refused_by_name_and_taken_by_auto() -> None:
+    inputs = single_inputs()
+    arguments = (inputs.x, inputs.weights, inputs.ids, inputs.rows.half())
+    with pytest.raises(ValueError, match=r"rows have dtype torch.float16, .* take float32, bfloat16 and int8"):
+        api.mix_experts(*arguments, backend="cpu")
+    expected = api.mix_experts(*arguments, backend="bag")
+    torch.testing.assert_close(api.mix_experts(*arguments), expected)
+
+
+@pytest.mark.parametrize("options", [{"row_gradients": True}, {"scales": torch.ones(5, 2)}], ids=["sparse", "int8"])
+def test_bag_refuses_what_it_has_not(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="backend 'bag' has no sparse row gradients and takes no int8 rows"):
+        api.mix_experts(*single_inputs().arguments(), backend="bag", **options)
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_without_kernels_auto_runs_on_pytorch() -> None:
+    layer = PEER(16, num_experts=16, heads=2, experts_per_head=3, key_dim=4)
+    memory = ProductKeyMemory(16, num_values=16, heads=2, values_per_head=3, key_dim=4)
+    x = torch.randn(5, 16)
+    for module in (layer, memory):
+        module(x).sum().backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+    inputs = single_inputs()
+    expected = api.mix_experts(*inputs.arguments(), backend="bag")
+    assert torch.equal(api.mix_experts(*inputs.arguments()), expected)
+    sparse = torch.autograd.grad(api.mix_experts(*inputs.arguments(), row_gradients=True).sum(), inputs.rows)[0]
+    assert sparse.is_sparse
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_without_kernels_an_explicit_choice_is_refused() -> None:
+    message = "backend is 'cpu', but the native kernels were not built; choose 'auto' or install peerlm again"
+    with pytest.raises(ValueError, match=message):
+        api.mix_experts(*single_inputs().arguments(), backend="cpu")
+    with pytest.raises(ValueError, match=message):
+        PEER(16, num_experts=16, heads=2, experts_per_head=3, key_dim=4, backend="cpu")
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_without_kernels_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    available = api.available_backends()
+    assert available["cpu"] == "not available: the native kernels were not built"
+    assert available["auto"] == "reference and bag"
+    assert not api.use_huge_pages(torch.empty(2**22))
+    with pytest.raises(SystemExit) as ended:
+        main(["info", "--json"])
+    assert ended.value.code in (None, 0)
+    assert json.loads(capsys.readouterr().out)["backends"] == available
+
+
+def test_a_missing_extension_is_found_at_import() -> None:
+    code = """
+import sys
+sys.modules["peerlm.ops._native"] = None
+from peerlm.ops import api
+print(api.available_backends()["cpu"])
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("not available: the native kernels were not built when peerlm was installed")
+    assert "C++17 compiler" in done.stdout
+
+
+@NEEDS_KERNELS
+def test_what_is_in_use_is_said() -> None:
+    said = api.available_backends()
+    assert said["auto"].startswith("cpu for tensors on a CPU")
+    assert f"native kernels for {native.module.target()}, of" in said["cpu"]
+    assert said["cpu"].endswith(f"{torch.get_num_threads()} threads")
+
+
+@NEEDS_KERNELS
+def test_huge_pages_are_asked_for_large_tables_alone() -> None:
+    assert not api.use_huge_pages(torch.empty(1000))
+    assert not api.use_huge_pages(torch.empty(2**22, device="meta"))
+    assert api.use_huge_pages(torch.empty(2**22)) == Path("/sys/kernel/mm/transparent_hugepage").exists()
+
+
+@NEEDS_KERNELS
+def test_target_that_the_machine_does_not_run() -> None:
+    message = f"PEERLM_SIMD is 'mmx'; this machine runs {native.module.runnable_targets()}"
+    code = "from peerlm import PEER; PEER(16, num_experts=16, heads=2, experts_per_head=3, key_dim=4)"
+    done = python(code, PEERLM_SIMD="mmx")
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith(f"UserError: {message}")
+    info = subprocess.run(
+        [sys.executable, "-m", "peerlm", "info"],
+        env=os.environ | {"PEERLM_SIMD": "mmx"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert info.returncode == 2
+    assert info.stderr == f"error: {message}\n"
+
+
+@NEEDS_KERNELS
+def test_named_target_is_the_one_in_use() -> None:
+    done = python("from peerlm.ops import native; print(native.module.target())", PEERLM_SIMD="portable")
+    assert (done.stdout, done.stderr) == ("portable\n", "")
+
+
+@pytest.mark.slow
+@NEEDS_KERNELS
+@pytest.mark.parametrize("target", native.module.runnable_targets().split(", ") if native.module else [])
+def test_numbers_of_every_target(target: str) -> None:
+    """The numerical tests once more for each SIMD target that this machine runs."""
+    named = python("from peerlm.ops import native; print(native.module.target())", PEERLM_SIMD=target)
+    assert named.stdout == f"{target}\n"
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+        + [str(folder / name) for name in NUMERICAL_TESTS],
+        cwd=folder.parents[1],
+        env=os.environ | {"PEERLM_SIMD": target},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout

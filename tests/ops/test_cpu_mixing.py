@@ -1,0 +1,324 @@
+"""Native mixing of experts and values, forward and backward, against float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peerlm.layers.expert_table import quantise
+from peerlm.ops import api, native, reference
+from peerlm.testing import MixInputs, mix_inputs, relative_error
+
+pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
+
+AWKWARD_DIMS = [1, 7, 16, 17, 64, 100]
+AWKWARD_COUNTS = [1, 4, 15, 16, 17, 33, 70]
+
+
+def widened(inputs: MixInputs, rows: Tensor | None = None) -> MixInputs:
+    """The same values in float64, as leaves; `rows` take the place of theirs."""
+    taken = inputs.rows if rows is None else rows
+    return MixInputs(x=inputs.x, weights=inputs.weights, ids=inputs.ids, rows=taken).to(torch.float64)
+
+
+def in_float32(inputs: MixInputs, row_dtype: torch.dtype = torch.float32) -> MixInputs:
+    """Arguments in float32, as leaves, with rows in `row_dtype`."""
+    rows = inputs.rows.detach().to(row_dtype).requires_grad_()
+    single = inputs.to(torch.float32)
+    return MixInputs(x=single.x, weights=single.weights, ids=single.ids, rows=rows)
+
+
+def output_and_gradients(inputs: MixInputs, scales: Tensor | None = None, **options: Any) -> dict[str, Tensor]:
+    """By name: y and the gradients, of those that require one, of a fixed weighted sum of it."""
+    y = api.mix_experts(*inputs.arguments(), scales, **options)
+    names = [name for name in ("x", "weights", "rows") if getattr(inputs, name).requires_grad]
+    coefficients = torch.linspace(-1, 1, max(y.numel(), 1), dtype=torch.float64)[: y.numel()].view(y.shape)
+    gradients = torch.autograd.grad((y * coefficients.to(y.dtype)).sum(), [getattr(inputs, n) for n in names])
+    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def assert_close(actual: dict[str, Tensor], exact: dict[str, Tensor], bound: float = 1e-6) -> None:
+    for name, value in actual.items():
+        if value.dtype == torch.bfloat16:  # a gradient is rounded to the dtype of the rows: to two or three digits
+            bound = max(bound, 3e-3 if value.numel() > 64 else 2**-8)
+        assert relative_error(value, exact[name]) <= bound, name
+
+
+def draw(tokens: int, per_token: int, dim: int, num_experts: int, **options: Any) -> MixInputs:
+    """Inputs with u and g scaled for neurons of unit variance."""
+    inputs = mix_inputs(tokens, per_token, dim, num_experts, **options)
+    with torch.no_grad():
+        inputs.rows[:, ::2] *= dim**-0.5
+    return inputs
+
+
+@pytest.mark.parametrize("row_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_mixing_equals_float64(activation: str, gated: bool, row_dtype: torch.dtype) -> None:
+    for dim, per_token in zip(AWKWARD_DIMS, AWKWARD_COUNTS, strict=False):
+        inputs = in_float32(draw(21, per_token, dim, 30, gated=gated), row_dtype)
+        exact = output_and_gradients(widened(inputs), activation=activation, backend="reference")
+        assert_close(output_and_gradients(inputs, activation=activation, backend="cpu"), exact)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dim", AWKWARD_DIMS)
+@pytest.mark.parametrize("per_token", AWKWARD_COUNTS)
+def test_awkward_sizes(per_token: int, dim: int, gated: bool) -> None:
+    inputs = in_float32(draw(5, per_token, dim, 11, gated=gated))
+    exact = output_and_gradients(widened(inputs), backend="reference")
+    assert_close(output_and_gradients(inputs, backend="cpu"), exact)
+
+
+@given(
+    tokens=st.integers(0, 30),
+    per_token=st.integers(1, 70),
+    dim=st.integers(1, 130),
+    num_experts=st.integers(1, 5000),
+    row_format=st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
+    activation=st.sampled_from(sorted(reference.ACTIVATIONS)),
+    gated=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60)
+def test_any_shape(
+    tokens: int,
+    per_token: int,
+    dim: int,
+    num_experts: int,
+    row_format: torch.dtype,
+    activation: str,
+    gated: bool,
+    seed: int,
+) -> None:
+    drawn = draw(tokens, per_token, dim, num_experts, gated=gated, seed=seed)
+    if row_format == torch.int8:
+        rows, scales = quantise(drawn.rows.detach().float())
+        single = drawn.to(torch.float32)
+        inputs = MixInputs(x=single.x, weights=single.weights, ids=single.ids, rows=rows)
+        wide = widened(single, rows=rows.double() * scales[..., None].double())
+    else:
+        inputs, scales = in_float32(drawn, row_format), None
+        wide = widened(inputs)
+    plain = output_and_gradients(inputs, scales, activation=activation, backend="reference")
+    actual = output_and_gradients(inputs, scales, activation=activation, backend="cpu")
+    exact = output_and_gradients(wide, activation=activation, backend="reference")
+    for name, value in actual.items():  # sums may cancel, for the definition in float32 too
+        assert_close({name: value}, exact, 2e-6 + 8 * relative_error(plain[name], exact[name]))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("row_gradients", [False, True])
+def test_one_expert_for_all(row_gradients: bool, gated: bool) -> None:
+    inputs = in_float32(draw(63, 8, 64, 100, gated=gated, one_expert=True))
+    exact = output_and_gradients(widened(inputs), backend="reference")
+    actual = output_and_gradients(inputs, backend="cpu", row_gradients=row_gradients)
+    assert_close({**actual, "rows": actual["rows"].to_dense() if row_gradients else actual["rows"]}, exact)
+
+
+def test_repeated_ids_count_each_time() -> None:
+    inputs = draw(6, 12, 20, 3)
+    single = in_float32(inputs)
+    assert all(len(set(row)) < len(row) for row in inputs.ids.tolist())
+    exact = output_and_gradients(widened(single), backend="reference")
+    assert_close(output_and_gradients(single, backend="cpu"), exact)
+
+
+@pytest.mark.parametrize("row_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_row_gradients_are_the_dense_ones(gated: bool, row_dtype: torch.dtype) -> None:
+    inputs = in_float32(draw(17, 9, 33, 400, gated=gated), row_dtype)
+    dense = output_and_gradients(inputs, backend="cpu")
+    sparse = output_and_gradients(inputs, backend="cpu", row_gradients=True)
+    rows = sparse.pop("rows")
+    assert rows.is_sparse
+    assert rows.is_coalesced()
+    assert rows.dtype == row_dtype
+    assert rows.indices()[0].tolist() == sorted(set(inputs.ids.flatten().tolist()))
+    assert torch.equal(rows.to_dense(), dense["rows"])
+    for name, value in sparse.items():
+        assert torch.equal(value, dense[name]), name
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_row_gradients_of_the_definition(gated: bool) -> None:
+    inputs = draw(17, 9, 33, 400, gated=gated)
+    dense = output_and_gradients(inputs, backend="reference")
+    sparse = output_and_gradients(inputs, backend="reference", row_gradients=True)
+    assert sparse["rows"].is_sparse
+    for name, value in sparse.items():
+        torch.testing.assert_close(value.to_dense(), dense[name], msg=name)
+
+
+def test_row_gradients_of_a_table_used_twice_add_up() -> None:
+    inputs, other = (in_float32(draw(7, 5, 12, 50, seed=seed)) for seed in (0, 1))
+    gradients = []
+    for row_gradients in (False, True):
+        rows = inputs.rows.detach().clone().requires_grad_()
+        for each in (inputs, other):
+            y = api.mix_experts(each.x, each.weights, each.ids, rows, backend="cpu", row_gradients=row_gradients)
+            y.square().sum().backward()
+        gradients.append(rows.grad)
+    assert gradients[1].is_sparse
+    torch.testing.assert_close(gradients[1].to_dense(), gradients[0])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_bfloat16_rows_against_those_before_rounding(gated: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 3 if gated else 2, 256, generator=generator)
+    rows[:, ::2] *= 256**-0.5
+    drawn = mix_inputs(32, 32, 256, 300)
+    single = MixInputs(x=drawn.x.float(), weights=drawn.weights.float(), ids=drawn.ids, rows=rows.bfloat16())
+    y = api.mix_experts(*single.arguments(), backend="cpu")
+    exact = api.mix_experts(*widened(single, rows=rows).arguments(), backend="reference")
+    assert 1e-4 < relative_error(y, exact) <= 3e-3
+
+
+@pytest.mark.parametrize("dim", [1, 33, 256])
+@pytest.mark.parametrize("gated", [False, True])
+def test_int8_rows(gated: bool, dim: int) -> None:
+    """Against the rows that are stored, and, with entries spread evenly, against those before quantisation."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 2 * torch.rand(300, 3 if gated else 2, dim, generator=generator) - 1
+    rows[:, ::2] *= (3 / dim) ** 0.5
+    quantised, scales = quantise(rows)
+    drawn = mix_inputs(32, 32, dim, 300).to(torch.float32)
+    single = MixInputs(x=drawn.x, weights=drawn.weights, ids=drawn.ids, rows=quantised)
+    actual = output_and_gradients(single, scales, backend="cpu")
+    assert sorted(actual) == ["weights", "x", "y"]
+    stored = quantised.double() * scales.double()[..., None]
+    assert_close(actual, output_and_gradients(widened(drawn, rows=stored), backend="reference"))
+    definition = output_and_gradients(single, scales, backend="reference")
+    assert_close(definition, output_and_gradients(widened(drawn, rows=stored), backend="reference"), 2e-6)
+    before = output_and_gradients(widened(drawn, rows=rows), backend="reference")
+    factors = 3 if gated else 2  # vectors, each with its own error, that a result is a product of
+    assert_close(actual, before, 1e-6 + factors * relative_error(stored, rows))
+    if not gated:
+        assert relative_error(actual["y"], before["y"]) <= 6e-3
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_activations_of_any_input(activation: str) -> None:
+    """One neuron whose input is z: value and slope for z in -40 .. 40, relative to the largest of |z| and |value|."""
+    z = torch.cat([torch.linspace(-40, 40, 4001), torch.linspace(-2, 2, 1001), torch.tensor([0.0, -0.0, 1e-30])])
+    x, ones = z[:, None].clone().requires_grad_(), torch.ones(len(z), 1)
+    ids, rows = torch.zeros(len(z), 1, dtype=torch.int64), torch.ones(1, 2, 1)
+    y = api.mix_experts(x, ones, ids, rows, activation=activation, backend="cpu")
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    wide = z.double()[:, None].requires_grad_()
+    value = reference.ACTIVATIONS[activation](wide)
+    (exact_slope,) = torch.autograd.grad(value.sum(), wide)
+    torch.testing.assert_close(y.detach(), value.detach().float(), rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(slope, exact_slope.float(), rtol=2e-6, atol=3e-7)
+    assert relative_error(y.detach(), value.detach()) <= 1e-7
+    negative = (z < -1)[:, None]
+    assert relative_error(y.detach()[negative], value.detach()[negative]) <= 1e-6
+    assert relative_error(slope[negative], exact_slope[negative]) <= 1e-6
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("size", [1e3, 1e20, 3e38, float("inf"), float("nan")])
+def test_inputs_that_are_huge_or_not_numbers(activation: str, size: float) -> None:
+    inputs = in_float32(draw(3, 5, 20, 7))
+    with torch.no_grad():
+        inputs.x[1].copy_(inputs.x[1].sign() * size)
+    clean = torch.tensor([0, 2])
+    actual, exact = (
+        output_and_gradients(i, activation=activation, backend=backend)
+        for i, backend in ((inputs, "cpu"), (in_float32(inputs), "reference"))
+    )
+    for name in ("y", "x", "weights"):
+        torch.testing.assert_close(actual[name][clean], exact[name][clean])  # other tokens do not see it
+    if size != size:
+        assert actual["y"][1].isnan().all()
+    if size == 1e3:
+        torch.testing.assert_close(actual["y"], exact["y"], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("row_gradients", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_no_tokens(gated: bool, row_gradients: bool) -> None:
+    inputs = in_float32(mix_inputs(0, 4, 7, 5, gated=gated))
+    results = output_and_gradients(inputs, backend="cpu", row_gradients=row_gradients)
+    assert results["y"].shape == (0, 7)
+    assert torch.equal(results["rows"].to_dense(), torch.zeros(5, 3 if gated else 2, 7))
+
+
+@pytest.mark.parametrize("row_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("row_gradients", [False, True])
+@pytest.mark.parametrize(("tokens", "per_token", "dim"), [(0, 3, 5), (1, 1, 1), (21, 70, 17), (5, 16, 100)])
+def test_values(tokens: int, per_token: int, dim: int, row_gradients: bool, row_dtype: torch.dtype) -> None:
+    drawn = mix_inputs(tokens, per_token, dim, 40)
+    results = []
+    for dtype, backend in ((torch.float64, "reference"), (row_dtype, "cpu")):
+        weights = drawn.weights.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        values = drawn.rows.detach()[:, 1].to(dtype).requires_grad_()
+        options = {"row_gradients": row_gradients} if backend == "cpu" else {}
+        y = api.mix_values(weights, drawn.ids, values, backend=backend, **options)
+        y.sum().backward()
+        results.append({"y": y.detach(), "weights": weights.grad, "rows": values.grad})
+    exact, actual = results
+    assert actual["y"].dtype == row_dtype
+    assert actual["rows"].is_sparse == row_gradients
+    if row_gradients:
+        assert actual["rows"]._indices()[0].tolist() == sorted(set(drawn.ids.flatten().tolist()))
+        actual["rows"] = actual["rows"].to_dense()
+    assert_close(actual, exact)
+
+
+@pytest.mark.parametrize("bad_id", [-1, 5, 2**31, 2**62, -(2**63)])
+@pytest.mark.parametrize("row_gradients", [False, True])
+def test_ids_out_of_range(bad_id: int, row_gradients: bool) -> None:
+    inputs = in_float32(mix_inputs(3, 4, 6, 5))
+    inputs.ids[2, 3] = bad_id
+    message = f"expert id {bad_id} is not in 0 .. 4"
+    with pytest.raises(IndexError, match=message):
+        api.mix_experts(*inputs.arguments(), backend="cpu", row_gradients=row_gradients)
+    with pytest.raises(IndexError, match=message):
+        api.mix_values(inputs.weights, inputs.ids, inputs.rows[:, 0], backend="cpu", row_gradients=row_gradients)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(3, 5)}, "shapes of weights, ids and y do not fit"),
+        ({"x": torch.ones(2, 6)}, "shapes of weights, ids and y do not fit"),
+        ({"weights": torch.ones(3, 3)}, "shapes of weights, ids and y do not fit"),
+        ({"ids": torch.zeros(2, 4, dtype=torch.int64)}, "shapes of weights, ids and y do not fit"),
+        ({"scales": torch.ones(5, 2)}, "int8 rows need scales, and others have none"),
+        ({"rows": torch.ones(5, 2, 6, dtype=torch.int8)}, "int8 rows need scales, and others have none"),
+        ({"rows": torch.ones(5, 2, 6).char(), "scales": torch.ones(4, 2)}, r"scales must be \(N, parts\)"),
+        ({"activation": "tanh"}, "unknown activation tanh"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_arguments_that_do_not_fit(change: dict[str, Any], message: str) -> None:
+    inputs = in_float32(mix_inputs(3, 4, 6, 5))
+    arguments: dict[str, Any] = {
+        "x": inputs.x,
+        "weights": inputs.weights,
+        "ids": inputs.ids,
+        "rows": inputs.rows,
+        "scales": None,
+        "activation": "gelu",
+    } | change
+    options = {"activation": arguments.pop("activation"), "backend": "cpu"}
+    with pytest.raises(ValueError, match=message):
+        api.mix_experts(*arguments.values(), **options)
+
+
+def test_group_by_row_sorts_stably() -> None:
+    for num_rows, count in ((1, 5), (7, 40), (3000, 5000), (2**30, 1000), (9, 0)):
+        ids = torch.randint(num_rows, (count, 1))
+        order, starts, rows = native.group_by_row(ids, num_rows)
+        expected, by_row = ids.flatten().sort(stable=True)
+        assert torch.equal(order.long(), by_row)
+        assert torch.equal(rows, expected.unique())
+        lengths = torch.tensor([(expected == row).sum() for row in rows], dtype=torch.int64)
+        assert torch.equal(starts.diff(), lengths)
+        assert starts[0] == 0

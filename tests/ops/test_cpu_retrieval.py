@@ -1,0 +1,257 @@
+"""Native retrieval against exhaustive search over all N experts in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peerlm.ops import api, native, reference
+from peerlm.testing import exhaustive_search, relative_error
+
+pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
+
+FEW_TOKENS = 4  # up to here the kernels take another path
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def _integers(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(-2, 3, shape, generator=generator).float()
+
+
+def _repeated(generator: torch.Generator, *shape: int) -> Tensor:
+    """Rows of which many are the same."""
+    rows = _normal(generator, *shape)
+    return rows[..., torch.randint(0, (shape[-2] + 2) // 3, (shape[-2],), generator=generator), :]
+
+
+def _nearly_equal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Rows that differ by a few roundings of float32, far below one of bfloat16."""
+    return _normal(generator, *shape[:-2], 1, shape[-1]) * (1 + 3e-7 * _normal(generator, *shape))
+
+
+def _magnitudes(generator: torch.Generator, *shape: int) -> Tensor:
+    """Rows of sizes from 1e-15 to 1e15."""
+    return _normal(generator, *shape) * 10.0 ** torch.randint(-15, 16, (*shape[:-1], 1), generator=generator)
+
+
+KINDS = {
+    "normal": (_normal, 1.0, _normal, 1.0),
+    "integers that tie": (_integers, 1.0, _integers, 1.0),
+    "equal sub-keys": (_normal, 1.0, _repeated, 1.0),
+    "nearly equal sub-keys": (_normal, 1.0, _nearly_equal, 1.0),
+    "all magnitudes": (_normal, 1.0, _magnitudes, 1.0),
+    "large": (_normal, 1e18, _nearly_equal, 1e18),
+    "larger than float32": (_normal, 1e25, _nearly_equal, 1e25),
+    "squares overflow": (_normal, 1e-25, _nearly_equal, 1e25),
+    "small": (_normal, 1e-18, _nearly_equal, 1e-18),
+    "squares underflow": (_normal, 1e-24, _nearly_equal, 1e10),
+    "squares of sub-keys underflow": (_normal, 1e10, _nearly_equal, 1e-24),
+    "denormal queries": (_normal, 1e-40, _nearly_equal, 1e20),
+    "denormal sub-keys": (_normal, 1e20, _normal, 1e-40),
+    "near the largest": (_normal, 1e-20, _nearly_equal, 7e37),
+    "zero": (_normal, 0.0, _normal, 1.0),
+}
+
+
+@st.composite
+def cases(draw: st.DrawFn, max_n: int = 40, max_tokens: int = 50) -> tuple[Tensor, Tensor, int]:
+    """Queries (T, H, 2 C), sub_keys (2, H or 1, n, C) and k."""
+    n, heads, half = draw(st.integers(1, max_n)), draw(st.integers(1, 3)), draw(st.integers(1, 40))
+    tokens = draw(st.one_of(st.integers(1, FEW_TOKENS), st.integers(FEW_TOKENS + 1, max_tokens)))
+    k = draw(st.one_of(st.integers(1, n), st.just(n)))
+    key_heads = draw(st.sampled_from([1, heads]))
+    draw_query, query_size, draw_keys, keys_size = KINDS[draw(st.sampled_from(sorted(KINDS)))]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    query = draw_query(generator, tokens, heads, 2 * half) * query_size
+    return query, draw_keys(generator, 2, key_heads, n, half) * keys_size, k
+
+
+@pytest.fixture(params=["bf16", "fp32"])
+def scores_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The precision of the first scores, where the machine leaves a choice."""
+    monkeypatch.setenv("PEERLM_SCORES", request.param)
+    return request.param
+
+
+def assert_exhaustive(query: Tensor, sub_keys: Tensor, k: int) -> None:
+    weights, ids = api.retrieve(query, sub_keys, k, weighting="none", backend="cpu")
+    expected_ids, scores = exhaustive_search(query, sub_keys, k)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, scores.float(), rtol=2e-7, atol=1e-44)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@given(case=cases())
+@settings(max_examples=120)
+def test_ids_are_those_of_exhaustive_search(precision: str, case: tuple[Tensor, Tensor, int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEERLM_SCORES", precision)
+        assert_exhaustive(*case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@given(case=cases())
+@settings(max_examples=2000)
+def test_ids_are_those_of_exhaustive_search_in_2000_examples(precision: str, case: tuple[Tensor, Tensor, int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEERLM_SCORES", precision)
+        assert_exhaustive(*case)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [FEW_TOKENS, FEW_TOKENS + 1])
+def test_every_kind_of_values(kind: str, tokens: int, scores_of: str) -> None:
+    draw_query, query_size, draw_keys, keys_size = KINDS[kind]
+    generator = torch.Generator().manual_seed(1)
+    for n, k, half in ((40, 3, 16), (100, 8, 33), (31, 31, 5)):
+        query = draw_query(generator, tokens, 2, 2 * half) * query_size
+        assert_exhaustive(query, draw_keys(generator, 2, 1, n, half) * keys_size, k)
+
+
+@pytest.mark.parametrize(("n", "k"), [(300, 16), (257, 64), (256, 1), (300, 300)])
+@pytest.mark.parametrize("kind", ["normal", "integers that tie", "nearly equal sub-keys"])
+def test_many_sub_keys(n: int, k: int, kind: str, scores_of: str) -> None:
+    draw_query, query_size, draw_keys, keys_size = KINDS[kind]
+    generator = torch.Generator().manual_seed(2)
+    for tokens in (2, 13):
+        query = draw_query(generator, tokens, 1, 64) * query_size
+        assert_exhaustive(query, draw_keys(generator, 2, 1, n, 32) * keys_size, k)
+
+
+@pytest.mark.parametrize("k", [1, 5, 9])
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_everything_tied_retrieves_the_lowest_ids(tokens: int, k: int, scores_of: str) -> None:
+    query, sub_keys = torch.ones(tokens, 2, 6), torch.ones(2, 1, 9, 3)
+    _, ids = api.retrieve(query, sub_keys, k, backend="cpu")
+    assert ids.tolist() == [[list(range(k))] * 2] * tokens
+
+
+def test_sums_that_tie_only_by_rounding_are_told_apart() -> None:
+    # In float64 both sums round to 3e20; exactly, id 1 = 3e20 + 2e-8 is the higher one.
+    query, sub_keys = torch.ones(1, 1, 2), torch.tensor([[[[3e20], [3e20]]], [[[1e-8], [2e-8]]]])
+    _, ids = api.retrieve(query, sub_keys, 2, backend="cpu")
+    assert ids.tolist() == [[[1, 3]]]
+
+
+@pytest.mark.parametrize("key_heads", [1, 3])
+@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+@pytest.mark.parametrize("tokens", [3, 61])
+def test_weights_and_gradients(tokens: int, weighting: str, key_heads: int, scores_of: str) -> None:
+    for n, k, half in ((37, 7, 9), (20, 20, 1), (16, 16, 16), (5, 1, 64), (64, 33, 20)):
+        query, sub_keys = torch.randn(tokens, 3, 2 * half), torch.randn(2, key_heads, n, half) * half**-0.5
+        coefficients = torch.randn(tokens, 3, k)
+        results = []
+        for dtype, backend in ((torch.float32, "cpu"), (torch.float64, "reference")):
+            leaves = [tensor.to(dtype).requires_grad_() for tensor in (query, sub_keys)]
+            weights, ids = api.retrieve(*leaves, k, weighting=weighting, backend=backend)
+            results.append((ids, weights, *torch.autograd.grad((weights * coefficients).sum(), leaves)))
+        (ids, *actual), (exact_ids, *exact) = results
+        assert torch.equal(ids, exact_ids)
+        for name, a, e in zip(("weights", "query", "sub_keys"), actual, exact, strict=True):
+            assert a.dtype == torch.float32
+            if e.norm() > 1e-12:  # the gradient of the one weight of a softmax is zero
+                assert relative_error(a, e) <= 1e-6, (name, n, k, half)
+            else:
+                assert a.norm() <= 1e-6, (name, n, k, half)
+
+
+@pytest.mark.parametrize("size", [1e-3, 30.0, 1e3])
+@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+def test_weights_of_scores_of_any_size(weighting: str, size: float) -> None:
+    query, sub_keys = size * torch.randn(9, 2, 8), torch.randn(2, 1, 12, 4)
+    weights, _ = api.retrieve(query, sub_keys, 12, weighting=weighting, backend="cpu")
+    exact, _ = api.retrieve(query.double(), sub_keys.double(), 12, weighting=weighting, backend="reference")
+    assert relative_error(weights, exact) <= 1e-6
+    torch.testing.assert_close(weights, exact.float(), rtol=1e-5, atol=1e-37)
+
+
+def test_a_token_is_the_same_bits_alone_or_in_a_batch(scores_of: str) -> None:
+    query, sub_keys = torch.randn(70, 2, 48), torch.randn(2, 2, 50, 24)
+    weights, ids = api.retrieve(query, sub_keys, 9, backend="cpu")
+    for few in (1, 2, 4, 5, 7, 31):
+        parts = [api.retrieve(part, sub_keys, 9, backend="cpu") for part in query.split(few)]
+        assert torch.equal(torch.cat([part[0] for part in parts]), weights)
+        assert torch.equal(torch.cat([part[1] for part in parts]), ids)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["query", "sub_keys", "all of the query", "all of the sub-keys"])
+@pytest.mark.parametrize("tokens", [2, 17])
+@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+def test_values_that_are_not_finite(weighting: str, tokens: int, where: str, bad: float, scores_of: str) -> None:
+    query, sub_keys = torch.randn(tokens, 2, 12), torch.randn(2, 1, 20, 6)
+    if where.startswith("all"):
+        (query if "query" in where else sub_keys).fill_(bad)
+    elif where == "query":
+        query[1, 1, 3] = bad
+    else:
+        sub_keys[0, 0, 7, 2] = bad
+    leaves = [tensor.clone().requires_grad_() for tensor in (query, sub_keys)]
+    weights, ids = api.retrieve(*leaves, 5, weighting=weighting, backend="cpu")
+    expected, expected_ids = api.retrieve(query, sub_keys, 5, weighting=weighting, backend="reference")
+    assert ((ids >= 0) & (ids < 400)).all()
+    assert torch.equal(weights.isnan().any(dim=-1), expected.isnan().any(dim=-1))
+    scores, _ = api.retrieve(query, sub_keys, 5, weighting="none", backend="reference")
+    finite = scores.isfinite().all(dim=-1)
+    assert torch.equal(ids[finite], expected_ids[finite])
+    torch.testing.assert_close(weights[finite], expected[finite])
+    for row in ids.flatten(0, 1).tolist():
+        assert len(set(row)) == 5
+    weights.sum().backward()  # and no crash in the backward pass
+
+
+def test_no_tokens() -> None:
+    query = torch.empty(0, 2, 8, requires_grad=True)
+    sub_keys = torch.randn(2, 1, 6, 4, requires_grad=True)
+    weights, ids = api.retrieve(query, sub_keys, 3, backend="cpu")
+    assert weights.shape == ids.shape == (0, 2, 3)
+    weights.sum().backward()
+    assert torch.equal(sub_keys.grad, torch.zeros_like(sub_keys))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_widened(dtype: torch.dtype) -> None:
+    query, sub_keys = torch.randn(9, 2, 12).to(dtype), torch.randn(2, 1, 20, 6).to(dtype).requires_grad_()
+    weights, ids = api.retrieve(query, sub_keys, 5, backend="cpu")
+    assert weights.dtype == torch.float32
+    assert torch.equal(ids, exhaustive_search(query, sub_keys, 5)[0])
+    weights.square().sum().backward()
+    assert sub_keys.grad.dtype == dtype
+
+
+def test_arguments_need_not_be_contiguous() -> None:
+    query, sub_keys = torch.randn(2, 12, 9).permute(2, 0, 1), torch.randn(2, 1, 6, 20).transpose(2, 3)
+    weights, ids = api.retrieve(query, sub_keys, 5, backend="cpu")
+    same = api.retrieve(query.contiguous(), sub_keys.contiguous(), 5, backend="cpu")
+    assert torch.equal(weights, same[0])
+    assert torch.equal(ids, same[1])
+
+
+@pytest.mark.parametrize(
+    ("query", "sub_keys", "k"),
+    [
+        (torch.ones(3, 2, 8), torch.ones(2, 1, 6, 4), 7),
+        (torch.ones(3, 2, 8), torch.ones(2, 1, 6, 4), 0),
+        (torch.ones(3, 2, 8), torch.ones(2, 1, 6, 3), 2),
+        (torch.ones(3, 2, 8), torch.ones(2, 3, 6, 4), 2),
+        (torch.ones(3, 2, 8), torch.ones(3, 1, 6, 4), 2),
+    ],
+    ids=["k > n", "k = 0", "size of sub-keys", "heads", "halves"],
+)
+def test_arguments_that_do_not_fit(query: Tensor, sub_keys: Tensor, k: int) -> None:
+    with pytest.raises(ValueError, match=r"query .* and sub_keys .* do not fit, or k is not in 1 .. n"):
+        api.retrieve(query, sub_keys, k, backend="cpu")
+
+
+@pytest.mark.parametrize("bad_id", [-1, 36])
+def test_backward_refuses_ids_out_of_range(bad_id: int) -> None:
+    weights, query, sub_keys = torch.rand(3, 2, 4), torch.ones(3, 2, 8), torch.ones(2, 1, 6, 4)
+    ids = torch.zeros(3, 2, 4, dtype=torch.int64)
+    ids[2, 1, 3] = bad_id
+    with pytest.raises(IndexError, match=rf"expert id {bad_id} is not in 0 .. 35"):
+        torch.ops.peerlm.retrieve_backward(weights, weights, ids, query, sub_keys, "softmax")
