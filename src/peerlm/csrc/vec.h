@@ -129,10 +129,11 @@ PEERLM_INLINE uint32_t at_least(vf a, vf b) {
 #endif
 }
 
-// e^x to a relative 1e-7, for x in -87 .. 88; clamped outside, NaN stays NaN.
+// e^x to a relative 1e-7, for x in -87 .. 88; clamped above, 0 below, NaN stays NaN.
 PEERLM_INLINE vf exp(vf x) {
+  const vi vanishes = x < -87.0f;
   x = x > 88.0f ? splat(88.0f) : x;
-  x = x < -87.0f ? splat(-87.0f) : x;
+  x = vanishes ? splat(-87.0f) : x;
   const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number in the low bits
   const vf n = shifted - 12582912.0f;
   const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
@@ -142,7 +143,8 @@ PEERLM_INLINE vf exp(vf x) {
   p = p * r + 1.666651830e-1f;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.0f;
-  return p * (vf)(((vi)shifted << 23) + (127 << 23));
+  const vf value = p * (vf)(((vi)shifted << 23) + (127 << 23));
+  return vanishes ? splat(0.0f) : value;
 }
 
 // An activation and its derivative at once.
