@@ -1,0 +1,125 @@
+"""Tables updated by rows in a run: which optimizer a recipe gets, and runs that are stopped on the way."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peerlm.data import TokenShards
+from peerlm.errors import UserError
+from peerlm.optim import RowAdamW
+from peerlm.train import TrainConfig, TrainingStopped, train
+from peerlm.train.build import build_model, build_optimizer
+from peerlm.train.ranks import Ranks
+from peerlm.train.trainer import Trainer
+
+Configure = Callable[..., TrainConfig]
+UNCLIPPED = {"table_clip": float("inf")}
+WHOLE_BATCHES = {"micro_batch_size": 4}
+MANY = {"peer": {"num_experts": 1024, "heads": 2, "experts_per_head": 2, "key_dim": 8}}
+
+
+def optimizer_of(config: TrainConfig) -> torch.optim.Optimizer:
+    ranks = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+    model = build_model(config, TokenShards(config.data.folder, "train"), ranks.device)
+    return build_optimizer(model, config, ranks)
+
+
+def rows_of(run: str) -> torch.Tensor:
+    weights = load_file(Path(run) / "model" / "model.safetensors")
+    (rows,) = (value for name, value in weights.items() if name.endswith("experts.rows"))
+    return rows
+
+
+def test_large_tables_go_by_rows_and_small_ones_whole(configure: Configure) -> None:
+    assert isinstance(optimizer_of(configure(model=MANY)), RowAdamW)
+    assert isinstance(optimizer_of(configure()), torch.optim.AdamW)
+    assert isinstance(optimizer_of(configure(model=MANY, compile=True)), torch.optim.AdamW)
+    assert isinstance(optimizer_of(configure(model=MANY, optim={"tables": "dense"})), torch.optim.AdamW)
+
+
+def test_moments_of_tables_are_those_of_the_recipe(configure: Configure) -> None:
+    optimizer = optimizer_of(configure(optim={"table_beta1": 0.0, "table_row_wise": True}))
+    (table,) = (group for group in optimizer.param_groups if group["name"] == "table")
+    assert table["betas"] == (0.0, 0.98)
+    assert table["row_wise"]
+    assert all(group["betas"] == (0.9, 0.98) for group in optimizer.param_groups if group is not table)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compile": True, "optim": {"tables": "exact"}}, "does not go with compile = true: set it to false"),
+        ({"optim": {"tables": "fused"}}, "does not go with optim.table_clip = 1.0: set it to inf"),
+        ({"optim": {"tables": "fused", **UNCLIPPED}}, "does not go with data.micro_batch_size = 2: leave it out"),
+        (
+            {"optim": {"tables": "dense", "table_row_wise": True}},
+            "'dense' does not go with optim.table_row_wise = true",
+        ),
+        ({"optim": {"tables": "dense", "table_beta1": 0.0}}, "'dense' does not go with optim.table_beta1 = 0.0"),
+        (
+            {"optim": {"tables": "dense"}, "model": {"peer": {**MANY["peer"], "row_format": "bfloat16"}}},
+            "'dense' does not go with row_format = 'bfloat16'",
+        ),
+        (
+            {"optim": {"tables": "exact"}, "model": {"peer": {**MANY["peer"], "row_format": "bfloat16"}}},
+            "optim.tables = 'exact': .*bfloat16.*",
+        ),
+    ],
+)
+def test_what_does_not_go_together(configure: Configure, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        optimizer_of(configure(**changes))
+
+
+def test_exact_updates_end_where_dense_ones_do(configure: Configure, tmp_path: Path) -> None:
+    outcomes = {}
+    for tables in ("dense", "exact", "lazy"):
+        config = configure(run=str(tmp_path / tables), optim={"tables": tables}, model=MANY, budget={"steps": 12})
+        start = build_model(config, TokenShards(config.data.folder, "train"), torch.device("cpu"))
+        (before,) = (value.detach() for name, value in start.named_parameters() if name.endswith("experts.rows"))
+        train(config, progress=False)
+        outcomes[tables] = rows_of(config.run) - before
+    moved = outcomes["dense"].norm()
+    assert (outcomes["exact"] - outcomes["dense"]).norm() < 1e-3 * moved  # rounding, grown in twelve steps of training
+    assert (outcomes["lazy"] - outcomes["dense"]).norm() > 0.1 * moved
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optim": {"tables": "exact"}},
+        {"optim": {"tables": "lazy"}},
+        {"optim": {"tables": "fused", **UNCLIPPED}, "data": WHOLE_BATCHES},
+        {
+            "optim": {"tables": "fused", "table_beta1": 0.0, "table_row_wise": True, **UNCLIPPED},
+            "data": WHOLE_BATCHES,
+            "model": {"peer": {**MANY["peer"], "row_format": "bfloat16"}},
+        },
+    ],
+    ids=["exact", "lazy", "fused", "small state"],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    settings = {"model": MANY, "budget": {"steps": 11}, **settings}
+    straight, stopped = (configure(run=str(tmp_path / name), **settings) for name in ("straight", "stopped"))
+    train(straight, progress=False)
+    step = Trainer.step
+
+    def signalled(self: Trainer, state: Any, *arguments: Any, **options: Any) -> Any:
+        if state.step == 4:  # neither checkpoint nor evaluation is due after it
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, state, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", signalled)
+        with pytest.raises(TrainingStopped):
+            train(stopped, progress=False)
+    train(stopped, resume=True, progress=False)
+    weights = [(Path(config.run) / "model" / "model.safetensors").read_bytes() for config in (straight, stopped)]
+    assert weights[0] == weights[1]
