@@ -21,7 +21,8 @@ class ExpertTable(RowTable):
         activation: "gelu", "relu", "silu" or "identity".
         gated: whether experts have a gate vector.
         backend: a name in `peerlm.ops.api.BACKENDS`.
-        row_format: "float32", "bfloat16", or "int8" with a scale for each vector; int8 rows are not trained.
+        row_format: "float32" (torch's default dtype, should that be another), "bfloat16", or "int8" with a scale for
+            each vector; int8 rows are not trained.
         up_std: standard deviation of v at the start.
 
     Attributes:
@@ -52,6 +53,8 @@ class ExpertTable(RowTable):
         self.gated = gated
         self.backend = backend
         dtype = _row_dtype(row_format)
+        if dtype == torch.float32:
+            dtype = torch.get_default_dtype()
         parts = 3 if gated else 2
         rows = empty_rows(num_experts, parts, dim, dtype=dtype)
         self.rows = nn.Parameter(rows, requires_grad=dtype.is_floating_point)

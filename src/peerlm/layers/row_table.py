@@ -9,8 +9,8 @@ from peerlm.ops import api
 from peerlm.ops.rows import prepare_rows
 
 
-def empty_rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uninitialised rows, (N, ...), in huge pages where the system grants them."""
+def empty_rows(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised rows, (N, ...), in torch's default dtype or another; in huge pages where the system grants them."""
     rows = torch.empty(shape, dtype=dtype)
     api.use_huge_pages(rows)
     return rows
