@@ -42,6 +42,13 @@ def test_large_tables_go_by_rows_and_small_ones_whole(configure: Configure) -> N
     assert isinstance(optimizer_of(configure(model=MANY, optim={"tables": "dense"})), torch.optim.AdamW)
 
 
+def test_betas_that_rows_cannot_catch_up_with_are_left_to_dense_updates(configure: Configure) -> None:
+    betas = {"beta1": 0.95, "beta2": 0.95}
+    assert isinstance(optimizer_of(configure(model=MANY, optim=betas)), torch.optim.AdamW)
+    with pytest.raises(UserError, match=r"optim.tables = 'exact': betas = \(0.95, 0.95\)"):
+        optimizer_of(configure(model=MANY, optim={**betas, "tables": "exact"}))
+
+
 def test_moments_of_tables_are_those_of_the_recipe(configure: Configure) -> None:
     optimizer = optimizer_of(configure(optim={"table_beta1": 0.0, "table_row_wise": True}))
     (table,) = (group for group in optimizer.param_groups if group["name"] == "table")

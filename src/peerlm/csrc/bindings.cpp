@@ -69,6 +69,13 @@ void check_ids(const int64_t* ids, int64_t count, int64_t num_rows) {
       throw nb::index_error(("expert id " + std::to_string(ids[i]) + " is not in 0 .. " + std::to_string(num_rows - 1)).c_str());
 }
 
+// Queries (T, H, 2, C) and sub-keys (2, H or 1, n, C) of one index.
+void require_fit(const Array<In, 4>& query, const Array<In, 4>& sub_keys, int64_t k) {
+  require(query.shape(2) == 2 && sub_keys.shape(0) == 2 && sub_keys.shape(3) == query.shape(3) &&
+              (sub_keys.shape(1) == 1 || sub_keys.shape(1) == query.shape(1)) && k >= 1 && k <= (int64_t)sub_keys.shape(2),
+          "query (T, H, 2, C) and sub_keys (2, H or 1, n, C) do not fit, or k is not in 1 .. n");
+}
+
 void retrieve_(Array<In, 4> query, Array<In, 4> sub_keys, int64_t k, const std::string& weighting, bool bf16_scores,
                int threads, Array<float, 3> weights, Array<int64_t, 3> ids) {
   const RetrieveArgs a{query.data(),
@@ -84,9 +91,7 @@ void retrieve_(Array<In, 4> query, Array<In, 4> sub_keys, int64_t k, const std::
                        threads,
                        weights.data(),
                        ids.data()};
-  require(query.shape(2) == 2 && sub_keys.shape(0) == 2 && sub_keys.shape(3) == query.shape(3) &&
-              (a.sets == 1 || a.sets == a.heads) && k >= 1 && k <= a.n,
-          "query (T, H, 2, C) and sub_keys (2, H or 1, n, C) do not fit, or k is not in 1 .. n");
+  require_fit(query, sub_keys, k);
   require(weights.size() == (size_t)(a.tokens * a.heads * k) && ids.size() == weights.size(), "outputs must be (T, H, k)");
   const Kernels& chosen = kernels();
   require(!bf16_scores || chosen.bf16_dot_products, "this machine has no bfloat16 dot products");
@@ -112,9 +117,10 @@ void retrieve_backward_(Array<In, 3> grad_weights, Array<In, 3> weights, Array<c
                                threads,
                                data_or_null(grad_query),
                                data_or_null(grad_sub_keys)};
+  require_fit(query, sub_keys, a.k);
   require(weights.size() == ids.size() && grad_weights.size() == ids.size() &&
-              ids.size() == (size_t)(a.tokens * a.heads * a.k) && sub_keys.shape(3) == query.shape(3),
-          "shapes of weights, ids, query and sub_keys do not fit");
+              ids.size() == (size_t)(a.tokens * a.heads * a.k),
+          "shapes of weights and ids do not fit the query");
   require(!grad_query || grad_query->size() == query.size(), "grad_query must have the shape of query");
   require(!grad_sub_keys || grad_sub_keys->size() == sub_keys.size(), "grad_sub_keys must have the shape of sub_keys");
   check_ids(ids.data(), ids.size(), a.n * a.n);

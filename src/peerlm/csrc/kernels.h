@@ -98,7 +98,6 @@ struct RowGradientArgs {
 
 struct Kernels {
   const char* name;
-  int lanes;               // floats in a vector
   bool bf16_dot_products;  // whether bf16_scores is supported
   void (*retrieve)(const RetrieveArgs&);
   void (*retrieve_backward)(const RetrieveBackwardArgs&);
@@ -120,7 +119,7 @@ const Kernels& kernels();
 const char* runnable_targets();
 
 // Sort entries 0 .. count - 1 by ids[entry], stably, into `order`; list each id that occurs and where its entries start.
-// Returns how many ids occur. `rows` and `starts` have room for count and count + 1. count < 2^32, ids in 0 .. num_rows - 1.
+// Returns how many ids occur. `rows` and `starts` have room for count and count + 1. count and num_rows < 2^31, ids in 0 .. num_rows - 1.
 int64_t group_by_row(const int64_t* ids, int64_t count, int64_t num_rows, uint32_t* order, int64_t* starts, int64_t* rows);
 
 }  // namespace peerlm

@@ -38,12 +38,13 @@ struct RowCatchUpRules {
   int64_t max_nodes;         // at most 8
 };
 
+// Ids must be in 0 .. N - 1.
 struct RowAdamWKernels {
-  // Gradient number i, float or bfloat16, is that of row ids[i]. False where an id is not in 0 .. N - 1; nothing has changed then.
-  bool (*update_rows)(const RowAdamWTable&, const int64_t* ids, int64_t count, const void* gradient, bool bf16_gradient,
+  // Gradient number i, float or bfloat16, is that of row ids[i].
+  void (*update_rows)(const RowAdamWTable&, const int64_t* ids, int64_t count, const void* gradient, bool bf16_gradient,
                       const RowAdamWStep&, int threads);
-  // Each row's weights_step must have a rule. False as above.
-  bool (*catch_up_rows)(const RowAdamWTable&, const int64_t* ids, int64_t count, const RowCatchUpRules&, const RowAdamWStep&,
+  // Each row's weights_step must have a rule.
+  void (*catch_up_rows)(const RowAdamWTable&, const int64_t* ids, int64_t count, const RowCatchUpRules&, const RowAdamWStep&,
                         int threads);
 };
 

@@ -94,23 +94,25 @@ PEERLM_INLINE void store_first(float* to, vf value, int64_t count) { std::memcpy
 PEERLM_INLINE float sum(vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
-#endif
+#else
   float lanes[LANES];
   store(lanes, v);
   for (int step = LANES / 2; step; step /= 2)
     for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
   return lanes[0];
+#endif
 }
 
 PEERLM_INLINE double sum(vd v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_pd((__m512d)v);
-#endif
+#else
   double lanes[LANES / 2];
   std::memcpy(lanes, &v, sizeof v);
   for (int step = LANES / 4; step; step /= 2)
     for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
   return lanes[0];
+#endif
 }
 
 PEERLM_INLINE vf max(vf a, vf b) { return a > b ? a : b; }

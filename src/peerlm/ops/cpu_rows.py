@@ -1,27 +1,13 @@
 """Native AdamW on chosen rows of a table: what `optim/row_step.py` defines, for float32 and bfloat16 on a CPU."""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from peerlm.ops import native
 from peerlm.ops.native import group_by_row
-from peerlm.ops.rows import RowStep, RowTable
+from peerlm.ops.rows import CatchUpRules, RowStep, RowTable
 
-_MAX_NODES = 8
 _DTYPES = (torch.float32, torch.bfloat16)
-
-
-class CatchUpRules(Protocol):
-    """As `peerlm.optim.catch_up.CatchUpRules`."""
-
-    first_step: int
-    index: Tensor
-    decay: Tensor
-    num_nodes: Tensor
-    weights: Tensor
-    nodes: Tensor
 
 
 def supports(table: RowTable) -> bool:
@@ -52,8 +38,8 @@ def catch_up_rows(table: RowTable, ids: Tensor, rules: CatchUpRules, step: RowSt
         rules.index.contiguous(),
         rules.decay.contiguous(),
         rules.num_nodes.contiguous(),
-        rules.weights[:, :_MAX_NODES].contiguous(),
-        rules.nodes[:, :_MAX_NODES].contiguous(),
+        rules.weights.contiguous(),
+        rules.nodes.contiguous(),
         _step(step),
         torch.get_num_threads(),
     )

@@ -48,6 +48,23 @@ class RowStep:
     """Of stochastic rounding to bfloat16; None rounds to nearest."""
 
 
+@dataclass(frozen=True)
+class CatchUpRules:
+    """For each distinct step s, how rows last right at s become right now; S of them, all tensors on the CPU."""
+
+    first_step: int
+    index: Tensor
+    """int32: entry s - first_step is the number of the rule for s, -1 where there is none."""
+    decay: Tensor
+    """(S,) float64: 1 - P(s, t)."""
+    num_nodes: Tensor
+    """(S,) int32: how many of a rule's nodes count; the others have weight 0."""
+    weights: Tensor
+    """(S, at most 8) float64: B_j."""
+    nodes: Tensor
+    """(S, at most 8) float64: R_j, positive."""
+
+
 class RowWatcher(Protocol):
     """What an optimizer leaves at a table that it watches."""
 

@@ -19,6 +19,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from peerlm.ops.rows import CatchUpRules
+
 MAX_NODES = 8
 TOLERANCE = 1e-7
 """Largest error of a rule, relative to the sum; more nodes are taken until it is met, up to `MAX_NODES`."""
@@ -57,23 +59,6 @@ class RateHistory:
         keep = self.log_keep[-1:] + math.log1p(-learning_rate * weight_decay)
         rate = torch.tensor([learning_rate], dtype=torch.float64)
         return RateHistory(self.start, torch.cat([self.learning_rates, rate]), torch.cat([self.log_keep, keep]))
-
-
-@dataclass(frozen=True)
-class CatchUpRules:
-    """For each distinct step s, how rows last right at s become right now; S of them, all tensors on the CPU."""
-
-    first_step: int
-    index: Tensor
-    """int32: entry s - first_step is the number of the rule for s, -1 where there is none."""
-    decay: Tensor
-    """(S,) float64: 1 - P(s, t)."""
-    num_nodes: Tensor
-    """(S,) int32: how many of a rule's nodes count; the others have weight 0."""
-    weights: Tensor
-    """(S, MAX_NODES) float64: B_j."""
-    nodes: Tensor
-    """(S, MAX_NODES) float64: R_j, positive."""
 
 
 def missed_steps_that_matter(beta1: float, beta2: float) -> int:

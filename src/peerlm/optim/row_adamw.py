@@ -13,7 +13,7 @@ from peerlm.ops import rows as row_seam
 from peerlm.ops.rows import RowStep, RowTable
 from peerlm.optim import row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
-from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_gradientss
+from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_norms
 
 State = dict[str, Any]
 _SWEEP_EVERY = 4096
@@ -84,7 +84,7 @@ class RowAdamW(torch.optim.Optimizer):
     ):
         if maximize:
             raise ValueError("maximize=True is not supported: negate the loss")
-        teach_torch_sparse_gradientss()
+        teach_torch_sparse_norms()
         self._watcher = _Watcher(self)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         defaults = {

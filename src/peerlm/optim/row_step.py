@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from peerlm.ops.rows import RowStep, RowTable
-from peerlm.optim.catch_up import CatchUpRules
+from peerlm.ops.rows import CatchUpRules, RowStep, RowTable
 
 _ELEMENTS_AT_ONCE = 1 << 22
 

@@ -10,7 +10,7 @@ from torch import Tensor
 _library = torch.library.Library("aten", "IMPL")
 
 
-def teach_torch_sparse_gradientss() -> None:
+def teach_torch_sparse_norms() -> None:
     """Let `torch.linalg.vector_norm` take sparse COO tensors of this process, where torch itself does not yet."""
     tiny = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (1,), check_invariants=True)
     try:

@@ -15,6 +15,7 @@ from peerlm.layers import ExpertTable, ProductKeys
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import native
 from peerlm.optim import RowAdamW, parameter_groups
+from peerlm.optim.catch_up import check_betas
 from peerlm.train.config import DataConfig, OptimConfig, TrainConfig
 from peerlm.train.ranks import Ranks
 from peerlm.train.recipe import unknown_key
@@ -143,7 +144,11 @@ def _need_of_rows(model: nn.Module, config: OptimConfig) -> str:
 
 
 def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether native kernels are there and a step leaves most rows of some table untouched."""
+    """Whether native kernels are there, a step leaves rows of some table untouched, and rows can catch up exactly."""
+    try:
+        check_betas(config.optim.beta1, config.optim.beta2)
+    except ValueError:
+        return False
     tokens = config.data.batch_size * config.data.context
     layers = [module for module in model.modules() if isinstance(module, ProductKeys)]
     return (
