@@ -8,18 +8,14 @@ Correctness first; one process, cases interleaved, medians. The gather ceiling i
 # ruff: noqa: T201, tables on the terminal are what this is for
 
 import argparse
-import datetime
-import json
 import math
 import os
-import platform
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from ceilings import Ceilings
-from peer_layer import interleave
+from measure import interleave, report
 from torch import Tensor
 
 from peerlm.layers.expert_table import quantise
@@ -110,30 +106,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file that a row for each figure is added to")
     options = parser.parse_args()
     torch.manual_seed(0)
+    sizes = {key: getattr(options, key) for key in ("num_experts", "dim", "tokens")}
+    sizes["routing"] = "zipf" if options.zipf else "uniform"
     for cases in (retrieval_cases, mixing_cases):
-        times = interleave(cases(options), rounds=options.rounds)
-        for name, values in times.items():
-            median = statistics.median(values)
-            print(f"| {name} | {median:.2f} | {min(values):.2f} .. {max(values):.2f} |")
-            if options.json:
-                row = {
-                    "part": "kernels ms",
-                    "contender": name,
-                    "median": round(median, 4),
-                    "lowest": round(min(values), 4),
-                    "highest": round(max(values), 4),
-                    "num_experts": options.num_experts,
-                    "dim": options.dim,
-                    "tokens": options.tokens,
-                    "routing": "zipf" if options.zipf else "uniform",
-                    "threads": torch.get_num_threads(),
-                    "kernels": native.description(),
-                    "torch": torch.__version__,
-                    "machine": platform.machine(),
-                    "date": datetime.date.today().isoformat(),
-                }
-                with options.json.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+        report("kernels ms", interleave(cases(options), rounds=options.rounds), sizes, options.json)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,10 @@ together; correctness is checked first. `--tuned` gives rivals huge pages and fu
     python benchmarks/peer_layer.py PEER-pytorch --num-experts 1048576 [--tuned] [--json FILE]
 """
 
-# ruff: noqa: T201, tables on the terminal are what this is for
-
 import argparse
-import datetime
-import json
 import os
-import platform
 import resource
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 if "--tuned" in sys.argv:
@@ -25,13 +17,20 @@ if "--tuned" in sys.argv:
 
 import torch
 import torch.nn.functional as F
+from measure import interleave, report
 from torch import Tensor, nn
 
-from peerlm import PEER, DenseFFW
-from peerlm.ops import native
+from peerlm import PEER, DenseFFW, ProductKeys
 from peerlm.optim import RowAdamW, parameter_groups
 
 HEADS, EXPERTS_PER_HEAD, HALF_KEY = 8, 16, 128
+INDEX: dict[str, object] = {
+    "heads": HEADS,
+    "experts_per_head": EXPERTS_PER_HEAD,
+    "key_dim": 2 * HALF_KEY,
+    "shared_keys": False,
+    "query_norm": "none",
+}
 LEARNING_RATE = 1e-3
 PARTS = ("forward", "step", "decode")
 MODES: dict[str, dict[str, object]] = {
@@ -71,13 +70,9 @@ def ours(dim: int, num_experts: int, *, train: bool, **options: object) -> Conte
     layer = PEER(
         dim,
         num_experts=num_experts,
-        heads=HEADS,
-        experts_per_head=EXPERTS_PER_HEAD,
-        key_dim=2 * HALF_KEY,
-        shared_keys=False,
-        query_norm="none",
         row_format=row_format,
         backend=str(options.pop("backend", "auto")),
+        **INDEX,
     )
     return Contender(layer, RowAdamW(parameter_groups(layer), lr=LEARNING_RATE, **options) if train else None)
 
@@ -87,16 +82,7 @@ class EmbeddingPEER(nn.Module):
 
     def __init__(self, dim: int, num_experts: int):
         super().__init__()
-        self.index = PEER(
-            dim,
-            num_experts=num_experts,
-            heads=HEADS,
-            experts_per_head=EXPERTS_PER_HEAD,
-            key_dim=2 * HALF_KEY,
-            shared_keys=False,
-            query_norm="none",
-            backend="reference",
-        ).product_keys
+        self.index = ProductKeys(dim, num_experts=num_experts, backend="reference", **INDEX)
         self.down = nn.Embedding(num_experts, dim, sparse=True)
         self.up = nn.Embedding(num_experts, dim, sparse=True)
 
@@ -169,18 +155,6 @@ def check(mine: Contender, other: Contender, x: Tensor) -> None:
     torch.testing.assert_close(mine.forward(x), other.forward(x), rtol=1e-4, atol=1e-5)
 
 
-def interleave(cases: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each case, run in turn; one round before is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(rounds + 1):
-        for name, case in cases.items():
-            started = time.perf_counter()
-            case()
-            if turn:
-                times[name].append(1e3 * (time.perf_counter() - started))
-    return times
-
-
 def peak_gib() -> float:
     """Most memory that this process has used."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -207,6 +181,8 @@ def main() -> None:
     mode = MODES[options.mode]
     if options.row_format != "float32" and options.mode == "exact":
         mode = {"lazy": True}
+    sizes = {key: getattr(options, key) for key in ("num_experts", "dim", "tokens")}
+    sizes |= {"our_mode": options.mode, "our_row_format": options.row_format}
     contenders = {}
     if options.rival == "none" or not options.memory:
         contenders["peerlm"] = ours(dim, num_experts, train=trains, row_format=options.row_format, **mode)
@@ -218,7 +194,7 @@ def main() -> None:
         (contender,) = contenders.values()
         for _ in range(3):
             contender.step(torch.randn(options.tokens, dim), torch.randn(options.tokens, dim))
-        report(options, "peak GiB", {next(iter(contenders)): [peak_gib()]})
+        report("peak GiB", {next(iter(contenders)): [peak_gib()]}, sizes, options.json)
         return
     if options.rival != "none" and options.row_format == "float32":
         check(*contenders.values(), torch.randn(64, dim))
@@ -243,38 +219,8 @@ def main() -> None:
                 },
                 rounds=rounds,
             )
-        report(options, f"{part} ms", times)
-
-
-def report(options: argparse.Namespace, part: str, figures: dict[str, list[float]]) -> None:
-    """Print a line for each contender, and add rows to the JSON file."""
-    medians = {name: statistics.median(values) for name, values in figures.items()}
-    first = next(iter(medians.values()))
-    for name, median in medians.items():
-        low, high = min(figures[name]), max(figures[name])
-        row = {
-            "part": part,
-            "contender": name,
-            "median": round(median, 4),
-            "lowest": round(low, 4),
-            "highest": round(high, 4),
-            "ratio": round(median / first, 3),
-            "num_experts": options.num_experts,
-            "dim": options.dim,
-            "tokens": 1 if part.startswith("decode") else options.tokens,
-            "mode": options.mode if name == "peerlm" else "",
-            "row_format": options.row_format if name == "peerlm" else "float32",
-            "threads": torch.get_num_threads(),
-            "kernels": native.description(),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "date": datetime.date.today().isoformat(),
-        }
-        spread = f"{low:.2f} .. {high:.2f}"
-        print(f"| {part} | N = {options.num_experts} | {name} | {median:.2f} | {spread} | {median / first:.2f} |")
-        if options.json:
-            with options.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        tokens = inputs.get(part, options.tokens)
+        report(f"{part} ms", times, {**sizes, "tokens": tokens}, options.json)
 
 
 if __name__ == "__main__":

@@ -94,9 +94,7 @@ def save_checkpoint(
     """Write a complete checkpoint, then remove all but the newest `keep`; returns its folder."""
     folder = checkpoint_folder(run, state.step)
     with atomic_folder(folder) as partial:
-        with (
-            rows_as_they_are()
-        ):  # rows that an optimizer has left behind catch up in the resumed run, as they would here
+        with rows_as_they_are():  # what the optimizer left behind catches up in the resumed run as it would here
             save_model(partial, model, tokenizer)
         tensors, values = _flatten(optimizer.state_dict()["state"])
         save_file(tensors, partial / "optimizer.safetensors", metadata={"values": json.dumps(values)})
