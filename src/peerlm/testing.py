@@ -18,6 +18,7 @@ from peerlm.layers import PEER, QueryBatchNorm
 
 ACTIVATION_OF_FLOAT: dict[str, Callable[[float], float]] = {
     "gelu": lambda z: z * 0.5 * (1 + math.erf(z / math.sqrt(2))),
+    "gelu_tanh": lambda z: z * 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
     "relu": lambda z: max(z, 0.0),
     "silu": lambda z: z / (1 + math.exp(-z)),
     "identity": lambda z: z,

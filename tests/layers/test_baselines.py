@@ -192,7 +192,7 @@ def test_product_key_memory_leaves_padding_out_of_the_query_norm() -> None:
         (lambda: DenseFFW(8, hidden=0), "hidden is 0; it must be at least 1"),
         (
             lambda: DenseFFW(8, activation="tanh"),
-            "activation is 'tanh'; choose one of gelu, relu, silu, identity",
+            "activation is 'tanh'; choose one of gelu, gelu_tanh, relu, silu, identity",
         ),
         (lambda: ExpertChoiceMoE(0), "dim is 0; it must be at least 1"),
         (lambda: ExpertChoiceMoE(8, num_experts=0), "num_experts is 0; it must be at least 1"),

@@ -278,7 +278,7 @@ def test_repr_shows_the_settings() -> None:
         ({"dim": 0}, "dim is 0; it must be at least 1"),
         ({"query_norm": "rms"}, "query_norm is 'rms'; choose one of batch, layer, none"),
         ({"weighting": "softmx"}, "weighting is 'softmx'; choose one of softmax, sigmoid, relu, none"),
-        ({"activation": "tanh"}, "activation is 'tanh'; choose one of gelu, relu, silu, identity"),
+        ({"activation": "tanh"}, "activation is 'tanh'; choose one of gelu, gelu_tanh, relu, silu, identity"),
         ({"backend": "cuda"}, "backend is 'cuda'; choose one of auto, reference, bag, cpu"),
         ({"dropout": 1.0}, "dropout is 1.0; .* 0 <= dropout < 1"),
         ({"dropout": -0.1}, "dropout is -0.1; .* 0 <= dropout < 1"),

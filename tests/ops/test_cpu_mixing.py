@@ -202,7 +202,7 @@ def test_int8_rows(gated: bool, dim: int) -> None:
         assert relative_error(actual["y"], before["y"]) <= 6e-3
 
 
-@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 def test_activations_of_any_input(activation: str) -> None:
     """One neuron whose input is z: value and slope for z in -40 .. 40, relative to the largest of |z| and |value|."""
     z = torch.cat([torch.linspace(-40, 40, 4001), torch.linspace(-2, 2, 1001), torch.tensor([0.0, -0.0, 1e-30])])

@@ -44,6 +44,7 @@ Weighting weighting_of(const std::string& name) {
 
 Activation activation_of(const std::string& name) {
   if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
   if (name == "relu") return Activation::relu;
   if (name == "silu") return Activation::silu;
   if (name == "identity") return Activation::identity;

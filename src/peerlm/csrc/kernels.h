@@ -14,7 +14,7 @@
 namespace peerlm {
 
 enum class Weighting { softmax, sigmoid, relu, none };
-enum class Activation { gelu, relu, silu, identity };
+enum class Activation { gelu, gelu_tanh, relu, silu, identity };
 enum class RowFormat { f32, bf16, i8 };
 
 // Rows of a table; `scales` (N, parts) belongs to i8 alone.

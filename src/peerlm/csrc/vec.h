@@ -172,6 +172,14 @@ PEERLM_INLINE Activated gelu(vf z) {
   return {z * phi, phi + z * bell * 0.398942280f};
 }
 
+// Hendrycks and Gimpel's approximation, z sigmoid(2 sqrt(2 / pi) (z + 0.044715 z^3)), as GPT-2 and Gemma have it.
+PEERLM_INLINE Activated gelu_tanh(vf z) {
+  const vf square = z * z;
+  const vf sigmoid = 1.0f / (1.0f + exp(z * (square * -0.0713548163f - 1.59576912f)));
+  const vf rise = square * 0.214064449f + 1.59576912f;
+  return {z * sigmoid, sigmoid * (1.0f + z * (1.0f - sigmoid) * rise)};
+}
+
 PEERLM_INLINE Activated relu(vf z) {
   const vf zero = splat(0.0f);
   return {z < 0.0f ? zero : z, z > 0.0f ? splat(1.0f) : zero};

@@ -25,7 +25,7 @@ class DenseFFW(nn.Module):
     Args:
         dim: width of input and output.
         hidden: hidden neurons; 4 * dim if None, or 8 / 3 * dim if gated, which is as many parameters.
-        activation: "gelu", "relu", "silu" or "identity".
+        activation: "gelu", "gelu_tanh", "relu", "silu" or "identity".
         gated: with activation="silu" this is SwiGLU.
     """
 
@@ -112,7 +112,7 @@ class ExpertChoiceMoE(_LargeExperts):
         num_experts: E.
         hidden: hidden neurons per expert, 4 * dim if None.
         capacity_factor: experts per token on average.
-        activation: "gelu", "relu", "silu" or "identity".
+        activation: "gelu", "gelu_tanh", "relu", "silu" or "identity".
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class TokenChoiceMoE(_LargeExperts):
         num_experts: E.
         experts_per_token: k <= E.
         hidden: hidden neurons per expert, 4 * dim if None.
-        activation: "gelu", "relu", "silu" or "identity".
+        activation: "gelu", "gelu_tanh", "relu", "silu" or "identity".
     """
 
     balance_loss: Tensor | None = None

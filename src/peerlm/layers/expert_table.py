@@ -18,7 +18,7 @@ class ExpertTable(RowTable):
     Args:
         num_experts: N.
         dim: width of input and output.
-        activation: "gelu", "relu", "silu" or "identity".
+        activation: "gelu", "gelu_tanh", "relu", "silu" or "identity".
         gated: whether experts have a gate vector.
         backend: a name in `peerlm.ops.api.BACKENDS`.
         row_format: "float32" (torch's default dtype, should that be another), "bfloat16", or "int8" with a scale for

@@ -9,7 +9,7 @@ normal z, the vectors' standard deviation follows.
 import math
 
 # E[act(z)^2] for z ~ N(0, 1); a gated neuron multiplies by an independent factor of power 1.
-ACTIVATION_POWER = {"gelu": 0.42522, "relu": 0.5, "silu": 0.35578, "identity": 1.0}
+ACTIVATION_POWER = {"gelu": 0.42522, "gelu_tanh": 0.42519, "relu": 0.5, "silu": 0.35578, "identity": 1.0}
 
 OUTPUT_POWER = ACTIVATION_POWER["gelu"]
 
