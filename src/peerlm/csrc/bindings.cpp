@@ -12,6 +12,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "recycle.h"
 
 namespace nb = nanobind;
 
@@ -326,6 +327,17 @@ bool use_huge_pages_(nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> array) {
 #endif
 }
 
+// An uninitialised tensor in a block that is kept for the next one when it dies.
+nb::ndarray<nb::pytorch, float, nb::ndim<3>> recycled_(size_t rows, size_t parts, size_t dim) {
+  Block* const block = new Block(take_block(rows * parts * dim * sizeof(float)));
+  const nb::capsule owner(block, [](void* held) noexcept {
+    Block* const dying = static_cast<Block*>(held);
+    give_back(*dying);
+    delete dying;
+  });
+  return {block->data, {rows, parts, dim}, owner};
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -352,5 +364,6 @@ NB_MODULE(_native, m) {
   m.def("catch_up_rows", &catch_up_rows_);
   m.def("update_by_row_gradients", &update_by_row_gradients_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+  m.def("recycled", &recycled_);
   m.def("use_huge_pages", &use_huge_pages_);
 }

@@ -291,8 +291,7 @@ def _gradient_of_rows(
         cpu_rows.update_by_gradients(*update, x, grad_y, ids, coefficients)
         return None
     order, starts, found = group_by_row(ids, rows.shape[0])
-    grad = grad_y.new_empty(len(found), coefficients.shape[-1], grad_y.shape[-1])
-    native.use_huge_pages(grad)
+    grad = native.recycled(len(found), coefficients.shape[-1], grad_y.shape[-1])
     _native_row_gradients(order, starts, found, x, grad_y, coefficients, grad, compact=True)
     values = grad.view(-1, *rows.shape[1:]).to(rows.dtype)
     return torch.sparse_coo_tensor(found[None], values, rows.shape, is_coalesced=True, check_invariants=False)

@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from peerlm.ops import native
+
+pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable())
+
+ROWS = 4096  # of (2, 256) float32: 8 MiB
+
+
+def test_memory_of_a_dead_tensor_serves_the_next() -> None:
+    first = native.recycled(ROWS, 2, 256)
+    place = first.data_ptr()
+    del first
+    second = native.recycled(ROWS + 50, 2, 256)  # a few more rows, as the next step has them
+    assert second.data_ptr() == place
+    assert second.shape == (ROWS + 50, 2, 256)
+    assert second.dtype == torch.float32
+
+
+def test_living_tensors_never_share_memory() -> None:
+    alive = [native.recycled(ROWS, 2, 256).fill_(number) for number in range(4)]
+    view = alive[0][7:9]
+    del alive[0]
+    alive.append(native.recycled(ROWS, 2, 256).fill_(9))
+    assert view.unique().tolist() == [0]  # a view keeps the memory of the tensor it came from
+    assert [tensor.unique().tolist() for tensor in alive] == [[1], [2], [3], [9]]
+
+
+def test_much_smaller_tensors_leave_large_memory_alone() -> None:
+    large = native.recycled(4 * ROWS, 2, 256)
+    place = large.data_ptr()
+    del large
+    assert native.recycled(ROWS, 2, 256).data_ptr() != place
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_memory_that_nobody_wants_goes_back_to_the_system() -> None:
+    rows = 32 * ROWS  # 256 MiB
+    before = _resident()
+    large = native.recycled(rows, 2, 256).fill_(1)
+    del large
+    assert _resident() - before > 200 * 2**20
+    for _ in range(66):
+        native.recycled(ROWS, 2, 256)
+    assert _resident() - before < 100 * 2**20
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_small_tensors_are_torchs_own(rows: int) -> None:
+    assert native.recycled(rows, 3, 5).shape == (rows, 3, 5)
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
