@@ -117,23 +117,40 @@ def train(
 
 @app.command(
     "eval",
-    epilog="Examples: peerlm eval runs/a book.txt lambada.jsonl\n\npeerlm eval runs/a book.txt --limit 100000 --json -",
+    epilog="Examples: peerlm eval runs/a book.txt lambada.jsonl\n\npeerlm eval runs/a book.txt --limit 100000 --json -"
+    "\n\npeerlm eval runs/a wiki.test.tokens --detokenize\n\npeerlm eval runs/a --tasks recipes/tasks/copa.yaml",
 )
 def evaluate(
     run: Run,
-    files: Annotated[list[Path], typer.Argument(help="Text, or JSONL of documents or of LAMBADA's layout.")],
+    files: Annotated[list[Path], typer.Argument(help="Text, or JSONL of documents or of LAMBADA's layout.")] = [],  # noqa: B006
+    tasks: Annotated[
+        list[str],
+        typer.Option(metavar="TASK", help="A task file of lm-eval's, a folder of them, or its own task; repeatable."),
+    ] = [],  # noqa: B006
     context: Annotated[int | None, typer.Option(help="Tokens read at once; default: as trained.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens by which the window moves.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Read only the start of each file.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Read only the start: tokens of each file, documents of each task.")
+    ] = None,
+    detokenize: Annotated[
+        bool, typer.Option("--detokenize", help="Put tokenised text (WikiText's ` @-@ `) back first.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE; - prints it, no table.")
     ] = None,
 ) -> None:
-    """Measure perplexity, bits per byte, accuracy of last words (LAMBADA), and use of the experts."""
+    """Measure perplexity, bits per byte, accuracy of last words (LAMBADA), use of the experts, and lm-eval's tasks."""
     from peerlm.evaluate import evaluate
 
     to_stdout = json_file == Path("-")
-    rows = evaluate(run, files, context=context, stride=stride, limit=limit, progress=not to_stdout)
+    rows: dict[str, dict[str, Any]] = {}
+    if files or not tasks:
+        options = {"context": context, "stride": stride, "limit": limit, "detokenized": detokenize}
+        rows |= evaluate(run, files, **options, progress=not to_stdout)
+    if tasks:
+        from peerlm.evaluate.harness import evaluate_tasks
+
+        rows |= evaluate_tasks(run, tasks, context=context, limit=limit)
     if to_stdout:
         _print_json(rows)
         return

@@ -12,6 +12,8 @@ import peerlm.model  # noqa: F401, registers PeerForCausalLM with the Auto class
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
 
+MAX_DEFAULT_CONTEXT = 2048
+
 
 def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load a causal language model in evaluation mode, on CUDA where there is one, and its tokenizer.
@@ -64,6 +66,13 @@ def trained_context(path: str | Path) -> int | None:
         if isinstance(data, dict) and isinstance(data.get("context"), int):
             return int(data["context"])
     return None
+
+
+def default_context(path: str | Path, model: PreTrainedModel) -> int:
+    """Tokens to read at once: what a run was trained with, else 2,048 or the most that the model reads."""
+    return trained_context(path) or min(
+        getattr(model.config, "max_position_embeddings", MAX_DEFAULT_CONTEXT), MAX_DEFAULT_CONTEXT
+    )
 
 
 def _read_config(folder: Path) -> dict[str, object]:

@@ -1,7 +1,8 @@
 """Evaluate a run or a saved model on files: one row of figures for each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,16 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.errors import UserError
+from peerlm.evaluate.detokenize import detokenize
 from peerlm.evaluate.files import PASSAGE, fields_of, read_documents, read_passages
 from peerlm.evaluate.lambada import score_last_words
 from peerlm.evaluate.likelihood import Report
-from peerlm.evaluate.loading import load_model, trained_context
+from peerlm.evaluate.loading import default_context, load_model
 from peerlm.evaluate.perplexity import check_windows, score_text
 from peerlm.metrics import record_usage
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 """Tokens read in one forward pass, by device: few, so that on a CPU activations stay in its caches."""
-MAX_DEFAULT_CONTEXT = 2048
 
 
 def evaluate(
@@ -30,6 +31,7 @@ def evaluate(
     context: int | None = None,
     stride: int | None = None,
     limit: int | None = None,
+    detokenized: bool = False,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Score each file with the model of a run or of a saved model.
@@ -41,6 +43,8 @@ def evaluate(
             that the model reads, whichever is less.
         stride: tokens that each window scores of text; default: half the context.
         limit: tokens of each file that are read; default: all.
+        detokenized: read tokenised text, such as WikiText's, as people write it (see `evaluate.detokenize`); its bytes
+            and words, which bits_per_byte and word_perplexity divide by, are still those of the file.
         progress: whether to show a bar on stderr, when that is a terminal.
 
     Returns:
@@ -55,10 +59,14 @@ def evaluate(
     """
     if not files:
         raise UserError("there are no files to evaluate on; name at least one")
+    if detokenized and limit is not None:
+        raise UserError(
+            f"the limit is {limit} tokens, but the words of detokenized text are known of whole files alone"
+        )
     fields_by_file = {str(file): fields_of(Path(file)) for file in files}
     model, tokenizer = load_model(path)
     if context is None:
-        context = trained_context(path) or min(model.config.max_position_embeddings, MAX_DEFAULT_CONTEXT)
+        context = default_context(path, model)
     stride = context // 2 if stride is None else stride
     check_windows(model, context, stride)
     rows = {}
@@ -73,6 +81,7 @@ def evaluate(
                 context=context,
                 stride=stride,
                 limit=limit,
+                detokenized=detokenized,
                 report=partial(_advance, bar, task),
             )
     return rows
@@ -87,6 +96,7 @@ def _evaluate_file(
     context: int,
     stride: int,
     limit: int | None,
+    detokenized: bool,
     report: Report,
 ) -> dict[str, Any]:
     """The row of one file."""
@@ -110,16 +120,23 @@ def _evaluate_file(
                 "accuracy": last_words.accuracy,
             }
         else:
+            documents: Iterable[str] = read_documents(file, fields)
+            if detokenized:
+                documents = list(documents)
+                row["detokenized"] = True
             text = score_text(
                 model,
                 tokenizer,
-                read_documents(file, fields),
+                map(detokenize, documents) if detokenized else documents,
                 context=context,
                 stride=stride,
                 batch_size=batch_size,
                 limit=limit,
                 report=report,
             )
+            if detokenized:
+                words, num_bytes = (sum(map(size, documents)) for size in (_words, _bytes))
+                text = replace(text, words=words, bytes=num_bytes)
             row |= {
                 "stride": stride,
                 "tokens": text.tokens,
@@ -133,6 +150,14 @@ def _evaluate_file(
         row["usage"] = [layer.share for layer in usage.values()]
         row["unevenness"] = [layer.unevenness for layer in usage.values()]
     return row
+
+
+def _words(text: str) -> int:
+    return len(text.split())
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode())
 
 
 def _finite(figure: float) -> float | None:

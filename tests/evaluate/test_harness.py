@@ -1,0 +1,208 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peerlm.cli import main
+from peerlm.errors import UserError
+from peerlm.model import PeerConfig, PeerForCausalLM
+
+harness = pytest.importorskip("peerlm.evaluate.harness")
+
+# lm-eval and what it imports warn of their own affairs
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
+
+QUESTIONS = [
+    {"query": "The old keeper climbed", "choices": ["the stairs.", "went home so that", "a café"], "gold": 0},
+    {"query": "Nobody answered", "choices": ["apples", "the door, so"], "gold": 1},
+]
+PASSAGES = [
+    {"context": "The old keeper climbed the stairs and lit the", "continuation": "lamp"},
+    {"context": "Nobody answered the", "continuation": "door"},
+]
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def tasks(tmp_path) -> Path:
+    """A folder with a task file of each kind, and their data."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    _write_task(folder, "choice", QUESTIONS, "multiple_choice", "{{query}}", "{{gold}}", "acc", "{{choices}}")
+    _write_task(folder, "words", PASSAGES, "loglikelihood", "{{context}}", "{{' ' + continuation}}", "perplexity")
+    text = [{"text": "The old keeper climbed the stairs and lit the lamp. " * 6}]
+    _write_task(folder, "rolling", text, "loglikelihood_rolling", "", "{{text}}", "bits_per_byte")
+    return folder
+
+
+def _write_task(folder, name, rows, kind, query, target, metric, choices=None):
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [
+        f"task: {name}",
+        "dataset_path: json",
+        f"dataset_kwargs: {{data_files: {json.dumps(str(data))}}}",
+        "test_split: train",
+        f"output_type: {kind}",
+        f"doc_to_text: {json.dumps(query)}",
+        f"doc_to_target: {json.dumps(target)}",
+        *([f"doc_to_choice: {json.dumps(choices)}"] if choices else []),
+        f"metric_list: [{{metric: {metric}}}]",
+    ]
+    (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """Milder than the other tests' model: lm-eval cannot print a perplexity of e^100."""
+    torch.manual_seed(0)
+    peer = {"num_experts": 64, "heads": 2, "experts_per_head": 4, "key_dim": 8}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    model = PeerForCausalLM(PeerConfig(vocab_size=len(tokenizer), ffw_layers=["dense", "peer"], peer=peer, **sizes))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2)
+    return model.double().eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, model, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("harness") / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _nats(model, tokenizer, context: str, continuation: str) -> float:
+    """Of the continuation, from the loss that transformers itself computes."""
+    before, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in (context, context + continuation))
+    assert whole[: len(before)] == before
+    ids = torch.tensor([whole])
+    labels = ids.clone()
+    labels[:, : len(before)] = -100
+    with torch.no_grad():
+        return model(input_ids=ids, labels=labels).loss.item() * (len(whole) - len(before))
+
+
+def test_loglikelihoods_are_those_of_the_plain_model(model, tokenizer, saved, tasks) -> None:
+    row = harness.evaluate_tasks(saved, [tasks / "words.yaml"])["words"]
+    nats = [_nats(model, tokenizer, each["context"], " " + each["continuation"]) for each in PASSAGES]
+    assert row["documents"] == 2
+    assert math.log(row["perplexity"]) == pytest.approx(sum(nats) / 2, abs=1e-4)
+
+
+def test_choices_are_the_likeliest_of_the_plain_model(model, tokenizer, saved, tasks) -> None:
+    row = harness.evaluate_tasks(saved, [tasks / "choice.yaml"])["choice"]
+    right = 0
+    for each in QUESTIONS:
+        nats = [_nats(model, tokenizer, each["query"], " " + choice) for choice in each["choices"]]
+        right += nats.index(min(nats)) == each["gold"]
+    assert row["acc"] == right / 2
+
+
+def test_rolling_perplexity_is_that_of_the_plain_model(model, tokenizer, saved, tasks) -> None:
+    text = "The old keeper climbed the stairs and lit the lamp. " * 6
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    context = model.config.max_position_embeddings
+    assert len(ids) > context  # several windows
+    nats = 0.0
+    for start in range(0, len(ids), context):
+        targets = ids[start : start + context]
+        # Each window reads what stands before its targets; the last one is moved back to be full.
+        read = [tokenizer.eos_token_id, *ids][max(0, start + len(targets) - context) : start + len(targets)]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([read])).logits[0, -len(targets) :].log_softmax(-1)
+        nats -= logits[torch.arange(len(targets)), torch.tensor(targets)].sum().item()
+    row = harness.evaluate_tasks(saved, [tasks / "rolling.yaml"])["rolling"]
+    assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), abs=1e-4)
+
+
+def test_generation_is_that_of_the_plain_model(model, tokenizer, saved) -> None:
+    from lm_eval.api.instance import Instance
+
+    prompts = ["The old keeper", "Nobody answered the door, so the keeper"]  # of different lengths: one is padded
+    requests = [
+        Instance("generate_until", {}, (prompt, {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}), index)
+        for index, prompt in enumerate(prompts)
+    ]
+    written = harness.PeerHarness(saved, batch_size=2).generate_until(requests, disable_tqdm=True)
+    for prompt, text in zip(prompts, written, strict=True):
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+        expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        assert text == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True).split("\n\n")[0]
+
+
+def test_a_folder_of_tasks_and_a_limit(saved, tasks, capsys) -> None:
+    main_exits(["eval", str(saved), "--tasks", str(tasks), "--limit", "1", "--json", "-"])
+    rows = json.loads(capsys.readouterr().out)
+    assert set(rows) == {"choice", "words", "rolling"}
+    assert all(row["documents"] == 1 for row in rows.values())
+
+
+def test_files_and_tasks_in_one_table(saved, tasks, tmp_path, capsys) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("The old keeper climbed the stairs and lit the lamp.\n")
+    main_exits(["eval", str(saved), str(book), "--tasks", str(tasks / "words.yaml")])
+    out = capsys.readouterr().out
+    assert "words" in out
+    assert "bits per byte" in out
+
+
+def main_exits(arguments) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 0
+
+
+def test_lm_evals_own_command(saved, tasks, tmp_path) -> None:
+    """The file that it writes has the figures of `peerlm eval`."""
+    ours = harness.evaluate_tasks(saved, [tasks / "words.yaml"])["words"]["perplexity"]
+    command = [sys.executable, "-m", "peerlm.evaluate.harness", "run", "--model", "peerlm"]
+    command += ["--model_args", f"pretrained={saved}", "--tasks", str(tasks / "words.yaml")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*command, "--output_path", str(tmp_path / "out")], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out").rglob("results*.json")
+    assert json.loads(file.read_text())["results"]["words"]["perplexity,none"] == pytest.approx(ours, rel=1e-6)
+
+
+def test_lm_evals_generic_model_gives_the_same(saved, tasks) -> None:
+    ours = harness.evaluate_tasks(saved, [tasks / "words.yaml"])["words"]["perplexity"]
+    manager, names = harness._find_tasks([tasks / "words.yaml"])
+    arguments = {"pretrained": str(saved), "device": "cpu", "dtype": "float64"}
+    theirs = harness.simple_evaluate(model="hf", model_args=arguments, tasks=names, task_manager=manager)
+    assert theirs["results"]["words"]["perplexity,none"] == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tasks_given", "options", "message"),
+    [
+        (["nowhere.yaml"], {}, "nowhere.yaml is not a file"),
+        (["empty"], {}, "empty has no task files"),
+        (["empty/broken.yaml"], {}, "broken.yaml defines no task|cannot be read"),
+        (["no_such_task"], {}, "lm-eval knows no task 'no_such_task'"),
+        (["tasks/words.yaml"], {"limit": 0}, "limit is 0; it must be at least 1"),
+        (["tasks/words.yaml"], {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        (["tasks/words.yaml"], {"context": 65}, "reads at most 64 tokens"),
+        (["tasks/bad.yaml"], {}, "lm-eval cannot run bad"),
+    ],
+)
+def test_errors(saved, tasks, tmp_path, monkeypatch, tasks_given, options, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    if "empty/broken.yaml" in tasks_given:
+        Path("empty/broken.yaml").write_text("dataset_path: json\n")
+    _write_task(tasks, "bad", [{"context": "a", "continuation": "b"}], "loglikelihood", "{{context}}", "x", "no_metric")
+    with pytest.raises(UserError, match=message):
+        harness.evaluate_tasks(saved, tasks_given, **options)
