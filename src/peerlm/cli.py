@@ -145,8 +145,15 @@ def evaluate(
     to_stdout = json_file == Path("-")
     rows: dict[str, dict[str, Any]] = {}
     if files or not tasks:
-        options = {"context": context, "stride": stride, "limit": limit, "detokenized": detokenize}
-        rows |= evaluate(run, files, **options, progress=not to_stdout)
+        rows |= evaluate(
+            run,
+            files,
+            context=context,
+            stride=stride,
+            limit=limit,
+            detokenized=detokenize,
+            progress=not to_stdout,
+        )
     if tasks:
         from peerlm.evaluate.harness import evaluate_tasks
 
