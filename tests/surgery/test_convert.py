@@ -82,6 +82,17 @@ def test_converting_twice_and_undoing_what_cannot_be_undone() -> None:
         unconvert(replaced)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_a_replacement_is_as_loud_as_what_it_replaces(name: str) -> None:
+    model = build(name)
+    ffws = find_ffws(model)
+    convert(model, mode="replace", **PEER_SETTINGS)
+    for ffw, peer in zip(ffws, peers_of(model).values(), strict=True):
+        with torch.no_grad():
+            loudness = peer(ffw.sample_input).square().mean()
+        torch.testing.assert_close(loudness, ffw.sample_output.square().mean(), rtol=1e-4, atol=0.0)
+
+
 def test_a_quantised_model_is_refused() -> None:
     model = build("llama")
     model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}

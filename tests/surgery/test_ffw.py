@@ -122,6 +122,11 @@ def test_a_model_without_dense_layers() -> None:
         find_ffws(model)
 
 
+def test_two_maps_without_an_activation_are_no_layer() -> None:
+    with pytest.raises(ValueError, match="PhiForCausalLM has no dense feed-forward layer in its blocks"):
+        find_ffws(build("phi", hidden_act="linear"))
+
+
 def test_a_model_that_reads_something_else_is_given_its_inputs() -> None:
     model: Any = build("llama")
     model.main_input_name = "input_values"

@@ -1,6 +1,7 @@
 """Padding stays out of the statistics of queries in converted models, under gradient checkpointing too."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -51,27 +52,31 @@ def test_what_stands_at_padding_does_not_matter(name: str, mode: str) -> None:
 
 
 def test_the_mask_may_be_given_by_position() -> None:
-    model, inputs = awake("llama"), batch(awake("llama"), masked=True)
-    twin = copy.deepcopy(model)
-    model(**inputs)
-    twin(inputs["input_ids"], inputs["attention_mask"])
+    model: Any = awake("llama")
+    twin, inputs = copy.deepcopy(model), batch(model, masked=True)
+    model.model(**inputs)
+    twin.model(inputs["input_ids"], inputs["attention_mask"])
     assert all(torch.equal(value, statistics(twin)[key]) for key, value in statistics(model).items())
 
 
 def test_a_mask_does_not_outlive_its_pass() -> None:
-    model, inputs = awake("llama"), batch(awake("llama"), masked=True)
-    twin = copy.deepcopy(model)
+    model, hidden = awake("llama"), torch.randn(2, 9, 16)
+    fresh = copy.deepcopy(model.get_submodule("model.layers.0.mlp"))
     with torch.no_grad():
-        model(**inputs)
-        twin(**inputs)
-        model(input_ids=inputs["input_ids"])
-        twin(input_ids=inputs["input_ids"], attention_mask=torch.ones_like(inputs["input_ids"]))
+        model(**batch(model, masked=True))
+        assert torch.equal(model.get_submodule("model.layers.0.mlp")(hidden), fresh(hidden))
+
+
+def test_a_pass_without_a_mask_counts_all_tokens() -> None:
+    model = awake("llama")
+    twin, ids = copy.deepcopy(model), batch(model)["input_ids"]
+    with torch.no_grad():
+        model(**batch(model, masked=True))
+        twin(**batch(model, masked=True))
+        model(input_ids=ids)
+        twin(input_ids=ids, attention_mask=torch.ones_like(ids))
     for key, value in statistics(model).items():
         torch.testing.assert_close(value, statistics(twin)[key])
-    hidden, peer = torch.randn(2, 9, 16), model.get_submodule("model.layers.0.mlp")
-    fresh = copy.deepcopy(peer)
-    with torch.no_grad():
-        assert torch.equal(peer(hidden), fresh(hidden))
 
 
 def test_images_have_no_mask() -> None:

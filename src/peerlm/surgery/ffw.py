@@ -279,11 +279,11 @@ def _match(
         for down, gate, hidden in _combinations(readers, act, gated_only=name == "identity"):
             error = _relative_error(hidden, last.x)
             if error < (1e-4 if last.x.dtype in (torch.float32, torch.float64) else 1e-2):
-                # A module is what is applied; of functions that fit, the nearest is.
-                matches.append((path is None, error, path, name or _name_of(act, last.x), down, gate))
+                matches.append((error, path, name or _name_of(act, last.x), down, gate))
     if not matches:
         return None
-    _, _, path, activation, (reader, half), gate = min(matches, key=lambda match: match[:2])
+    # The block's own module is exact, and comes first; of functions that fit, the nearest is what was applied.
+    _, path, activation, (reader, half), gate = min(matches, key=lambda match: match[0])
     paths = [last.path, reader.path] + ([gate[0].path] if gate else [])
     container = _container(paths, reader, last, block)
     return FFW(
