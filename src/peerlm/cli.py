@@ -205,6 +205,46 @@ def generate(
     sample_text(model, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed, streamer=streamer)
 
 
+@app.command(
+    epilog="Examples: peerlm convert gpt2/ gpt2-peer/ --set num_experts=16384\n\n"
+    "peerlm convert runs/a b/ --mode replace --layers middle"
+)
+def convert(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model, of any architecture, or a run.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    mode: Annotated[str, typer.Option(help="beside: PEER is added to dense layers; replace: it takes their place.")] = (
+        "beside"
+    ),
+    layers: Annotated[str, typer.Option(help="all, middle, or numbers as in 0,3,-1.")] = "all",
+    init: Annotated[str, typer.Option(help="How the new layers are made.")] = "random",
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of PEER's; repeatable.")
+    ] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
+    undo: Annotated[bool, typer.Option("--undo", help="Take away what was added beside.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put PEER into a model of any architecture, beside its dense feed-forward layers or in their place."""
+    from peerlm.evaluate.loading import model_folder
+    from peerlm.surgery.folder import convert_folder
+    from peerlm.surgery.settings import read_layers, read_settings
+
+    row = convert_folder(
+        model_folder(model),
+        output,
+        mode=mode,
+        layers=read_layers(layers),
+        init=init,
+        settings=read_settings(settings),
+        seed=seed,
+        undo=undo,
+    )
+    if as_json:
+        _print_json(row)
+    else:
+        _print_table(str(output), {"value": {**row, "layers": "\n".join(row["layers"])}})
+
+
 @app.command(epilog="Example: peerlm info --json")
 def info(as_json: Json = False) -> None:
     """Show versions, devices and backends, as a bug report wants them."""

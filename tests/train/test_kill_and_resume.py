@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
+from peerlm.files import PARTIAL
 from peerlm.train import TrainConfig, train
 from peerlm.train.checkpoint import list_checkpoints
-from peerlm.train.files import PARTIAL
 
 KILLS = int(os.environ.get("PEERLM_KILLS", "4"))
 STEPS_PER_KILL = 40

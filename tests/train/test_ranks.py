@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from peerlm.files import write_json
 from peerlm.train import TrainConfig, train
-from peerlm.train.files import write_json
 from peerlm.train.ranks import join_ranks
 from peerlm.train.recipe import to_dict
 

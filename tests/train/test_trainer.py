@@ -19,9 +19,9 @@ from peerlm.accounting import model_cost
 from peerlm.data import TokenShards, TokenWindows
 from peerlm.errors import UserError
 from peerlm.evaluate import held_out_loss
+from peerlm.files import PARTIAL
 from peerlm.train import TrainConfig, TrainingStopped, load_recipe, train
 from peerlm.train.checkpoint import list_checkpoints
-from peerlm.train.files import PARTIAL
 from peerlm.train.trainer import Trainer
 
 Configure = Callable[..., TrainConfig]

@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-import peerlm.model  # noqa: F401, registers PeerForCausalLM with the Auto classes
+import peerlm.model
+import peerlm.surgery  # noqa: F401, the two register our models, and converted ones, with transformers
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
 

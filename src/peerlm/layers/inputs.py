@@ -1,6 +1,9 @@
 """What every feed-forward layer asks of its sizes and its input, said once."""
 
+import difflib
+import inspect
 import math
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -12,6 +15,16 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} is {size!r}; it must be a whole number, written without a point")
         if size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
+
+
+def check_settings(layer: type, name: str, settings: Iterable[str]) -> None:
+    """Raise a ValueError for the first of these that is no keyword argument of the layer; messages call it `name`."""
+    known = list(inspect.signature(layer).parameters)[1:]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+            raise ValueError(f"{name} has no setting {key!r}; {hint}")
 
 
 def check_weight_scale(weight_scale: float) -> None:

@@ -1,7 +1,5 @@
 """PeerConfig: what a language model of PEER blocks, dense blocks and their rivals is made of."""
 
-import difflib
-import inspect
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
+from peerlm.layers.inputs import check_settings
 
 # Kind of feed-forward layer -> its class. "dense" and "swiglu" take their size from `intermediate_size`, the
 # others their keyword arguments from the configuration field of the same name.
@@ -127,9 +126,4 @@ class PeerConfig(PreTrainedConfig):
             if kind not in FFW_KINDS:
                 raise ValueError(f"ffw_layers has {kind!r}; choose from {', '.join(FFW_KINDS)}")
         for kind in CONFIGURABLE_KINDS:
-            known = list(inspect.signature(FFW_KINDS[kind]).parameters)[1:]
-            for key in getattr(self, kind) or {}:
-                if key not in known:
-                    near = difflib.get_close_matches(key, known, n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-                    raise ValueError(f"{kind} has no setting {key!r}; {hint}")
+            check_settings(FFW_KINDS[kind], kind, getattr(self, kind) or {})

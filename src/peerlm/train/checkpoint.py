@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from peerlm.errors import UserError
+from peerlm.files import atomic_folder, write_json
 from peerlm.ops.rows import rows_as_they_are
-from peerlm.train.files import atomic_folder, write_json
 
 PREFIX = "step-"
 _CHUNK_BYTES = 2**22

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from peerlm.errors import UserError
+from peerlm.files import PARTIAL, remove_partials, write_json
 from peerlm.train.checkpoint import list_checkpoints
 from peerlm.train.config import TrainConfig
-from peerlm.train.files import PARTIAL, remove_partials, write_json
 from peerlm.train.recipe import first_difference, load_recipe, to_dict
 
 

@@ -20,13 +20,13 @@ from peerlm.accounting import model_cost
 from peerlm.data import Batch, batches, load_tokenizer
 from peerlm.errors import UserError
 from peerlm.evaluate import held_out_loss
+from peerlm.files import atomic_folder, is_disk_full, write_json
 from peerlm.metrics import ExpertUsage, record_usage
 from peerlm.optim import RowAdamW, clip_gradients, cosine, set_learning_rates, wsd
 from peerlm.train.budget import Budget
 from peerlm.train.build import build_model, build_optimizer, open_data, wrap_forward
 from peerlm.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint, save_model
 from peerlm.train.config import OptimConfig, TrainConfig
-from peerlm.train.files import atomic_folder, is_disk_full, write_json
 from peerlm.train.interrupts import Interrupts
 from peerlm.train.ranks import Ranks, join_ranks
 from peerlm.train.run_folder import check_run, last_good, open_run

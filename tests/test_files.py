@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from peerlm.train.files import PARTIAL, atomic_folder, is_disk_full, remove_partials, write_json
+from peerlm.files import PARTIAL, atomic_folder, is_disk_full, remove_partials, write_json
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""PEER beside a model's feed-forward layers, or in their place."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from peerlm.layers import PEER
+from peerlm.layers.inputs import check_settings
+from peerlm.surgery.ffw import FFW, mixture_sentence, survey
+from peerlm.surgery.kinds import KINDS
+from peerlm.surgery.record import ConversionConfig, conversion_of
+from peerlm.surgery.sites import Site, check_replaceable, put_beside, put_in_place, remove_beside
+
+MODES = ("beside", "replace")
+
+
+def convert(
+    model: PreTrainedModel,
+    *,
+    mode: str = "beside",
+    layers: str | int | Sequence[int] | None = None,
+    init: str = "random",
+    inputs: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> PreTrainedModel:
+    """Put PEER beside a model's dense feed-forward layers or in their place; in place, and returned.
+
+    The model stays what it was to transformers: it trains, generates, is saved and, after `import peerlm.surgery`,
+    loaded by the same classes; its configuration records the conversion. PEER's weights have the dtype and device of
+    the feed-forward layer, tables too (unless row_format says "bfloat16"); padding, where the model is called with a
+    2-D attention mask, does not enter the statistics of queries.
+
+    Args:
+        model: any transformers model with dense feed-forward layers in its blocks, plain or gated.
+        mode: "beside": y = ffw(x) + peer(x), where peer(x) is exactly zero before training, so that the model's
+            output keeps its bits. "replace": y = peer(x), at the start as loud as ffw(x) was on random tokens.
+        layers: which of `find_ffws(model)`: None for all, "middle", or indices, of which negative ones count from
+            the end. In a model whose every block has a dense layer, these are the numbers of blocks.
+        init: what is built, a name in `peerlm.surgery.kinds.KINDS`: "random" is PEER with random experts.
+        inputs: keyword arguments of a forward pass that finds the layers; needed by few models (`find_ffws`).
+        settings: PEER's own, such as num_experts=128**2; the rest as PEER has it.
+
+    Raises:
+        ValueError: the model was converted before, is quantised, has no dense feed-forward layer or mixtures of
+            experts; a layer does not exist or cannot be replaced; a setting is unknown or impossible. The model is
+            then as it was.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+    kinds = [name for name, kind in KINDS.items() if mode in kind.modes]
+    if init not in kinds:
+        raise ValueError(f"init is {init!r}; with mode={mode!r} choose one of {', '.join(kinds)}")
+    if init == "random":
+        check_settings(PEER, "PEER", settings)
+    if conversion_of(model) is not None:
+        raise ValueError(f"{type(model).__name__} is converted already; unconvert(model) first, or take the original")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{type(model).__name__} is quantised; convert it before, from its weights in full precision")
+    found, mixtures = survey(model, inputs)
+    if mixtures and (layers is None or layers == "middle"):
+        raise ValueError(mixture_sentence(model, mixtures))
+    ffws = _choose(model, found, layers)
+    sites = [Site.of(ffw) for ffw in ffws]
+    if mode == "replace":
+        for site in sites:
+            check_replaceable(site)
+    built = {}
+    for site, ffw in zip(sites, ffws, strict=True):
+        module: Any = ffw.up.module
+        with _weights_like(module.weight):
+            built[site] = KINDS[init].build(ffw, mode, settings).train(module.training)
+    (put_beside if mode == "beside" else put_in_place)(model, built)
+    model.config.quantization_config = ConversionConfig.of(mode, init, dict(settings), sites)
+    return model
+
+
+def unconvert(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `convert` with mode="beside": layers, configuration and names are again what they were.
+
+    Raises:
+        ValueError: the model was not converted, or with mode="replace".
+    """
+    record = conversion_of(model)
+    if record is None:
+        raise ValueError(f"{type(model).__name__} is not converted; there is nothing to undo")
+    if record.mode != "beside":
+        raise ValueError(
+            f"the feed-forward layers of this {type(model).__name__} were replaced and are gone; take the model that "
+            'was converted, or convert with mode="beside"'
+        )
+    remove_beside(model, record.read_sites())
+    del model.config.quantization_config
+    return model
+
+
+def _choose(model: nn.Module, ffws: list[FFW], layers: str | int | Sequence[int] | None) -> list[FFW]:
+    if layers is None:
+        return ffws
+    if layers == "middle":
+        return [ffws[len(ffws) // 2]]
+    indices = [layers] if isinstance(layers, int) else layers
+    if isinstance(indices, str) or not indices or not all(type(index) is int for index in indices):
+        raise ValueError(f"layers is {layers!r}; give numbers of layers, 'middle', or None for all")
+    for index in indices:
+        if not -len(ffws) <= index < len(ffws):
+            raise ValueError(
+                f"layers has {index}, but {type(model).__name__} has {len(ffws)} dense feed-forward layers; "
+                f"take numbers from 0 to {len(ffws) - 1}"
+            )
+    return [ffws[index] for index in sorted({index % len(ffws) for index in indices})]
+
+
+@contextmanager
+def _weights_like(weight: torch.Tensor) -> Iterator[None]:
+    """New parameters have this tensor's dtype and device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(weight.dtype)
+    try:
+        with torch.device(weight.device):
+            yield
+    finally:
+        torch.set_default_dtype(before)

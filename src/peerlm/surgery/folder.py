@@ -1,0 +1,116 @@
+"""Convert a saved model to another folder."""
+
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from peerlm.errors import UserError
+from peerlm.files import atomic_folder
+from peerlm.surgery.convert import convert, unconvert
+from peerlm.surgery.record import conversion_of
+
+_COMPANIONS = (
+    "added_tokens.json",
+    "chat_template*",
+    "merges.txt",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "*.model",
+    "tokenizer*",
+    "vocab*",
+)
+"""Files beside a model that a conversion leaves as they are: its tokenizer, or what prepares its images."""
+
+
+def convert_folder(
+    source: Path,
+    output: Path,
+    *,
+    mode: str = "beside",
+    layers: str | Sequence[int] | None = None,
+    init: str = "random",
+    settings: dict[str, Any] | None = None,
+    undo: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Load a model that `save_pretrained` wrote, convert it (or with `undo` unconvert it), and save it.
+
+    Args:
+        source: its folder; the class that its configuration names is loaded.
+        output: the folder to write, whole or not at all; the tokenizer is copied.
+        mode, layers, init, settings: as `convert` takes them.
+        undo: call `unconvert`, and nothing else.
+        seed: of the new weights.
+
+    Returns:
+        "layers" (paths of the feed-forward layers), "mode", "init", "parameters before", "parameters after".
+
+    Raises:
+        UserError: the output exists, the model cannot be read, or `convert` refuses it.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already; name a new folder")
+    model = _load(source)
+    before = _count(model)
+    torch.manual_seed(seed)
+    try:
+        if undo:
+            record = conversion_of(model)
+            unconvert(model)
+        else:
+            convert(model, mode=mode, layers=layers, init=init, **(settings or {}))
+            record = conversion_of(model)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"cannot convert {source}: {error}") from error
+    assert record is not None  # unconvert refuses a model without one
+    with atomic_folder(output) as folder:
+        model.save_pretrained(folder)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COMPANIONS):
+                shutil.copyfile(path, folder / path.name)
+    return {
+        "layers": [site.path for site in record.read_sites()],
+        "mode": record.mode,
+        "init": record.init,
+        "parameters_before": before,
+        "parameters_after": _count(model),
+    }
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        loaded: Any = _class_of(config, folder).from_pretrained(folder, output_loading_info=True)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        detail = " ".join(str(error).split())
+        raise UserError(f"{folder} holds no model that can be read ({detail}); restore it") from error
+    model, report = loaded
+    for keys, what in ((report["missing_keys"], "lacks"), (report["unexpected_keys"], "has unknown")):
+        if keys:
+            raise UserError(f"{folder} {what} weights, such as {min(keys)}; restore it")
+    return cast("PreTrainedModel", model)
+
+
+def _class_of(config: Any, folder: Path) -> type[PreTrainedModel]:
+    """The class that a configuration names, of transformers or registered with its Auto classes."""
+    name = (config.architectures or [""])[0]
+    registered = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    for candidate in (registered, getattr(transformers, name, None)):
+        if isinstance(candidate, type) and candidate.__name__ == name:
+            return candidate
+    raise UserError(f"{folder} is of the architecture {name!r}, which this version of transformers does not have")
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
