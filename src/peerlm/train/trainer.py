@@ -25,6 +25,7 @@ from peerlm.metrics import ExpertUsage, record_usage
 from peerlm.optim import RowAdamW, clip_gradients, cosine, set_learning_rates, wsd
 from peerlm.train.budget import Budget
 from peerlm.train.build import build_model, build_optimizer, open_data, wrap_forward
+from peerlm.train.card import model_card
 from peerlm.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint, save_model
 from peerlm.train.config import OptimConfig, TrainConfig
 from peerlm.train.interrupts import Interrupts
@@ -143,6 +144,7 @@ class Trainer:
             if self.ranks.is_main:
                 with atomic_folder(self.run / "model") as folder:
                     save_model(folder, self.model, self.tokenizer)
+                    model_card(self.config, self.model, summary).save(folder / "README.md")
                 write_json(self.run / "summary.json", summary)
         self.ranks.wait()
         return summary

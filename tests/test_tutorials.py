@@ -1,0 +1,26 @@
+"""The Python of every document runs: each document's blocks in order, in one piece, in an empty folder."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+TUTORIALS = [path for path in sorted((ROOT / "docs").glob("*.md")) if BLOCK.search(path.read_text(encoding="utf-8"))]
+
+
+def test_there_are_tutorials() -> None:
+    assert {"train.md", "convert.md", "evaluate.md", "huggingface.md"} <= {path.name for path in TUTORIALS}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # others' packages warn of their own affairs
+@pytest.mark.parametrize("document", TUTORIALS, ids=lambda path: path.stem)
+def test_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    scope: dict[str, Any] = {}
+    for block in BLOCK.findall(document.read_text(encoding="utf-8")):
+        exec(compile(block, str(document), "exec"), scope)
