@@ -32,7 +32,7 @@ INDEX: dict[str, object] = {
     "query_norm": "none",
 }
 LEARNING_RATE = 1e-3
-PARTS = ("forward", "step", "decode")
+PARTS = ("forward", "backward", "step", "decode")
 MODES: dict[str, dict[str, object]] = {
     "exact": {},
     "lazy": {"lazy": True},
@@ -54,12 +54,15 @@ class Contender:
         with torch.no_grad():
             return self.module(x[None])[0]
 
+    def backward(self, x: Tensor, grad: Tensor) -> None:
+        """Forward and backward."""
+        self.module.train()
+        self.module.zero_grad(set_to_none=True)
+        self.module(x[None]).backward(grad[None])
+
     def step(self, x: Tensor, grad: Tensor) -> None:
         """Forward, backward and update."""
-        self.module.train()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        self.module(x[None]).backward(grad[None])
+        self.backward(x, grad)
         for optimizer in self.optimizers:
             optimizer.step()
 
@@ -123,6 +126,10 @@ def rival(name: str, dim: int, num_experts: int, *, tuned: bool, train: bool) ->
         return ours(dim, num_experts, train=train, **MODES[name])
     if name == "reference":
         return ours(dim, num_experts, train=False, backend="reference")
+    if name == "compiled reference":
+        contender = ours(dim, num_experts, train=False, backend="reference")
+        contender.module.compile()
+        return contender
     if name == "bag":
         return ours(dim, num_experts, train=False, backend="bag")
     hidden = {"dense, equal active": HEADS * EXPERTS_PER_HEAD, "dense, 4 d": 4 * dim}[name]
@@ -131,7 +138,7 @@ def rival(name: str, dim: int, num_experts: int, *, tuned: bool, train: bool) ->
 
 
 DENSE = ("dense, equal active", "dense, 4 d")
-RIVALS = ("PEER-pytorch", "SparseAdam", "reference", "bag", *DENSE, *MODES, "none")
+RIVALS = ("PEER-pytorch", "SparseAdam", "reference", "compiled reference", "bag", *DENSE, *MODES, "none")
 
 
 def check(mine: Contender, other: Contender, x: Tensor) -> None:
@@ -176,7 +183,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file that a row for each figure is added to")
     options = parser.parse_args()
     torch.manual_seed(0)
-    trains = "step" in options.parts or options.memory
+    trains = "step" in options.parts or "backward" in options.parts or options.memory
     dim, num_experts = options.dim, options.num_experts
     mode = MODES[options.mode]
     if options.row_format != "float32" and options.mode == "exact":
@@ -200,13 +207,13 @@ def main() -> None:
         check(*contenders.values(), torch.randn(64, dim))
     inputs = {"forward": options.tokens, "decode": 1}
     for part in options.parts:
-        if part == "step":
-            trained = {name: contender for name, contender in contenders.items() if contender.optimizers}
+        if part in ("step", "backward"):
+            trained = {name: getattr(contender, part) for name, contender in contenders.items() if contender.optimizers}
             grad = torch.randn(options.tokens, dim)
             times = interleave(
                 {
-                    name: lambda contender=contender, grad=grad: contender.step(torch.randn(options.tokens, dim), grad)
-                    for name, contender in trained.items()
+                    name: lambda run=run, grad=grad: run(torch.randn(options.tokens, dim), grad)
+                    for name, run in trained.items()
                 },
                 rounds=min(options.rounds, 5),
             )

@@ -27,6 +27,7 @@ def commands(*, quick: bool) -> list[list[str]]:
         [layer, "lazy", "--parts", "step"],
         [layer, "fused", "--parts", "step"],
         [layer, "none", "--parts", "step", "--num-experts", str(SMALL)],
+        [layer, "none", "--parts", "step"],
         [layer, "reference", "--parts", "forward", "decode"],
         [layer, "none", "--parts", "forward", "decode", "--row-format", "bfloat16"],
         [layer, "none", "--parts", "forward", "decode", "--row-format", "int8"],
@@ -35,14 +36,15 @@ def commands(*, quick: bool) -> list[list[str]]:
         todo.append([layer, rival, "--memory"])
     if quick:
         return todo
-    for rival in ("dense, equal active", "dense, 4 d", "bag"):
-        todo.append([layer, rival, *(["--parts", "forward"] if rival == "bag" else [])])
+    forward = ["--parts", "forward"]
+    for rival in ("dense, equal active", "dense, 4 d"):
+        todo.append([layer, rival, "--parts", "forward", "backward", "step", "decode"])
+    todo += [[layer, rival, *forward] for rival in ("bag", "compiled reference")]
     for num_experts in (SMALL, 512**2):
         todo.append([layer, "PEER-pytorch", "--tuned", "--num-experts", str(num_experts)])
     for dim in (512, 1024):
-        todo.append([layer, "reference", "--parts", "forward", "--dim", str(dim), "--num-experts", str(512**2)])
-    for tokens in (64,):
-        todo.append([layer, "reference", "--parts", "forward", "--tokens", str(tokens)])
+        todo.append([layer, "reference", *forward, "decode", "--dim", str(dim), "--num-experts", str(512**2)])
+    todo.append([layer, "reference", *forward, "--tokens", "64"])
     return [*todo, [kernels, "--zipf"], [kernels, "--num-experts", str(SMALL)]]
 
 
