@@ -11,7 +11,7 @@ BACKENDS = ["reference", "bag", pytest.param("cpu", marks=pytest.mark.skipif(boo
 
 
 def draw(tokens: int, per_token: int, dim: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x (T, D), ids (T, P) with repetitions, values (N, D)."""
+    """Inputs x (T, D), ids (T, P) with repetitions, values (N, D)."""
     ids = torch.randint(0, num_rows, (tokens, per_token))
     ids[:, 0] = ids[0, 0]
     return torch.randn(tokens, dim), ids, torch.randn(num_rows, dim)
@@ -54,7 +54,9 @@ def test_row_gradients_are_sparse_and_equal_to_dense_ones(backend: str) -> None:
     assert leaf.grad.is_sparse
     assert leaf.grad.coalesce().indices().flatten().tolist() == ids.unique().tolist()
     dense = products_and_gradients(x, ids, values, backend=backend)
-    for one, other in zip(products_and_gradients(x, ids, values, backend=backend, row_gradients=True), dense, strict=True):
+    for one, other in zip(
+        products_and_gradients(x, ids, values, backend=backend, row_gradients=True), dense, strict=True
+    ):
         assert relative_error(one, other.double()) <= 1e-6
 
 

@@ -195,6 +195,6 @@ def mix_values(weights_TP: Tensor, ids_TP: Tensor, values_ND: Tensor, *, row_gra
 
 
 def dot_values(x_TD: Tensor, ids_TP: Tensor, values_ND: Tensor, *, row_gradients: bool = False) -> Tensor:
-    """x . row for each of a token's rows: (T, P), in the dtype of the rows, float32 at least."""
+    """Inner products x . row of each token with its rows: (T, P), in the dtype of the rows, float32 at least."""
     values = _gather_rows(values_ND, ids_TP, None, row_gradients=row_gradients)
     return torch.einsum("td,tpd->tp", x_TD.to(values.dtype), values)
