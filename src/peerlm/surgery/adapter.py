@@ -17,7 +17,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 from torch import nn
 
-from peerlm.surgery.adapter_layer import CANNOT_MERGE, PeerAdapterLayer, features_of
+from peerlm.surgery.adapter_layer import CANNOT_MERGE, PeerAdapterLayer
+from peerlm.surgery.features import features_of
 
 _NAME = "peer_adapter"
 _POOL_SETTINGS = (
