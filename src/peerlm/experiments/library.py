@@ -238,6 +238,8 @@ def _times(library: AdapterLibrary, documents: Sequence[Document]) -> dict[str, 
     for kind in ("plain", "library"):
         if kind == "library":
             library.attach()
+            for name in library.names:
+                library.cache.forget(name)
             library.cache.loads = 0
             started = time.perf_counter()
             others = torch.stack([document.asked[0] for document in documents[-64:]])
