@@ -174,6 +174,9 @@ def test_route_token_is_causal_and_mixes_by_the_mean_up_to_each_token(library: A
     with library:
         whole = logits(library.model)
         torch.testing.assert_close(logits(library.model, IDS[1:, :4]), whole[1:, :4], rtol=1e-4, atol=1e-5)
+        past = library.model(input_ids=IDS[:, :3], use_cache=True).past_key_values
+        steps = [logits(library.model, IDS[:, t : t + 1], past_key_values=past) for t in range(3, 6)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, 3:], rtol=1e-4, atol=1e-5)
     hidden = library.model(input_ids=IDS, output_hidden_states=True).hidden_states[2].detach()
     for tokens in (1, 4, 6):
         weights, names = library.retrieve(hidden[:, :tokens])
