@@ -158,7 +158,7 @@ def measure_library(
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
     row["accuracy"] = _accuracy(library, documents)
-    row["fitted_share_right"] = library.fit_keys({document.name: [document.known] for document in documents})
+    row["held_out_share_right"] = library.fit_keys({document.name: [document.known] for document in documents})
     row["accuracy_fitted"] = _accuracy(library, documents)
     row["perplexity"] = _perplexities(library, [document for document in documents if document.name in learned])
     row |= _times(library, documents)

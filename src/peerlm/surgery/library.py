@@ -207,23 +207,35 @@ class AdapterLibrary:
         self.cache.forget(name)
         self._save(self._keys.without(name))
 
-    def fit_keys(self, texts: Mapping[str, Sequence[Text]], *, steps: int = 200, learning_rate: float = 0.05) -> float:
-        """Fit all keys and the softmax's temperature to texts whose adapters are known, and save the library.
+    def fit_keys(self, texts: Mapping[str, Sequence[Text]], *, steps: int = 100, learning_rate: float = 0.05) -> float:
+        """Make keys anew from texts whose adapters are known, fit them and the softmax's temperature, and save.
+
+        The last fifth of each adapter's pieces is held out, and decides how long keys are fitted and which temperature
+        is right (`Keys.fitted`).
 
         Args:
-            texts: by the adapter's name; adapters without texts are only pushed away from those of others.
-            steps, learning_rate: as in `Keys.fitted`.
+            texts: by the adapter's name; the keys of adapters without texts are only pushed away from those of others.
+            steps, learning_rate: at the most, and of Adam.
 
         Returns:
-            The share of the texts' pieces whose adapter then comes first.
+            The share of the held-out pieces whose adapter comes first.
+
+        Raises:
+            ValueError: no adapter has two pieces, so that none could be held out.
         """
         self._check_known(texts)
         features = {name: self.features(own) for name, own in texts.items()}
-        labels = torch.cat([torch.full((len(own),), self.names.index(name)) for name, own in features.items()])
-        queries = torch.cat(list(features.values()))
-        self._save(self._keys.fitted(queries, labels, steps=steps, learning_rate=learning_rate))
-        found = self._scorer(queries.to(self.model.device)).argmax(dim=-1).cpu()
-        return (found == labels).double().mean().item()
+        labels, held_out = [], []
+        for name, own in features.items():
+            labels.append(torch.full((len(own),), self.names.index(name)))
+            last = 0 if len(own) < 2 else max(1, len(own) // 5)
+            held_out.append(torch.arange(len(own)) >= len(own) - last)
+        labels_S, held_out_S, queries_SD = torch.cat(labels), torch.cat(held_out), torch.cat(list(features.values()))
+        if not held_out_S.any():
+            raise ValueError(f"no adapter has two pieces of {self.window} tokens to fit keys to; give longer texts")
+        self._save(self._keys.fitted(queries_SD, labels_S, held_out_S, steps=steps, learning_rate=learning_rate))
+        found = self._scorer(queries_SD[held_out_S].to(self.model.device)).argmax(dim=-1).cpu()
+        return (found == labels_S[held_out_S]).double().mean().item()
 
     def features(self, texts: Sequence[Text]) -> Tensor:
         """The queries of texts, cut into pieces of `window` tokens: (pieces, hidden size) float32 on the CPU.

@@ -6,10 +6,16 @@ discriminant analysis). C is estimated from all texts that adapters were added w
 Shape suffixes: A adapters, D size of a hidden state, S texts.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_CHECK_EVERY = 5
+"""Steps of a fit between looks at what is held out."""
+_TEMPERATURES = tuple(2 ** (exponent / 4) for exponent in range(-8, 29))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,27 +72,42 @@ class Keys:
         keys_AD = (self.keys - centre_D) @ whitening_DD
         return Scorer(centre=centre_D, whitening=whitening_DD, keys=keys_AD, temperature=self.temperature)
 
-    def fitted(self, features_SD: Tensor, labels_S: Tensor, *, steps: int, learning_rate: float) -> "Keys":
-        """Keys and temperature that make the right adapters of texts most probable (softmax regression by Adam).
+    def fitted(
+        self, features_SD: Tensor, labels_S: Tensor, held_out_S: Tensor, *, steps: int, learning_rate: float
+    ) -> "Keys":
+        """Keys and temperature that make the right adapters of texts most probable.
+
+        Keys begin as the means of the texts that are not held out, and move by Adam on the cross-entropy of these. Of
+        all steps the one is kept whose keys, at their best temperature, are best on the texts held out.
 
         Args:
-            features_SD: queries of the texts.
+            features_SD: queries of texts.
             labels_S: int64, the index in `names` of each text's adapter.
+            held_out_S: bool, some but not all of an adapter's texts.
             steps: gradient steps, over all texts each.
             learning_rate: of Adam, in units of the spread of texts about their key.
         """
-        scorer = self.scorer()
+        seen = ~held_out_S
+        counts_A = torch.zeros(len(self.names)).index_add(0, labels_S[seen], torch.ones(int(seen.sum())))
+        sums_AD = torch.zeros_like(self.keys).index_add(0, labels_S[seen], features_SD[seen].float())
+        known_A1 = (counts_A > 0)[:, None]
+        start = replace(self, keys=torch.where(known_A1, sums_AD / counts_A.clamp_min(1)[:, None], self.keys))
+        scorer = start.scorer()
         queries = (features_SD.float() - scorer.centre) @ scorer.whitening
         keys = scorer.keys.clone().requires_grad_()
-        log_temperature = torch.tensor(float(self.temperature)).log().requires_grad_()
-        optimizer = torch.optim.Adam([keys, log_temperature], lr=learning_rate)
-        for _ in range(steps):
+        best_loss, best_keys, temperature = math.inf, scorer.keys, 1.0
+        optimizer = torch.optim.Adam([keys], lr=learning_rate)
+        for step in range(steps + 1):
+            if step % _CHECK_EVERY == 0 or step == steps:
+                with torch.no_grad():
+                    loss, found = _best_temperature(_scores(queries[held_out_S], keys, 1.0), labels_S[held_out_S])
+                if loss < best_loss:
+                    best_loss, best_keys, temperature = loss, keys.detach().clone(), found
             optimizer.zero_grad()
-            scores = _scores(queries, keys, log_temperature.exp())
-            torch.nn.functional.cross_entropy(scores, labels_S).backward()
+            F.cross_entropy(_scores(queries[seen], keys, temperature), labels_S[seen]).backward()
             optimizer.step()
-        moved = (keys.detach() - scorer.keys) @ torch.linalg.inv(scorer.whitening)
-        return replace(self, keys=self.keys + moved, temperature=log_temperature.exp().item())
+        moved = (best_keys - scorer.keys) @ torch.linalg.inv(scorer.whitening)
+        return replace(start, keys=start.keys + moved, temperature=temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +131,11 @@ class Scorer:
         """The same on another device."""
         tensors = {name: getattr(self, name).to(device) for name in ("centre", "whitening", "keys")}
         return replace(self, **tensors)
+
+
+def _best_temperature(scores_SA: Tensor, labels_S: Tensor) -> tuple[float, float]:
+    """The least cross-entropy of scores over any of a range of temperatures, and that temperature."""
+    return min((F.cross_entropy(scores_SA / t, labels_S).item(), t) for t in _TEMPERATURES)
 
 
 def _scores(queries_SD: Tensor, keys_AD: Tensor, temperature: float | Tensor) -> Tensor:
