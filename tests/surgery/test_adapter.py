@@ -1,12 +1,16 @@
 """Retrieved adapters through peft: made, trained, saved, loaded, switched and refused as users do it."""
 
+import copy
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -378,3 +382,19 @@ def test_names_that_are_parts_of_adapters_are_refused() -> None:
 def test_adapters_of_other_methods_are_refused() -> None:
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         adapted().add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+
+
+def test_without_peft_the_reason_is_one_sentence() -> None:
+    code = "import sys; sys.modules['peft'] = None\nimport peerlm.surgery.library\nimport peerlm.surgery.adapter"
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert outcome.returncode == 1
+    line = outcome.stderr.strip().rpartition("\n")[2]
+    assert line == 'ImportError: retrieved adapters need peft: pip install "peerlm[peft]"'
+
+
+def test_the_type_is_a_member_of_peft_s_enumeration_like_any_other() -> None:
+    kind = PeerAdapterConfig().peft_type
+    assert kind is PeftType("PEER_ADAPTER") is PeftType["PEER_ADAPTER"] is PeftType.PEER_ADAPTER  # type: ignore[attr-defined]
+    assert kind in list(PeftType)
+    assert kind == kind.value == "PEER_ADAPTER"
+    assert copy.deepcopy(kind) is pickle.loads(pickle.dumps(kind)) is kind
