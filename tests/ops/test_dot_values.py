@@ -71,9 +71,3 @@ def test_bag_has_no_sparse_gradients() -> None:
     x, ids, values = draw(2, 2, 4, 4)
     with pytest.raises(ValueError, match="'bag' has no sparse row gradients; choose 'auto'"):
         api.dot_values(x, ids, values, backend="bag", row_gradients=True)
-
-
-@pytest.mark.skipif(bool(native._reason), reason="not built")
-def test_operator_passes_opcheck() -> None:
-    x, ids, values = draw(3, 2, 4, 5)
-    torch.library.opcheck(torch.ops.peerlm.dot_values, (x.requires_grad_(), ids, values.requires_grad_(), False))
