@@ -92,9 +92,15 @@ def test_opcheck_of_values(row_format: str) -> None:
     torch.library.opcheck(operators.row_gradients.default, (None, torch.randn(5, 6), ids, torch.randn(5, 4, 1), 9))
 
 
+@pytest.mark.parametrize("row_format", ["float32", "bfloat16"])
+def test_opcheck_of_inner_products(row_format: str) -> None:
+    values = torch.randn(9, 6).to(getattr(torch, row_format)).requires_grad_()
+    torch.library.opcheck(operators.dot_values.default, (leaf(5, 6), torch.randint(9, (5, 4)), values, False))
+
+
 def test_every_operator_is_checked_here() -> None:
     with_backward = {"retrieve", "mix_experts", "mix_values"}
-    checked = with_backward | {f"{name}_backward" for name in with_backward} | {"row_gradients"}
+    checked = with_backward | {f"{name}_backward" for name in with_backward} | {"row_gradients", "dot_values"}
     assert {name.rpartition("::")[2] for name in cpu._LIBRARY._op_defs} == checked
 
 

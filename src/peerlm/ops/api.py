@@ -140,3 +140,19 @@ def mix_values(
     options = {"row_gradients": True} if row_gradients else {}
     with _without_autocast(weights):
         return module.mix_values(weights, value_ids, values, **options)
+
+
+def dot_values(
+    x: Tensor, value_ids: Tensor, values: Tensor, *, backend: str = "auto", row_gradients: bool = False
+) -> Tensor:
+    """Inner products of each token with its rows: x (T, D), value_ids (T, P), values (N, D) -> (T, P).
+
+    In float32 at least, with "bag" in the dtype of the values. With `mix_values` it makes experts that write another
+    width than they read: mix_values(weights * act(dot_values(x, ids, down)), ids, up).
+    """
+    module = _choose(backend, "reference" if row_gradients else "bag", x, rows=values)
+    if module is bag and row_gradients:
+        raise ValueError("backend 'bag' has no sparse row gradients; choose 'auto'")
+    options = {"row_gradients": True} if row_gradients else {}
+    with _without_autocast(x):
+        return module.dot_values(x, value_ids, values, **options)

@@ -49,6 +49,11 @@ def mix_values(weights_TP: Tensor, ids_TP: Tensor, values_ND: Tensor) -> Tensor:
     return F.embedding_bag(ids_TP.contiguous(), values_ND, per_sample_weights=weights, mode="sum")
 
 
+def dot_values(x_TD: Tensor, ids_TP: Tensor, values_ND: Tensor) -> Tensor:
+    """As `reference.dot_values`, but differentiable once only, in the dtype of the rows."""
+    return _RowDots.apply(x_TD.to(values_ND.dtype).contiguous(), values_ND, ids_TP.contiguous())
+
+
 def mix_experts(
     x_TD: Tensor,
     weights_TP: Tensor,

@@ -68,6 +68,13 @@ def mix_values(weights_TP: Tensor, ids_TP: Tensor, values_ND: Tensor, *, row_gra
     return y.to(values_ND.dtype)
 
 
+def dot_values(x_TD: Tensor, ids_TP: Tensor, values_ND: Tensor, *, row_gradients: bool = False) -> Tensor:
+    """As `reference.dot_values`, but differentiable once only, in float32; `row_gradients` as in `mix_experts`."""
+    return torch.ops.peerlm.dot_values(
+        x_TD.float().contiguous(), ids_TP.contiguous(), values_ND.contiguous(), row_gradients
+    )
+
+
 _LIBRARY = torch.library.Library("peerlm", "DEF")
 _LIBRARY.define("retrieve(Tensor query, Tensor sub_keys, int k, str weighting) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -84,6 +91,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define("mix_values(Tensor weights, Tensor ids, Tensor values, bool row_gradients) -> Tensor")
 _LIBRARY.define("mix_values_backward(Tensor grad_y, Tensor weights, Tensor ids, Tensor values) -> Tensor")
+_LIBRARY.define("dot_values(Tensor x, Tensor ids, Tensor values, bool row_gradients) -> Tensor")
 _LIBRARY.define("row_gradients(Tensor? x, Tensor grad_y, Tensor ids, Tensor coefficients, SymInt num_rows) -> Tensor")
 
 
@@ -280,6 +288,26 @@ def _mix_values_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]
     return grad_weights, None, grad_values, None
 
 
+def _dot_values(x: Tensor, ids: Tensor, values: Tensor, row_gradients: bool) -> Tensor:
+    """What `mix_values` gives its weights as a gradient, were x the gradient of its result."""
+    return _mix_values_backward(x, x.new_empty(ids.shape), ids, values)
+
+
+def _dot_values_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ids, values, ctx.row_gradients = inputs
+    ctx.save_for_backward(x, ids, values)
+
+
+def _dot_values_gradients(ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, ...]:
+    x, ids, values = ctx.saved_tensors
+    grad_dots = grad_dots.contiguous()
+    grad_x = torch.ops.peerlm.mix_values(grad_dots, ids, values, False) if ctx.needs_input_grad[0] else None
+    grad_values = None
+    if ctx.needs_input_grad[2]:
+        grad_values = _gradient_of_rows(None, x, ids, grad_dots[..., None], values, by_row=ctx.row_gradients)
+    return grad_x, None, grad_values, None
+
+
 def _gradient_of_rows(
     x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor, rows: Tensor, *, by_row: bool
 ) -> Tensor | None:
@@ -342,6 +370,7 @@ for _name, _kernel, _fake in (
     ("mix_experts_backward", _mix_experts_backward, _mix_experts_backward_fake),
     ("mix_values", _mix_values, _mix_values_fake),
     ("mix_values_backward", _mix_values_backward, lambda grad_y, weights, ids, values: torch.empty_like(weights)),
+    ("dot_values", _dot_values, lambda x, ids, values, row_gradients: x.new_empty(ids.shape)),
     ("row_gradients", _row_gradients, _row_gradients_fake),
 ):
     _LIBRARY.impl(_name, _kernel, "CPU")
@@ -350,6 +379,7 @@ for _name, _save, _gradients in (
     ("retrieve", _retrieve_save, _retrieve_gradients),
     ("mix_experts", _mix_experts_save, _mix_experts_gradients),
     ("mix_values", _mix_values_save, _mix_values_gradients),
+    ("dot_values", _dot_values_save, _dot_values_gradients),
 ):
     torch.library.register_autograd(f"peerlm::{_name}", _gradients, setup_context=_save, lib=_LIBRARY)
 for _name in ("retrieve_backward", "mix_experts_backward", "mix_values_backward", "row_gradients"):

@@ -192,3 +192,9 @@ def mix_values(weights_TP: Tensor, ids_TP: Tensor, values_ND: Tensor, *, row_gra
     """Weighted sum of each token's rows: (T, D) in the dtype of the rows (Lample 2019, equation 2)."""
     values = _gather_rows(values_ND, ids_TP, None, row_gradients=row_gradients)
     return torch.einsum("tp,tpd->td", weights_TP.to(values.dtype), values).to(values_ND.dtype)
+
+
+def dot_values(x_TD: Tensor, ids_TP: Tensor, values_ND: Tensor, *, row_gradients: bool = False) -> Tensor:
+    """Inner products x . row of each token with its rows: (T, P), in the dtype of the rows, float32 at least."""
+    values = _gather_rows(values_ND, ids_TP, None, row_gradients=row_gradients)
+    return torch.einsum("td,tpd->tp", x_TD.to(values.dtype), values)
