@@ -40,9 +40,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write `path` as indented JSON, replacing it in one step."""
+    write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `path`, replacing it in one step."""
     partial = path.with_name(PARTIAL + path.name)
     try:
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        partial.write_bytes(content)
         _sync(partial)
         partial.replace(path)
         _sync(path.parent)

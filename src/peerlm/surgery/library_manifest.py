@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from peerlm.errors import UserError
+from peerlm.files import write_bytes, write_json
 from peerlm.surgery.library_keys import Keys
 
 MANIFEST = "library.json"
@@ -34,7 +34,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     keys = manifest.keys
     content = save({"keys": keys.keys.contiguous(), "scatter": keys.scatter.contiguous()})
     keys_name = f"keys-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
-    _write(folder / keys_name, content)
+    write_bytes(folder / keys_name, content)
     values = {
         "version": _VERSION,
         "layer": manifest.layer,
@@ -43,7 +43,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "temperature": keys.temperature,
         "adapters": list(keys.names),
     }
-    _write(folder / MANIFEST, (json.dumps(values, indent=2) + "\n").encode())
+    write_json(folder / MANIFEST, values)
     for path in folder.glob("keys-*.safetensors"):
         if path.name != keys_name:
             path.unlink()
@@ -89,12 +89,3 @@ def check_name(name: str) -> None:
     """Raise a UserError where this cannot be the name of an adapter's folder directly in the library's."""
     if not name or name.startswith(".") or name != Path(name).name or "\\" in name:
         raise UserError(f"an adapter cannot be named {name!r}: take a name that can be that of a folder")
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
