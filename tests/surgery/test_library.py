@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from peerlm.errors import UserError
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.surgery.library import AdapterLibrary
-from peerlm.surgery.library_keys import Keys
-from peerlm.surgery.lora_files import read_lora
+from peerlm.surgery.library.keys import Keys
+from peerlm.surgery.library.lora_files import read_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

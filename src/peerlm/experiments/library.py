@@ -30,7 +30,7 @@ from peerlm.evaluate.loading import load_model
 from peerlm.experiments.rows import append_row
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.surgery.library import AdapterLibrary
-from peerlm.surgery.lora_files import WEIGHTS_NAME
+from peerlm.surgery.library.lora_files import WEIGHTS_NAME
 from peerlm.train.step import accumulate_gradients
 
 WINDOW = 128

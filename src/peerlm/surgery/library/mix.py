@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from peerlm.surgery.lora_files import LoraWeights, LowRank
+from peerlm.surgery.library.lora_files import LoraWeights, LowRank
 
 
 @dataclass

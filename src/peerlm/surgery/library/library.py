@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from peerlm.errors import UserError
 from peerlm.surgery.features import features_of
-from peerlm.surgery.library_cache import AdapterCache
-from peerlm.surgery.library_keys import Keys
-from peerlm.surgery.library_manifest import MANIFEST, Manifest, check_name, read_manifest, write_manifest
-from peerlm.surgery.library_mix import Mix
-from peerlm.surgery.lora_files import CONFIG_NAME, WEIGHTS_NAME, LoraWeights, read_lora
+from peerlm.surgery.library.cache import AdapterCache
+from peerlm.surgery.library.keys import Keys
+from peerlm.surgery.library.lora_files import CONFIG_NAME, WEIGHTS_NAME, LoraWeights, read_lora
+from peerlm.surgery.library.manifest import MANIFEST, Manifest, check_name, read_manifest, write_manifest
+from peerlm.surgery.library.mix import Mix
 
 ROUTES = ("sequence", "token")
 Text = str | Tensor

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 
-from peerlm.surgery.lora_files import LoraWeights
+from peerlm.surgery.library.lora_files import LoraWeights
 
 
 class AdapterCache:

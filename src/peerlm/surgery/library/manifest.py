@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from peerlm.errors import UserError
 from peerlm.files import write_bytes, write_json
-from peerlm.surgery.library_keys import Keys
+from peerlm.surgery.library.keys import Keys
 
 MANIFEST = "library.json"
 _VERSION = 1
