@@ -1,13 +1,16 @@
 """The report on retrieved neurons, for real and tiny: rows, plot, finetuning, and going on where it was stopped."""
 
+import contextlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import peerlm.experiments.neurons as neurons_module
 from peerlm import UserError
@@ -16,7 +19,7 @@ from peerlm.data import TokenShards, TokenWindows, prepare
 from peerlm.data.tokenizer import load_tokenizer
 from peerlm.evaluate import held_out_loss
 from peerlm.experiments.neuron_finetune import finetune_neurons
-from peerlm.experiments.neuron_setup import draw_windows, layer_inputs, load_setup
+from peerlm.experiments.neuron_setup import draw_windows, layer_inputs, load_setup, replaced
 from peerlm.experiments.neurons import measure_neurons, smallest_shares
 from peerlm.experiments.rows import read_rows
 from peerlm.model import PeerConfig, PeerForCausalLM
@@ -143,6 +146,17 @@ def test_inputs_are_what_the_layers_read(folder: Path) -> None:
     assert not setup.layers["model.layers.0.ffw"]._forward_pre_hooks
 
 
+def test_layers_are_replaced_for_a_while_also_when_something_fails() -> None:
+    model, other = nn.Sequential(nn.Identity(), nn.Sequential(nn.ReLU())), nn.Tanh()
+    before = model[1][0]
+    with replaced(model, {"1.0": other}):
+        assert model[1][0] is other
+    assert model[1][0] is before
+    with contextlib.suppress(RuntimeError), replaced(model, {"1.0": other}):
+        raise RuntimeError("stop")
+    assert model[1][0] is before
+
+
 def test_smallest_share_is_interpolated_in_the_logarithm() -> None:
     ratios = {0.1: 1.5, 0.2: 1.21, 0.5: 1.1, 1.0: 1.0}
     rows = [
@@ -191,6 +205,7 @@ def test_a_loss_that_is_not_finite_stops_finetuning(folder: Path, tmp_path: Path
     assert stopped.value.exit_code == 3
 
 
+@pytest.mark.slow
 def test_command_measures_finetunes_and_prints(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,3 +279,9 @@ def test_a_mistake_is_one_sentence(
 def test_unknown_start(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no start 'peer'; choose from neurons, random, dense"):
         finetune(folder, tmp_path, starts=("peer",))
+
+
+def test_example_of_the_document_runs() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "neurons.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
+    exec(compile(example, "docs/neurons.md", "exec"), {})

@@ -184,7 +184,9 @@ def test_use_of_neurons_is_recorded() -> None:
     layer = neuron_layer(some_neurons(), {**SETTINGS, "share": 1.0})
     with record_usage(layer) as usage:
         layer(torch.randn(7, DIM).double())
+        layer(torch.randn(3, 2, DIM).double(), mask=torch.eye(3, 2).bool())
     assert [(name, use.share) for name, use in usage.items()] == [("index", 1.0)]
+    assert usage["index"].retrievals_N.tolist() == [7 + 2] * layer.num_places
 
 
 @pytest.mark.parametrize(
