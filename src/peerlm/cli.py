@@ -185,6 +185,56 @@ def compare(
 
 
 @app.command(
+    epilog="Examples: peerlm neurons runs/dense --text book.txt --output runs/neurons\n\n"
+    "peerlm neurons runs/dense --data data/books --output runs/neurons --finetune 0.2 --flops 1e12"
+)
+def neurons(
+    run: Run,
+    output: Annotated[Path, typer.Option(help="Folder to write; rows that are there are not measured again.")],
+    text: Annotated[list[Path], typer.Option(help="Text to learn from; its last fifth is held out. Repeatable.")] = [],  # noqa: B006
+    data: Annotated[Path | None, typer.Option(help="Prepared folder to learn from, in place of text.")] = None,
+    heads: Annotated[int, typer.Option(help="Heads of each index.")] = 8,
+    key_dim: Annotated[int, typer.Option(help="Size of a head's query.")] = 16,
+    windows: Annotated[int, typer.Option(min=1, help="Held-out windows to measure on.")] = 128,
+    fit_steps: Annotated[int, typer.Option(min=0, help="Batches from which each index is learned.")] = 300,
+    finetune: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Finetune with this share of the neurons, not the report.")
+    ] = None,
+    flops: Annotated[list[float], typer.Option(help="Budget of finetuning; repeatable.")] = [0.0, 1e12],  # noqa: B006
+    learning_rate: Annotated[list[float], typer.Option(help="Peak rate of finetuning; repeatable.")] = [1e-3],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Retrieve a dense model's neurons by a learned index: how few of them suffice, and how that finetunes."""
+    from peerlm.experiments.neuron_finetune import finetune_neurons
+    from peerlm.experiments.neurons import measure_neurons
+
+    options: dict[str, Any] = {
+        "text": text,
+        "data": data,
+        "settings": {"heads": heads, "key_dim": key_dim},
+        "windows": windows,
+        "fit_steps": fit_steps,
+        "progress": not as_json,
+    }
+    if finetune is not None:
+        rows = finetune_neurons(run, output, share=finetune, flops=flops, learning_rates=learning_rate, **options)
+        columns = {f"{row['start']}, {row['flops']:.3g} FLOPs, rate {row['learning_rate']}": row for row in rows}
+        shown = ["perplexity", "train_tokens", "total_parameters", "seconds"]
+        result: object = rows
+    else:
+        report = measure_neurons(run, output, **options)
+        columns = {f"{row['retrieval']} {row['share']:.0%}": row for row in report["rows"]}
+        shown = ["perplexity", "dense_perplexity", "flops_per_token"]
+        result = report
+    if as_json:
+        _print_json(result)
+        return
+    _print_table(str(run), _transposed(columns, shown))
+    if finetune is None:
+        _print_table("smallest share within an increase of perplexity", report["smallest_shares"])
+
+
+@app.command(
     epilog="Examples: peerlm generate runs/a 'Once upon a time'\n\n"
     "peerlm generate runs/a 'The capital of' --temperature 0 --tokens 20"
 )
@@ -311,6 +361,11 @@ def _print_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
     for key in keys:
         table.add_row(key.replace("_", " "), *(_cell(column.get(key, "")) for column in columns.values()))
     Console().print(table)
+
+
+def _transposed(columns: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """These keys as columns, with a row for each column."""
+    return {key.replace("_", " "): {name: column[key] for name, column in columns.items()} for key in keys}
 
 
 def _cell(value: object) -> str:
