@@ -266,26 +266,34 @@ def convert(
         "beside"
     ),
     layers: Annotated[str, typer.Option(help="all, middle, or numbers as in 0,3,-1.")] = "all",
-    init: Annotated[str, typer.Option(help="How the new layers are made.")] = "random",
+    init: Annotated[
+        str, typer.Option(help="random experts, or with --mode replace the layer's own neurons, retrieved.")
+    ] = "random",
+    text: Annotated[list[Path], typer.Option(help="Text from which --init neurons learns its index; repeatable.")] = [],  # noqa: B006
     settings: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of PEER's; repeatable.")
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of the new layers; repeatable.")
     ] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
     undo: Annotated[bool, typer.Option("--undo", help="Take away what was added beside.")] = False,
     as_json: Json = False,
 ) -> None:
     """Put PEER into a model of any architecture, beside its dense feed-forward layers or in their place."""
+    from peerlm.data.tokenizer import open_tokenizer
     from peerlm.evaluate.loading import model_folder
+    from peerlm.evaluate.windows import batches_of, text_windows
     from peerlm.surgery.folder import convert_folder
     from peerlm.surgery.settings import read_layers, read_settings
 
+    folder = model_folder(model)
+    samples = batches_of(text_windows(open_tokenizer(folder), text, context=256)) if text else None
     row = convert_folder(
-        model_folder(model),
+        folder,
         output,
         mode=mode,
         layers=read_layers(layers),
         init=init,
         settings=read_settings(settings),
+        samples=samples,
         seed=seed,
         undo=undo,
     )

@@ -238,7 +238,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "setting impossible": (lambda f: [f"{f}/dense", f"--data={f}/tokens", "--key-dim=5"], "key_dim is 5"),
     "share impossible": (lambda f: [f"{f}/dense", f"--data={f}/tokens", "--finetune=2"], "share is 2.0"),
     "text missing": (lambda f: [f"{f}/dense", f"--text={f}/none.txt"], "none.txt"),
-    "text short": (lambda f: [f"{f}/dense", f"--text={f}/short.txt"], "less than 5 windows of 16"),
+    "text short": (lambda f: [f"{f}/dense", f"--text={f}/short.txt"], "windows of 16 tokens, less than 5"),
     "text of passages": (lambda f: [f"{f}/dense", f"--text={f}/passages.jsonl"], "holds passages"),
     "tokens of another vocabulary": (lambda f: [f"{f}/dense", f"--data={f}/other"], "the model knows 300"),
     "weights not finite": (lambda f: [f"{f}/broken", f"--data={f}/tokens"], "index of model.layers.0.ffw cannot be"),

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peerlm.layers import DenseFFW
-from peerlm.surgery.neuron_index import IndexFit, _load_index, fit_index
-from peerlm.surgery.neuron_keys import NeuronKeys
-from peerlm.surgery.neuron_layer import NeuronLayer, neuron_layer, pool_tables
-from peerlm.surgery.neurons import Neurons, neurons_of
+from peerlm.surgery.neurons.index import IndexFit, _load_index, fit_index
+from peerlm.surgery.neurons.keys import NeuronKeys
+from peerlm.surgery.neurons.layer import NeuronLayer, neuron_layer, pool_tables
+from peerlm.surgery.neurons.neurons import Neurons, neurons_of
 
 DIM, HIDDEN = 8, 60
 SETTINGS = {"heads": 4, "key_dim": 8, "share": 0.2}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peerlm.surgery.neuron_keys import NeuronKeys
+from peerlm.surgery.neurons.keys import NeuronKeys
 from peerlm.testing import all_keys
 
 DIM = 6

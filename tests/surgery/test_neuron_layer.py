@@ -15,8 +15,8 @@ from peerlm.layers import DenseFFW
 from peerlm.metrics import record_usage
 from peerlm.ops.reference import ACTIVATIONS
 from peerlm.optim import parameter_groups
-from peerlm.surgery.neuron_layer import NeuronLayer, neuron_layer, neuron_layer_skeleton, pool_tables
-from peerlm.surgery.neurons import Neurons, neurons_of
+from peerlm.surgery.neurons.layer import NeuronLayer, neuron_layer, neuron_layer_skeleton, pool_tables
+from peerlm.surgery.neurons.neurons import Neurons, neurons_of
 from peerlm.testing import assert_within_budget
 
 DIM, HIDDEN = 6, 22  # 22 neurons do not fill 2 grids of 4 x 4

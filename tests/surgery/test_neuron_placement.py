@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peerlm.surgery.neuron_placement import grid_means, misfit, place_neurons
+from peerlm.surgery.neurons.placement import grid_means, misfit, place_neurons
 
 
 def planted(heads: int, n: int, noise: float = 0.0) -> torch.Tensor:

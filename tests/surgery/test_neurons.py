@@ -5,7 +5,7 @@ import torch
 
 from peerlm.layers import DenseFFW
 from peerlm.ops.reference import ACTIVATIONS
-from peerlm.surgery.neurons import neurons_of
+from peerlm.surgery.neurons.neurons import neurons_of
 
 
 @pytest.mark.parametrize("gated", [False, True])

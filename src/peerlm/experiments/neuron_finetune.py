@@ -29,7 +29,7 @@ from peerlm.experiments.neuron_setup import (
 from peerlm.experiments.neurons import provenance
 from peerlm.experiments.rows import append_row, read_rows
 from peerlm.optim import clip_gradients, cosine, parameter_groups, set_learning_rates
-from peerlm.surgery.neuron_layer import NeuronLayer
+from peerlm.surgery.neurons.layer import NeuronLayer
 from peerlm.train.step import accumulate_gradients
 from peerlm.train.stopped import TrainingStopped
 

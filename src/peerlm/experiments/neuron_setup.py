@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,14 @@ from peerlm.data import TokenShards, TokenWindows, window_order
 from peerlm.data.manifest import file_sha256
 from peerlm.errors import UserError
 from peerlm.evaluate import load_model
-from peerlm.evaluate.encoding import encode
-from peerlm.evaluate.files import PASSAGE, fields_of, read_documents
 from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.likelihood import check_context, device_of, evaluating
-from peerlm.evaluate.loading import model_folder, trained_context
-from peerlm.evaluate.run import MAX_DEFAULT_CONTEXT
+from peerlm.evaluate.loading import default_context, model_folder
+from peerlm.evaluate.windows import text_windows
 from peerlm.layers import DenseFFW
-from peerlm.surgery.neuron_index import fit_index
-from peerlm.surgery.neuron_layer import NeuronLayer, neuron_layer
-from peerlm.surgery.neurons import neurons_of
+from peerlm.surgery.neurons.index import fit_index
+from peerlm.surgery.neurons.layer import NeuronLayer, neuron_layer
+from peerlm.surgery.neurons.neurons import neurons_of
 
 HELD_OUT_PART = 5
 """Of text files, one window in so many is held out: the last ones."""
@@ -80,7 +77,7 @@ def load_setup(
             neuron_layer(neurons_of(layer), settings)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    context = trained_context(run) or min(model.config.max_position_embeddings, MAX_DEFAULT_CONTEXT)
+    context = default_context(run, model)
     check_context(model, context)
     train: Windows
     heldout: Windows
@@ -107,17 +104,10 @@ def load_setup(
 def _text_windows(
     tokenizer: PreTrainedTokenizerFast, files: Sequence[str | Path], context: int
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    documents = []
-    for file in map(Path, files):
-        fields = fields_of(file)
-        if fields == PASSAGE:
-            raise UserError(f"{file} holds passages and no documents; name a text, JSONL or parquet file of documents")
-        documents.append(read_documents(file, fields))
-    tokens = encode(tokenizer, chain.from_iterable(documents)).tokens
-    windows = list(tokens[: len(tokens) // context * context].view(-1, context))
+    windows = list(text_windows(tokenizer, files, context))
     if len(windows) < HELD_OUT_PART:
         raise UserError(
-            f"the text has {len(tokens)} tokens, less than {HELD_OUT_PART} windows of {context}: name more text"
+            f"the text has {len(windows)} windows of {context} tokens, less than {HELD_OUT_PART}: name more text"
         )
     cut = len(windows) - len(windows) // HELD_OUT_PART
     return windows[:cut], windows[cut:]

@@ -29,8 +29,8 @@ from peerlm.experiments.neuron_setup import (
     replaced,
 )
 from peerlm.experiments.rows import append_row, read_rows
-from peerlm.surgery.neuron_layer import NeuronLayer, neuron_layer
-from peerlm.surgery.neurons import Neurons, neurons_of
+from peerlm.surgery.neurons.layer import NeuronLayer, neuron_layer
+from peerlm.surgery.neurons.neurons import Neurons, neurons_of
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 RETRIEVALS = ("learned", "oracle", "random")

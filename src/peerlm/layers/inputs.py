@@ -17,9 +17,12 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} is {size}; it must be at least 1")
 
 
-def check_settings(layer: type, name: str, settings: Iterable[str]) -> None:
-    """Raise a ValueError for the first of these that is no keyword argument of the layer; messages call it `name`."""
-    known = list(inspect.signature(layer).parameters)[1:]
+def check_settings(layer: type, name: str, settings: Iterable[str], *, besides: Iterable[str] = ("dim",)) -> None:
+    """Raise a ValueError for the first of these that is no argument of the layer besides those that are set for it.
+
+    Messages call the layer `name`.
+    """
+    known = [each for each in inspect.signature(layer).parameters if each not in besides]
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peerlm.ops.reference import ACTIVATIONS
-from peerlm.surgery.neurons import Neurons
+from peerlm.surgery.neurons.neurons import Neurons
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

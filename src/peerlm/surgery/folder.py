@@ -1,7 +1,7 @@
 """Convert a saved model to another folder."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
@@ -39,15 +39,17 @@ def convert_folder(
     layers: str | Sequence[int] | None = None,
     init: str = "random",
     settings: dict[str, Any] | None = None,
+    samples: Iterable[Mapping[str, Any]] | None = None,
     undo: bool = False,
     seed: int = 0,
+    report: Callable[[str, int, int], object] | None = None,
 ) -> dict[str, Any]:
     """Load a model that `save_pretrained` wrote, convert it (or with `undo` unconvert it), and save it.
 
     Args:
         source: its folder; the class that its configuration names is loaded.
         output: the folder to write, whole or not at all; the tokenizer is copied.
-        mode, layers, init, settings: as `convert` takes them.
+        mode, layers, init, settings, samples, report: as `convert` takes them.
         undo: call `unconvert`, and nothing else.
         seed: of the new weights.
 
@@ -67,9 +69,10 @@ def convert_folder(
             record = conversion_of(model)
             unconvert(model)
         else:
-            convert(model, mode=mode, layers=layers, init=init, **(settings or {}))
+            options: dict[str, Any] = {"samples": samples, "seed": seed, "report": report}
+            convert(model, mode=mode, layers=layers, init=init, **options, **(settings or {}))
             record = conversion_of(model)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, FloatingPointError) as error:
         raise UserError(f"cannot convert {source}: {error}") from error
     assert record is not None  # unconvert refuses a model without one
     with atomic_folder(output) as folder:

@@ -68,7 +68,9 @@ class RebuildConverted(HfQuantizer):
                 f"this model was converted with init={record.init!r}, which this version of peerlm does not know "
                 f"({', '.join(KINDS)}); install the version that converted it"
             )
-        layers = {site: KINDS[record.init].skeleton(site, record.settings) for site in record.read_sites()}
+        kind = KINDS[record.init]
+        layers = {site: kind.skeleton(site, record.settings) for site in record.read_sites()}
+        kind.finish(list(layers.values()), record.settings)
         (put_beside if record.mode == "beside" else put_in_place)(model, layers)
         return model
 

@@ -42,7 +42,7 @@ class Site:
             hidden=ffw.hidden,
             activation=ffw.activation,
             gated=ffw.gated,
-            biases=ffw.down.bias is not None,
+            biases=ffw.down.bias is not None or (ffw.gate is not None and ffw.gate.bias is not None),
             output_bias=ffw.up.bias is not None,
         )
 

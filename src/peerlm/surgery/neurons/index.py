@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peerlm.layers.inputs import check_sizes
-from peerlm.surgery.neuron_keys import NeuronKeys
-from peerlm.surgery.neuron_layer import NeuronLayer
-from peerlm.surgery.neuron_placement import grid_means, misfit, place_neurons
+from peerlm.surgery.neurons.keys import NeuronKeys
+from peerlm.surgery.neurons.layer import NeuronLayer
+from peerlm.surgery.neurons.placement import grid_means, misfit, place_neurons
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
 """Shares of the neurons for which one index is learned: each asks whether a neuron is among so many."""

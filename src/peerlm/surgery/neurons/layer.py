@@ -4,8 +4,6 @@ Shape suffixes: T tokens, D model width, F hidden neurons of the dense layer, N 
 row (u, v and, if gated, g), K neurons retrieved per token.
 """
 
-import difflib
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerlm.layers import ExpertTable
-from peerlm.layers.inputs import check_sizes, flatten_tokens
+from peerlm.layers.inputs import check_settings, check_sizes, flatten_tokens
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.row_table import empty_rows
 from peerlm.ops.rows import prepare_rows
-from peerlm.surgery.neuron_keys import NeuronKeys
-from peerlm.surgery.neurons import Neurons
+from peerlm.surgery.neurons.keys import NeuronKeys
+from peerlm.surgery.neurons.neurons import Neurons
 
 BIAS_WIDTH = 8
 """What rows are wider than the model where neurons have biases: the input's extra features are 1, 0, 0, ..."""
@@ -229,12 +227,7 @@ def neuron_layer_skeleton(
         ValueError: an unknown or impossible setting.
     """
     sizes = ("dim", "hidden", "activation", "gated", "biases")
-    known = [name for name in inspect.signature(NeuronLayer).parameters if name not in sizes]
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-            raise ValueError(f"a layer of retrieved neurons has no setting {name!r}; {hint}")
+    check_settings(NeuronLayer, "a layer of retrieved neurons", settings, besides=sizes)
     return NeuronLayer(dim, hidden, activation=activation, gated=gated, biases=biases, **settings)
 
 
