@@ -9,11 +9,13 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from peerlm import __version__
@@ -281,22 +283,25 @@ def convert(
     from peerlm.data.tokenizer import open_tokenizer
     from peerlm.evaluate.loading import model_folder
     from peerlm.evaluate.windows import batches_of, text_windows
+    from peerlm.experiments.neuron_setup import progress_bar
     from peerlm.surgery.folder import convert_folder
     from peerlm.surgery.settings import read_layers, read_settings
 
     folder = model_folder(model)
     samples = batches_of(text_windows(open_tokenizer(folder), text, context=256)) if text else None
-    row = convert_folder(
-        folder,
-        output,
-        mode=mode,
-        layers=read_layers(layers),
-        init=init,
-        settings=read_settings(settings),
-        samples=samples,
-        seed=seed,
-        undo=undo,
-    )
+    with progress_bar(shown=not as_json) as bar:
+        row = convert_folder(
+            folder,
+            output,
+            mode=mode,
+            layers=read_layers(layers),
+            init=init,
+            settings=read_settings(settings),
+            samples=samples,
+            seed=seed,
+            undo=undo,
+            report=partial(_advance, bar, {}),
+        )
     if as_json:
         _print_json(row)
     else:
@@ -344,6 +349,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         typer.echo(f"error: {_sentence(error)}" if is_mistake else str(error), err=True)
         sys.exit(exit_code)
+
+
+def _advance(bar: Progress, tasks: dict[str, TaskID], name: str, done: int, total: int) -> None:
+    """Show how far the work of this name is."""
+    if name not in tasks:
+        tasks[name] = bar.add_task(name, total=total)
+    bar.update(tasks[name], completed=done)
 
 
 def _sentence(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """PEER beside a model's feed-forward layers, or in their place."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,15 @@ from peerlm.surgery.ffw import FFW, mixture_sentence, survey
 from peerlm.surgery.kinds import KINDS
 from peerlm.surgery.neurons import fit_neurons
 from peerlm.surgery.record import ConversionConfig, conversion_of
-from peerlm.surgery.sites import Site, check_replaceable, put_beside, put_in_place, remove_beside
+from peerlm.surgery.sites import (
+    Site,
+    check_replaceable,
+    put_back,
+    put_beside,
+    put_in_place,
+    remove_beside,
+    replaced_modules,
+)
 
 MODES = ("beside", "replace")
 
@@ -25,8 +33,7 @@ def convert(
     init: str = "random",
     inputs: Mapping[str, Any] | None = None,
     samples: Iterable[Mapping[str, Any]] | None = None,
-    seed: int = 0,
-    report: Callable[[str, int, int], object] | None = None,
+    fit: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """Put PEER beside a model's dense feed-forward layers or in their place; in place, and returned.
@@ -48,15 +55,15 @@ def convert(
         inputs: keyword arguments of a forward pass that finds the layers; needed by few models (`find_ffws`).
         samples: of init="neurons": keyword arguments of forward passes on text like that which the model is for, such
             as {"input_ids": ...}; a few ten thousand tokens in all.
-        seed: of learning the index.
-        report: called while the index is learned with a layer's path, batches done, and all.
+        fit: how the index is learned, keyword arguments of `fit_neurons`: steps, max_tokens, seed, report.
         settings: PEER's own, such as num_experts=128**2, the rest as PEER has it; of init="neurons" those of
             `NeuronLayer`, such as share=0.35, and pool=True for one table that all layers share.
 
     Raises:
         ValueError: the model was converted before, is quantised, has no dense feed-forward layer or mixtures of
-            experts; a layer does not exist or cannot be replaced; a setting is unknown or impossible. The model is
-            then as it was.
+            experts; a layer does not exist or cannot be replaced; a setting is unknown or impossible; samples are
+            missing, or there are none. The model is then as it was.
+        FloatingPointError: an index could not be learned; the model is as it was.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
@@ -86,10 +93,15 @@ def convert(
         with _weights_like(module.weight):
             built[site] = kind.build(ffw, mode, settings).train(module.training)
     kind.finish(list(built.values()), settings)
+    before = replaced_modules(model, sites) if mode == "replace" else {}
     (put_beside if mode == "beside" else put_in_place)(model, built)
-    model.config.quantization_config = ConversionConfig.of(mode, init, dict(settings), sites)
     if samples is not None:
-        fit_neurons(model, samples, seed=seed, report=report)
+        try:
+            fit_neurons(model, samples, **(fit or {}))
+        except BaseException:
+            put_back(model, before)
+            raise
+    model.config.quantization_config = ConversionConfig.of(mode, init, dict(settings), sites)
     return model
 
 

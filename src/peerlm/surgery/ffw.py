@@ -108,7 +108,11 @@ def find_ffws(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -
 
 def survey(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> tuple[list[FFW], list[str]]:
     """What `find_ffws` returns, and the paths of mixtures of experts: stacked matrices, or lists of layers."""
-    found = list(_search(_record(model, example_inputs(model) if inputs is None else inputs), model))
+    calls = _record(model, example_inputs(model) if inputs is None else inputs)
+    for call in calls:
+        if call.y.isnan().any():
+            raise ValueError(f"{call.path} of this {type(model).__name__} writes NaN; restore the model's weights")
+    found = list(_search(calls, model))
     lists = [_list_of(model, ffw.path) for ffw in found]
     ffws = [ffw for ffw, experts in zip(found, lists, strict=True) if experts is None]
     mixtures = list(dict.fromkeys([*filter(None, lists), *_stacks(model)]))

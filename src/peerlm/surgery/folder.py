@@ -49,9 +49,10 @@ def convert_folder(
     Args:
         source: its folder; the class that its configuration names is loaded.
         output: the folder to write, whole or not at all; the tokenizer is copied.
-        mode, layers, init, settings, samples, report: as `convert` takes them.
+        mode, layers, init, settings, samples: as `convert` takes them.
         undo: call `unconvert`, and nothing else.
         seed: of the new weights.
+        report: as of `fit_neurons`.
 
     Returns:
         "layers" (paths of the feed-forward layers), "mode", "init", "parameters before", "parameters after".
@@ -69,8 +70,8 @@ def convert_folder(
             record = conversion_of(model)
             unconvert(model)
         else:
-            options: dict[str, Any] = {"samples": samples, "seed": seed, "report": report}
-            convert(model, mode=mode, layers=layers, init=init, **options, **(settings or {}))
+            fit = {"seed": seed, "report": report}
+            convert(model, mode=mode, layers=layers, init=init, samples=samples, fit=fit, **(settings or {}))
             record = conversion_of(model)
     except (ValueError, TypeError, FloatingPointError) as error:
         raise UserError(f"cannot convert {source}: {error}") from error

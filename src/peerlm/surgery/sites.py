@@ -120,6 +120,20 @@ def put_in_place(model: PreTrainedModel, layers: dict[Site, nn.Module]) -> None:
     masks.watch(model, [_path_in(model, site.path) for site in layers])
 
 
+def replaced_modules(model: PreTrainedModel, sites: list[Site]) -> dict[str, nn.Module]:
+    """The modules that `put_in_place` will replace, by path."""
+    paths = [path for site in sites for path in (site.path, site.first, site.first and site.activation_path)]
+    found = {path: _path_in(model, path) for path in paths if path is not None}
+    return {path: model.get_submodule(path) for path in found.values()}
+
+
+def put_back(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
+    """Undo `put_in_place` with what `replaced_modules` gave before."""
+    for path, module in modules.items():
+        model.set_submodule(path, module)
+    stop_watching(model)
+
+
 def check_replaceable(site: Site) -> None:
     """Raise a ValueError where the feed-forward layer at this site cannot be taken out of its block."""
     if site.first is not None and (site.gated or site.activation_path is None):
