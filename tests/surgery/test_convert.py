@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +295,34 @@ def test_a_compiled_model_computes_the_same(name: str, mode: str) -> None:
     torch.testing.assert_close(loss, expected)
     for (path, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-5, msg=path)
+
+
+def test_threads_that_read_at_once_do_not_meet() -> None:
+    model = convert(build("opt"), **PEER_SETTINGS)  # between whose first map and last there is something to keep
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("experts.rows"):
+                parameter.normal_()
+    inputs = [batch(model, seed=seed) for seed in (0, 1)]
+    expected = [logits(model, each) for each in inputs]
+    meeting = threading.Barrier(2)
+
+    def meet(*_: Any) -> None:
+        meeting.wait(timeout=20)
+
+    handle = find_ffws(model)[0].down.module.register_forward_hook(meet)  # both have read, and neither has written
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda each: logits(model, each), inputs))
+    handle.remove()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_weights_that_are_not_in_memory_are_refused() -> None:
+    with torch.device("meta"):
+        model = type(build("llama"))(build("llama").config)
+    with pytest.raises(ValueError, match=r"has weights that are not in memory, such as .*; load it whole"):
+        convert(model, **PEER_SETTINGS)
 
 
 def test_found_layers_of_a_shared_block_are_converted_once() -> None:

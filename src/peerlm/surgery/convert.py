@@ -45,9 +45,9 @@ def convert(
         settings: PEER's own, such as num_experts=128**2; the rest as PEER has it.
 
     Raises:
-        ValueError: the model was converted before, is quantised, has no dense feed-forward layer or mixtures of
-            experts; a layer does not exist or cannot be replaced; a setting is unknown or impossible. The model is
-            then as it was.
+        ValueError: the model was converted before, is quantised or not all in memory, has no dense feed-forward layer
+            or mixtures of experts; a layer does not exist or cannot be replaced; a setting is unknown or impossible.
+            The model is then as it was.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
@@ -60,6 +60,9 @@ def convert(
         raise ValueError(f"{type(model).__name__} is converted already; unconvert(model) first, or take the original")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{type(model).__name__} is quantised; convert it before, from its weights in full precision")
+    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if absent is not None:
+        raise ValueError(f"{type(model).__name__} has weights that are not in memory, such as {absent}; load it whole")
     found, mixtures = survey(model, inputs)
     if mixtures and (layers is None or layers == "middle"):
         raise ValueError(mixture_sentence(model, mixtures))
