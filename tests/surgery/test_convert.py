@@ -233,6 +233,20 @@ def test_records_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     edit_record(tmp_path, init="random", sites=[record.sites[0] | {"path": "model.layers.9.mlp"}])
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no module model.layers.9.mlp, which the configuration"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    for damage in (
+        {"settings": {"nonsense": 1}},
+        {"settings": [1]},
+        {"sites": [{"path": "model"}]},
+        {"mode": "inside"},
+    ):
+        edit_record(tmp_path, **(vars(record) | damage))
+        with pytest.raises(ValueError, match=r"record of a conversion cannot be read \(.+\); restore config.json, or"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]["init"], config["quantization_config"]["sites"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"record of a conversion cannot be read \(it lacks init, sites\); restore"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
     build("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="a saved model cannot be converted while it is loaded; load it, then call"):
         AutoModelForCausalLM.from_pretrained(

@@ -12,10 +12,8 @@ from peerlm.layers import PEER
 from peerlm.layers.inputs import check_settings
 from peerlm.surgery.ffw import FFW, mixture_sentence, survey
 from peerlm.surgery.kinds import KINDS
-from peerlm.surgery.record import ConversionConfig, conversion_of
+from peerlm.surgery.record import MODES, ConversionConfig, conversion_of
 from peerlm.surgery.sites import Site, check_replaceable, put_beside, put_in_place, remove_beside
-
-MODES = ("beside", "replace")
 
 
 def convert(
