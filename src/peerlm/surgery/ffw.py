@@ -1,7 +1,6 @@
 """Find a model's dense feed-forward layers by what they compute, whatever the model calls them."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peerlm.layers.modes import evaluating
 from peerlm.ops.reference import ACTIVATIONS
 from peerlm.surgery.neurons import Neurons
 
@@ -176,19 +176,6 @@ class _Call:
     module: nn.Module
     x: Tensor
     y: Tensor
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _record(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Call]:

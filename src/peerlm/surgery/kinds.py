@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from peerlm.layers import PEER
-from peerlm.surgery.ffw import FFW, evaluating
+from peerlm.layers.modes import evaluating
+from peerlm.surgery.ffw import FFW
 from peerlm.surgery.sites import Site
 
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from peerlm.errors import UserError
+from peerlm.layers.modes import evaluating
 from peerlm.surgery.features import features_of
-from peerlm.surgery.ffw import evaluating
 from peerlm.surgery.library.cache import AdapterCache
 from peerlm.surgery.library.keys import Keys
 from peerlm.surgery.library.lora_files import CONFIG_NAME, WEIGHTS_NAME, LoraWeights, read_lora
