@@ -332,6 +332,20 @@ def test_threads_that_read_at_once_do_not_meet() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("mode", ["beside", "replace"])
+def test_another_model_of_the_same_configuration_is_not_converted(mode: str, tmp_path: Path) -> None:
+    model = build("llama")
+    other = type(model)(model.config).eval()
+    convert(model, mode=mode, **PEER_SETTINGS)
+    assert not hasattr(other.config, "quantization_config")
+    for module in model.modules():
+        assert getattr(module, "config", model.config) is model.config
+    other.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, batch(other)), logits(other, batch(other)))
+    convert(other, mode=mode, **PEER_SETTINGS)
+
+
 def test_weights_that_are_not_in_memory_are_refused() -> None:
     with torch.device("meta"):
         model = type(build("llama"))(build("llama").config)

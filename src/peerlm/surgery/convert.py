@@ -1,5 +1,6 @@
 """PEER beside a model's feed-forward layers, or in their place."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,8 @@ def convert(
     2-D attention mask, does not enter the statistics of queries.
 
     Args:
-        model: any transformers model with dense feed-forward layers in its blocks, plain or gated.
+        model: any transformers model with dense feed-forward layers in its blocks, plain or gated; the whole model that
+            is to be saved, not a part of it.
         mode: "beside": y = ffw(x) + peer(x), where peer(x) is exactly zero before training, so that the model's
             output keeps its bits. "replace": y = peer(x), at the start as loud as ffw(x) was on random tokens.
         layers: which of `find_ffws(model)`: None for all, "middle", or indices, of which negative ones count from
@@ -75,6 +77,7 @@ def convert(
         with _weights_like(module.weight):
             built[site] = KINDS[init].build(ffw, mode, settings).train(module.training)
     (put_beside if mode == "beside" else put_in_place)(model, built)
+    _own_config(model)
     model.config.quantization_config = ConversionConfig.of(mode, init, dict(settings), sites)
     return model
 
@@ -96,6 +99,14 @@ def unconvert(model: PreTrainedModel) -> PreTrainedModel:
     remove_beside(model, record.read_sites())
     del model.config.quantization_config
     return model
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a copy of its configuration: other models may have been made of the same one."""
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own  # type: ignore[assignment]
 
 
 def _choose(model: nn.Module, ffws: list[FFW], layers: str | int | Sequence[int] | None) -> list[FFW]:

@@ -108,7 +108,7 @@ def find_ffws(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -
 
 def survey(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> tuple[list[FFW], list[str]]:
     """What `find_ffws` returns, and the paths of mixtures of experts: stacked matrices, or lists of layers."""
-    found = list(_search(_record(model, example_inputs(model) if inputs is None else inputs), model))
+    found = list(_search(_record_example(model) if inputs is None else _record(model, inputs), model))
     lists = [_list_of(model, ffw.path) for ffw in found]
     ffws = [ffw for ffw, experts in zip(found, lists, strict=True) if experts is None]
     mixtures = list(dict.fromkeys([*filter(None, lists), *_stacks(model)]))
@@ -201,6 +201,17 @@ def _record(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Call]:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _record_example(model: PreTrainedModel) -> list[_Call]:
+    inputs = example_inputs(model)
+    try:
+        return _record(model, inputs)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot read random {' and '.join(inputs)} ({error}); pass inputs=, the "
+            "arguments of its forward pass"
+        ) from error
 
 
 def _block_of(model: nn.Module, path: str) -> str | None:
