@@ -144,6 +144,8 @@ def evaluate(
     """Measure perplexity, bits per byte, accuracy of last words (LAMBADA), use of the experts, and lm-eval's tasks."""
     from peerlm.evaluate import evaluate
 
+    if tasks and not files and (detokenize or stride is not None):
+        raise UserError("--stride and --detokenize are for files, and there are none; name one, or leave them out")
     to_stdout = json_file == Path("-")
     rows: dict[str, dict[str, Any]] = {}
     if files or not tasks:

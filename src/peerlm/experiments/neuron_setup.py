@@ -20,10 +20,11 @@ from peerlm.data.manifest import file_sha256
 from peerlm.errors import UserError
 from peerlm.evaluate import load_model
 from peerlm.evaluate.held_out import Windows
-from peerlm.evaluate.likelihood import check_context, device_of, evaluating
+from peerlm.evaluate.likelihood import check_context, device_of
 from peerlm.evaluate.loading import default_context, model_folder
 from peerlm.evaluate.windows import text_windows
 from peerlm.layers import DenseFFW
+from peerlm.layers.modes import evaluating
 from peerlm.surgery.neurons.index import fit_index
 from peerlm.surgery.neurons.layer import NeuronLayer, neuron_layer
 from peerlm.surgery.neurons.neurons import neurons_of

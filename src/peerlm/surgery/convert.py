@@ -1,5 +1,6 @@
 """PEER beside a model's feed-forward layers, or in their place."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from peerlm.surgery.ffw import FFW, mixture_sentence, survey
 from peerlm.surgery.kinds import KINDS
 from peerlm.surgery.neurons import fit_neurons
-from peerlm.surgery.record import ConversionConfig, conversion_of
+from peerlm.surgery.record import MODES, ConversionConfig, conversion_of
 from peerlm.surgery.sites import (
     Site,
     check_replaceable,
@@ -21,8 +22,6 @@ from peerlm.surgery.sites import (
     remove_beside,
     replaced_modules,
 )
-
-MODES = ("beside", "replace")
 
 
 def convert(
@@ -44,7 +43,8 @@ def convert(
     2-D attention mask, does not enter the statistics of queries.
 
     Args:
-        model: any transformers model with dense feed-forward layers in its blocks, plain or gated.
+        model: any transformers model with dense feed-forward layers in its blocks, plain or gated; the whole model that
+            is to be saved, not a part of it.
         mode: "beside": y = ffw(x) + peer(x), where peer(x) is exactly zero before training, so that the model's
             output keeps its bits. "replace": y = peer(x), at the start as loud as ffw(x) was on random tokens.
         layers: which of `find_ffws(model)`: None for all, "middle", or indices, of which negative ones count from
@@ -60,9 +60,9 @@ def convert(
             `NeuronLayer`, such as share=0.35, and pool=True for one table that all layers share.
 
     Raises:
-        ValueError: the model was converted before, is quantised, has no dense feed-forward layer or mixtures of
-            experts; a layer does not exist or cannot be replaced; a setting is unknown or impossible; samples are
-            missing, or there are none. The model is then as it was.
+        ValueError: the model was converted before, is quantised or not all in memory, has no dense feed-forward layer
+            or mixtures of experts; a layer does not exist or cannot be replaced; a setting is unknown or impossible;
+            samples are missing, or there are none. The model is then as it was.
         FloatingPointError: an index could not be learned; the model is as it was.
     """
     if mode not in MODES:
@@ -79,6 +79,9 @@ def convert(
         raise ValueError(f"{type(model).__name__} is converted already; unconvert(model) first, or take the original")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{type(model).__name__} is quantised; convert it before, from its weights in full precision")
+    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if absent is not None:
+        raise ValueError(f"{type(model).__name__} has weights that are not in memory, such as {absent}; load it whole")
     found, mixtures = survey(model, inputs)
     if mixtures and (layers is None or layers == "middle"):
         raise ValueError(mixture_sentence(model, mixtures))
@@ -101,6 +104,7 @@ def convert(
         except BaseException:
             put_back(model, before)
             raise
+    _own_config(model)
     model.config.quantization_config = ConversionConfig.of(mode, init, dict(settings), sites)
     return model
 
@@ -122,6 +126,14 @@ def unconvert(model: PreTrainedModel) -> PreTrainedModel:
     remove_beside(model, record.read_sites())
     del model.config.quantization_config
     return model
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a copy of its configuration: other models may have been made of the same one."""
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own  # type: ignore[assignment]
 
 
 def _choose(model: nn.Module, ffws: list[FFW], layers: str | int | Sequence[int] | None) -> list[FFW]:

@@ -1,13 +1,15 @@
 """Convert a saved model to another folder."""
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
@@ -62,6 +64,8 @@ def convert_folder(
     """
     if output.exists():
         raise UserError(f"{output} exists already; name a new folder")
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"seed is {seed}; it must fit into 64 bits")
     model = _load(source)
     before = _count(model)
     torch.manual_seed(seed)
@@ -73,7 +77,13 @@ def convert_folder(
             fit = {"seed": seed, "report": report}
             convert(model, mode=mode, layers=layers, init=init, samples=samples, fit=fit, **(settings or {}))
             record = conversion_of(model)
-    except (ValueError, TypeError, FloatingPointError) as error:
+    except (
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+    ) as error:  # torch's own for too little memory
         raise UserError(f"cannot convert {source}: {error}") from error
     assert record is not None  # unconvert refuses a model without one
     with atomic_folder(output) as folder:
@@ -90,15 +100,22 @@ def convert_folder(
     }
 
 
-def _load(folder: Path) -> PreTrainedModel:
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Within this context what goes wrong is put down to the saved model in a folder, in one UserError."""
     try:
-        config = AutoConfig.from_pretrained(folder)
-        loaded: Any = _class_of(config, folder).from_pretrained(folder, output_loading_info=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
+        yield
+    except UserError:
+        raise
+    except (SafetensorError, StrictDataclassError, OSError, ValueError, RuntimeError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{folder} holds no model that can be read ({detail}); restore it") from error
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    with reading(folder):
+        config = AutoConfig.from_pretrained(folder)
+        loaded: Any = _class_of(config, folder).from_pretrained(folder, output_loading_info=True)
     model, report = loaded
     for keys, what in ((report["missing_keys"], "lacks"), (report["unexpected_keys"], "has unknown")):
         if keys:

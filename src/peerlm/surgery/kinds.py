@@ -9,7 +9,8 @@ from torch import nn
 
 from peerlm.layers import PEER
 from peerlm.layers.inputs import check_settings
-from peerlm.surgery.ffw import FFW, evaluating
+from peerlm.layers.modes import evaluating
+from peerlm.surgery.ffw import FFW
 from peerlm.surgery.neurons import NeuronLayer, neuron_layer, neuron_layer_skeleton, pool_tables
 from peerlm.surgery.sites import Site
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peerlm.layers.modes import evaluating
 from peerlm.surgery.neurons.index import IndexFit, fit_index
 from peerlm.surgery.neurons.layer import NeuronLayer
 
@@ -52,14 +53,12 @@ def fit_neurons(
     return fits
 
 
-@torch.no_grad()
 def _collect(
     model: nn.Module, layers: Mapping[str, NeuronLayer], samples: Iterable[Mapping[str, Any]], max_tokens: int
 ) -> dict[str, Tensor]:
     """What each layer reads, (tokens, dim) float32 on the CPU."""
     read: dict[str, list[Tensor]] = {path: [] for path in layers}
     shares = {path: layer.share for path, layer in layers.items()}
-    training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device
     with ExitStack() as stack:
         for path, layer in layers.items():
@@ -67,9 +66,7 @@ def _collect(
             stack.callback(handle.remove)
             stack.callback(partial(setattr, layer, "share", shares[path]))
             layer.share = 1.0
-        for module in training:
-            stack.callback(partial(setattr, module, "training", True))
-        model.eval()
+        stack.enter_context(evaluating(model))
         for sample in samples:
             if min(sum(map(len, parts)) for parts in read.values()) >= max_tokens:
                 break
