@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -25,13 +25,14 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} is {size}; it must be at least 1")
 
 
-def check_settings(layer: type, name: str, settings: Mapping[str, Any]) -> None:
-    """Raise a ValueError for the first of these that is no keyword argument of the layer; messages call it `name`.
+def check_settings(layer: type, name: str, settings: Mapping[str, Any], *, besides: Iterable[str] = ("dim",)) -> None:
+    """Raise a ValueError for the first of these that is no argument of the layer besides those that are set for it.
 
-    Also for one whose value is no switch, number or word where the layer takes one: "no" would count as true.
-    Whole numbers are what `check_sizes` sees to.
+    Also for one whose value is no switch, number or word where the layer takes one: "no" would count as true. Whole
+    numbers are what `check_sizes` sees to. Messages call the layer `name`.
     """
-    known = dict(list(inspect.signature(layer).parameters.items())[1:])
+    parameters = inspect.signature(layer).parameters.items()
+    known = {each: parameter for each, parameter in parameters if each not in besides}
     for key, value in settings.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peerlm.layers.modes import evaluating
 from peerlm.ops.reference import ACTIVATIONS
-from peerlm.surgery.neurons import Neurons
+from peerlm.surgery.neurons.neurons import Neurons
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -108,7 +108,11 @@ def find_ffws(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -
 
 def survey(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> tuple[list[FFW], list[str]]:
     """What `find_ffws` returns, and the paths of mixtures of experts: stacked matrices, or lists of layers."""
-    found = list(_search(_record_example(model) if inputs is None else _record(model, inputs), model))
+    calls = _record_example(model) if inputs is None else _record(model, inputs)
+    for call in calls:
+        if call.y.isnan().any():
+            raise ValueError(f"{call.path} of this {type(model).__name__} writes NaN; restore the model's weights")
+    found = list(_search(calls, model))
     lists = [_list_of(model, ffw.path) for ffw in found]
     ffws = [ffw for ffw, experts in zip(found, lists, strict=True) if experts is None]
     mixtures = list(dict.fromkeys([*filter(None, lists), *_stacks(model)]))

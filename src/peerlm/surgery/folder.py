@@ -1,7 +1,7 @@
 """Convert a saved model to another folder."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -41,17 +41,20 @@ def convert_folder(
     layers: str | Sequence[int] | None = None,
     init: str = "random",
     settings: dict[str, Any] | None = None,
+    samples: Iterable[Mapping[str, Any]] | None = None,
     undo: bool = False,
     seed: int = 0,
+    report: Callable[[str, int, int], object] | None = None,
 ) -> dict[str, Any]:
     """Load a model that `save_pretrained` wrote, convert it (or with `undo` unconvert it), and save it.
 
     Args:
         source: its folder; the class that its configuration names is loaded.
         output: the folder to write, whole or not at all; the tokenizer is copied.
-        mode, layers, init, settings: as `convert` takes them.
+        mode, layers, init, settings, samples: as `convert` takes them.
         undo: call `unconvert`, and nothing else.
         seed: of the new weights.
+        report: as of `fit_neurons`.
 
     Returns:
         "layers" (paths of the feed-forward layers), "mode", "init", "parameters before", "parameters after".
@@ -71,9 +74,10 @@ def convert_folder(
             record = conversion_of(model)
             unconvert(model)
         else:
-            convert(model, mode=mode, layers=layers, init=init, **(settings or {}))
+            fit = {"seed": seed, "report": report}
+            convert(model, mode=mode, layers=layers, init=init, samples=samples, fit=fit, **(settings or {}))
             record = conversion_of(model)
-    except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # torch's own for too little memory
+    except (ValueError, TypeError, FloatingPointError, RuntimeError, MemoryError) as error:  # torch's for memory too
         raise UserError(f"cannot convert {source}: {error}") from error
     assert record is not None  # unconvert refuses a model without one
     with atomic_folder(output) as folder:

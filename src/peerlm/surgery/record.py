@@ -91,10 +91,12 @@ class RebuildConverted(HfQuantizer):
                 f"this model was converted with init={record.init!r}, which this version of peerlm does not know "
                 f"({', '.join(KINDS)}); install the version that converted it"
             )
+        kind = KINDS[record.init]
         try:
-            layers = {site: KINDS[record.init].skeleton(site, record.settings) for site in record.read_sites()}
+            layers = {site: kind.skeleton(site, record.settings) for site in record.read_sites()}
         except TypeError as error:  # a setting or a property that is not known
             raise _unreadable(str(error)) from error
+        kind.finish(list(layers.values()), record.settings)
         (put_beside if record.mode == "beside" else put_in_place)(model, layers)
         return model
 

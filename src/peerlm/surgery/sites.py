@@ -44,7 +44,7 @@ class Site:
             hidden=ffw.hidden,
             activation=ffw.activation,
             gated=ffw.gated,
-            biases=ffw.down.bias is not None,
+            biases=ffw.down.bias is not None or (ffw.gate is not None and ffw.gate.bias is not None),
             output_bias=ffw.up.bias is not None,
         )
 
@@ -126,6 +126,20 @@ def put_in_place(model: PreTrainedModel, layers: dict[Site, nn.Module]) -> None:
                 model.set_submodule(_path_in(model, path), nn.Identity())
         model.set_submodule(_path_in(model, site.path), InPlaceOfFFW(layer, masks))
     masks.watch(model, [_path_in(model, site.path) for site in layers])
+
+
+def replaced_modules(model: PreTrainedModel, sites: list[Site]) -> dict[str, nn.Module]:
+    """The modules that `put_in_place` will replace, by path."""
+    paths = [path for site in sites for path in (site.path, site.first, site.first and site.activation_path)]
+    found = {path: _path_in(model, path) for path in paths if path is not None}
+    return {path: model.get_submodule(path) for path in found.values()}
+
+
+def put_back(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
+    """Undo `put_in_place` with what `replaced_modules` gave before."""
+    for path, module in modules.items():
+        model.set_submodule(path, module)
+    stop_watching(model)
 
 
 def check_replaceable(site: Site) -> None:
