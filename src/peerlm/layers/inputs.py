@@ -28,10 +28,11 @@ def check_sizes(**sizes: int) -> None:
 def check_settings(layer: type, name: str, settings: Mapping[str, Any], *, besides: Iterable[str] = ("dim",)) -> None:
     """Raise a ValueError for the first of these that is no argument of the layer besides those that are set for it.
 
-    Also for one whose value is no switch, number or word where the layer takes one: "no" would count as true.
-    Whole numbers are what `check_sizes` sees to. Messages call the layer `name`.
+    Also for one whose value is no switch, number or word where the layer takes one: "no" would count as true. Whole
+    numbers are what `check_sizes` sees to. Messages call the layer `name`.
     """
-    known = {key: each for key, each in inspect.signature(layer).parameters.items() if key not in besides}
+    parameters = inspect.signature(layer).parameters.items()
+    known = {each: parameter for each, parameter in parameters if each not in besides}
     for key, value in settings.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

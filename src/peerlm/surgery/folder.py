@@ -77,13 +77,7 @@ def convert_folder(
             fit = {"seed": seed, "report": report}
             convert(model, mode=mode, layers=layers, init=init, samples=samples, fit=fit, **(settings or {}))
             record = conversion_of(model)
-    except (
-        ValueError,
-        TypeError,
-        ArithmeticError,
-        RuntimeError,
-        MemoryError,
-    ) as error:  # torch's own for too little memory
+    except (ValueError, TypeError, FloatingPointError, RuntimeError, MemoryError) as error:  # torch's for memory too
         raise UserError(f"cannot convert {source}: {error}") from error
     assert record is not None  # unconvert refuses a model without one
     with atomic_folder(output) as folder:
