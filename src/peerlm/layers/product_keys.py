@@ -47,9 +47,8 @@ def sub_keys_per_half(
 class ProductKeys(nn.Module):
     """Retrieve the `experts_per_head` best of `num_experts` experts for every token and head.
 
-    The score of expert id = i * n + j is q[:key_dim / 2] . c_i + q[key_dim / 2:] . c'_j with n =
-    sqrt(num_experts), so that 2 n sub-keys index n * n experts, exactly (He 2024, section 2; Lample 2019,
-    section 3.1).
+    The score of expert (i, j) is q[:key_dim / 2] . c_i + q[key_dim / 2:] . c'_j with n = sqrt(num_experts), so that
+    2 n sub-keys index n * n experts, exactly (He 2024, section 2; Lample 2019, section 3.1).
 
     Args:
         dim: width of the input.
@@ -60,6 +59,7 @@ class ProductKeys(nn.Module):
         shared_keys: one set of sub-keys for all heads (He 2024's text), or one per head (Lample 2019).
         query_norm: "batch" over the H * key_dim features, "layer" over each head's key_dim, or "none".
         weighting: "softmax" over a head's k scores, "sigmoid", "relu", or "none" (the raw score).
+        pairing: the id of expert (i, j): "row-major", i * n + j, or "shells", in which more sub-keys only append ids.
         backend: a name in `peerlm.ops.api.BACKENDS`.
 
     Attributes:
@@ -82,10 +82,12 @@ class ProductKeys(nn.Module):
         shared_keys: bool = True,
         query_norm: str = "batch",
         weighting: str = "softmax",
+        pairing: str = "row-major",
         backend: str = "auto",
     ):
         super().__init__()
         api.check_backend(backend)
+        api.check_pairing(pairing)
         check_sizes(dim=dim, heads=heads, key_dim=key_dim)
         n = sub_keys_per_half(num_experts, experts_per_head)
         if key_dim % 2:
@@ -102,6 +104,7 @@ class ProductKeys(nn.Module):
         self.experts_per_head = experts_per_head
         self.key_dim = key_dim
         self.weighting = weighting
+        self.pairing = pairing
         self.backend = backend
         self.query_proj = nn.Linear(dim, heads * key_dim, bias=False)
         self.query_norm = QUERY_NORMS[query_norm](heads, key_dim)
@@ -136,6 +139,7 @@ class ProductKeys(nn.Module):
             self.sub_keys,
             self.experts_per_head,
             weighting=self.weighting,
+            pairing=self.pairing,
             backend=self.backend,
         )
         shape = (*x.shape[:-1], self.heads, self.experts_per_head)
@@ -167,5 +171,5 @@ class ProductKeys(nn.Module):
         return (
             f"num_experts={self.num_experts}, heads={self.heads}, experts_per_head={self.experts_per_head}, "
             f"key_dim={self.key_dim}, shared_keys={self.shared_keys}, "
-            f"weighting={self.weighting!r}"
+            f"weighting={self.weighting!r}, pairing={self.pairing!r}"
         )
