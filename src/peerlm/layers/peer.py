@@ -36,6 +36,7 @@ class PEER(nn.Module):
             its output more.
         pairing: the id of the expert of sub-keys i and j: "row-major", i * n + j, or "shells", which a layer that
             shall grow needs (`peerlm.surgery.grow`).
+        grown_from: of a layer that has grown and is not fully open, the number of experts before; see `ProductKeys`.
 
     Attributes:
         product_keys: the index, `ProductKeys`.
@@ -63,6 +64,7 @@ class PEER(nn.Module):
         row_format: str = "float32",
         weight_scale: float = 1.0,
         pairing: str = "row-major",
+        grown_from: int | None = None,
     ):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
@@ -82,6 +84,7 @@ class PEER(nn.Module):
             query_norm=query_norm,
             weighting=weighting,
             pairing=pairing,
+            grown_from=grown_from,
             backend=backend,
         )
         self.experts = ExpertTable(
