@@ -26,13 +26,16 @@ def fill_new_rows(
     """
     for begin in range(first, len(rows), _ROWS_AT_ONCE):
         part = slice(begin, min(begin + _ROWS_AT_ONCE, len(rows)))
-        fresh = torch.empty(part.stop - begin, *rows.shape[1:]).normal_(std=experts.dim**-0.5, generator=generator)
-        fresh[:, 1] = 0
-        if scales is None:
-            rows[part] = fresh.to(rows)
-        else:
-            whole, scale = quantise(fresh)
-            rows[part], scales[part] = whole.to(rows.device), scale.to(scales.device)
+        rows[part, 1] = 0
+        if scales is not None:
+            scales[part, 1] = 0
+        for vector in (0, 2) if experts.gated else (0,):
+            fresh = torch.empty(part.stop - begin, experts.dim).normal_(std=experts.dim**-0.5, generator=generator)
+            if scales is None:
+                rows[part, vector] = fresh.to(rows)
+            else:
+                whole, scale = quantise(fresh[:, None])
+                rows[part, vector], scales[part, vector] = whole[:, 0].to(rows.device), scale[:, 0].to(scales.device)
 
 
 def new_sub_keys(
