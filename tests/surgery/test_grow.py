@@ -151,6 +151,16 @@ def test_a_partly_open_layer_is_saved_and_loaded() -> None:
     assert same_bits(fresh(x), layer(x))
 
 
+@pytest.mark.filterwarnings("default")  # torch.compile warns of what it does
+@pytest.mark.parametrize("opening", [0, 0.5])
+def test_torch_compile_takes_a_partly_open_layer(opening: float) -> None:
+    layer, x = set_opening(grow(small_peer(), 49), opening).eval(), tokens()
+    compiled = torch.compile(layer, backend="eager")
+    assert torch.equal(compiled(x), layer(x))
+    set_opening(layer, 0.25)
+    assert torch.equal(compiled(x), layer(x))
+
+
 def test_autocast_and_half_precision_leave_a_partly_open_layer_its_experts() -> None:
     layer, x = set_opening(grow(small_peer(query_norm="none"), 49), 0.25).eval(), tokens()
     expected = layer.retrieve(x)
@@ -183,6 +193,9 @@ def test_crowded_keys_start_near_those_used_most(shared_keys: bool) -> None:
             assert torch.equal(fresh[1, head], old[1, head, [j, (j + 1) % 4]])
     noisy = grow(copy.deepcopy(layer), 100**2, keys="crowded", usage={"product_keys": usage}, noise=0.5)
     exact = grow(copy.deepcopy(layer), 100**2, keys="crowded", usage={"product_keys": usage}, noise=0)
+    ranked = exact.product_keys.sub_keys[:, :, 4:8]  # all of the old ones, the most used first, then again from there
+    assert torch.equal(exact.product_keys.sub_keys[:, :, 8:12], ranked)
+    assert len({tuple(key.tolist()) for key in ranked[0, 0]}) == 4
     difference = (noisy.product_keys.sub_keys - exact.product_keys.sub_keys)[:, :, 4:]
     spread = old.square().mean(dim=(-2, -1)).sqrt()
     torch.testing.assert_close(difference.std(dim=(-2, -1)), 0.5 * spread, rtol=0.2, atol=0)
@@ -314,14 +327,19 @@ def test_the_optimizer_goes_on_after_renumbering(kind: str) -> None:
     torch.testing.assert_close(twin.experts.rows, layer.experts.rows[order], rtol=1e-12, atol=1e-12)
 
 
-def test_without_the_optimizer_rows_left_behind_are_brought_up_to_date() -> None:
-    layer, batches = small_peer(), [tokens(1) for _ in range(5)]
+@pytest.mark.parametrize("change", ["grow", "to_shells"])
+def test_without_the_optimizer_rows_left_behind_are_brought_up_to_date(change: str) -> None:
+    layer = small_peer(pairing="shells" if change == "grow" else "row-major")
+    batches = [tokens(1) for _ in range(5)]
     twin = copy.deepcopy(layer)
     for each in (layer, twin):
         train(each, OPTIMIZERS["RowAdamW"](each), batches)
     left_behind = layer.experts.rows.detach().clone()
-    grown = grow(layer, 49)
-    assert torch.equal(grown.experts.rows[:16], twin.eval().experts.rows)
+    changed = grow(layer, 49) if change == "grow" else to_shells(layer)
+    up_to_date = twin.eval().experts.rows
+    if change == "to_shells":
+        up_to_date = up_to_date[[i * 4 + j for i, j in expert_pairs(4, "shells")]]
+    assert torch.equal(changed.experts.rows[:16], up_to_date)
     assert not torch.equal(left_behind, twin.experts.rows)
 
 
