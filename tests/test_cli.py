@@ -112,7 +112,9 @@ def test_eval_prints_a_table_of_every_measure(capsys: pytest.CaptureFixture[str]
     code, out, _ = run(capsys, "eval", "run", "a.txt", "b.jsonl", "--context", "64", "--stride", "32", "--limit", "9")
     assert code == 0
     files = [Path("a.txt"), Path("b.jsonl")]
-    evaluate.assert_called_once_with(Path("run"), files, context=64, stride=32, limit=9, progress=True)
+    evaluate.assert_called_once_with(
+        Path("run"), files, context=64, stride=32, limit=9, detokenized=False, progress=True
+    )
     for text in ("a.txt", "12,345", "20.12", "accuracy", "0.25"):
         assert text in out
 

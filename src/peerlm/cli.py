@@ -9,11 +9,13 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from peerlm import __version__
@@ -142,6 +144,8 @@ def evaluate(
     """Measure perplexity, bits per byte, accuracy of last words (LAMBADA), use of the experts, and lm-eval's tasks."""
     from peerlm.evaluate import evaluate
 
+    if tasks and not files and (detokenize or stride is not None):
+        raise UserError("--stride and --detokenize are for files, and there are none; name one, or leave them out")
     to_stdout = json_file == Path("-")
     rows: dict[str, dict[str, Any]] = {}
     if files or not tasks:
@@ -185,6 +189,56 @@ def compare(
 
 
 @app.command(
+    epilog="Examples: peerlm neurons runs/dense --text book.txt --output runs/neurons\n\n"
+    "peerlm neurons runs/dense --data data/books --output runs/neurons --finetune 0.2 --flops 1e12"
+)
+def neurons(
+    run: Run,
+    output: Annotated[Path, typer.Option(help="Folder to write; rows that are there are not measured again.")],
+    text: Annotated[list[Path], typer.Option(help="Text to learn from; its last fifth is held out. Repeatable.")] = [],  # noqa: B006
+    data: Annotated[Path | None, typer.Option(help="Prepared folder to learn from, in place of text.")] = None,
+    heads: Annotated[int, typer.Option(help="Heads of each index.")] = 8,
+    key_dim: Annotated[int, typer.Option(help="Size of a head's query.")] = 16,
+    windows: Annotated[int, typer.Option(min=1, help="Held-out windows to measure on.")] = 128,
+    fit_steps: Annotated[int, typer.Option(min=0, help="Batches from which each index is learned.")] = 300,
+    finetune: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Finetune with this share of the neurons, not the report.")
+    ] = None,
+    flops: Annotated[list[float], typer.Option(help="Budget of finetuning; repeatable.")] = [0.0, 1e12],  # noqa: B006
+    learning_rate: Annotated[list[float], typer.Option(help="Peak rate of finetuning; repeatable.")] = [1e-3],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Retrieve a dense model's neurons by a learned index: how few of them suffice, and how that finetunes."""
+    from peerlm.experiments.neuron_finetune import finetune_neurons
+    from peerlm.experiments.neurons import measure_neurons
+
+    options: dict[str, Any] = {
+        "text": text,
+        "data": data,
+        "settings": {"heads": heads, "key_dim": key_dim},
+        "windows": windows,
+        "fit_steps": fit_steps,
+        "progress": not as_json,
+    }
+    if finetune is not None:
+        rows = finetune_neurons(run, output, share=finetune, flops=flops, learning_rates=learning_rate, **options)
+        columns = {f"{row['start']}, {row['flops']:.3g} FLOPs, rate {row['learning_rate']}": row for row in rows}
+        shown = ["perplexity", "train_tokens", "total_parameters", "seconds"]
+        result: object = rows
+    else:
+        report = measure_neurons(run, output, **options)
+        columns = {f"{row['retrieval']} {row['share']:.0%}": row for row in report["rows"]}
+        shown = ["perplexity", "dense_perplexity", "flops_per_token"]
+        result = report
+    if as_json:
+        _print_json(result)
+        return
+    _print_table(str(run), _transposed(columns, shown))
+    if finetune is None:
+        _print_table("smallest share within an increase of perplexity", report["smallest_shares"])
+
+
+@app.command(
     epilog="Examples: peerlm generate runs/a 'Once upon a time'\n\n"
     "peerlm generate runs/a 'The capital of' --temperature 0 --tokens 20"
 )
@@ -216,29 +270,40 @@ def convert(
         "beside"
     ),
     layers: Annotated[str, typer.Option(help="all, middle, or numbers as in 0,3,-1.")] = "all",
-    init: Annotated[str, typer.Option(help="How the new layers are made.")] = "random",
+    init: Annotated[
+        str, typer.Option(help="random experts, or with --mode replace the layer's own neurons, retrieved.")
+    ] = "random",
+    text: Annotated[list[Path], typer.Option(help="Text from which --init neurons learns its index; repeatable.")] = [],  # noqa: B006
     settings: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of PEER's; repeatable.")
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of the new layers; repeatable.")
     ] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
     undo: Annotated[bool, typer.Option("--undo", help="Take away what was added beside.")] = False,
     as_json: Json = False,
 ) -> None:
     """Put PEER into a model of any architecture, beside its dense feed-forward layers or in their place."""
+    from peerlm.data.tokenizer import open_tokenizer
     from peerlm.evaluate.loading import model_folder
+    from peerlm.evaluate.windows import batches_of, text_windows
+    from peerlm.experiments.neuron_setup import progress_bar
     from peerlm.surgery.folder import convert_folder
     from peerlm.surgery.settings import read_layers, read_settings
 
-    row = convert_folder(
-        model_folder(model),
-        output,
-        mode=mode,
-        layers=read_layers(layers),
-        init=init,
-        settings=read_settings(settings),
-        seed=seed,
-        undo=undo,
-    )
+    folder = model_folder(model)
+    samples = batches_of(text_windows(open_tokenizer(folder), text, context=256)) if text else None
+    with progress_bar(shown=not as_json) as bar:
+        row = convert_folder(
+            folder,
+            output,
+            mode=mode,
+            layers=read_layers(layers),
+            init=init,
+            settings=read_settings(settings),
+            samples=samples,
+            seed=seed,
+            undo=undo,
+            report=partial(_advance, bar, {}),
+        )
     if as_json:
         _print_json(row)
     else:
@@ -311,6 +376,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(exit_code)
 
 
+def _advance(bar: Progress, tasks: dict[str, TaskID], name: str, done: int, total: int) -> None:
+    """Show how far the work of this name is."""
+    if name not in tasks:
+        tasks[name] = bar.add_task(name, total=total)
+    bar.update(tasks[name], completed=done)
+
+
 def _sentence(error: Exception) -> str:
     """One line about an error, without the number that the system gives it."""
     if isinstance(error, OSError) and error.strerror:
@@ -334,6 +406,11 @@ def _print_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
     for key in keys:
         table.add_row(key.replace("_", " "), *(_cell(column.get(key, "")) for column in columns.values()))
     Console().print(table)
+
+
+def _transposed(columns: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """These keys as columns, with a row for each column."""
+    return {key.replace("_", " "): {name: column[key] for name, column in columns.items()} for key in keys}
 
 
 def _cell(value: object) -> str:

@@ -157,6 +157,44 @@ def test_files_and_tasks_in_one_table(saved, tasks, tmp_path, capsys) -> None:
     assert "bits per byte" in out
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("{{context}}", "{{context"), "TemplateSyntaxError: unexpected end of template"),
+        (("{{context}}", "{{contxt}}"), "UndefinedError: 'contxt' is undefined"),
+        (("words.jsonl", "none.jsonl"), "StopIteration"),
+    ],
+)
+def test_what_a_task_file_gets_wrong_is_one_sentence(saved, tasks, change, reason) -> None:
+    (tasks / "none.jsonl").write_text("")
+    file = tasks / "words.yaml"
+    file.write_text(file.read_text().replace(*change))
+    with pytest.raises(UserError, match=rf"lm-eval cannot run words \({reason}.*\); mend the task file"):
+        harness.evaluate_tasks(saved, [file])
+
+
+def test_a_figure_too_large_for_lm_eval_is_named(saved, tasks) -> None:
+    (tasks / "rolling.jsonl").write_text(json.dumps({"text": "lamp" * 2000}) + "\n")
+    file = tasks / "rolling.yaml"
+    file.write_text(file.read_text().replace("bits_per_byte", "word_perplexity"))
+    with pytest.raises(UserError, match="a perplexity of rolling is too large to write; ask for bits_per_byte"):
+        harness.evaluate_tasks(saved, [file])
+
+
+def test_a_name_that_two_files_define(saved, tasks) -> None:
+    (tasks / "again.yaml").write_text((tasks / "words.yaml").read_text())
+    with pytest.raises(UserError, match=r"defines no task of its own; it needs a line `task: NAME`, with a name that"):
+        harness.evaluate_tasks(saved, [tasks])
+
+
+@pytest.mark.parametrize("option", ["--detokenize", "--stride=3"])
+def test_options_of_files_are_not_for_tasks(saved, tasks, option, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", str(saved), "--tasks", str(tasks / "words.yaml"), option])
+    assert stopped.value.code == 2
+    assert "error: --stride and --detokenize are for files, and there are none" in capsys.readouterr().err
+
+
 def main_exits(arguments) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -190,7 +228,7 @@ def test_lm_evals_generic_model_gives_the_same(saved, tasks) -> None:
     [
         (["nowhere.yaml"], {}, "nowhere.yaml is not a file"),
         (["empty"], {}, "empty has no task files"),
-        (["empty/broken.yaml"], {}, "broken.yaml defines no task|cannot be read"),
+        (["empty/broken.yaml"], {}, "broken.yaml defines no task of its own|cannot be read"),
         (["no_such_task"], {}, "lm-eval knows no task 'no_such_task'"),
         (["tasks/words.yaml"], {"limit": 0}, "limit is 0; it must be at least 1"),
         (["tasks/words.yaml"], {"batch_size": 0}, "batch_size is 0; it must be at least 1"),

@@ -83,6 +83,11 @@ def change_kind(folder):
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "pear"}))
 
 
+def spoil_a_size(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": "wide"}))
+
+
 def drop_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
 
@@ -102,6 +107,7 @@ def enlarge_tokenizer(folder):
         (forget_a_tensor, r"lacks 1 of the model's weights, such as model\.norm\.weight; restore it"),
         (change_shape, r"holds no model that can be read \(.*\); restore it"),
         (change_kind, r"holds no model that can be read \(.*pear.*\); restore it"),
+        (spoil_a_size, r"holds no model that can be read \(.*intermediate_size.*\); restore it"),
         (drop_tokenizer, "has no tokenizer"),
         (enlarge_tokenizer, r"has 3\d\d tokens, but its model knows 300; restore the tokenizer"),
     ],

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from peerlm.ops import native
+from peerlm.ops.api import dot_values
 
 pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable())
 
@@ -51,6 +52,23 @@ def test_memory_that_nobody_wants_goes_back_to_the_system() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 3])
 def test_small_tensors_are_torchs_own(rows: int) -> None:
     assert native.recycled(rows, 3, 5).shape == (rows, 3, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_of_rows_do_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, ids, grad_y = torch.randn(5, 8), torch.randint(16, (5, 4)), torch.randn(5, 4)
+    found = []
+    for default in (torch.float32, dtype):
+        values = torch.ones(16, 8, requires_grad=True)
+        torch.set_default_dtype(default)
+        try:
+            dot_values(x, ids, values, backend="cpu", row_gradients=True).backward(grad_y)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert values.grad is not None
+        found.append(values.grad.to_dense())
+    assert torch.equal(*found)
 
 
 def _resident() -> int:

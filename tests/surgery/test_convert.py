@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,20 @@ def test_records_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     edit_record(tmp_path, init="random", sites=[record.sites[0] | {"path": "model.layers.9.mlp"}])
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no module model.layers.9.mlp, which the configuration"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    for damage in (
+        {"settings": {"nonsense": 1}},
+        {"settings": [1]},
+        {"sites": [{"path": "model"}]},
+        {"mode": "inside"},
+    ):
+        edit_record(tmp_path, **(vars(record) | damage))
+        with pytest.raises(ValueError, match=r"record of a conversion cannot be read \(.+\); restore config.json, or"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]["init"], config["quantization_config"]["sites"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"record of a conversion cannot be read \(it lacks init, sites\); restore"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
     build("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="a saved model cannot be converted while it is loaded; load it, then call"):
         AutoModelForCausalLM.from_pretrained(
@@ -293,6 +309,48 @@ def test_a_compiled_model_computes_the_same(name: str, mode: str) -> None:
     torch.testing.assert_close(loss, expected)
     for (path, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-5, msg=path)
+
+
+def test_threads_that_read_at_once_do_not_meet() -> None:
+    model = convert(build("opt"), **PEER_SETTINGS)  # between whose first map and last there is something to keep
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("experts.rows"):
+                parameter.normal_()
+    inputs = [batch(model, seed=seed) for seed in (0, 1)]
+    expected = [logits(model, each) for each in inputs]
+    meeting = threading.Barrier(2)
+
+    def meet(*_: Any) -> None:
+        meeting.wait(timeout=20)
+
+    handle = find_ffws(model)[0].down.module.register_forward_hook(meet)  # both have read, and neither has written
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda each: logits(model, each), inputs))
+    handle.remove()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("mode", ["beside", "replace"])
+def test_another_model_of_the_same_configuration_is_not_converted(mode: str, tmp_path: Path) -> None:
+    model = build("llama")
+    other = type(model)(model.config).eval()
+    convert(model, mode=mode, **PEER_SETTINGS)
+    assert not hasattr(other.config, "quantization_config")
+    for module in model.modules():
+        assert getattr(module, "config", model.config) is model.config
+    other.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, batch(other)), logits(other, batch(other)))
+    convert(other, mode=mode, **PEER_SETTINGS)
+
+
+def test_weights_that_are_not_in_memory_are_refused() -> None:
+    with torch.device("meta"):
+        model = type(build("llama"))(build("llama").config)
+    with pytest.raises(ValueError, match=r"has weights that are not in memory, such as .*; load it whole"):
+        convert(model, **PEER_SETTINGS)
 
 
 def test_found_layers_of_a_shared_block_are_converted_once() -> None:

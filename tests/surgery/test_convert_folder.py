@@ -35,9 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cut").mkdir()
     for path in (folder / "bert").iterdir():
         (folder / "cut" / path.name).write_bytes(path.read_bytes()[: -7 if path.suffix == ".safetensors" else None])
-    (folder / "foreign").mkdir()
-    config = json.loads((folder / "bert" / "config.json").read_text()) | {"architectures": ["BertForPoetry"]}
-    (folder / "foreign" / "config.json").write_text(json.dumps(config))
+    for name, change in (("foreign", {"architectures": ["BertForPoetry"]}), ("odd", {"hidden_size": "wide"})):
+        (folder / name).mkdir()
+        config = json.loads((folder / "bert" / "config.json").read_text()) | change
+        (folder / name / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -96,6 +97,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "no such folder": (lambda f: [f / "none", f / "new"], "none is not a folder"),
     "no model in it": (lambda f: [f / "empty", f / "new"], "is neither a run"),
     "weights cut short": (lambda f: [f / "cut", f / "new"], "holds no model that can be read"),
+    "a size that is no number": (lambda f: [f / "odd", f / "new"], "holds no model that can be read"),
+    "more experts than memory": (lambda f: [f / "bert", f / "new", "--set=num_experts=1000000000000"], "memory"),
+    "seed too large": (lambda f: [f / "bert", f / "new", "--seed=99999999999999999999"], "seed is 9999"),
+    "a word for a switch": (lambda f: [f / "bert", f / "new", "--set=gated=no"], "gated is 'no'; it must be true or"),
     "unknown class": (lambda f: [f / "foreign", f / "new"], "of the architecture 'BertForPoetry'"),
     "output exists": (lambda f: [f / "bert", f / "mine.txt"], "mine.txt exists already; name a new folder"),
     "output is the input": (lambda f: [f / "bert", f / "bert"], "exists already"),
@@ -107,7 +112,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "setting without value": (lambda f: [f / "bert", f / "new", "--set=heads"], "write it as key=value"),
     "experts no square": (lambda f: [f / "bert", f / "new", "--set=num_experts=65"], "the nearest is 64"),
     "experts no number": (lambda f: [f / "bert", f / "new", "--set=num_experts=many"], "whole number"),
-    "dropout no number": (lambda f: [f / "bert", f / "new", "--set=dropout=much"], "cannot convert"),
+    "dropout no number": (lambda f: [f / "bert", f / "new", "--set=dropout=much"], "dropout is 'much'; it must be a n"),
+    "norm no name": (lambda f: [f / "bert", f / "new", "--set=query_norm=[1]"], "query_norm is [1]; it must be a word"),
     "mixture of experts": (lambda f: [f / "mixtral", f / "new"], "mixtures of experts"),
     "nothing to undo": (lambda f: [f / "bert", f / "new", "--undo"], "is not converted"),
 }

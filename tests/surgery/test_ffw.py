@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
 
 from peerlm.layers import DenseFFW
 from peerlm.surgery import FFW, find_ffws
@@ -125,6 +126,16 @@ def test_a_model_without_dense_layers() -> None:
 def test_two_maps_without_an_activation_are_no_layer() -> None:
     with pytest.raises(ValueError, match="PhiForCausalLM has no dense feed-forward layer in its blocks"):
         find_ffws(build("phi", hidden_act="linear"))
+
+
+def test_a_model_that_cannot_read_random_tokens_alone_asks_for_inputs() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = {**sizes, "vocab_size": 64}, {**sizes, "image_size": 8, "patch_size": 4}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision))
+    with pytest.raises(ValueError, match=r"CLIPModel cannot read random input_ids \(.+\); pass inputs=, the arguments"):
+        find_ffws(model)
+    both = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "pixel_values": torch.rand(2, 3, 8, 8)}
+    assert len(find_ffws(model, both)) == 2
 
 
 def test_a_model_that_reads_something_else_is_given_its_inputs() -> None:

@@ -129,6 +129,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     ),
     "still closed": (lambda f: [f / "closed", f / "new", "--num-experts=64"], "grew from 16 experts and is open at 0"),
     "opened too far": (lambda f: [f / "shells", f / "new", "--num-experts=36", "--opening=2"], "opening is 2.0; take"),
+    "too many": (lambda f: [f / "shells", f / "new", "--num-experts=1000000000000"], "cannot grow"),
+    "seed too large": (lambda f: [f / "shells", f / "new", "--num-experts=36", f"--seed={2**64}"], "fit into 64 bits"),
     "no PEER layer": (lambda f: [f / "llama", f / "new", "--num-experts=36"], "LlamaForCausalLM has no PEER layer"),
 }
 

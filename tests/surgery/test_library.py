@@ -324,6 +324,8 @@ def rewrite_config(folder: Path, **changes: Any) -> None:
         ({"peft_type": "IA3"}, "has peft_type 'IA3'; a library takes LORA alone"),
         ({"use_dora": True}, "has use_dora = True, which a library cannot mix"),
         ({"bias": "all"}, "has bias = 'all'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights = 'pissa_niter_4'"),
+        ({"arrow_config": {"top_k": 2}}, "has arrow_config"),
         ({"modules_to_save": ["lm_head"]}, "has modules_to_save"),
         ({"lora_alpha": None}, "has lora_alpha = None; it must be a number"),
     ],
@@ -389,6 +391,9 @@ def test_wrong_arguments_are_named(library: AdapterLibrary, tmp_path: Path) -> N
         ({"key": torch.zeros(15)}, r"key has shape \(15,\); it must be \(16,\)"),
         ({"texts": ["a string"]}, "the library has no tokenizer"),
         ({"texts": []}, "there is no text to make a key from"),
+        ({"texts": "a string"}, "texts is one str; give a list of texts"),
+        ({"texts": IDS[0]}, "texts is one Tensor; give a list of texts"),
+        ({"texts": [IDS]}, r"a text has token ids of shape \(3, 6\)"),
     ):
         with pytest.raises(ValueError, match=message):
             library.add(save_lora(tmp_path / "fresh", seed=1), **arguments)
@@ -404,6 +409,8 @@ def test_wrong_arguments_are_named(library: AdapterLibrary, tmp_path: Path) -> N
         library.add(tmp_path / "fresh", key=torch.zeros(16))
     with pytest.raises(UserError, match="has no adapter 'gone'; it has low, middle, high"):
         library.remove("gone")
+    with pytest.raises(ValueError, match="there are no texts to fit keys to"):
+        library.fit_keys({})
     with pytest.raises(ValueError, match="has no adapters yet; add some"):
         AdapterLibrary(model, tmp_path / "other").retrieve(IDS)
 
@@ -415,13 +422,54 @@ def test_wrong_calls_of_the_model_are_named(library: AdapterLibrary) -> None:
         with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 1, 6, 6\)"):
             logits(library.model, attention_mask=torch.ones(3, 1, 6, 6))
     past = library.model(input_ids=IDS, use_cache=True).past_key_values
-    with library, pytest.raises(ValueError, match="adapters are not known for a batch of 3"):
-        logits(library.model, IDS[:, :1], past_key_values=past)
+    for route in ("sequence", "token"):
+        other = AdapterLibrary(library.model, library.folder, route=route)
+        with other, pytest.raises(ValueError, match="past_key_values hold a prompt of 3 sequences whose adapters are"):
+            logits(library.model, IDS[:, :1], past_key_values=past)
     with library:
-        logits(library.model)
-        assert library._mix is not None
-        with pytest.raises(ValueError, match=r"q_proj reads \(18, 16\), but adapters were chosen for \(3,\) sequences"):
-            library._mix.output("model.layers.0.self_attn.q_proj", torch.zeros(18, 16))
+        past = library.model(input_ids=IDS[:2], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="past_key_values hold a prompt of 3 sequences"):
+            logits(library.model, IDS[:, :1], past_key_values=past)
+    mix = library._mix_of(*library._choose(torch.zeros(3, 16)))
+    with pytest.raises(ValueError, match=r"q_proj reads \(18, 16\), but adapters were chosen for \(3,\) sequences"):
+        mix.output("model.layers.0.self_attn.q_proj", torch.zeros(18, 16))
+
+
+def test_arguments_of_the_model_may_be_given_by_position(library: AdapterLibrary) -> None:
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    other = IDS.clone()
+    other[0, :3] = torch.tensor([50, 60, 55])  # what stands at padding would choose another adapter
+    with library, torch.no_grad():
+        assert torch.equal(library.model(other, mask).logits, logits(library.model, other, attention_mask=mask))
+
+
+@pytest.mark.parametrize("route", ["sequence", "token"])
+def test_conversations_that_alternate_keep_adapters_of_their_own(library: AdapterLibrary, route: str) -> None:
+    library = AdapterLibrary(library.model, library.folder, route=route)
+    one, other = IDS[:1], IDS[1:2]
+    with library, torch.no_grad():
+        past = library.model(input_ids=one, use_cache=True).past_key_values
+        expected = logits(library.model, one[:, :1], past_key_values=past)
+        past = library.model(input_ids=one, use_cache=True).past_key_values
+        library.model(input_ids=other, use_cache=True)
+        assert torch.equal(logits(library.model, one[:, :1], past_key_values=past), expected)
+
+
+def test_keys_are_made_without_changing_modes(library: AdapterLibrary) -> None:
+    library.model.train()
+    frozen = library.model.model.layers[0].eval()
+    modes = [module.training for module in library.model.modules()]
+    library.features([IDS[0]])
+    assert [module.training for module in library.model.modules()] == modes
+    assert not frozen.training
+
+
+def test_names_of_the_librarys_own_files_are_refused(library: AdapterLibrary, tmp_path: Path) -> None:
+    for name in ("library.json", "keys-0.safetensors"):
+        with pytest.raises(UserError, match="an adapter cannot be named"):
+            library.add(tmp_path / "low", key=torch.zeros(16), name=name)
+    assert AdapterLibrary(llama(), library.folder).names == library.names
 
 
 def test_damaged_and_foreign_libraries_are_refused(library: AdapterLibrary) -> None:

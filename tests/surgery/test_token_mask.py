@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from peerlm.surgery import convert
+from peerlm.surgery.token_mask import TokenMask
 
 from .conftest import ARCHITECTURES, PEER_SETTINGS, batch, build
 
@@ -65,6 +66,31 @@ def test_a_mask_does_not_outlive_its_pass() -> None:
     with torch.no_grad():
         model(**batch(model, masked=True))
         assert torch.equal(model.get_submodule("model.layers.0.mlp")(hidden), fresh(hidden))
+
+
+def test_a_mask_does_not_outlive_a_pass_that_fails() -> None:
+    model, hidden = awake("llama"), torch.randn(2, 9, 16)
+    fresh = copy.deepcopy(model.get_submodule("model.layers.0.mlp"))
+
+    def fail(module: torch.nn.Module, arguments: Any) -> None:
+        raise RuntimeError("no memory")
+
+    with torch.no_grad():
+        handle = model.get_submodule("model.layers.1").register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            model(**batch(model, masked=True))
+        handle.remove()
+        fresh.load_state_dict(model.get_submodule("model.layers.0.mlp").state_dict())
+        assert torch.equal(model.get_submodule("model.layers.0.mlp")(hidden), fresh(hidden))
+
+
+def test_a_mask_comes_to_the_device_of_the_layer() -> None:
+    masks = TokenMask()
+    masks.attention_mask = torch.ones(2, 9)
+    for shape in ((2, 9, 16), (18, 16)):
+        mask = masks.of(torch.empty(*shape, device="meta"))
+        assert mask is not None
+        assert mask.device.type == "meta"
 
 
 def test_a_pass_without_a_mask_counts_all_tokens() -> None:

@@ -82,9 +82,14 @@ def evaluate_tasks(
             results = simple_evaluate(
                 model=model, tasks=names, task_manager=manager, limit=limit, num_fewshot=fewshot, log_samples=False
             )
-        except (ValueError, KeyError, TypeError) as error:
-            detail = " ".join(str(error).split())
-            raise UserError(f"lm-eval cannot run {', '.join(names)} ({detail}); mend the task file") from error
+        except OverflowError as error:
+            raise UserError(
+                f"a perplexity of {', '.join(names)} is too large to write; ask for bits_per_byte instead"
+            ) from error
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # whatever templates, metrics and data raise
+            raise UserError(f"lm-eval cannot run {', '.join(names)} ({_short(error)}); mend the task file") from error
     return {name: _row(results, name) for name in results["results"]}
 
 
@@ -115,7 +120,9 @@ def _find_tasks(tasks: Sequence[str | Path]) -> tuple[TaskManager, list[str]]:
     by_file = {Path(entry.yaml_path).resolve(): name for name, entry in manager.task_index.items() if entry.yaml_path}
     for file in files:
         if file.resolve() not in by_file:
-            raise UserError(f"{file} defines no task; it needs a line `task: NAME`")
+            raise UserError(
+                f"{file} defines no task of its own; it needs a line `task: NAME`, with a name that no other file has"
+            )
         names.append(by_file[file.resolve()])
     for name in names:
         if name not in manager.task_index:
@@ -136,7 +143,7 @@ def _row(results: Any, name: str) -> dict[str, Any]:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from peerlm.evaluate.likelihood import device_of, evaluating, last_logits, token_nats
+from peerlm.evaluate.likelihood import device_of, last_logits, token_nats
+from peerlm.layers.modes import evaluating
 
 
 class Windows(Sized, Protocol):

@@ -15,12 +15,12 @@ from peerlm.evaluate.likelihood import (
     Report,
     check_context,
     device_of,
-    evaluating,
     exp,
     last_logits,
     silent,
     token_nats,
 )
+from peerlm.layers.modes import evaluating
 
 
 @dataclass(frozen=True, kw_only=True)

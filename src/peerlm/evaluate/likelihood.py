@@ -3,8 +3,7 @@
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +17,6 @@ Report = Callable[[int, int], object]
 
 def silent(done: int, total: int) -> None:
     """Report to nobody."""
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode without gradients; on exit every submodule gets its own mode back."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training:
-            module.training = mode
 
 
 def check_context(model: nn.Module, context: int) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import peerlm.model
 import peerlm.surgery  # noqa: F401, the two register our models, and converted ones, with transformers
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
+from peerlm.surgery.folder import reading
 
 MAX_DEFAULT_CONTEXT = 2048
 
@@ -28,11 +28,8 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFa
     """
     folder = model_folder(path)
     tokenizer = open_tokenizer(folder)
-    try:
+    with reading(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"{folder} holds no model that can be read ({detail}); restore it") from error
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])

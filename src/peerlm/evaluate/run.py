@@ -44,7 +44,7 @@ def evaluate(
         stride: tokens that each window scores of text; default: half the context.
         limit: tokens of each file that are read; default: all.
         detokenized: read tokenised text, such as WikiText's, as people write it (see `evaluate.detokenize`); its bytes
-            and words, which bits_per_byte and word_perplexity divide by, are still those of the file.
+            and words, which bits_per_byte and word_perplexity divide by, are still those of the file. Passages stay.
         progress: whether to show a bar on stderr, when that is a terminal.
 
     Returns:

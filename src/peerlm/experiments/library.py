@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 
 from peerlm.errors import UserError
 from peerlm.evaluate.files import read_documents
-from peerlm.evaluate.likelihood import evaluating
 from peerlm.evaluate.loading import load_model
 from peerlm.experiments.rows import append_row
+from peerlm.layers.modes import evaluating
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.surgery.library import AdapterLibrary
 from peerlm.surgery.library.lora_files import WEIGHTS_NAME

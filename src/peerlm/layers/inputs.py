@@ -3,9 +3,17 @@
 import difflib
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
 
 from torch import Tensor
+
+_VALUES: dict[Any, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    float: (Real, "a number"),
+    str: (str, "a word"),
+}
 
 
 def check_sizes(**sizes: int) -> None:
@@ -17,14 +25,21 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} is {size}; it must be at least 1")
 
 
-def check_settings(layer: type, name: str, settings: Iterable[str]) -> None:
-    """Raise a ValueError for the first of these that is no keyword argument of the layer; messages call it `name`."""
-    known = list(inspect.signature(layer).parameters)[1:]
-    for key in settings:
+def check_settings(layer: type, name: str, settings: Mapping[str, Any], *, besides: Iterable[str] = ("dim",)) -> None:
+    """Raise a ValueError for the first of these that is no argument of the layer besides those that are set for it.
+
+    Also for one whose value is no switch, number or word where the layer takes one: "no" would count as true.
+    Whole numbers are what `check_sizes` sees to. Messages call the layer `name`.
+    """
+    known = {key: each for key, each in inspect.signature(layer).parameters.items() if key not in besides}
+    for key, value in settings.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
             raise ValueError(f"{name} has no setting {key!r}; {hint}")
+        expected, said = _VALUES.get(known[key].annotation, (object, ""))
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is Real):
+            raise ValueError(f"{key} is {value!r}; it must be {said}")
 
 
 def check_weight_scale(weight_scale: float) -> None:

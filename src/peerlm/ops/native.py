@@ -53,7 +53,7 @@ def recycled(rows: int, parts: int, dim: int) -> Tensor:
     The system clears every page that it hands out, which for the gradient of a table's rows costs a fifth of a step.
     """
     if 4 * rows * parts * dim < _WORTH_KEEPING:
-        return torch.empty(rows, parts, dim)
+        return torch.empty(rows, parts, dim, dtype=torch.float32, device="cpu")
     tensor: Tensor = module.recycled(rows, parts, dim)
     return tensor
 

@@ -1,7 +1,6 @@
 """Find a model's dense feed-forward layers by what they compute, whatever the model calls them."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peerlm.layers.modes import evaluating
 from peerlm.ops.reference import ACTIVATIONS
-from peerlm.surgery.neurons import Neurons
+from peerlm.surgery.neurons.neurons import Neurons
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -108,7 +108,11 @@ def find_ffws(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -
 
 def survey(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> tuple[list[FFW], list[str]]:
     """What `find_ffws` returns, and the paths of mixtures of experts: stacked matrices, or lists of layers."""
-    found = list(_search(_record(model, example_inputs(model) if inputs is None else inputs), model))
+    calls = _record_example(model) if inputs is None else _record(model, inputs)
+    for call in calls:
+        if call.y.isnan().any():
+            raise ValueError(f"{call.path} of this {type(model).__name__} writes NaN; restore the model's weights")
+    found = list(_search(calls, model))
     lists = [_list_of(model, ffw.path) for ffw in found]
     ffws = [ffw for ffw, experts in zip(found, lists, strict=True) if experts is None]
     mixtures = list(dict.fromkeys([*filter(None, lists), *_stacks(model)]))
@@ -178,19 +182,6 @@ class _Call:
     y: Tensor
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _record(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Call]:
     """Every call of a module inside a block that maps a tensor to a tensor, in the order of their ends."""
     calls: list[_Call] = []
@@ -214,6 +205,17 @@ def _record(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Call]:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _record_example(model: PreTrainedModel) -> list[_Call]:
+    inputs = example_inputs(model)
+    try:
+        return _record(model, inputs)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot read random {' and '.join(inputs)} ({error}); pass inputs=, the "
+            "arguments of its forward pass"
+        ) from error
 
 
 def _block_of(model: nn.Module, path: str) -> str | None:

@@ -1,13 +1,15 @@
 """Convert a saved model to another folder."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
@@ -39,17 +41,20 @@ def convert_folder(
     layers: str | Sequence[int] | None = None,
     init: str = "random",
     settings: dict[str, Any] | None = None,
+    samples: Iterable[Mapping[str, Any]] | None = None,
     undo: bool = False,
     seed: int = 0,
+    report: Callable[[str, int, int], object] | None = None,
 ) -> dict[str, Any]:
     """Load a model that `save_pretrained` wrote, convert it (or with `undo` unconvert it), and save it.
 
     Args:
         source: its folder; the class that its configuration names is loaded.
         output: the folder to write, whole or not at all; the tokenizer is copied.
-        mode, layers, init, settings: as `convert` takes them.
+        mode, layers, init, settings, samples: as `convert` takes them.
         undo: call `unconvert`, and nothing else.
         seed: of the new weights.
+        report: as of `fit_neurons`.
 
     Returns:
         "layers" (paths of the feed-forward layers), "mode", "init", "parameters before", "parameters after".
@@ -59,6 +64,7 @@ def convert_folder(
     """
     if output.exists():
         raise UserError(f"{output} exists already; name a new folder")
+    check_seed(seed)
     model = load_saved(source)
     before = count_parameters(model)
     torch.manual_seed(seed)
@@ -67,9 +73,16 @@ def convert_folder(
             record = conversion_of(model)
             unconvert(model)
         else:
-            convert(model, mode=mode, layers=layers, init=init, **(settings or {}))
+            fit = {"seed": seed, "report": report}
+            convert(model, mode=mode, layers=layers, init=init, samples=samples, fit=fit, **(settings or {}))
             record = conversion_of(model)
-    except (ValueError, TypeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+    ) as error:  # torch's own for too little memory
         raise UserError(f"cannot convert {source}: {error}") from error
     assert record is not None  # unconvert refuses a model without one
     save_changed(model, source, output)
@@ -82,20 +95,33 @@ def convert_folder(
     }
 
 
+def check_seed(seed: int) -> None:
+    """Raise a UserError where torch takes no such seed."""
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"seed is {seed}; it must fit into 64 bits")
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Within this context what goes wrong is put down to the saved model in a folder, in one UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (SafetensorError, StrictDataclassError, OSError, ValueError, RuntimeError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{folder} holds no model that can be read ({detail}); restore it") from error
+
+
 def load_saved(folder: Path) -> PreTrainedModel:
     """The model that `save_pretrained` wrote, of the class that its configuration names.
 
     Raises:
         UserError: there is none, or it cannot be read, or has other weights than its configuration says.
     """
-    try:
+    with reading(folder):
         config = AutoConfig.from_pretrained(folder)
         loaded: Any = _class_of(config, folder).from_pretrained(folder, output_loading_info=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        detail = " ".join(str(error).split())
-        raise UserError(f"{folder} holds no model that can be read ({detail}); restore it") from error
     model, report = loaded
     for keys, what in ((report["missing_keys"], "lacks"), (report["unexpected_keys"], "has unknown")):
         if keys:

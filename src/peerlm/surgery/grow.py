@@ -68,7 +68,6 @@ def grow(
         fresh = new_sub_keys(
             index, n - index.sub_keys.shape[2], keys, (usage or {}).get(_index(name)), noise, generator
         )
-        _swap(index, "sub_keys", torch.cat([index.sub_keys, fresh], dim=2), optimizer, _padded(2, n))
         prepare_rows(experts.rows, None)
         carry = _padded(0, num_experts)
         rows = _appended(experts.rows, num_experts)
@@ -76,6 +75,7 @@ def grow(
         fill_new_rows(experts, rows, scales, old, generator)
         experts.scales = scales
         _swap(experts, "rows", rows, optimizer, carry)
+        _swap(index, "sub_keys", torch.cat([index.sub_keys, fresh], dim=2), optimizer, _padded(2, n))
         index.num_experts = experts.num_experts = num_experts
         index.grown_from, index.opening = old, torch.zeros((), device=rows.device)
     _record(model, num_experts=num_experts, grown_from=old)

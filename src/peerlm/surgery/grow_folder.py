@@ -5,7 +5,7 @@ from typing import Any
 
 from peerlm.errors import UserError
 from peerlm.layers import PEER
-from peerlm.surgery.folder import count_parameters, load_saved, save_changed
+from peerlm.surgery.folder import check_seed, count_parameters, load_saved, save_changed
 from peerlm.surgery.grow import grow, set_opening, to_shells
 
 
@@ -37,6 +37,7 @@ def grow_folder(
     """
     if output.exists():
         raise UserError(f"{output} exists already; name a new folder")
+    check_seed(seed)
     model = load_saved(source)
     before = count_parameters(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PEER)}
@@ -51,7 +52,7 @@ def grow_folder(
             to_shells(model)
         grow(model, num_experts, seed=seed)
         set_opening(model, opening)
-    except ValueError as error:
+    except (ValueError, RuntimeError, MemoryError) as error:  # torch's own for too little memory
         raise UserError(f"cannot grow {source}: {error}") from error
     save_changed(model, source, output)
     return {

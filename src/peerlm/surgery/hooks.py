@@ -5,10 +5,11 @@ from torch import nn
 
 def remove_hooks(module: nn.Module, kinds: type | tuple[type, ...]) -> None:
     """Remove the forward hooks and forward pre-hooks of these classes."""
-    for hooks, options in (
-        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    for hooks, *options in (
+        (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
     ):
         for key in [key for key, hook in hooks.items() if isinstance(hook, kinds)]:
             del hooks[key]
-            options.pop(key, None)
+            for option in options:
+                option.pop(key, None)

@@ -1,13 +1,17 @@
 """The kinds of layer that a conversion can build, by the names that `convert` takes as `init`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from peerlm.layers import PEER
-from peerlm.surgery.ffw import FFW, evaluating
+from peerlm.layers.inputs import check_settings
+from peerlm.layers.modes import evaluating
+from peerlm.surgery.ffw import FFW
+from peerlm.surgery.neurons import NeuronLayer, neuron_layer, neuron_layer_skeleton, pool_tables
 from peerlm.surgery.sites import Site
 
 
@@ -20,6 +24,12 @@ class Kind:
     skeleton: Callable[[Site, dict[str, Any]], nn.Module]
     """The same layer before its weights are loaded."""
     modes: tuple[str, ...]
+    check: Callable[[Mapping[str, Any]], None]
+    """Raises a ValueError where a setting is unknown."""
+    finish: Callable[[list[Any], Mapping[str, Any]], None] = lambda layers, settings: None
+    """Done with all layers of a model, built or skeletons, before they stand in it."""
+    learns_index: bool = False
+    """Whether the index is learned from samples after the layers stand in the model."""
 
 
 def _random_peer(ffw: FFW, mode: str, settings: dict[str, Any]) -> PEER:
@@ -37,11 +47,32 @@ def _random_peer(ffw: FFW, mode: str, settings: dict[str, Any]) -> PEER:
     return peer
 
 
+def _check_neurons(settings: Mapping[str, Any]) -> None:
+    sizes = ("dim", "hidden", "activation", "gated", "biases")
+    check_settings(NeuronLayer, "a layer of retrieved neurons", _without_pool(settings), besides=sizes)
+
+
+def _without_pool(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of each layer: `pool` is one of them all."""
+    return {name: value for name, value in settings.items() if name != "pool"}
+
+
 KINDS = {
     "random": Kind(
         build=_random_peer,
         skeleton=lambda site, settings: PEER(site.dim, **settings),
         modes=("beside", "replace"),
+        check=partial(check_settings, PEER, "PEER"),
+    ),
+    "neurons": Kind(
+        build=lambda ffw, mode, settings: neuron_layer(ffw.neurons(), _without_pool(settings)),
+        skeleton=lambda site, settings: neuron_layer_skeleton(
+            site.dim, site.hidden, site.activation, site.gated, site.biases, _without_pool(settings)
+        ),
+        modes=("replace",),
+        check=_check_neurons,
+        finish=lambda layers, settings: pool_tables(layers) if settings.get("pool") else None,
+        learns_index=True,
     ),
 }
 """Each by its name; a new one is one entry."""

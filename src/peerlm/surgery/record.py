@@ -23,11 +23,34 @@ from peerlm.surgery.sites import Site, put_beside, put_in_place
 QUANT_METHOD = "peerlm.surgery"
 
 
+MODES = ("beside", "replace")
+
+
+def _unreadable(reason: str) -> ValueError:
+    return ValueError(
+        f"the record of a conversion cannot be read ({reason}); restore config.json, or install the version of peerlm "
+        "that wrote it"
+    )
+
+
 @register_quantization_config(QUANT_METHOD)
 class ConversionConfig(QuantizationConfigMixin):
     """What was done to a model: plain values, saved in its config.json as `quantization_config`."""
 
-    def __init__(self, *, mode: str, init: str, settings: dict[str, Any], sites: list[dict[str, Any]], **_: Any):
+    def __init__(
+        self,
+        *,
+        mode: str | None = None,
+        init: str | None = None,
+        settings: dict[str, Any] | None = None,
+        sites: list[dict[str, Any]] | None = None,
+        **_: Any,
+    ):
+        if mode is None or init is None or settings is None or sites is None:
+            given = {"mode": mode, "init": init, "settings": settings, "sites": sites}
+            raise _unreadable(f"it lacks {', '.join(name for name, value in given.items() if value is None)}")
+        if mode not in MODES:
+            raise _unreadable(f"mode is {mode!r}")
         self.quant_method: Any = QUANT_METHOD
         self.mode = mode
         self.init = init
@@ -68,7 +91,12 @@ class RebuildConverted(HfQuantizer):
                 f"this model was converted with init={record.init!r}, which this version of peerlm does not know "
                 f"({', '.join(KINDS)}); install the version that converted it"
             )
-        layers = {site: KINDS[record.init].skeleton(site, record.settings) for site in record.read_sites()}
+        kind = KINDS[record.init]
+        try:
+            layers = {site: kind.skeleton(site, record.settings) for site in record.read_sites()}
+        except TypeError as error:  # a setting or a property that is not known
+            raise _unreadable(str(error)) from error
+        kind.finish(list(layers.values()), record.settings)
         (put_beside if record.mode == "beside" else put_in_place)(model, layers)
         return model
 

@@ -1,8 +1,10 @@
 """Where a layer stands in a converted model: beside a feed-forward layer or in its place, put there and taken away."""
 
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -42,7 +44,7 @@ class Site:
             hidden=ffw.hidden,
             activation=ffw.activation,
             gated=ffw.gated,
-            biases=ffw.down.bias is not None,
+            biases=ffw.down.bias is not None or (ffw.gate is not None and ffw.gate.bias is not None),
             output_bias=ffw.up.bias is not None,
         )
 
@@ -76,18 +78,24 @@ class _AddLayer:
 
 
 class _KeepInput:
-    """A hook on the first map of a layer that is spread over its block: keeps the input for the last one."""
+    """A hook on the first map of a layer that is spread over its block: keeps the input for the last one.
+
+    Of each thread its own; a `threading.local` could be neither copied nor pickled with the model.
+    """
 
     def __init__(self) -> None:
-        self.x: Tensor | None = None
+        self.x_by_thread: dict[int, Tensor] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.x = _first(args, kwargs)
+        self.x_by_thread[_thread()] = _first(args, kwargs)
 
     def take(self) -> Tensor:
-        x, self.x = self.x, None
-        assert x is not None  # the first map has run, or the last would have nothing to read
-        return x
+        return self.x_by_thread.pop(_thread())  # the first map has run, or the last would have nothing to read
+
+
+def _thread() -> int:
+    """The thread that runs; torch.compile, which cannot ask for it, has the two hooks in one graph."""
+    return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -118,6 +126,20 @@ def put_in_place(model: PreTrainedModel, layers: dict[Site, nn.Module]) -> None:
                 model.set_submodule(_path_in(model, path), nn.Identity())
         model.set_submodule(_path_in(model, site.path), InPlaceOfFFW(layer, masks))
     masks.watch(model, [_path_in(model, site.path) for site in layers])
+
+
+def replaced_modules(model: PreTrainedModel, sites: list[Site]) -> dict[str, nn.Module]:
+    """The modules that `put_in_place` will replace, by path."""
+    paths = [path for site in sites for path in (site.path, site.first, site.first and site.activation_path)]
+    found = {path: _path_in(model, path) for path in paths if path is not None}
+    return {path: model.get_submodule(path) for path in found.values()}
+
+
+def put_back(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
+    """Undo `put_in_place` with what `replaced_modules` gave before."""
+    for path, module in modules.items():
+        model.set_submodule(path, module)
+    stop_watching(model)
 
 
 def check_replaceable(site: Site) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,9 +31,9 @@ class TokenMask:
         if mask is None:
             return None
         if x.ndim == 3 and mask.shape[0] == x.shape[0] and mask.shape[1] >= x.shape[1]:
-            return mask[:, -x.shape[1] :].bool()
+            return mask[:, -x.shape[1] :].to(x.device, torch.bool)
         if x.ndim == 2 and mask.numel() == x.shape[0]:
-            return mask.reshape(-1).bool()
+            return mask.reshape(-1).to(x.device, torch.bool)
         return None
 
     def watch(self, model: PreTrainedModel, paths: list[str]) -> None:
@@ -45,7 +46,7 @@ class TokenMask:
         for module in above:
             if isinstance(module, PreTrainedModel):
                 module.register_forward_pre_hook(_TakeMask(self, module, above), with_kwargs=True)
-        model.register_forward_hook(_Forget(self))
+        model.register_forward_hook(_Forget(self), always_call=True)
 
 
 class _TakeMask:
@@ -71,7 +72,7 @@ class _TakeMask:
 
 
 class _Forget:
-    """Forgets the mask when the outermost model is done."""
+    """Forgets the mask when the outermost model is done, or has failed."""
 
     def __init__(self, masks: TokenMask):
         self.masks = masks

@@ -47,7 +47,7 @@ def model_card(config: TrainConfig, model: PreTrainedModel, summary: Mapping[str
         model: the trained model.
         summary: what `summary.json` holds.
     """
-    name = Path(config.run).name
+    name, data_name = (Path(path).resolve().name for path in (config.run, config.data.folder))
     kinds: Sequence[str] = model.config.ffw_layers
     data = ModelCardData(
         library_name="transformers",
@@ -57,8 +57,8 @@ def model_card(config: TrainConfig, model: PreTrainedModel, summary: Mapping[str
         eval_results=[
             EvalResult(
                 task_type="text-generation",
-                dataset_type=Path(config.data.folder).name,
-                dataset_name=Path(config.data.folder).name,
+                dataset_type=data_name,
+                dataset_name=data_name,
                 dataset_split="heldout",
                 metric_type="perplexity",
                 metric_value=round(summary["perplexity"], 4),

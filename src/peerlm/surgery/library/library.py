@@ -1,10 +1,12 @@
 """A library of LoRA adapters on disk: each sequence or token retrieves its own by learned keys, and mixes them."""
 
+import inspect
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from peerlm.errors import UserError
+from peerlm.layers.modes import evaluating
 from peerlm.surgery.features import features_of
 from peerlm.surgery.library.cache import AdapterCache
 from peerlm.surgery.library.keys import Keys
@@ -31,7 +34,7 @@ class AdapterLibrary:
     """Separately trained LoRA adapters of one frozen model, retrieved by keys and mixed by softmax weights.
 
     The query of a sequence is the mean hidden state of its tokens after block `layer` of the base model, the key of an
-    adapter that of texts like those it was trained on; `library_keys.py` says how they are compared. Adapters lie in
+    adapter that of texts like those it was trained on; `keys.py` says how they are compared. Adapters lie in
     `folder`, one folder each as peft saves them, and are loaded when they are first retrieved. No weight of the model
     changes: while attached, the library adds each sequence's low-rank terms to the outputs of linear layers.
 
@@ -40,6 +43,8 @@ class AdapterLibrary:
     by the mean over the tokens up to it, without a pass of its own; the first `layer` blocks are then not adapted.
 
     Ranks, alphas and target modules may differ between adapters. Not for training; calls must not overlap in threads.
+    Prompts are known by their cache, so that conversations may alternate. Route "token" does not follow beam search,
+    which reorders sequences inside the cache. A cache of fixed length, whose mask `generate` makes 4-D, is refused.
 
     Args:
         model: the base model, with a list of blocks as long as `config.num_hidden_layers`.
@@ -84,11 +89,13 @@ class AdapterLibrary:
         self.window = window
         self.cache = AdapterCache(self._load, cache_bytes)
         self._blocks = _blocks(model)
+        self._argument_names = list(inspect.signature(model.forward).parameters)
         self._linear = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._mix: Mix | None = None
         self._fixed: dict[str, float] | None = None
         self._sums: tuple[Tensor, Tensor] | None = None
+        self._prompts: WeakKeyDictionary[Any, Mix | tuple[Tensor, Tensor]] = WeakKeyDictionary()
         self._mask: Tensor | None = None
         self._busy = False
         manifest = self._open(layer)
@@ -119,6 +126,7 @@ class AdapterLibrary:
         self._keys = keys
         self._scorer = keys.scorer().to(self.model.device)
         self._mix = self._sums = None
+        self._prompts.clear()
 
     def _save(self, keys: Keys) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -221,9 +229,11 @@ class AdapterLibrary:
             The share of the held-out pieces whose adapter comes first.
 
         Raises:
-            ValueError: no adapter has two pieces, so that none could be held out.
+            ValueError: there are no texts, or no adapter has two pieces, so that none could be held out.
         """
         self._check_known(texts)
+        if not texts:
+            raise ValueError("there are no texts to fit keys to; give some of at least one adapter")
         features = {name: self.features(own) for name, own in texts.items()}
         labels, held_out = [], []
         for name, own in features.items():
@@ -243,14 +253,18 @@ class AdapterLibrary:
         What is left over after whole pieces is dropped, unless it is all there is.
 
         Raises:
-            ValueError: there is no text, or strings and no tokenizer.
+            ValueError: there is no text, one that is no list, or strings and no tokenizer.
         """
+        if isinstance(texts, (str, Tensor)):
+            raise ValueError(f"texts is one {type(texts).__name__}; give a list of texts")
         pieces = []
         for text in texts:
             if isinstance(text, str):
                 if self.tokenizer is None:
                     raise ValueError("texts are strings, but the library has no tokenizer; give it one, or token ids")
                 ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+            elif text.ndim != 1:
+                raise ValueError(f"a text has token ids of shape {tuple(text.shape)}; give each text as (length,)")
             else:
                 ids = text.long()
             whole = len(ids) // self.window * self.window
@@ -265,7 +279,6 @@ class AdapterLibrary:
             found.append(self._queries(ids.to(self.model.device), mask.to(self.model.device)).cpu())
         return torch.cat(found)
 
-    @torch.no_grad()
     def _queries(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(batch, hidden size) float32: the mean over real tokens after block `layer` of the base model alone."""
         hidden: list[Tensor] = []
@@ -275,18 +288,14 @@ class AdapterLibrary:
             raise _Found
 
         handle = self._blocks[self.layer - 1].register_forward_hook(stop)
-        mode, busy = self.model.training, self._busy
-        self._busy = True
-        if mode:
-            self.model.eval()
+        busy, self._busy = self._busy, True
         try:
-            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            with evaluating(self.model):
+                self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         except _Found:
             pass
         finally:
             handle.remove()
-            if mode:
-                self.model.train()
             self._busy = busy
         return _mean(hidden[0], attention_mask)
 
@@ -319,6 +328,7 @@ class AdapterLibrary:
         if self._hooks:
             return
         self._hooks.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self._hooks.append(self.model.register_forward_hook(self._after_forward, with_kwargs=True))
         if self.route == "token":
             self._hooks.append(self._blocks[self.layer - 1].register_forward_hook(self._after_query_block))
         for name, module in self._linear.items():
@@ -330,6 +340,7 @@ class AdapterLibrary:
             hook.remove()
         self._hooks.clear()
         self._mix = self._sums = None
+        self._prompts.clear()
 
     def __enter__(self) -> "AdapterLibrary":
         self.attach()
@@ -357,31 +368,51 @@ class AdapterLibrary:
         """Choose the adapters of a batch; those of a cached prompt stay."""
         if self._busy:
             return
-        input_ids = options.get("input_ids", arguments[0] if arguments else None)
+        given = self._by_name(arguments, options)
+        input_ids, mask, past = (given.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
         if input_ids is None:
             raise ValueError("the library retrieves by input_ids; pass these, not inputs_embeds")
-        mask = options.get("attention_mask")
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; the library needs (batch, tokens)")
-        past = options.get("past_key_values")
-        goes_on = past is not None and past.get_seq_length() > 0
         if self._fixed is not None:
             if self._mix is None or len(self._mix.weights) != len(input_ids):
                 weights = torch.tensor([list(self._fixed.values())] * len(input_ids), device=input_ids.device)
                 index = torch.arange(len(self._fixed), device=input_ids.device).expand(len(input_ids), -1)
                 self._mix = Mix([self.cache(name) for name in self._fixed], weights, index)
-        elif self.route == "token":
-            self._mix = None
-            self._mask = None if mask is None else mask[:, -input_ids.shape[1] :]
-            if not goes_on:
-                self._sums = None
-        elif not goes_on or self._mix is None or len(self._mix.weights) != len(input_ids):
-            if goes_on:
-                raise ValueError(
-                    f"past_key_values hold a prompt whose adapters are not known for a batch of {len(input_ids)}; read "
-                    "the prompt while the library is attached"
-                )
+            return
+        self._mix = self._sums = None
+        self._mask = None if mask is None else mask[:, -input_ids.shape[1] :]
+        if past is not None and past.get_seq_length() > 0:
+            self._go_on(self._prompts.get(past), len(input_ids))
+        elif self.route == "sequence":
             self._mix = self._mix_of(*self._choose(self._queries(input_ids, mask)))
+
+    def _go_on(self, prompt: Mix | tuple[Tensor, Tensor] | None, batch: int) -> None:
+        """Take up what is known of a cached prompt."""
+        if prompt is None or len(prompt.weights if isinstance(prompt, Mix) else prompt[0]) != batch:
+            raise ValueError(
+                f"past_key_values hold a prompt of {batch} sequences whose adapters are not known; read it while the "
+                "library is attached, and pass on the cache that this gave, not a copy of it"
+            )
+        if isinstance(prompt, Mix):
+            self._mix = prompt
+        else:
+            self._sums = prompt
+
+    def _after_forward(
+        self, model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any
+    ) -> None:
+        """Remember what was chosen, with the cache that holds the prompt."""
+        if self._busy or self._fixed is not None:
+            return
+        past = getattr(output, "past_key_values", None) or self._by_name(arguments, options).get("past_key_values")
+        chosen = self._mix if self.route == "sequence" else self._sums
+        if past is not None and chosen is not None:
+            self._prompts[past] = chosen
+
+    def _by_name(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the model."""
+        return dict(zip(self._argument_names, arguments, strict=False)) | options
 
     def _mix_of(self, weights: Tensor, index: Tensor) -> Mix:
         used, position = index.unique(return_inverse=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from peerlm.files import write_bytes, write_json
 from peerlm.surgery.library.keys import Keys
 
 MANIFEST = "library.json"
+_KEYS = "keys-*.safetensors"
 _VERSION = 1
 
 
@@ -44,7 +46,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "adapters": list(keys.names),
     }
     write_json(folder / MANIFEST, values)
-    for path in folder.glob("keys-*.safetensors"):
+    for path in folder.glob(_KEYS):
         if path.name != keys_name:
             path.unlink()
 
@@ -87,5 +89,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def check_name(name: str) -> None:
     """Raise a UserError where this cannot be the name of an adapter's folder directly in the library's."""
-    if not name or name.startswith(".") or name != Path(name).name or "\\" in name:
-        raise UserError(f"an adapter cannot be named {name!r}: take a name that can be that of a folder")
+    own = name == MANIFEST or fnmatch(name, _KEYS)
+    if own or not name or name.startswith(".") or name != Path(name).name or "\\" in name:
+        raise UserError(
+            f"an adapter cannot be named {name!r}: take a name that can be that of a folder beside {MANIFEST}"
+        )

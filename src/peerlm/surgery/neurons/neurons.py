@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from peerlm.layers import DenseFFW
 from peerlm.ops.reference import ACTIVATIONS
 
 
@@ -44,3 +45,17 @@ class Neurons:
     def __call__(self, x_TD: Tensor) -> Tensor:
         """The layer's output, (T, D)."""
         return F.linear(self.activations(x_TD), self.up.T, self.output_bias)
+
+    def importance(self, x_TD: Tensor) -> Tensor:
+        """How much each neuron adds to the output, |a_f| times the length of v_f: (T, F)."""
+        return self.activations(x_TD).abs() * self.up.norm(dim=-1)
+
+
+def neurons_of(layer: DenseFFW) -> Neurons:
+    """The neurons of one of our own dense layers; tensors share its memory and have no gradients."""
+    return Neurons(
+        activation=layer.activation,
+        down=layer.down_proj.weight.detach(),
+        up=layer.up_proj.weight.detach().T,
+        gate=None if layer.gate_proj is None else layer.gate_proj.weight.detach(),
+    )
