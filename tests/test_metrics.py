@@ -10,6 +10,7 @@ from torch import nn
 from peerlm import PEER
 from peerlm.layers import DenseFFW, ProductKeyMemory, TokenChoiceMoE
 from peerlm.metrics import ExpertUsage, record_usage
+from peerlm.surgery import grow, set_opening
 
 
 def histogram(num_experts, weights, expert_ids, mask):
@@ -118,6 +119,27 @@ def test_a_layer_is_recorded_as_it_retrieves(weighting):
     assert recorded.retrievals_N.sum() == 2 * 7 * 2 * 3
     assert recorded.retrievals_N.tolist() == (2 * expected.retrievals_N).tolist()
     torch.testing.assert_close(recorded.weight_N, 2 * expected.weight_N)
+
+
+def test_counts_go_on_where_a_layer_grows():
+    layer, x = peer(pairing="shells"), torch.randn(40, 8)
+    with record_usage(layer) as usage, torch.no_grad():
+        first = layer.retrieve(x)
+        set_opening(grow(layer, 100), 1)
+        second = layer.retrieve(x)
+    expected = ExpertUsage(100)
+    expected.add(*first)
+    expected.add(*second)
+    (recorded,) = usage.values()
+    assert second[1].max() >= 64
+    assert recorded.num_experts == 100
+    assert torch.equal(recorded.retrievals_N, expected.retrievals_N)
+    assert torch.equal(recorded.weight_N, expected.weight_N)
+
+
+def test_counts_of_fewer_experts():
+    with pytest.raises(ValueError, match="num_experts is 9, fewer than the 16 that were counted"):
+        ExpertUsage(16).grow(9)
 
 
 def test_layers_are_told_apart_by_name_and_others_left_out():

@@ -310,6 +310,29 @@ def convert(
         _print_table(str(output), {"value": {**row, "layers": "\n".join(row["layers"])}})
 
 
+@app.command(epilog="Example: peerlm grow runs/a grown/ --num-experts 4096 --renumber")
+def grow(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model with PEER layers, or a run.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    num_experts: Annotated[int, typer.Option(help="Of every PEER layer: a square, more than it has.")],
+    opening: Annotated[float, typer.Option(help="How far new experts are let in; 0 keeps the output as it is.")] = 0.0,
+    renumber: Annotated[
+        bool, typer.Option("--renumber", help='Renumber a model of pairing "row-major" first.')
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Give the PEER layers of a trained model more experts, which leave its output as it is until they are let in."""
+    from peerlm.evaluate.loading import model_folder
+    from peerlm.surgery.grow_folder import grow_folder
+
+    row = grow_folder(model_folder(model), output, num_experts, opening=opening, renumber=renumber, seed=seed)
+    if as_json:
+        _print_json(row)
+    else:
+        _print_table(str(output), {"value": {**row, "layers": "\n".join(row["layers"])}})
+
+
 @app.command(epilog="Example: peerlm info --json")
 def info(as_json: Json = False) -> None:
     """Show versions, devices and backends, as a bug report wants them."""

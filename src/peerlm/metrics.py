@@ -59,6 +59,15 @@ class ExpertUsage:
         self.weight_N.scatter_add_(0, ids, magnitude.reshape(-1).to(torch.float64))
         self.retrievals_N.scatter_add_(0, ids, counts.expand(expert_ids.shape).reshape(-1))
 
+    def grow(self, num_experts: int) -> None:
+        """Go on with more experts, whose sums are zero; raises ValueError where there would be fewer."""
+        if num_experts < self.num_experts:
+            raise ValueError(f"num_experts is {num_experts}, fewer than the {self.num_experts} that were counted")
+        for name in ("weight_N", "retrievals_N"):
+            counted = getattr(self, name)
+            setattr(self, name, torch.cat([counted, counted.new_zeros(num_experts - self.num_experts)]))
+        self.num_experts = num_experts
+
     def merge(self) -> None:
         """Sum over all ranks, in place; nothing when torch.distributed is not initialised.
 
@@ -88,7 +97,8 @@ def record_usage(model: nn.Module) -> Iterator[dict[str, ExpertUsage]]:
     Yields a dict from a submodule's name to its `ExpertUsage`, filled as the model runs. A submodule is
     recorded when it has an integer attribute `num_experts` and returns (weights, expert_ids), each (..., H,
     K), as `ProductKeys` does. Padding is excluded where the submodule is called with a `mask`, by position
-    after x or by name. The hooks are removed on exit, also when an exception passes through.
+    after x or by name. Counts go on where a layer grows (`peerlm.surgery.grow`). The hooks are removed on exit,
+    also when an exception passes through.
     """
     usage: dict[str, ExpertUsage] = {}
     handles = [
@@ -116,6 +126,8 @@ def _record(
     weights, expert_ids = output
     if name not in usage:
         usage[name] = ExpertUsage(module.num_experts, device=weights.device)  # type: ignore[arg-type]
+    if module.num_experts > usage[name].num_experts:  # type: ignore[operator]
+        usage[name].grow(module.num_experts)  # type: ignore[arg-type]
     mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
     usage[name].add(weights, expert_ids, mask)
 

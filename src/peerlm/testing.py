@@ -35,40 +35,49 @@ def weigh_floats(scores: Sequence[float], weighting: str) -> list[float]:
     return [max(score, 0.0) if weighting == "relu" else score for score in scores]
 
 
-def exhaustive_ids(first: Sequence[float], second: Sequence[float], k: int) -> list[int]:
+def expert_pairs(n: int, pairing: str = "row-major") -> list[tuple[int, int]]:
+    """The sub-keys (i, j) of every expert, in the order of ids."""
+    if pairing == "row-major":
+        return [(i, j) for i in range(n) for j in range(n)]
+    return [pair for m in range(n) for pair in [*((i, m) for i in range(m)), *((m, j) for j in range(m + 1))]]
+
+
+def exhaustive_ids(first: Sequence[float], second: Sequence[float], k: int, pairing: str = "row-major") -> list[int]:
     """The first k of all n * n experts by exact sum of half scores, descending, then by id, ascending."""
-    n = len(first)
-    sums = [Fraction(first[i]) + Fraction(second[j]) for i in range(n) for j in range(n)]
-    return sorted(range(n * n), key=lambda expert_id: (-sums[expert_id], expert_id))[:k]
+    sums = [Fraction(first[i]) + Fraction(second[j]) for i, j in expert_pairs(len(first), pairing)]
+    return sorted(range(len(sums)), key=lambda expert_id: (-sums[expert_id], expert_id))[:k]
 
 
-def all_keys(sub_keys_2HnC: Tensor) -> Tensor:
+def all_keys(sub_keys_2HnC: Tensor, pairing: str = "row-major") -> Tensor:
     """Every product key [c_i ; c'_j] written out, in the order of expert ids: (H or 1, n * n, 2 C)."""
     first_HnC, second_HnC = sub_keys_2HnC
-    n = first_HnC.shape[1]
-    return torch.cat([first_HnC.repeat_interleave(n, dim=1), second_HnC.repeat(1, n, 1)], dim=-1)
+    i_N, j_N = torch.tensor(expert_pairs(first_HnC.shape[1], pairing)).T
+    return torch.cat([first_HnC[:, i_N], second_HnC[:, j_N]], dim=-1)
 
 
-def exhaustive_scores(query_THX: Tensor, sub_keys_2HnC: Tensor) -> Tensor:
+def exhaustive_scores(query_THX: Tensor, sub_keys_2HnC: Tensor, pairing: str = "row-major") -> Tensor:
     """Score of every expert, (T, H, n * n), in the dtype of the arguments."""
-    keys_HNX = all_keys(sub_keys_2HnC).expand(query_THX.shape[1], -1, -1)
+    keys_HNX = all_keys(sub_keys_2HnC, pairing).expand(query_THX.shape[1], -1, -1)
     return (query_THX[:, :, None] * keys_HNX).sum(dim=-1)
 
 
-def exhaustive_search(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def exhaustive_search(
+    query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, pairing: str = "row-major"
+) -> tuple[Tensor, Tensor]:
     """The first k of all n * n experts by half scores in float64, and their scores: ids and scores (T, H, k).
 
     Half scores are summed in extended precision and rounded once, so that equal sub-keys score the same; experts
     are ordered by exact sum, descending, then by id, ascending.
     """
     heads, n = query_THX.shape[1], sub_keys_2HnC.shape[2]
+    i_N, j_N = np.array(expert_pairs(n, pairing)).T
     ids, scores = [], []
     queries = query_THX.detach().double().numpy().astype(np.longdouble)
     keys_2HnC = sub_keys_2HnC.detach().double().expand(-1, heads, -1, -1).numpy().astype(np.longdouble)
     for query_HX in queries:
         for h, query_2C in enumerate(query_HX.reshape(heads, 2, -1)):
             first, second = ((keys_2HnC[s, h] * query_2C[s]).sum(axis=-1).astype(np.float64) for s in (0, 1))
-            i, j = np.repeat(first, n), np.tile(second, n)
+            i, j = first[i_N], second[j_N]
             total = i + j
             shadow = total - i
             residual = (i - (total - shadow)) + (j - shadow)  # Knuth's TwoSum
@@ -174,7 +183,7 @@ def loop_peer(layer: PEER, x_TD: Tensor) -> Tensor:
         centred = query_THX - query_THX.mean(dim=-1, keepdim=True)
         power = centred.square().mean(dim=-1, keepdim=True)
         query_THX = centred / (power + norm.eps).sqrt() * norm.weight + norm.bias
-    scores_THN = exhaustive_scores(query_THX, keys.sub_keys)
+    scores_THN = exhaustive_scores(query_THX, keys.sub_keys, keys.pairing)
     ids_THK = scores_THN.argsort(dim=-1, descending=True, stable=True)[..., : keys.experts_per_head]
     weights = [
         [weigh_floats(head, keys.weighting) for head in token] for token in scores_THN.gather(-1, ids_THK).tolist()

@@ -154,9 +154,12 @@ def test_balance_loss_trains_the_router_and_is_absent_in_evaluation() -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("pairing", ["row-major", "shells"])
 @pytest.mark.parametrize("shared_keys", [False, True])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_product_key_memory_equals_exhaustive_search(weighting: str, shared_keys: bool, backend: str) -> None:
+def test_product_key_memory_equals_exhaustive_search(
+    weighting: str, shared_keys: bool, pairing: str, backend: str
+) -> None:
     layer = ProductKeyMemory(
         DIM,
         num_values=16,
@@ -165,10 +168,11 @@ def test_product_key_memory_equals_exhaustive_search(weighting: str, shared_keys
         key_dim=4,
         weighting=weighting,
         shared_keys=shared_keys,
+        pairing=pairing,
         backend=backend,
     )
     layer, x = layer.double().eval(), tokens(5)
-    scores = exhaustive_scores(layer.product_keys.query(x), layer.product_keys.sub_keys)
+    scores = exhaustive_scores(layer.product_keys.query(x), layer.product_keys.sub_keys, pairing)
     expected = torch.zeros_like(x)
     for t in range(5):
         for head in scores[t].tolist():

@@ -57,6 +57,8 @@ def test_neurons_equal_their_equations(gated: bool, activation: str) -> None:
         {"num_experts": 1, "experts_per_head": 1},
         {"num_experts": 4, "experts_per_head": 2, "heads": 8},  # more retrieved than there are
         {"key_dim": 2},
+        {"pairing": "shells"},
+        {"pairing": "shells", "backend": "reference", "shared_keys": False},
     ],
     ids=str,
 )
@@ -278,6 +280,7 @@ def test_repr_shows_the_settings() -> None:
         ({"dim": 0}, "dim is 0; it must be at least 1"),
         ({"query_norm": "rms"}, "query_norm is 'rms'; choose one of batch, layer, none"),
         ({"weighting": "softmx"}, "weighting is 'softmx'; choose one of softmax, sigmoid, relu, none"),
+        ({"pairing": "diagonals"}, "pairing is 'diagonals'; choose one of row-major, shells"),
         ({"activation": "tanh"}, "activation is 'tanh'; choose one of gelu, gelu_tanh, relu, silu, identity"),
         ({"backend": "cuda"}, "backend is 'cuda'; choose one of auto, reference, bag, cpu"),
         ({"dropout": 1.0}, "dropout is 1.0; .* 0 <= dropout < 1"),

@@ -73,6 +73,15 @@ def test_impossible_settings(tiny_config: Callable[..., PeerConfig], settings: d
         tiny_config(**settings)
 
 
+@pytest.mark.parametrize("kind", ["peer", "pkm"])
+def test_pairing_reaches_the_layer(tiny_model: Callable[..., Any], kind: str) -> None:
+    size = {"peer": "num_experts", "pkm": "num_values"}[kind]
+    per_head = {"peer": "experts_per_head", "pkm": "values_per_head"}[kind]
+    settings = {size: 16, per_head: 3, "pairing": "shells"}
+    model = tiny_model(ffw_layers=kind, num_hidden_layers=1, **{kind: settings})
+    assert model.model.layers[0].ffw.product_keys.pairing == "shells"
+
+
 def test_impossible_settings_of_a_layer_are_refused_by_the_layer(tiny_model: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="num_experts is 15, which is not a square number"):
         tiny_model(peer={"num_experts": 15})

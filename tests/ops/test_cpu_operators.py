@@ -61,11 +61,12 @@ def mix_arguments(parts: int, row_format: str) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("key_heads", [1, 2])
 @pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
-def test_opcheck_of_retrieval(weighting: str, key_heads: int) -> None:
+@pytest.mark.parametrize("pairing", [(), ("shells",)])
+def test_opcheck_of_retrieval(pairing: tuple[str, ...], weighting: str, key_heads: int) -> None:
     query, sub_keys, k, _ = arguments = retrieve_arguments(weighting, key_heads)
-    torch.library.opcheck(operators.retrieve.default, arguments)
-    weights, ids = operators.retrieve(query.detach(), sub_keys.detach(), k, weighting)
-    backward = torch.randn(5, 2, 4), weights, ids, query.detach(), sub_keys.detach(), weighting
+    torch.library.opcheck(operators.retrieve.default, (*arguments, *pairing))
+    weights, ids = operators.retrieve(query.detach(), sub_keys.detach(), k, weighting, *pairing)
+    backward = torch.randn(5, 2, 4), weights, ids, query.detach(), sub_keys.detach(), weighting, *pairing
     torch.library.opcheck(operators.retrieve_backward.default, backward)
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peerlm.ops import api, native, reference
+from peerlm.ops.pairing import PAIRINGS
 from peerlm.testing import exhaustive_search, relative_error
 
 pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
@@ -58,8 +59,8 @@ KINDS = {
 
 
 @st.composite
-def cases(draw: st.DrawFn, max_n: int = 40, max_tokens: int = 50) -> tuple[Tensor, Tensor, int]:
-    """Queries (T, H, 2 C), sub_keys (2, H or 1, n, C) and k."""
+def cases(draw: st.DrawFn, max_n: int = 40, max_tokens: int = 50) -> tuple[Tensor, Tensor, int, str]:
+    """Queries (T, H, 2 C), sub_keys (2, H or 1, n, C), k and a pairing."""
     n, heads, half = draw(st.integers(1, max_n)), draw(st.integers(1, 3)), draw(st.integers(1, 40))
     tokens = draw(st.one_of(st.integers(1, FEW_TOKENS), st.integers(FEW_TOKENS + 1, max_tokens)))
     k = draw(st.one_of(st.integers(1, n), st.just(n)))
@@ -67,7 +68,8 @@ def cases(draw: st.DrawFn, max_n: int = 40, max_tokens: int = 50) -> tuple[Tenso
     draw_query, query_size, draw_keys, keys_size = KINDS[draw(st.sampled_from(sorted(KINDS)))]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     query = draw_query(generator, tokens, heads, 2 * half) * query_size
-    return query, draw_keys(generator, 2, key_heads, n, half) * keys_size, k
+    pairing = draw(st.sampled_from(sorted(PAIRINGS)))
+    return query, draw_keys(generator, 2, key_heads, n, half) * keys_size, k, pairing
 
 
 @pytest.fixture(params=["bf16", "fp32"])
@@ -77,9 +79,9 @@ def scores_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return request.param
 
 
-def assert_exhaustive(query: Tensor, sub_keys: Tensor, k: int) -> None:
-    weights, ids = api.retrieve(query, sub_keys, k, weighting="none", backend="cpu")
-    expected_ids, scores = exhaustive_search(query, sub_keys, k)
+def assert_exhaustive(query: Tensor, sub_keys: Tensor, k: int, pairing: str) -> None:
+    weights, ids = api.retrieve(query, sub_keys, k, weighting="none", pairing=pairing, backend="cpu")
+    expected_ids, scores = exhaustive_search(query, sub_keys, k, pairing)
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights, scores.float(), rtol=2e-7, atol=1e-44)
 
@@ -87,7 +89,7 @@ def assert_exhaustive(query: Tensor, sub_keys: Tensor, k: int) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @given(case=cases())
 @settings(max_examples=120)
-def test_ids_are_those_of_exhaustive_search(precision: str, case: tuple[Tensor, Tensor, int]) -> None:
+def test_ids_are_those_of_exhaustive_search(precision: str, case: tuple[Tensor, Tensor, int, str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEERLM_SCORES", precision)
         assert_exhaustive(*case)
@@ -97,7 +99,9 @@ def test_ids_are_those_of_exhaustive_search(precision: str, case: tuple[Tensor, 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @given(case=cases())
 @settings(max_examples=2000)
-def test_ids_are_those_of_exhaustive_search_in_2000_examples(precision: str, case: tuple[Tensor, Tensor, int]) -> None:
+def test_ids_are_those_of_exhaustive_search_in_2000_examples(
+    precision: str, case: tuple[Tensor, Tensor, int, str]
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEERLM_SCORES", precision)
         assert_exhaustive(*case)
@@ -105,29 +109,32 @@ def test_ids_are_those_of_exhaustive_search_in_2000_examples(precision: str, cas
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [FEW_TOKENS, FEW_TOKENS + 1])
-def test_every_kind_of_values(kind: str, tokens: int, scores_of: str) -> None:
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_every_kind_of_values(kind: str, tokens: int, pairing: str, scores_of: str) -> None:
     draw_query, query_size, draw_keys, keys_size = KINDS[kind]
     generator = torch.Generator().manual_seed(1)
     for n, k, half in ((40, 3, 16), (100, 8, 33), (31, 31, 5)):
         query = draw_query(generator, tokens, 2, 2 * half) * query_size
-        assert_exhaustive(query, draw_keys(generator, 2, 1, n, half) * keys_size, k)
+        assert_exhaustive(query, draw_keys(generator, 2, 1, n, half) * keys_size, k, pairing)
 
 
 @pytest.mark.parametrize(("n", "k"), [(300, 16), (257, 64), (256, 1), (300, 300)])
 @pytest.mark.parametrize("kind", ["normal", "integers that tie", "nearly equal sub-keys"])
-def test_many_sub_keys(n: int, k: int, kind: str, scores_of: str) -> None:
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_many_sub_keys(n: int, k: int, kind: str, pairing: str, scores_of: str) -> None:
     draw_query, query_size, draw_keys, keys_size = KINDS[kind]
     generator = torch.Generator().manual_seed(2)
     for tokens in (2, 13):
         query = draw_query(generator, tokens, 1, 64) * query_size
-        assert_exhaustive(query, draw_keys(generator, 2, 1, n, 32) * keys_size, k)
+        assert_exhaustive(query, draw_keys(generator, 2, 1, n, 32) * keys_size, k, pairing)
 
 
 @pytest.mark.parametrize("k", [1, 5, 9])
 @pytest.mark.parametrize("tokens", [1, 30])
-def test_everything_tied_retrieves_the_lowest_ids(tokens: int, k: int, scores_of: str) -> None:
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_everything_tied_retrieves_the_lowest_ids(tokens: int, k: int, pairing: str, scores_of: str) -> None:
     query, sub_keys = torch.ones(tokens, 2, 6), torch.ones(2, 1, 9, 3)
-    _, ids = api.retrieve(query, sub_keys, k, backend="cpu")
+    _, ids = api.retrieve(query, sub_keys, k, pairing=pairing, backend="cpu")
     assert ids.tolist() == [[list(range(k))] * 2] * tokens
 
 
@@ -141,14 +148,15 @@ def test_sums_that_tie_only_by_rounding_are_told_apart() -> None:
 @pytest.mark.parametrize("key_heads", [1, 3])
 @pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
 @pytest.mark.parametrize("tokens", [3, 61])
-def test_weights_and_gradients(tokens: int, weighting: str, key_heads: int, scores_of: str) -> None:
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_weights_and_gradients(tokens: int, weighting: str, key_heads: int, pairing: str, scores_of: str) -> None:
     for n, k, half in ((37, 7, 9), (20, 20, 1), (16, 16, 16), (5, 1, 64), (64, 33, 20)):
         query, sub_keys = torch.randn(tokens, 3, 2 * half), torch.randn(2, key_heads, n, half) * half**-0.5
         coefficients = torch.randn(tokens, 3, k)
         results = []
         for dtype, backend in ((torch.float32, "cpu"), (torch.float64, "reference")):
             leaves = [tensor.to(dtype).requires_grad_() for tensor in (query, sub_keys)]
-            weights, ids = api.retrieve(*leaves, k, weighting=weighting, backend=backend)
+            weights, ids = api.retrieve(*leaves, k, weighting=weighting, pairing=pairing, backend=backend)
             results.append((ids, weights, *torch.autograd.grad((weights * coefficients).sum(), leaves)))
         (ids, *actual), (exact_ids, *exact) = results
         assert torch.equal(ids, exact_ids)
@@ -168,6 +176,18 @@ def test_weights_of_scores_of_any_size(weighting: str, size: float) -> None:
     exact, _ = api.retrieve(query.double(), sub_keys.double(), 12, weighting=weighting, backend="reference")
     assert relative_error(weights, exact) <= 1e-6
     torch.testing.assert_close(weights, exact.float(), rtol=1e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_pairings_have_the_same_weights_and_gradients(key_heads: int) -> None:
+    query, sub_keys = torch.randn(11, 2, 12), torch.randn(2, key_heads, 30, 6)
+    results = []
+    for pairing in PAIRINGS:
+        leaves = [tensor.clone().requires_grad_() for tensor in (query, sub_keys)]
+        weights, ids = api.retrieve(*leaves, 7, weighting="sigmoid", pairing=pairing, backend="cpu")
+        gradients = torch.autograd.grad(weights.square().sum(), leaves)
+        results.append((*PAIRINGS[pairing].sub_keys(ids, 30), weights, *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_token_is_the_same_bits_alone_or_in_a_batch(scores_of: str) -> None:

@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peerlm.ops import api, reference
+from peerlm.ops.pairing import PAIRINGS
 from peerlm.testing import (
     all_keys,
     assert_within_budget,
     exhaustive_ids,
     exhaustive_scores,
+    expert_pairs,
     weigh_floats,
 )
 
@@ -39,22 +41,23 @@ COLLIDING_VALUES = st.sampled_from(
     ]
 )
 ANY_FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
+PAIRING = st.sampled_from(sorted(PAIRINGS))
 
 
 @st.composite
-def half_score_cases(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Half scores (2, T, n) of one kind of value, and k."""
+def half_score_cases(draw: st.DrawFn) -> tuple[Tensor, int, str]:
+    """Half scores (2, T, n) of one kind of value, k and a pairing."""
     n = draw(st.integers(1, 12))
     tokens = draw(st.integers(1, 3))
     values = draw(st.sampled_from([FEW_VALUES, COLLIDING_VALUES, ANY_FLOATS]))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     entries = draw(st.lists(values, min_size=2 * tokens * n, max_size=2 * tokens * n))
-    return torch.tensor(entries, dtype=dtype).view(2, tokens, n), draw(st.integers(1, n))
+    return torch.tensor(entries, dtype=dtype).view(2, tokens, n), draw(st.integers(1, n)), draw(PAIRING)
 
 
 @st.composite
-def integer_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
-    """Queries, sub-keys and k; integers, so that every dtype holds the scores exactly."""
+def integer_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, str]:
+    """Queries, sub-keys, k and a pairing; integers, so that every dtype holds the scores exactly."""
     n, heads, half = draw(st.integers(1, 12)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     key_heads = draw(st.sampled_from([1, heads]))
     tokens = draw(st.integers(1, 3))
@@ -66,21 +69,21 @@ def integer_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
         entries = draw(st.lists(st.integers(-bound, bound), min_size=size, max_size=size))
         return torch.tensor(entries, dtype=dtype).view(shape)
 
-    return integers(tokens, heads, 2 * half), integers(2, key_heads, n, half), draw(st.integers(1, n))
+    return integers(tokens, heads, 2 * half), integers(2, key_heads, n, half), draw(st.integers(1, n)), draw(PAIRING)
 
 
-def assert_ids_are_exhaustive(scores_2Tn: Tensor, k: int) -> None:
+def assert_ids_are_exhaustive(scores_2Tn: Tensor, k: int, pairing: str) -> None:
     first, second = scores_2Tn.tolist()
-    expected = [exhaustive_ids(a, b, k) for a, b in zip(first, second, strict=True)]
-    assert reference.retrieve_ids(scores_2Tn, k).tolist() == expected
+    expected = [exhaustive_ids(a, b, k, pairing) for a, b in zip(first, second, strict=True)]
+    assert reference.retrieve_ids(scores_2Tn, k, pairing).tolist() == expected
 
 
-def assert_search_is_exhaustive(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int) -> None:
-    scores_THN = exhaustive_scores(query_THX.long(), sub_keys_2HnC.long()).tolist()
+def assert_search_is_exhaustive(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, pairing: str) -> None:
+    scores_THN = exhaustive_scores(query_THX.long(), sub_keys_2HnC.long(), pairing).tolist()
     expected = [
         [sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k] for scores in token] for token in scores_THN
     ]
-    weights, ids = api.retrieve(query_THX, sub_keys_2HnC, k, weighting="none")
+    weights, ids = api.retrieve(query_THX, sub_keys_2HnC, k, weighting="none", pairing=pairing)
     assert ids.dtype == torch.int64
     assert ids.tolist() == expected
     assert weights.dtype == torch.promote_types(query_THX.dtype, torch.float32)
@@ -91,13 +94,13 @@ def assert_search_is_exhaustive(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int
 
 @given(half_score_cases())
 @settings(max_examples=60)
-def test_ids_equal_exact_search(case: tuple[Tensor, int]) -> None:
+def test_ids_equal_exact_search(case: tuple[Tensor, int, str]) -> None:
     assert_ids_are_exhaustive(*case)
 
 
 @given(integer_cases())
 @settings(max_examples=60)
-def test_retrieval_equals_search_over_all_keys(case: tuple[Tensor, Tensor, int]) -> None:
+def test_retrieval_equals_search_over_all_keys(case: tuple[Tensor, Tensor, int, str]) -> None:
     assert_search_is_exhaustive(*case)
 
 
@@ -105,7 +108,7 @@ def test_retrieval_equals_search_over_all_keys(case: tuple[Tensor, Tensor, int])
 @given(half_score_cases(), integer_cases())
 @settings(max_examples=1000)
 def test_retrieval_equals_exhaustive_search_in_1000_examples(
-    scores: tuple[Tensor, int], search: tuple[Tensor, Tensor, int]
+    scores: tuple[Tensor, int, str], search: tuple[Tensor, Tensor, int, str]
 ) -> None:
     assert_ids_are_exhaustive(*scores)
     assert_search_is_exhaustive(*search)
@@ -116,8 +119,48 @@ def test_all_keys_are_in_the_order_of_ids() -> None:
     assert all_keys(sub_keys).tolist() == [[[1.0, 3.0], [1.0, 4.0], [2.0, 3.0], [2.0, 4.0]]]
 
 
-def test_everything_tied_retrieves_the_lowest_ids() -> None:
-    assert reference.retrieve_ids(torch.zeros(2, 4, 9), 9).tolist() == [list(range(9))] * 4
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_pairings_give_every_id_once_and_their_inverses_give_it_back(pairing: str) -> None:
+    for n in (1, 2, 7, 40):
+        i, j = torch.tensor(expert_pairs(n, pairing)).T
+        assert torch.equal(PAIRINGS[pairing].ids(i, j, n), torch.arange(n * n))
+        assert [part.tolist() for part in PAIRINGS[pairing].sub_keys(torch.arange(n * n), n)] == [
+            i.tolist(),
+            j.tolist(),
+        ]
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_pairings_are_monotone(pairing: str) -> None:
+    ids = {pair: expert_id for expert_id, pair in enumerate(expert_pairs(9, pairing))}
+    for (i, j), expert_id in ids.items():
+        assert expert_id == max(ids[a, b] for a in range(i + 1) for b in range(j + 1))
+
+
+def test_inverse_of_large_ids_in_shells() -> None:
+    sides = torch.tensor([2**20 - 1, 2**20, 2**23 + 1])
+    for shift in (-1, 0, 1):
+        ids = sides * sides + shift
+        i, j = PAIRINGS["shells"].sub_keys(ids, 2**24)
+        assert torch.equal(PAIRINGS["shells"].ids(i, j, 2**24), ids)
+        assert torch.equal(torch.maximum(i, j), sides - int(shift < 0))
+
+
+def test_ids_in_shells_do_not_depend_on_how_many_sub_keys_there_are() -> None:
+    scores = torch.randn(2, 6, 9)
+    more = torch.cat([scores, torch.full((2, 6, 5), -100.0)], dim=-1)
+    assert torch.equal(reference.retrieve_ids(more, 9, "shells"), reference.retrieve_ids(scores, 9, "shells"))
+    assert not torch.equal(reference.retrieve_ids(more, 9), reference.retrieve_ids(scores, 9))
+
+
+def test_unknown_pairing() -> None:
+    with pytest.raises(ValueError, match=r"pairing is 'shell'; choose one of row-major, shells"):
+        api.retrieve(torch.ones(1, 1, 2), torch.ones(2, 1, 1, 1), 1, pairing="shell")
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_everything_tied_retrieves_the_lowest_ids(pairing: str) -> None:
+    assert reference.retrieve_ids(torch.zeros(2, 4, 9), 9, pairing).tolist() == [list(range(9))] * 4
 
 
 def test_sums_that_tie_only_by_rounding_are_told_apart() -> None:

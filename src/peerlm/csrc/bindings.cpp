@@ -43,6 +43,12 @@ Weighting weighting_of(const std::string& name) {
   throw std::invalid_argument("unknown weighting " + name);
 }
 
+Pairing pairing_of(const std::string& name) {
+  if (name == "row-major") return Pairing::row_major;
+  if (name == "shells") return Pairing::shells;
+  throw std::invalid_argument("unknown pairing " + name);
+}
+
 Activation activation_of(const std::string& name) {
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
@@ -78,8 +84,8 @@ void require_fit(const Array<In, 4>& query, const Array<In, 4>& sub_keys, int64_
           "query (T, H, 2, C) and sub_keys (2, H or 1, n, C) do not fit, or k is not in 1 .. n");
 }
 
-void retrieve_(Array<In, 4> query, Array<In, 4> sub_keys, int64_t k, const std::string& weighting, bool bf16_scores,
-               int threads, Array<float, 3> weights, Array<int64_t, 3> ids) {
+void retrieve_(Array<In, 4> query, Array<In, 4> sub_keys, int64_t k, const std::string& weighting,
+               const std::string& pairing, bool bf16_scores, int threads, Array<float, 3> weights, Array<int64_t, 3> ids) {
   const RetrieveArgs a{query.data(),
                        sub_keys.data(),
                        (int64_t)query.shape(0),
@@ -89,6 +95,7 @@ void retrieve_(Array<In, 4> query, Array<In, 4> sub_keys, int64_t k, const std::
                        (int64_t)query.shape(3),
                        k,
                        weighting_of(weighting),
+                       pairing_of(pairing),
                        bf16_scores,
                        threads,
                        weights.data(),
@@ -102,7 +109,7 @@ void retrieve_(Array<In, 4> query, Array<In, 4> sub_keys, int64_t k, const std::
 }
 
 void retrieve_backward_(Array<In, 3> grad_weights, Array<In, 3> weights, Array<const int64_t, 3> ids, Array<In, 4> query,
-                        Array<In, 4> sub_keys, const std::string& weighting, int threads,
+                        Array<In, 4> sub_keys, const std::string& weighting, const std::string& pairing, int threads,
                         std::optional<Array<float, 4>> grad_query, std::optional<Array<float, 4>> grad_sub_keys) {
   const RetrieveBackwardArgs a{grad_weights.data(),
                                weights.data(),
@@ -116,6 +123,7 @@ void retrieve_backward_(Array<In, 3> grad_weights, Array<In, 3> weights, Array<c
                                (int64_t)query.shape(3),
                                (int64_t)ids.shape(2),
                                weighting_of(weighting),
+                               pairing_of(pairing),
                                threads,
                                data_or_null(grad_query),
                                data_or_null(grad_sub_keys)};
@@ -347,7 +355,7 @@ NB_MODULE(_native, m) {
   m.def("has_bf16_dot_products", [] { return kernels().bf16_dot_products; });
   m.def("retrieve", &retrieve_);
   m.def("retrieve_backward", &retrieve_backward_, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg().none(), nb::arg().none());
+        nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
   m.def("mix", &mix_, nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg().none(), nb::arg());
   m.def("mix_backward", &mix_backward_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none(),

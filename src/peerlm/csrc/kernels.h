@@ -14,6 +14,8 @@
 namespace peerlm {
 
 enum class Weighting { softmax, sigmoid, relu, none };
+// Which id the expert of sub-keys (i, j) has: see ops/pairing.py.
+enum class Pairing { row_major, shells };
 enum class Activation { gelu, gelu_tanh, relu, silu, identity };
 enum class RowFormat { f32, bf16, i8 };
 
@@ -32,6 +34,7 @@ struct RetrieveArgs {
   const float* sub_keys;  // (2, sets, n, C)
   int64_t tokens, heads, sets, n, half_dim, k;  // sets: H, or 1 where heads share sub-keys
   Weighting weighting;
+  Pairing pairing;
   bool bf16_scores;  // score in bfloat16 first; ids are the same, see retrieve.inc
   int threads;
   float* weights;  // out (T, H, K)
@@ -46,6 +49,7 @@ struct RetrieveBackwardArgs {
   const float* sub_keys;
   int64_t tokens, heads, sets, n, half_dim, k;
   Weighting weighting;
+  Pairing pairing;
   int threads;
   float* grad_query;     // out (T, H, 2, C), or null
   float* grad_sub_keys;  // out (2, sets, n, C), or null

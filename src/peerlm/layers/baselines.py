@@ -250,6 +250,7 @@ class ProductKeyMemory(RowTable):
         weighting: "softmax", "sigmoid", "relu" or "none".
         backend: a name in `peerlm.ops.api.BACKENDS`.
         weight_scale: what weights are multiplied by, as in PEER; 1 is the paper's.
+        pairing: the id of the value of sub-keys i and j, as in PEER.
 
     Attributes:
         product_keys: the index, `ProductKeys`.
@@ -272,6 +273,7 @@ class ProductKeyMemory(RowTable):
         weighting: str = "softmax",
         backend: str = "auto",
         weight_scale: float = 1.0,
+        pairing: str = "row-major",
     ):
         super().__init__()
         api.check_backend(backend)
@@ -289,6 +291,7 @@ class ProductKeyMemory(RowTable):
             shared_keys=shared_keys,
             query_norm=query_norm,
             weighting=weighting,
+            pairing=pairing,
             backend=backend,
         )
         self.values = nn.Parameter(empty_rows(num_values, dim))

@@ -34,6 +34,9 @@ class PEER(nn.Module):
         weight_scale: what weights are multiplied by; 1 is the paper's. Vectors v start smaller by as much, so that
             the layer starts as loud as ever, but steps of AdamW, whose size is that of the learning rate, change
             its output more.
+        pairing: the id of the expert of sub-keys i and j: "row-major", i * n + j, or "shells", which a layer that
+            shall grow needs (`peerlm.surgery.grow`).
+        grown_from: of a layer that has grown and is not fully open, the number of experts before; see `ProductKeys`.
 
     Attributes:
         product_keys: the index, `ProductKeys`.
@@ -60,6 +63,8 @@ class PEER(nn.Module):
         backend: str = "auto",
         row_format: str = "float32",
         weight_scale: float = 1.0,
+        pairing: str = "row-major",
+        grown_from: int | None = None,
     ):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
@@ -78,6 +83,8 @@ class PEER(nn.Module):
             shared_keys=shared_keys,
             query_norm=query_norm,
             weighting=weighting,
+            pairing=pairing,
+            grown_from=grown_from,
             backend=backend,
         )
         self.experts = ExpertTable(

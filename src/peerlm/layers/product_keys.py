@@ -47,9 +47,8 @@ def sub_keys_per_half(
 class ProductKeys(nn.Module):
     """Retrieve the `experts_per_head` best of `num_experts` experts for every token and head.
 
-    The score of expert id = i * n + j is q[:key_dim / 2] . c_i + q[key_dim / 2:] . c'_j with n =
-    sqrt(num_experts), so that 2 n sub-keys index n * n experts, exactly (He 2024, section 2; Lample 2019,
-    section 3.1).
+    The score of expert (i, j) is q[:key_dim / 2] . c_i + q[key_dim / 2:] . c'_j with n = sqrt(num_experts), so that
+    2 n sub-keys index n * n experts, exactly (He 2024, section 2; Lample 2019, section 3.1).
 
     Args:
         dim: width of the input.
@@ -60,16 +59,23 @@ class ProductKeys(nn.Module):
         shared_keys: one set of sub-keys for all heads (He 2024's text), or one per head (Lample 2019).
         query_norm: "batch" over the H * key_dim features, "layer" over each head's key_dim, or "none".
         weighting: "softmax" over a head's k scores, "sigmoid", "relu", or "none" (the raw score).
+        pairing: the id of expert (i, j): "row-major", i * n + j, or "shells", in which more sub-keys only append ids.
+        grown_from: how many experts there were before the last growth, while those that it added are being opened
+            (`peerlm.surgery.grow`); None for a layer like any other.
         backend: a name in `peerlm.ops.api.BACKENDS`.
 
     Attributes:
         sub_keys: (2, H or 1, n, key_dim / 2).
+        opening: None unless `grown_from` is given. Then a buffer of one number in 0 .. 1, the prior of a new sub-key:
+            its logarithm is added to the half scores, so that softmax weights are multiplied by it, once for each
+            half of an expert that is new. At 0, where it starts, new sub-keys are left out.
 
     Raises:
         ValueError: a setting is impossible; the message has the setting, its value, and the mend.
     """
 
     parameter_roles: ClassVar[dict[str, str]] = {"sub_keys": "keys"}
+    opening: Tensor | None
 
     def __init__(
         self,
@@ -82,10 +88,13 @@ class ProductKeys(nn.Module):
         shared_keys: bool = True,
         query_norm: str = "batch",
         weighting: str = "softmax",
+        pairing: str = "row-major",
+        grown_from: int | None = None,
         backend: str = "auto",
     ):
         super().__init__()
         api.check_backend(backend)
+        api.check_pairing(pairing)
         check_sizes(dim=dim, heads=heads, key_dim=key_dim)
         n = sub_keys_per_half(num_experts, experts_per_head)
         if key_dim % 2:
@@ -96,17 +105,22 @@ class ProductKeys(nn.Module):
         ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        if grown_from is not None:
+            check_growth(grown_from, num_experts, experts_per_head, pairing)
         self.dim = dim
         self.num_experts = num_experts
         self.heads = heads
         self.experts_per_head = experts_per_head
         self.key_dim = key_dim
         self.weighting = weighting
+        self.pairing = pairing
+        self.grown_from = grown_from
         self.backend = backend
         self.query_proj = nn.Linear(dim, heads * key_dim, bias=False)
         self.query_norm = QUERY_NORMS[query_norm](heads, key_dim)
         self.shared_keys = shared_keys
         self.sub_keys = nn.Parameter(torch.empty(2, 1 if shared_keys else heads, n, key_dim // 2))
+        self.register_buffer("opening", None if grown_from is None else torch.zeros(()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -131,15 +145,22 @@ class ProductKeys(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights (float32 at least) and expert ids (int64): (..., heads, experts_per_head), best first."""
         x_TD, mask_T = flatten_tokens(x, mask, self.dim)
-        weights, expert_ids = api.retrieve(
-            self._query(x_TD, mask_T),
-            self.sub_keys,
-            self.experts_per_head,
-            weighting=self.weighting,
-            backend=self.backend,
-        )
+        weights, expert_ids = self._retrieve(self._query(x_TD, mask_T))
         shape = (*x.shape[:-1], self.heads, self.experts_per_head)
         return weights.reshape(shape), expert_ids.reshape(shape)
+
+    def _retrieve(self, query_THX: Tensor) -> tuple[Tensor, Tensor]:
+        sub_keys: Tensor = self.sub_keys
+        if self.opening is not None and self.grown_from is not None:
+            query_THX, sub_keys = _partly_open(query_THX, sub_keys, math.isqrt(self.grown_from), self.opening.item())
+        return api.retrieve(
+            query_THX,
+            sub_keys,
+            self.experts_per_head,
+            weighting=self.weighting,
+            pairing=self.pairing,
+            backend=self.backend,
+        )
 
     @torch.no_grad()
     def initial_weight_power(self) -> float:
@@ -153,9 +174,7 @@ class ProductKeys(nn.Module):
             return 1.0
         generator = torch.Generator().manual_seed(0)
         query = torch.randn(512, self.heads, self.key_dim, generator=generator, device="cpu").to(self.sub_keys)
-        weights, _ = api.retrieve(
-            query, self.sub_keys, self.experts_per_head, weighting=self.weighting, backend=self.backend
-        )
+        weights, _ = self._retrieve(query)
         return weights.square().sum(dim=(-2, -1)).mean().item()
 
     def extra_flops_per_token(self, context: int) -> int:
@@ -167,5 +186,31 @@ class ProductKeys(nn.Module):
         return (
             f"num_experts={self.num_experts}, heads={self.heads}, experts_per_head={self.experts_per_head}, "
             f"key_dim={self.key_dim}, shared_keys={self.shared_keys}, "
-            f"weighting={self.weighting!r}"
+            f"weighting={self.weighting!r}, pairing={self.pairing!r}, grown_from={self.grown_from}"
         )
+
+
+def check_growth(old: int, new: int, experts_per_head: int, pairing: str) -> None:
+    """Raise a ValueError where a layer of `new` experts cannot have grown from one of `old`."""
+    sub_keys_per_half(old, experts_per_head, names=("grown_from", "experts_per_head"))
+    if old >= new:
+        raise ValueError(f"grown_from is {old}, but there are {new} experts; a layer grows to more than it had")
+    if pairing != "shells":
+        raise ValueError(f"pairing is {pairing!r}, in which growth would move experts; take pairing='shells'")
+
+
+def _partly_open(query_THX: Tensor, sub_keys_2HnC: Tensor, old: int, opening: float) -> tuple[Tensor, Tensor]:
+    """Queries and sub-keys whose scores count all but the first `old` sub-keys of each half at the prior `opening`.
+
+    Between 0 and 1 each half has one feature more: the query's is 1, the sub-key's what is added to its score.
+    """
+    if opening <= 0:
+        return query_THX, sub_keys_2HnC[:, :, :old].contiguous()  # the bits of products may depend on strides
+    if opening >= 1:
+        return query_THX, sub_keys_2HnC
+    query_TH2C = query_THX.to(torch.promote_types(query_THX.dtype, torch.float32)).unflatten(-1, (2, -1))
+    sub_keys = sub_keys_2HnC.to(torch.promote_types(sub_keys_2HnC.dtype, torch.float32))
+    prior = sub_keys.new_zeros(*sub_keys.shape[:-1], 1)
+    prior[:, :, old:] = math.log(opening)
+    query = torch.cat([query_TH2C, torch.ones_like(query_TH2C[..., :1])], dim=-1).flatten(-2)
+    return query, torch.cat([sub_keys, prior], dim=-1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peerlm.ops import bag, cpu, cpu_rows, native, reference
+from peerlm.ops.pairing import PAIRINGS
 from peerlm.ops.rows import RowTable
 
 _MODULES: dict[str, ModuleType] = {"reference": reference, "bag": bag, "cpu": cpu}
@@ -46,6 +47,12 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation is {activation!r}; choose one of {', '.join(reference.ACTIVATIONS)}")
 
 
+def check_pairing(pairing: str) -> None:
+    """Raise a ValueError where `pairing` is not the name of a pairing."""
+    if pairing not in PAIRINGS:
+        raise ValueError(f"pairing is {pairing!r}; choose one of {', '.join(PAIRINGS)}")
+
+
 def use_huge_pages(tensor: Tensor) -> bool:
     """Ask the system to back a large CPU tensor by huge pages; returns whether it agreed."""
     return native.use_huge_pages(tensor)
@@ -75,7 +82,13 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def retrieve(
-    query: Tensor, sub_keys: Tensor, k: int, *, weighting: str = "softmax", backend: str = "auto"
+    query: Tensor,
+    sub_keys: Tensor,
+    k: int,
+    *,
+    weighting: str = "softmax",
+    pairing: str = "row-major",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Retrieve every head's k best experts by product keys; equal to a search over all n * n experts.
 
@@ -84,17 +97,19 @@ def retrieve(
         sub_keys: (2, H or 1, n, key_dim / 2).
         k: experts per head, 1 <= k <= n.
         weighting: "softmax" over each head's k scores, "sigmoid", "relu", or "none" (the raw score).
+        pairing: which id the expert of sub-keys i and j has: "row-major", i * n + j, or "shells", j * j + i where
+            i < j, otherwise i * i + i + j, so that more sub-keys only append ids.
         backend: a name in `BACKENDS`; "bag" has no retrieval of its own and takes the reference.
 
     Returns:
         weights (T, H, k) in float32 at least, and expert ids (T, H, k) int64 in 0 .. n * n - 1, best first.
-        Expert id = i * n + j; experts are ordered by the exact sum of their half scores, equal sums by
-        ascending id. The reference scores in the dtype of its arguments, float32 at least, the native kernels
-        choose by float64 scores.
+        Experts are ordered by the exact sum of their half scores, equal sums by ascending id. The reference scores
+        in the dtype of its arguments, float32 at least, the native kernels choose by float64 scores.
     """
+    check_pairing(pairing)
     module = _choose("reference" if backend == "bag" else backend, "reference", query, sub_keys)
     with _without_autocast(query):
-        return module.retrieve(query, sub_keys, k, weighting)
+        return module.retrieve(query, sub_keys, k, weighting, pairing)
 
 
 def mix_experts(

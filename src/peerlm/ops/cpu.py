@@ -34,10 +34,12 @@ def unsupported(*inputs: Tensor, rows: Tensor | None = None) -> str:
     return ""
 
 
-def retrieve(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, weighting: str) -> tuple[Tensor, Tensor]:
+def retrieve(
+    query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, weighting: str, pairing: str = "row-major"
+) -> tuple[Tensor, Tensor]:
     """As `reference.retrieve`, but differentiable once only; ids are those of float64 scores."""
     query = query_THX.float().contiguous()
-    return torch.ops.peerlm.retrieve(query, sub_keys_2HnC.float().contiguous(), k, weighting)
+    return torch.ops.peerlm.retrieve(query, sub_keys_2HnC.float().contiguous(), k, weighting, pairing)
 
 
 def mix_experts(
@@ -76,10 +78,12 @@ def dot_values(x_TD: Tensor, ids_TP: Tensor, values_ND: Tensor, *, row_gradients
 
 
 _LIBRARY = torch.library.Library("peerlm", "DEF")
-_LIBRARY.define("retrieve(Tensor query, Tensor sub_keys, int k, str weighting) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    "retrieve_backward(Tensor grad_weights, Tensor weights, Tensor ids, Tensor query, Tensor sub_keys, str weighting)"
-    " -> (Tensor, Tensor)"
+    "retrieve(Tensor query, Tensor sub_keys, int k, str weighting, str pairing='row-major') -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "retrieve_backward(Tensor grad_weights, Tensor weights, Tensor ids, Tensor query, Tensor sub_keys, str weighting,"
+    " str pairing='row-major') -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "mix_experts(Tensor x, Tensor weights, Tensor ids, Tensor rows, Tensor? scales, str activation, bool row_gradients)"
@@ -100,7 +104,9 @@ def _scoring_in_bf16() -> bool:
     return native.module.has_bf16_dot_products() and os.environ.get("PEERLM_SCORES", "bf16") != "fp32"
 
 
-def _retrieve(query: Tensor, sub_keys: Tensor, k: int, weighting: str) -> tuple[Tensor, Tensor]:
+def _retrieve(
+    query: Tensor, sub_keys: Tensor, k: int, weighting: str, pairing: str = "row-major"
+) -> tuple[Tensor, Tensor]:
     tokens, heads, key_dim = query.shape
     weights = query.new_empty(tokens, heads, k)
     ids = query.new_empty(tokens, heads, k, dtype=torch.int64)
@@ -109,6 +115,7 @@ def _retrieve(query: Tensor, sub_keys: Tensor, k: int, weighting: str) -> tuple[
         sub_keys.detach(),
         k,
         weighting,
+        pairing,
         _scoring_in_bf16(),
         torch.get_num_threads(),
         weights,
@@ -117,13 +124,21 @@ def _retrieve(query: Tensor, sub_keys: Tensor, k: int, weighting: str) -> tuple[
     return weights, ids
 
 
-def _retrieve_fake(query: Tensor, sub_keys: Tensor, k: int, weighting: str) -> tuple[Tensor, Tensor]:
+def _retrieve_fake(
+    query: Tensor, sub_keys: Tensor, k: int, weighting: str, pairing: str = "row-major"
+) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], query.shape[1], k)
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
 
 
 def _retrieve_backward(
-    grad_weights: Tensor, weights: Tensor, ids: Tensor, query: Tensor, sub_keys: Tensor, weighting: str
+    grad_weights: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    query: Tensor,
+    sub_keys: Tensor,
+    weighting: str,
+    pairing: str = "row-major",
 ) -> tuple[Tensor, Tensor]:
     tokens, heads, key_dim = query.shape
     halves = (tokens, heads, 2, key_dim // 2)
@@ -135,6 +150,7 @@ def _retrieve_backward(
         query.detach().view(halves),
         sub_keys.detach(),
         weighting,
+        pairing,
         torch.get_num_threads(),
         grad_query.view(halves),
         grad_sub_keys,
@@ -143,21 +159,29 @@ def _retrieve_backward(
 
 
 def _retrieve_backward_fake(
-    grad_weights: Tensor, weights: Tensor, ids: Tensor, query: Tensor, sub_keys: Tensor, weighting: str
+    grad_weights: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    query: Tensor,
+    sub_keys: Tensor,
+    weighting: str,
+    pairing: str = "row-major",
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(sub_keys)
 
 
 def _retrieve_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, sub_keys, _, ctx.weighting = inputs
+    query, sub_keys, _, ctx.weighting, ctx.pairing = inputs
     weights, ids = output
     ctx.mark_non_differentiable(ids)
     ctx.save_for_backward(weights, ids, query, sub_keys)
 
 
 def _retrieve_gradients(ctx: Any, grad_weights: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grad_query, grad_sub_keys = torch.ops.peerlm.retrieve_backward(grad_weights, *ctx.saved_tensors, ctx.weighting)
-    return grad_query, grad_sub_keys, None, None
+    grad_query, grad_sub_keys = torch.ops.peerlm.retrieve_backward(
+        grad_weights, *ctx.saved_tensors, ctx.weighting, ctx.pairing
+    )
+    return grad_query, grad_sub_keys, None, None, None
 
 
 def _mix_experts(

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peerlm.ops.pairing import PAIRINGS
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -74,10 +76,10 @@ def top_k(scores: Tensor, k: int, tie_break: TieBreak | None = None) -> tuple[Te
     return values[..., :k], positions[..., :k]
 
 
-def retrieve_ids(scores_2THn: Tensor, k: int) -> Tensor:
+def retrieve_ids(scores_2THn: Tensor, k: int, pairing: str = "row-major") -> Tensor:
     """The ids of the k experts with the highest sums of half scores, equal to a search over all n * n.
 
-    Expert id = i * n + j scores `scores[0, ..., i] + scores[1, ..., j]`. Experts are ordered by that sum taken
+    Expert (i, j) scores `scores[0, ..., i] + scores[1, ..., j]`. Experts are ordered by that sum taken
     exactly, and equal sums by ascending id. In this order an expert whose halves rank a-th and b-th (from 0)
     comes after the (a + 1) * (b + 1) - 1 others that rank no worse in either half, so that only pairs with
     (a + 1) * (b + 1) <= k can be among the first k (He 2024, section 2.2, pruned).
@@ -85,10 +87,16 @@ def retrieve_ids(scores_2THn: Tensor, k: int) -> Tensor:
     Args:
         scores_2THn: half scores, (2, ..., n).
         k: experts to retrieve, 1 <= k <= n.
+        pairing: a name in `PAIRINGS`, which id expert (i, j) has.
 
     Returns:
         (..., k) int64, best first.
     """
+    return PAIRINGS[pairing].ids(*_retrieve_pairs(scores_2THn, k, pairing), scores_2THn.shape[-1])
+
+
+def _retrieve_pairs(scores_2THn: Tensor, k: int, pairing: str) -> tuple[Tensor, Tensor]:
+    """The sub-keys i and j of `retrieve_ids`, each (..., k) int64."""
     n = scores_2THn.shape[-1]
     rank_a, rank_b = torch.tensor(_candidate_ranks(k), device=scores_2THn.device).T
     (best_i, index_i), (best_j, index_j) = (top_k(half, k) for half in scores_2THn)
@@ -99,17 +107,19 @@ def retrieve_ids(scores_2THn: Tensor, k: int) -> Tensor:
         i, j, t = score_i[tied], score_j[tied], total[tied]
         shadow = t - i  # Knuth's TwoSum: t + residual is the exact sum
         residual = (i - (t - shadow)) + (j - shadow)
-        return residual, index_i[tied][:, rank_a] * n + index_j[tied][:, rank_b]
+        return residual, PAIRINGS[pairing].ids(index_i[tied][:, rank_a], index_j[tied][:, rank_b], n)
 
     _, candidate = top_k(total, k, tie_break)
-    return index_i.gather(-1, rank_a[candidate]) * n + index_j.gather(-1, rank_b[candidate])
+    return index_i.gather(-1, rank_a[candidate]), index_j.gather(-1, rank_b[candidate])
 
 
 def _candidate_ranks(k: int) -> list[tuple[int, int]]:
     return [(a, b) for a in range(k) for b in range(k // (a + 1))]
 
 
-def retrieve(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, weighting: str) -> tuple[Tensor, Tensor]:
+def retrieve(
+    query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, weighting: str, pairing: str = "row-major"
+) -> tuple[Tensor, Tensor]:
     """The k best experts of every head and their weights (He 2024, section 2.1; Lample 2019, section 3.2).
 
     Args:
@@ -117,6 +127,7 @@ def retrieve(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, weighting: str) -
         sub_keys_2HnC: (2, H or 1, n, C).
         k: experts per head, 1 <= k <= n.
         weighting: a name in `WEIGHTINGS`, applied to each head's k scores.
+        pairing: a name in `PAIRINGS`.
 
     Returns:
         weights (T, H, k) in float32 at least, differentiable in queries and sub-keys;
@@ -124,10 +135,10 @@ def retrieve(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, weighting: str) -
     """
     scores_2THn = half_scores(query_THX, sub_keys_2HnC)
     with torch.no_grad():
-        ids_THK = retrieve_ids(scores_2THn, k)
-    n = scores_2THn.shape[-1]
+        i_THK, j_THK = _retrieve_pairs(scores_2THn, k, pairing)
+        ids_THK = PAIRINGS[pairing].ids(i_THK, j_THK, scores_2THn.shape[-1])
     first, second = scores_2THn
-    scores_THK = first.gather(-1, ids_THK // n) + second.gather(-1, ids_THK % n)
+    scores_THK = first.gather(-1, i_THK) + second.gather(-1, j_THK)
     return WEIGHTINGS[weighting](scores_THK), ids_THK
 
 

@@ -115,6 +115,10 @@ class RowAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 self._watch(parameter, group)
 
+    def watch(self, parameter: Tensor) -> None:
+        """Watch a table that has taken the place of another in its group."""
+        self._watch(parameter, self._group(parameter))
+
     def _watch(self, parameter: Tensor, group: dict[str, Any]) -> None:
         row_seam.watch_rows(parameter, self._watcher)
         if group["fused"]:

@@ -1,9 +1,10 @@
-"""Change an existing model: PEER in place of its feed-forward layers or beside them, and retrieved adapters.
+"""Change an existing model: PEER in place of its feed-forward layers or beside them, retrieved adapters, and growth.
 
 Importing this package lets transformers load models that were converted.
 """
 
 from peerlm.surgery.convert import convert, unconvert
 from peerlm.surgery.ffw import FFW, find_ffws
+from peerlm.surgery.grow import grow, set_opening, to_shells
 
-__all__ = ["FFW", "convert", "find_ffws", "unconvert"]
+__all__ = ["FFW", "convert", "find_ffws", "grow", "set_opening", "to_shells", "unconvert"]

@@ -64,10 +64,9 @@ def convert_folder(
     """
     if output.exists():
         raise UserError(f"{output} exists already; name a new folder")
-    if not -(2**63) <= seed < 2**64:
-        raise UserError(f"seed is {seed}; it must fit into 64 bits")
-    model = _load(source)
-    before = _count(model)
+    check_seed(seed)
+    model = load_saved(source)
+    before = count_parameters(model)
     torch.manual_seed(seed)
     try:
         if undo:
@@ -80,18 +79,20 @@ def convert_folder(
     except (ValueError, TypeError, FloatingPointError, RuntimeError, MemoryError) as error:  # torch's for memory too
         raise UserError(f"cannot convert {source}: {error}") from error
     assert record is not None  # unconvert refuses a model without one
-    with atomic_folder(output) as folder:
-        model.save_pretrained(folder)
-        for path in sorted(source.iterdir()):
-            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COMPANIONS):
-                shutil.copyfile(path, folder / path.name)
+    save_changed(model, source, output)
     return {
         "layers": [site.path for site in record.read_sites()],
         "mode": record.mode,
         "init": record.init,
         "parameters_before": before,
-        "parameters_after": _count(model),
+        "parameters_after": count_parameters(model),
     }
+
+
+def check_seed(seed: int) -> None:
+    """Raise a UserError where torch takes no such seed."""
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"seed is {seed}; it must fit into 64 bits")
 
 
 @contextmanager
@@ -106,7 +107,12 @@ def reading(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} holds no model that can be read ({detail}); restore it") from error
 
 
-def _load(folder: Path) -> PreTrainedModel:
+def load_saved(folder: Path) -> PreTrainedModel:
+    """The model that `save_pretrained` wrote, of the class that its configuration names.
+
+    Raises:
+        UserError: there is none, or it cannot be read, or has other weights than its configuration says.
+    """
     with reading(folder):
         config = AutoConfig.from_pretrained(folder)
         loaded: Any = _class_of(config, folder).from_pretrained(folder, output_loading_info=True)
@@ -115,6 +121,15 @@ def _load(folder: Path) -> PreTrainedModel:
         if keys:
             raise UserError(f"{folder} {what} weights, such as {min(keys)}; restore it")
     return cast("PreTrainedModel", model)
+
+
+def save_changed(model: PreTrainedModel, source: Path, output: Path) -> None:
+    """Write a model that was loaded from `source` to the folder `output`, whole or not at all, with its tokenizer."""
+    with atomic_folder(output) as folder:
+        model.save_pretrained(folder)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COMPANIONS):
+                shutil.copyfile(path, folder / path.name)
 
 
 def _class_of(config: Any, folder: Path) -> type[PreTrainedModel]:
@@ -127,5 +142,6 @@ def _class_of(config: Any, folder: Path) -> type[PreTrainedModel]:
     raise UserError(f"{folder} is of the architecture {name!r}, which this version of transformers does not have")
 
 
-def _count(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
