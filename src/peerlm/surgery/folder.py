@@ -57,7 +57,7 @@ def convert_folder(
         report: as of `fit_neurons`.
 
     Returns:
-        "layers" (paths of the feed-forward layers), "mode", "init", "parameters before", "parameters after".
+        "layers" (paths of the feed-forward layers), "mode", "init", "parameters_before", "parameters_after".
 
     Raises:
         UserError: the output exists, the model cannot be read, or `convert` refuses it.
