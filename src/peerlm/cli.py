@@ -284,9 +284,9 @@ def convert(
     """Put PEER into a model of any architecture, beside its dense feed-forward layers or in their place."""
     from peerlm.data.tokenizer import open_tokenizer
     from peerlm.evaluate.loading import model_folder
+    from peerlm.evaluate.progress import progress_bar
     from peerlm.evaluate.windows import batches_of, text_windows
-    from peerlm.experiments.neuron_setup import progress_bar
-    from peerlm.surgery.folder import convert_folder
+    from peerlm.surgery.convert_folder import convert_folder
     from peerlm.surgery.settings import read_layers, read_settings
 
     folder = model_folder(model)

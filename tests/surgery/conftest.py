@@ -1,6 +1,8 @@
 """Small random models of many architectures."""
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from peerlm.cli import main
 from peerlm.model import PeerConfig, PeerForCausalLM
 
 SIZES: dict[str, Any] = {
@@ -91,6 +94,19 @@ def batch(model: PreTrainedModel, *, seed: int = 0, masked: bool = False) -> dic
 def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         return model(**inputs).logits
+
+
+def run(*arguments: object) -> int:
+    """Run the command `peerlm`; its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Digests of all files below a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture

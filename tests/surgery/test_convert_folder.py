@@ -1,6 +1,5 @@
 """`peerlm convert`: folders in and out, and users' mistakes as one sentence."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertForMaskedLM, PreTrainedTokenizerFast
 
-from peerlm.cli import main
 from peerlm.evaluate import load_model, sample_text
 from peerlm.layers import PEER
 
-from .conftest import PEER_SETTINGS, batch, build, logits
+from .conftest import PEER_SETTINGS, batch, build, contents, logits, run
 
 SETTINGS = [f"--set={name}={value}" for name, value in PEER_SETTINGS.items()]
 
@@ -40,17 +38,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = json.loads((folder / "bert" / "config.json").read_text()) | change
         (folder / name / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0)
-
-
-def contents(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "peer"])

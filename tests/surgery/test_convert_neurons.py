@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from peerlm.surgery import convert
 from peerlm.surgery.neurons import NeuronLayer, fit_neurons
 
-from .conftest import ARCHITECTURES, batch, build, logits
-from .test_convert_folder import run
+from .conftest import ARCHITECTURES, batch, build, logits, run
 
 SETTINGS: dict[str, Any] = {"heads": 2, "key_dim": 8}
 QUICK = {"steps": 3}

@@ -1,6 +1,5 @@
 """`peerlm grow`: folders in and out, and users' mistakes as one sentence."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peerlm.cli import main
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.surgery import folder as surgery_folder
-from peerlm.surgery import grow, grow_folder
+from peerlm.surgery import grow, grow_folder, saved
 
-from .conftest import build
+from .conftest import build, contents, run
 
 IDS = torch.arange(18).view(2, 9)
 
@@ -47,17 +44,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (folder / "shells").iterdir():
         (folder / "cut" / path.name).write_bytes(path.read_bytes()[: -7 if path.suffix == ".safetensors" else None])
     return folder
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0)
-
-
-def contents(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def logits(folder: Path) -> torch.Tensor:
@@ -109,7 +95,7 @@ def test_an_interrupted_growth_leaves_nothing_behind(
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(surgery_folder.shutil, "copyfile", fail)
+    monkeypatch.setattr(saved.shutil, "copyfile", fail)
     with pytest.raises(KeyboardInterrupt):
         grow_folder.grow_folder(folder / "shells", tmp_path / "out", 36)
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import peerlm.model
 import peerlm.surgery  # noqa: F401, the two register our models, and converted ones, with transformers
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
-from peerlm.surgery.folder import reading
+from peerlm.surgery.saved import reading
 
 MAX_DEFAULT_CONTEXT = 2048
 

@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.errors import UserError
@@ -18,6 +17,7 @@ from peerlm.evaluate.lambada import score_last_words
 from peerlm.evaluate.likelihood import Report
 from peerlm.evaluate.loading import default_context, load_model
 from peerlm.evaluate.perplexity import check_windows, score_text
+from peerlm.evaluate.progress import progress_bar
 from peerlm.metrics import record_usage
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
@@ -70,7 +70,7 @@ def evaluate(
     stride = context // 2 if stride is None else stride
     check_windows(model, context, stride)
     rows = {}
-    with _progress_bar(shown=progress) as bar:
+    with progress_bar(shown=progress) as bar:
         for file, fields in fields_by_file.items():
             task = bar.add_task(Path(file).name, total=None)
             rows[file] = _evaluate_file(
@@ -167,9 +167,3 @@ def _finite(figure: float) -> float | None:
 
 def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
     bar.update(task, completed=done, total=total)
-
-
-def _progress_bar(*, shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, disable=not (shown and console.is_terminal))

@@ -16,6 +16,7 @@ from peerlm.accounting import model_cost
 from peerlm.errors import UserError
 from peerlm.evaluate import held_out_loss
 from peerlm.evaluate.likelihood import device_of
+from peerlm.evaluate.progress import progress_bar
 from peerlm.experiments.neuron_setup import (
     WINDOWS_PER_PASS,
     NeuronSetup,
@@ -24,7 +25,6 @@ from peerlm.experiments.neuron_setup import (
     key_of,
     layer_inputs,
     load_setup,
-    progress_bar,
 )
 from peerlm.experiments.neurons import provenance
 from peerlm.experiments.rows import append_row, read_rows

@@ -3,15 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -20,11 +19,11 @@ from peerlm.data.manifest import file_sha256
 from peerlm.errors import UserError
 from peerlm.evaluate import load_model
 from peerlm.evaluate.held_out import Windows
-from peerlm.evaluate.likelihood import check_context, device_of
+from peerlm.evaluate.likelihood import check_context
 from peerlm.evaluate.loading import default_context, model_folder
 from peerlm.evaluate.windows import text_windows
 from peerlm.layers import DenseFFW
-from peerlm.layers.modes import evaluating
+from peerlm.surgery.neurons.fit import collect_inputs
 from peerlm.surgery.neurons.index import fit_index
 from peerlm.surgery.neurons.layer import NeuronLayer, neuron_layer
 from peerlm.surgery.neurons.neurons import neurons_of
@@ -127,19 +126,8 @@ def draw_windows(windows: Windows, number: int, *, seed: int, start: int = 0) ->
 
 def layer_inputs(setup: NeuronSetup, input_ids: Tensor) -> dict[str, Tensor]:
     """What each dense layer of the model reads on windows (number, context): (tokens, dim) by path."""
-    inputs: dict[str, list[Tensor]] = {path: [] for path in setup.layers}
-    with ExitStack() as stack:
-        for path, layer in setup.layers.items():
-            handle = layer.register_forward_pre_hook(partial(_keep_input, inputs[path]))
-            stack.callback(handle.remove)
-        stack.enter_context(evaluating(setup.model))
-        for batch in input_ids.split(WINDOWS_PER_PASS):
-            setup.model(input_ids=batch.to(device_of(setup.model)), use_cache=False)
-    return {path: torch.cat(parts) for path, parts in inputs.items()}
-
-
-def _keep_input(kept: list[Tensor], layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-    kept.append(arguments[0].flatten(0, -2).clone())
+    samples = ({"input_ids": batch, "use_cache": False} for batch in input_ids.split(WINDOWS_PER_PASS))
+    return collect_inputs(setup.model, setup.layers, samples, max_tokens=input_ids.numel())
 
 
 def fitted_layers(
@@ -183,10 +171,3 @@ def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None
     finally:
         for path, layer in before.items():
             model.set_submodule(path, layer)
-
-
-def progress_bar(*, shown: bool) -> Progress:
-    """A bar on stderr, where that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, disable=not (shown and console.is_terminal))

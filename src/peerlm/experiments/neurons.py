@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peerlm.accounting import model_cost
 from peerlm.evaluate import held_out_loss
+from peerlm.evaluate.progress import progress_bar
 from peerlm.experiments.figures import plot_neurons
 from peerlm.experiments.neuron_setup import (
     WINDOWS_PER_PASS,
@@ -25,7 +26,6 @@ from peerlm.experiments.neuron_setup import (
     key_of,
     layer_inputs,
     load_setup,
-    progress_bar,
     replaced,
 )
 from peerlm.experiments.rows import append_row, read_rows

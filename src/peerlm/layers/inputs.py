@@ -43,6 +43,12 @@ def check_settings(layer: type, name: str, settings: Mapping[str, Any], *, besid
             raise ValueError(f"{key} is {value!r}; it must be {said}")
 
 
+def check_dropout(dropout: float) -> None:
+    """Raise a ValueError where this is no share that may be dropped."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}; it is a share of experts, so take 0 <= dropout < 1")
+
+
 def check_weight_scale(weight_scale: float) -> None:
     """Raise a ValueError where this is no positive, finite number."""
     if not 0.0 < weight_scale < math.inf:

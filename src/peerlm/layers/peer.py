@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerlm.layers.expert_table import ExpertTable
-from peerlm.layers.inputs import check_weight_scale, flatten_tokens
+from peerlm.layers.inputs import check_dropout, check_weight_scale, flatten_tokens
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.ops import api
@@ -67,8 +67,7 @@ class PEER(nn.Module):
         grown_from: int | None = None,
     ):
         super().__init__()
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout is {dropout}; it is a share of experts, so take 0 <= dropout < 1")
+        check_dropout(dropout)
         api.check_activation(activation)
         self.dim = dim
         check_weight_scale(weight_scale)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlm.layers.inputs import check_sizes, check_weight_scale, flatten_tokens
+from peerlm.layers.inputs import check_dropout, check_sizes, check_weight_scale, flatten_tokens
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.layers.row_table import RowTable, empty_rows
 from peerlm.ops import api
@@ -92,8 +92,7 @@ class AdapterPool(nn.Module):
         check_sizes(in_features=in_features, out_features=out_features, rank=rank)
         api.check_activation(activation)
         check_weight_scale(weight_scale)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout is {dropout}; it is a share of experts, so take 0 <= dropout < 1")
+        check_dropout(dropout)
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank

@@ -5,8 +5,8 @@ from typing import Any
 
 from peerlm.errors import UserError
 from peerlm.layers import PEER
-from peerlm.surgery.folder import check_seed, count_parameters, load_saved, save_changed
 from peerlm.surgery.grow import grow, set_opening, to_shells
+from peerlm.surgery.saved import check_seed, count_parameters, load_saved, save_changed
 
 
 def grow_folder(

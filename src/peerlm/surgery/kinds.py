@@ -11,7 +11,8 @@ from peerlm.layers import PEER
 from peerlm.layers.inputs import check_settings
 from peerlm.layers.modes import evaluating
 from peerlm.surgery.ffw import FFW
-from peerlm.surgery.neurons import NeuronLayer, neuron_layer, neuron_layer_skeleton, pool_tables
+from peerlm.surgery.neurons import neuron_layer, neuron_layer_skeleton, pool_tables
+from peerlm.surgery.neurons.layer import check_neuron_settings
 from peerlm.surgery.sites import Site
 
 
@@ -47,11 +48,6 @@ def _random_peer(ffw: FFW, mode: str, settings: dict[str, Any]) -> PEER:
     return peer
 
 
-def _check_neurons(settings: Mapping[str, Any]) -> None:
-    sizes = ("dim", "hidden", "activation", "gated", "biases")
-    check_settings(NeuronLayer, "a layer of retrieved neurons", _without_pool(settings), besides=sizes)
-
-
 def _without_pool(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of each layer: `pool` is one of them all."""
     return {name: value for name, value in settings.items() if name != "pool"}
@@ -70,7 +66,7 @@ KINDS = {
             site.dim, site.hidden, site.activation, site.gated, site.biases, _without_pool(settings)
         ),
         modes=("replace",),
-        check=_check_neurons,
+        check=lambda settings: check_neuron_settings(_without_pool(settings)),
         finish=lambda layers, settings: pool_tables(layers) if settings.get("pool") else None,
         learns_index=True,
     ),

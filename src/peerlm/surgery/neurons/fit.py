@@ -1,7 +1,7 @@
 """Learn the indices of all retrieved neurons in a model, layer by layer, from sample text."""
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,8 @@ def fit_neurons(
     layers = {path: module for path, module in model.named_modules() if isinstance(module, NeuronLayer)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no retrieved neurons; convert it with init='neurons' first")
-    inputs = _collect(model, layers, samples, max_tokens)
+    with _all_at_work(layers.values()):
+        inputs = collect_inputs(model, layers, samples, max_tokens=max_tokens)
     fits = {}
     for path, layer in layers.items():
         tell = None if report is None else partial(report, path)
@@ -53,19 +54,18 @@ def fit_neurons(
     return fits
 
 
-def _collect(
-    model: nn.Module, layers: Mapping[str, NeuronLayer], samples: Iterable[Mapping[str, Any]], max_tokens: int
+def collect_inputs(
+    model: nn.Module, layers: Mapping[str, nn.Module], samples: Iterable[Mapping[str, Any]], *, max_tokens: int
 ) -> dict[str, Tensor]:
-    """What each layer reads, (tokens, dim) float32 on the CPU."""
+    """What these layers of a model read while it reads samples, in evaluation mode: (tokens, dim) float32 on the CPU.
+
+    Raises a ValueError where there are no samples.
+    """
     read: dict[str, list[Tensor]] = {path: [] for path in layers}
-    shares = {path: layer.share for path, layer in layers.items()}
     device = next(model.parameters()).device
     with ExitStack() as stack:
         for path, layer in layers.items():
-            handle = layer.register_forward_pre_hook(partial(_keep, read[path]))
-            stack.callback(handle.remove)
-            stack.callback(partial(setattr, layer, "share", shares[path]))
-            layer.share = 1.0
+            stack.callback(layer.register_forward_pre_hook(partial(_keep, read[path])).remove)
         stack.enter_context(evaluating(model))
         for sample in samples:
             if min(sum(map(len, parts)) for parts in read.values()) >= max_tokens:
@@ -76,9 +76,23 @@ def _collect(
     return {path: torch.cat(parts)[:max_tokens] for path, parts in read.items()}
 
 
+@contextmanager
+def _all_at_work(layers: Iterable[NeuronLayer]) -> Iterator[None]:
+    """Within this context every neuron is retrieved, so that a layer is the dense one that it stands for."""
+    shares = [(layer, layer.share) for layer in layers]
+    try:
+        for layer, _ in shares:
+            layer.share = 1.0
+        yield
+    finally:
+        for layer, share in shares:
+            layer.share = share
+
+
 def _keep(parts: list[Tensor], layer: nn.Module, arguments: tuple[Any, ...]) -> None:
     x, mask = arguments[0], arguments[1] if len(arguments) > 1 else None
-    parts.append((x.flatten(0, -2) if mask is None else x[mask]).float().cpu())
+    tokens = x.flatten(0, -2) if mask is None else x[mask]
+    parts.append(tokens.to("cpu", torch.float32, copy=True))  # what comes after may write into x
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -214,6 +214,12 @@ class NeuronLayer(nn.Module):
         return f"dim={self.dim}, hidden={self.hidden}, share={self.share}, first_row={self.first_row}"
 
 
+def check_neuron_settings(settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError for the first of these that is no setting of `NeuronLayer`, besides what its neurons say."""
+    from_neurons = ("dim", "hidden", "activation", "gated", "biases")
+    check_settings(NeuronLayer, "a layer of retrieved neurons", settings, besides=from_neurons)
+
+
 def neuron_layer_skeleton(
     dim: int, hidden: int, activation: str, gated: bool, biases: bool, settings: Mapping[str, Any]
 ) -> NeuronLayer:
@@ -226,8 +232,7 @@ def neuron_layer_skeleton(
     Raises:
         ValueError: an unknown or impossible setting.
     """
-    sizes = ("dim", "hidden", "activation", "gated", "biases")
-    check_settings(NeuronLayer, "a layer of retrieved neurons", settings, besides=sizes)
+    check_neuron_settings(settings)
     return NeuronLayer(dim, hidden, activation=activation, gated=gated, biases=biases, **settings)
 
 

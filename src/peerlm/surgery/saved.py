@@ -1,13 +1,12 @@
-"""Convert a saved model to another folder."""
+"""Models as `save_pretrained` writes them: read by the class that they name, written to another folder."""
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -16,8 +15,6 @@ from transformers import AutoConfig, PreTrainedModel
 
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder
-from peerlm.surgery.convert import convert, unconvert
-from peerlm.surgery.record import conversion_of
 
 _COMPANIONS = (
     "added_tokens.json",
@@ -30,63 +27,7 @@ _COMPANIONS = (
     "tokenizer*",
     "vocab*",
 )
-"""Files beside a model that a conversion leaves as they are: its tokenizer, or what prepares its images."""
-
-
-def convert_folder(
-    source: Path,
-    output: Path,
-    *,
-    mode: str = "beside",
-    layers: str | Sequence[int] | None = None,
-    init: str = "random",
-    settings: dict[str, Any] | None = None,
-    samples: Iterable[Mapping[str, Any]] | None = None,
-    undo: bool = False,
-    seed: int = 0,
-    report: Callable[[str, int, int], object] | None = None,
-) -> dict[str, Any]:
-    """Load a model that `save_pretrained` wrote, convert it (or with `undo` unconvert it), and save it.
-
-    Args:
-        source: its folder; the class that its configuration names is loaded.
-        output: the folder to write, whole or not at all; the tokenizer is copied.
-        mode, layers, init, settings, samples: as `convert` takes them.
-        undo: call `unconvert`, and nothing else.
-        seed: of the new weights.
-        report: as of `fit_neurons`.
-
-    Returns:
-        "layers" (paths of the feed-forward layers), "mode", "init", "parameters_before", "parameters_after".
-
-    Raises:
-        UserError: the output exists, the model cannot be read, or `convert` refuses it.
-    """
-    if output.exists():
-        raise UserError(f"{output} exists already; name a new folder")
-    check_seed(seed)
-    model = load_saved(source)
-    before = count_parameters(model)
-    torch.manual_seed(seed)
-    try:
-        if undo:
-            record = conversion_of(model)
-            unconvert(model)
-        else:
-            fit = {"seed": seed, "report": report}
-            convert(model, mode=mode, layers=layers, init=init, samples=samples, fit=fit, **(settings or {}))
-            record = conversion_of(model)
-    except (ValueError, TypeError, FloatingPointError, RuntimeError, MemoryError) as error:  # torch's for memory too
-        raise UserError(f"cannot convert {source}: {error}") from error
-    assert record is not None  # unconvert refuses a model without one
-    save_changed(model, source, output)
-    return {
-        "layers": [site.path for site in record.read_sites()],
-        "mode": record.mode,
-        "init": record.init,
-        "parameters_before": before,
-        "parameters_after": count_parameters(model),
-    }
+"""Files beside a model that a change of it leaves as they are: its tokenizer, or what prepares its images."""
 
 
 def check_seed(seed: int) -> None:
