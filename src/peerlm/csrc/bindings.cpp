@@ -12,6 +12,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "move.h"
 #include "recycle.h"
 
 namespace nb = nanobind;
@@ -346,6 +347,13 @@ nb::ndarray<nb::pytorch, float, nb::ndim<3>> recycled_(size_t rows, size_t parts
   return {block->data, {rows, parts, dim}, owner};
 }
 
+// The bytes of `from` to the start of `to`; what is left of `from` is not to be read.
+void move_bytes_(Array<uint8_t, 1> from, Array<uint8_t, 1> to, int threads) {
+  require(from.size() <= to.size(), "there is less room than bytes");
+  nb::gil_scoped_release released;
+  move_bytes(from.data(), to.data(), from.size(), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -372,6 +380,7 @@ NB_MODULE(_native, m) {
   m.def("catch_up_rows", &catch_up_rows_);
   m.def("update_by_row_gradients", &update_by_row_gradients_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+  m.def("move_bytes", &move_bytes_);
   m.def("recycled", &recycled_);
   m.def("use_huge_pages", &use_huge_pages_);
 }

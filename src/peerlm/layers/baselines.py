@@ -250,7 +250,7 @@ class ProductKeyMemory(RowTable):
         weighting: "softmax", "sigmoid", "relu" or "none".
         backend: a name in `peerlm.ops.api.BACKENDS`.
         weight_scale: what weights are multiplied by, as in PEER; 1 is the paper's.
-        pairing: the id of the value of sub-keys i and j, as in PEER.
+        pairing, grown_from: as in PEER.
 
     Attributes:
         product_keys: the index, `ProductKeys`.
@@ -274,6 +274,7 @@ class ProductKeyMemory(RowTable):
         backend: str = "auto",
         weight_scale: float = 1.0,
         pairing: str = "row-major",
+        grown_from: int | None = None,
     ):
         super().__init__()
         api.check_backend(backend)
@@ -292,6 +293,7 @@ class ProductKeyMemory(RowTable):
             query_norm=query_norm,
             weighting=weighting,
             pairing=pairing,
+            grown_from=grown_from,
             backend=backend,
         )
         self.values = nn.Parameter(empty_rows(num_values, dim))

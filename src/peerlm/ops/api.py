@@ -58,6 +58,14 @@ def use_huge_pages(tensor: Tensor) -> bool:
     return native.use_huge_pages(tensor)
 
 
+def move_to_start(source: Tensor, target: Tensor) -> bool:
+    """Move a tensor to the start of a larger one, giving its memory back meanwhile; returns whether that was possible.
+
+    Afterwards nothing may read `source`.
+    """
+    return native.move_to_start(source, target)
+
+
 def row_kernels(table: RowTable) -> ModuleType | None:
     """The native module with `update_rows` and `catch_up_rows` for this table; None where there is none."""
     return cpu_rows if cpu_rows.supports(table) else None

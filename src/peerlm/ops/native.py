@@ -58,6 +58,21 @@ def recycled(rows: int, parts: int, dim: int) -> Tensor:
     return tensor
 
 
+def move_to_start(source: Tensor, target: Tensor) -> bool:
+    """Move a CPU tensor to the start of a larger one of its dtype; both contiguous. Returns whether that was done here.
+
+    The memory of `source` goes back to the system page by page, so that both are never there at once: it must not be
+    read again, whatever shares it. Nothing is done where other tensors share it, or there are no native kernels.
+    """
+    storage = source.untyped_storage()
+    owners = torch._C._storage_Use_Count(storage._cdata) - 1  # `storage` here is one
+    if module is None or owners != 1 or source.device.type != "cpu" or not source.is_contiguous():
+        return False
+    flat = (source.detach().view(-1).view(torch.uint8), target.view(-1).view(torch.uint8))
+    module.move_bytes(*flat, torch.get_num_threads())
+    return True
+
+
 def group_by_row(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort the entries of ids (T, P) by row, stably.
 

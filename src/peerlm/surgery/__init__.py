@@ -5,6 +5,7 @@ Importing this package lets transformers load models that were converted.
 
 from peerlm.surgery.convert import convert, unconvert
 from peerlm.surgery.ffw import FFW, find_ffws
+from peerlm.surgery.freeze import freeze_grown
 from peerlm.surgery.grow import grow, set_opening, to_shells
 
-__all__ = ["FFW", "convert", "find_ffws", "grow", "set_opening", "to_shells", "unconvert"]
+__all__ = ["FFW", "convert", "find_ffws", "freeze_grown", "grow", "set_opening", "to_shells", "unconvert"]

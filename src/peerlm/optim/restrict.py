@@ -1,0 +1,45 @@
+"""Gradients of chosen entries alone: between the backward pass and the optimizer's step."""
+
+import torch
+from torch import Tensor
+
+from peerlm.optim.sparse_gradients import coalesced
+
+
+@torch.no_grad()
+def restrict_gradient(parameter: Tensor, keep: Tensor, *, dim: int = 0) -> None:
+    """Drop the gradient of all entries of `parameter` along `dim` but those to keep, in place.
+
+    A sparse gradient keeps fewer rows, so that RowAdamW does not visit the others; a dense one becomes zero there.
+    Momentum moves entries without a gradient on, unless their moments are zero, or the optimizer is
+    RowAdamW(lazy=True) and the gradient is sparse; so does weight decay. Does nothing where there is no gradient.
+
+    Args:
+        parameter: of any shape.
+        keep: bool, one for each entry along `dim`.
+        dim: the dimension; 0 of a sparse gradient.
+
+    Raises:
+        ValueError: `keep` does not fit, or another dimension of a sparse gradient is asked for.
+    """
+    if keep.dtype != torch.bool or keep.shape != (parameter.shape[dim],):
+        raise ValueError(
+            f"keep is {keep.dtype} of shape {tuple(keep.shape)}; give one bool for each of the "
+            f"{parameter.shape[dim]} entries along dimension {dim}"
+        )
+    gradient = parameter.grad
+    if gradient is None:
+        return
+    if not gradient.is_sparse:
+        shape = [1] * parameter.ndim
+        shape[dim] = len(keep)
+        gradient.masked_fill_(~keep.view(shape), 0.0)
+        return
+    if dim:
+        raise ValueError(f"a sparse gradient of rows can be restricted along dimension 0, not {dim}")
+    gradient = coalesced(gradient)
+    ids, values = gradient._indices(), gradient._values()
+    kept = keep[ids[0]]
+    parameter.grad = torch.sparse_coo_tensor(
+        ids[:, kept], values[kept], gradient.shape, is_coalesced=True, check_invariants=False
+    )
