@@ -101,13 +101,18 @@ def train(
     recipe: Recipe,
     settings: Settings = [],  # noqa: B006, typer makes a new list for each call
     output: Output = None,
+    grow: Annotated[
+        str | None,
+        typer.Option(metavar="N@SHARE,...", help="Grow to N sub-keys, N² experts, at a share of the run: 256@50%."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model by a recipe; --resume takes a stopped run to the weights it would have had."""
     from peerlm.train import load_recipe, train
 
-    config = load_recipe(recipe, _overrides(settings, output))
+    growth = [] if grow is None else [f'grow.at="{grow}"']
+    config = load_recipe(recipe, [*growth, *_overrides(settings, output)])
     result = train(config, resume=resume, progress=not as_json)
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process alone prints
         return
