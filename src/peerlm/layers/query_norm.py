@@ -43,8 +43,9 @@ class QueryBatchNorm(nn.Module):
     Padding is left out of the statistics; ranks share them when `torch.distributed` is initialised;
     evaluation uses the running statistics, so that generation is causal and does not depend on the rest of
     the batch. Where fewer than two tokens are there to take statistics of, the running ones are used in
-    training too. Statistics are in float32 at least. In training a token's output does depend on the whole
-    batch, later tokens included, through two moments per feature.
+    training too, and so they are, and stay, while `weight` is frozen (`requires_grad` False): a frozen layer computes
+    what it computes in evaluation. Statistics are in float32 at least. In training a token's output does depend on the
+    whole batch, later tokens included, through two moments per feature.
 
     Args:
         num_features: size of the last dimension.
@@ -76,7 +77,8 @@ class QueryBatchNorm(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise x (T, num_features); rows where the bool `mask` (T,) is False do not count."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean, var = self._batch_statistics(wide, mask) if self.training else (self.running_mean, self.running_var)
+        of_batch = self.training and self.weight.requires_grad
+        mean, var = self._batch_statistics(wide, mask) if of_batch else (self.running_mean, self.running_var)
         normalised = (wide - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
         return normalised.to(x.dtype)
 
