@@ -38,7 +38,7 @@ class Candidates:
     first_ids: Sequence[int]
     """What ids of each index begin with in the union."""
     scores: Tensor
-    """(T, H, S); -inf where there is none."""
+    """(T, H, S); where there is none, -inf or less than any expert's."""
     ids: Tensor
     """(T, H, S), in the union."""
 
@@ -151,7 +151,7 @@ def _may_come_before(query_THX: Tensor, sub_keys: Sequence[Tensor], last_TH: Ten
 
 
 def _best(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    """Scores and ids (T, H, k) of the k best experts; where there are fewer, all, and others of score -inf."""
+    """Scores and ids (T, H, k) of the k best experts; where there are fewer, all, and others of a lower score."""
     n = sub_keys_2HnC.shape[2]
     if n < k:  # one feature more closes what fills up
         halves = query_THX.to(torch.promote_types(query_THX.dtype, torch.float32)).unflatten(-1, (2, -1))
@@ -160,10 +160,7 @@ def _best(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, backend: str) -> tup
         closed = torch.zeros_like(sub_keys_2HnC[0, 0])
         closed[n:, -1] = _CLOSED
         sub_keys_2HnC = sub_keys_2HnC + closed
-    scores, ids = api.retrieve(query_THX, sub_keys_2HnC, k, weighting="none", pairing=PACK_PAIRING, backend=backend)
-    if n < k:
-        scores = scores.masked_fill(ids >= n * n, -torch.inf)
-    return scores, ids
+    return api.retrieve(query_THX, sub_keys_2HnC, k, weighting="none", pairing=PACK_PAIRING, backend=backend)
 
 
 def best_of_union(own: Candidates, others: Sequence[Candidates]) -> tuple[Tensor, Tensor]:
