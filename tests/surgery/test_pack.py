@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peerlm.accounting import model_cost
@@ -222,9 +223,9 @@ def test_training_a_pack_leaves_the_rest_as_it_is(row_format: str, tmp_path: Pat
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.2
+    manifest = save_pack(model, "law", tmp_path / "law")
     model.eval()
     trained = logits(model)
-    manifest = save_pack(model, "law", tmp_path / "law")
     assert (manifest.base, manifest.dtype) == (before, row_format)
     unload_pack(model, "law")
     assert torch.equal(logits(model), plain)
@@ -232,6 +233,29 @@ def test_training_a_pack_leaves_the_rest_as_it_is(row_format: str, tmp_path: Pat
     load_pack(model, tmp_path / "law")
     assert torch.equal(logits(model), trained)
     assert not any(parameter.requires_grad for parameter in pack_parameters(model, "law"))
+
+
+def test_rows_left_behind_are_brought_up_to_date_when_they_are_read(tmp_path: Path) -> None:
+    layer = PEER(8, num_experts=16, heads=2, experts_per_head=2, key_dim=4, query_norm="none").requires_grad_(False)
+    new_pack(layer, "law", 25)
+    twin = copy.deepcopy(layer)
+    batches = [torch.randn(2, 8) for _ in range(12)]
+    for each, optimizer in ((layer, RowAdamW), (twin, torch.optim.AdamW)):
+        stepping = optimizer(parameter_groups(each), lr=0.03)
+        for x in batches:
+            (each(x) - 1).square().sum().backward()
+            stepping.step()
+            stepping.zero_grad()
+    behind = [parameter.clone() for parameter in pack_parameters(layer, "law")]
+    save_pack(layer, "law", tmp_path)
+    for got, old, right in zip(
+        load_file(next(tmp_path.glob("*.safetensors"))).values(),
+        reversed(behind),
+        reversed(pack_parameters(twin, "law")),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, right.detach(), rtol=1e-4, atol=1e-5)
+        assert got.ndim == 4 or not torch.allclose(old, right, rtol=1e-3, atol=1e-4)
 
 
 def test_packs_that_are_trained_beside_others_get_gradients_and_others_stay() -> None:
@@ -252,7 +276,11 @@ def test_packs_that_are_trained_beside_others_get_gradients_and_others_stay() ->
     assert not any(map(torch.equal, trained, before))
     assert all(map(torch.equal, [p for name in ("a", "ccc") for p in pack_parameters(model, name)], fixed))
     trained_logits = logits(model.eval())
-    assert torch.equal(logits(copy.deepcopy(model)), trained_logits)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), trained_logits)
+    with torch.no_grad():
+        pack_parameters(twin, "a")[1].mul_(2)
+    assert not torch.equal(logits(twin), trained_logits)
     assert not torch.equal(logits(model.double()).float(), trained_logits)
     torch.testing.assert_close(logits(model.float()), trained_logits, rtol=1e-4, atol=1e-4)
 

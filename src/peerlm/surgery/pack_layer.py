@@ -13,7 +13,7 @@ from peerlm.layers.row_table import RowTable, empty_rows
 from peerlm.ops import api
 from peerlm.ops.reference import WEIGHTINGS
 from peerlm.ops.rows import prepare_rows, wants_row_gradients
-from peerlm.surgery.pack_search import Part, best_of_union, search_packs
+from peerlm.surgery.pack_search import Candidates, Searched, best_of_union, search_packs
 
 Choice = tuple[tuple[str, ...], ...]
 CHOICES: WeakKeyDictionary[nn.Module, Choice] = WeakKeyDictionary()
@@ -95,23 +95,22 @@ class Packs(nn.Module):
             weights, ids = index.search(query_THX)
             return weights.view(shape), ids.view(shape)
         scores, ids = index.search(query_THX, "none")
-        opened = index.open_keys(query_THX)
-        parts = [Part(*opened, index.pairing, 0, scores, ids)]
-        first_ids = self._first_ids(packs)
-        parts += search_packs(
-            query_THX,
-            [packs[name].sub_keys for name in active],
-            [first_ids[name] for name in active],
-            index.experts_per_head,
-            index.backend,
+        compared, sub_keys = index.open_keys(query_THX)
+        own = Candidates(
+            query=compared, sub_keys=[sub_keys], pairing=index.pairing, first_ids=[0], scores=scores, ids=ids
         )
-        scores, ids = best_of_union(parts, index.experts_per_head, [None, *allowed])
+        first_ids = self._first_ids(packs)
+        searched = [
+            Searched(sub_keys=packs[name].sub_keys, first_id=first_ids[name], allowed=some)
+            for name, some in zip(active, allowed, strict=True)
+        ]
+        scores, ids = best_of_union(own, search_packs(query_THX, searched, own, index.backend))
         weights = WEIGHTINGS[index.weighting](scores)
         if all(some is not None for some in allowed):  # sequences without packs keep the bits of the layer alone
             plain_T = ~torch.stack([some for some in allowed if some is not None]).any(dim=0)
             if plain_T.any():
-                own, _ = index.search(query_THX)
-                weights = torch.where(plain_T[:, None, None], own, weights)
+                alone, _ = index.search(query_THX)
+                weights = torch.where(plain_T[:, None, None], alone, weights)
         return weights.reshape(shape), ids.reshape(shape)
 
     def mix(self, experts: ExpertTable, x_TD: Tensor, weights_TP: Tensor, ids_TP: Tensor) -> Tensor:
@@ -234,7 +233,10 @@ def _add_part(
     tokens = None if counts_T.all() else counts_T.nonzero()[:, 0]
     if tokens is not None:
         x_TD, weights_TP, ids_TP, chosen_TP = (each[tokens] for each in (x_TD, weights_TP, ids_TP, chosen_TP))
-    if not chosen_TP.all():
+    if len(chosen_TP) == 1:
+        (places_P,) = chosen_TP[0].nonzero(as_tuple=True)
+        ids_TP, weights_TP = ids_TP[:, places_P], weights_TP[:, places_P]
+    elif not chosen_TP.all():
         places_TP = (chosen_TP.cumsum(dim=-1) - 1).masked_fill(~chosen_TP, most)
         some_T1 = ids_TP.gather(-1, chosen_TP.byte().argmax(dim=-1, keepdim=True))
         ids_TP = some_T1.repeat(1, most + 1).scatter(-1, places_TP, ids_TP)[:, :most].contiguous()
