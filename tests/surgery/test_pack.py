@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peerlm.accounting import model_cost
-from peerlm.layers import PEER
+from peerlm.layers import PEER, ProductKeys
 from peerlm.metrics import record_usage
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import native
 from peerlm.optim import RowAdamW, parameter_groups
-from peerlm.surgery import convert, grow, set_opening
+from peerlm.surgery import convert, grow, observe, set_opening, shrink
 from peerlm.surgery.base_hash import base_hash
 from peerlm.surgery.pack import (
     choose_packs,
@@ -95,7 +95,10 @@ def test_unloading_gives_back_every_bit(backend: str, row_format: str, tmp_path:
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["grow", "open", "new", "load", "unload", "save", "round trip"]), st.sampled_from("abc")),
+    st.tuples(
+        st.sampled_from(["grow", "shrink", "open", "new", "load", "unload", "save", "round trip"]),
+        st.sampled_from("abc"),
+    ),
     min_size=3,
     max_size=10,
 )
@@ -115,6 +118,11 @@ def test_any_sequence_of_steps_keeps_what_it_must(
             set_opening(model, 1)
             before, plain = logits(model), base_only(model)
             grow(model, (math.isqrt(experts(model)) + 1) ** 2)
+        elif step == "shrink" and experts(model) > 9:
+            set_opening(model, 1)
+            usage = torch.arange(float(experts(model)))
+            shrink(model, (math.isqrt(experts(model)) - 1) ** 2, usage=dict.fromkeys(indices(model), usage))
+            before, plain = logits(model), base_only(model)
         elif step == "open":
             set_opening(model, 1)
             before, plain = logits(model), base_only(model)
@@ -149,6 +157,10 @@ def test_any_sequence_of_steps_keeps_what_it_must(
 
 def experts(model: nn.Module) -> int:
     return next(module.experts.num_experts for module in model.modules() if isinstance(module, PEER))
+
+
+def indices(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, ProductKeys)]
 
 
 def base_only(model: nn.Module) -> Tensor:
@@ -523,3 +535,10 @@ def test_a_pack_of_one_layer_alone(tmp_path: Path) -> None:
     assert torch.equal(layer(x), before)
     load_pack(layer, tmp_path / "law")
     assert torch.equal(layer(x), after)
+
+
+def test_a_layer_with_packs_is_not_observed() -> None:
+    model = small_model()
+    add_pack(model, "law")
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.ffw' has packs, which change what it retrieves; unload them"):
+        observe(model, [{"input_ids": torch.zeros(1, 4, dtype=torch.int64)}])

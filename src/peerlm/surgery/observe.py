@@ -31,9 +31,12 @@ def observe(model: nn.Module, samples: Iterable[Mapping[str, Any]], *, max_queri
         max_queries: tokens whose queries are kept.
 
     Raises:
-        ValueError: no such layers, or no samples.
+        ValueError: no such layers, or one with packs, or no samples.
     """
     pools, observed = find_pools(model), Observed()
+    for pool in pools:
+        if getattr(pool.layer, "packs", None) is not None:
+            raise ValueError(f"{pool.where()} has packs, which change what it retrieves; unload them first")
     device = pools[0].table.device
     handles = [pool.keys.register_forward_hook(_Watch(pool, observed, max_queries)) for pool in pools]
     try:
