@@ -189,6 +189,44 @@ def compare(
 
 
 @app.command(
+    epilog="Examples: peerlm isoflop recipes/isoflop.toml\n\n"
+    "peerlm isoflop recipes/isoflop.toml --method PEER --budget 2e12 --size d64 --seed 2 --output runs/again\n\n"
+    "peerlm isoflop recipes/isoflop_paper_6e18.toml --dry-run --gpu-tflops 400 --utilisation 0.4"
+)
+def isoflop(
+    recipe: Recipe,
+    settings: Settings = [],  # noqa: B006
+    output: Output = None,
+    method: Annotated[list[str], typer.Option(help="Only this method; repeatable.")] = [],  # noqa: B006
+    budget: Annotated[list[str], typer.Option(help="Only this budget, by its name; repeatable.")] = [],  # noqa: B006
+    size: Annotated[list[str], typer.Option(help="Only this size, by its name; repeatable.")] = [],  # noqa: B006
+    seed: Annotated[list[int], typer.Option(help="In place of the recipe's seeds; repeatable.")] = [],  # noqa: B006
+    dry: Annotated[bool, typer.Option("--dry-run", help="Train nothing: print what each run would take.")] = False,
+    gpu_tflops: Annotated[float, typer.Option(help="1e12 FLOPs a second of a GPU, for --dry-run.")] = 400.0,
+    utilisation: Annotated[float, typer.Option(help="Share of them that training uses, for --dry-run.")] = 0.4,
+    as_json: Json = False,
+) -> None:
+    """Train every method at several sizes for the same FLOPs: the curves, and each one's best size."""
+    from peerlm.experiments.isoflop import isoflop
+
+    overrides = _overrides(settings, output)
+    part: dict[str, Any] = {"methods": method, "budgets": budget, "sizes": size}
+    if dry:
+        from rich.markdown import Markdown
+
+        from peerlm.experiments.dry_run import dry_run, dry_run_markdown
+        from peerlm.experiments.isoflop_plan import load_isoflop
+
+        rows = dry_run(load_isoflop(recipe, overrides), gpu_tflops=gpu_tflops, utilisation=utilisation, **part)
+        if not as_json:
+            Console().print(Markdown(dry_run_markdown(rows)))
+    else:
+        rows = isoflop(recipe, overrides, **part, seeds=seed or None, progress=not as_json)
+    if as_json:
+        _print_json(rows)
+
+
+@app.command(
     epilog="Examples: peerlm neurons runs/dense --text book.txt --output runs/neurons\n\n"
     "peerlm neurons runs/dense --data data/books --output runs/neurons --finetune 0.2 --flops 1e12"
 )
