@@ -226,6 +226,20 @@ def isoflop(
         _print_json(rows)
 
 
+@app.command(epilog="Example: peerlm report results/report.toml --output docs")
+def report(
+    definition: Annotated[Path, typer.Argument(help="TOML file that names sections, their rows and their recipes.")],
+    output: Annotated[Path, typer.Option(help="Folder to write: results.md with its plots, results.html.")] = Path(
+        "docs"
+    ),
+) -> None:
+    """Build the report of results from the rows of all experiments, as Markdown and as one HTML file."""
+    from peerlm.experiments.report import report
+
+    for path in report(definition, output):
+        typer.echo(path)
+
+
 @app.command(
     epilog="Examples: peerlm neurons runs/dense --text book.txt --output runs/neurons\n\n"
     "peerlm neurons runs/dense --data data/books --output runs/neurons --finetune 0.2 --flops 1e12"

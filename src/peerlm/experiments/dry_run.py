@@ -9,7 +9,7 @@ import torch
 from peerlm.accounting import model_cost
 from peerlm.errors import UserError
 from peerlm.experiments.isoflop_plan import IsoflopPlan
-from peerlm.experiments.isoflop_tables import markdown_rows
+from peerlm.experiments.tables import markdown_rows
 from peerlm.train.budget import Budget
 from peerlm.train.build import new_model
 from peerlm.train.config import TrainConfig

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peerlm.experiments.tables import markdown_rows
+
 PLACES = {
     "inside": "",
     "below": "below the sizes measured",
@@ -10,13 +12,6 @@ PLACES = {
     "no minimum": "no minimum",
     "too few sizes": "too few sizes",
 }
-
-
-def markdown_rows(columns: Mapping[str, Sequence[str]]) -> str:
-    """A table in Markdown from its columns, each a title and its cells."""
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)]
-    return "\n".join(lines) + "\n"
 
 
 def optima_markdown(table: Sequence[Mapping[str, Any]]) -> str:
@@ -33,7 +28,7 @@ def optima_markdown(table: Sequence[Mapping[str, Any]]) -> str:
     }
     for file in files:
         cells = [row["perplexity"].get(file, {"mean": None, "half_width": None}) for row in table]
-        columns[f"{file} ppl"] = [_plus_minus(cell["mean"], cell["half_width"], "{:,.1f}") for cell in cells]
+        columns[f"{file} ppl"] = [_plus_minus(cell["mean"], cell["half_width"], _form(cell["mean"])) for cell in cells]
     return markdown_rows(
         columns
         | {
@@ -49,6 +44,10 @@ def _optimum(row: Mapping[str, Any]) -> str:
     if row["place"] == "inside":
         return f"{row['optimum_parameters'] / 1e6:.2f}M"
     return PLACES[row["place"]]
+
+
+def _form(perplexity: float | None) -> str:
+    return "{:,.1f}" if perplexity is None or perplexity < 1e5 else "{:.2e}"
 
 
 def _plus_minus(value: float | None, half_width: float | None, form: str) -> str:
