@@ -240,6 +240,62 @@ def report(
         typer.echo(path)
 
 
+@app.command(epilog="Example: peerlm scaling results/isoflop.jsonl --output runs/law.json --plot runs/law.png")
+def scaling(
+    rows: Annotated[list[Path], typer.Argument(help="Files of rows that compare or isoflop wrote.")],
+    output: Annotated[Path, typer.Option(help="JSON file to write, for `peerlm plan --law`.")],
+    method: Annotated[list[str], typer.Option(help="Fit only this method; repeatable.")] = [],  # noqa: B006
+    hold_out: Annotated[
+        float | None,
+        typer.Option(metavar="FLOPS", help="Predict runs from here on by the others; default: the largest."),
+    ] = None,
+    draws: Annotated[int, typer.Option(min=20, help="Draws of the bootstrap.")] = 100,
+    plot: Annotated[Path | None, typer.Option(help="Image to write: measured over expected loss.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a scaling law to each method's runs: constants with intervals, and how it predicts held-out runs."""
+    from rich.markdown import Markdown
+
+    from peerlm.experiments.scaling import law_markdown, plot_law, scaling
+
+    law = scaling(rows, output, methods=method, hold_out=hold_out, times=draws)
+    if plot is not None:
+        plot_law(law).savefig(plot, dpi=130)
+    if as_json:
+        _print_json(law)
+    else:
+        Console().print(Markdown(law_markdown(law)))
+
+
+@app.command(epilog="Example: peerlm plan --flops 1e13 --memory 8GiB")
+def plan(
+    flops: Annotated[float, typer.Option(help="Training FLOPs to spend.")],
+    memory: Annotated[str, typer.Option(help="Memory to train in, as in 80GiB.")] = "inf",
+    method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
+    law: Annotated[
+        Path | None, typer.Option(help="What `peerlm scaling` wrote; default: the law of docs/results.md.")
+    ] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Default: that of the law's runs.")] = None,
+    context: Annotated[int | None, typer.Option(help="Default: that of the law's runs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what to train for a budget: backbone, experts and tokens of least expected loss, and how sure that is."""
+    from peerlm.experiments.planner import plan_model, read_bytes
+    from peerlm.experiments.scaling import DEFAULT_LAW, read_law
+
+    budget: dict[str, Any] = {"flops": flops, "memory": read_bytes(memory)}
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "context": context}
+    rows = [asdict(row) for row in plan_model(read_law(law or DEFAULT_LAW), method=method, **budget, **sizes)]
+    if as_json:
+        _print_json(rows)
+        return
+    warnings = {row.pop("method"): row.pop("warnings") for row in rows}
+    _print_table(f"{flops:g} FLOPs", dict(zip(warnings, rows, strict=True)))
+    for name, of_method in warnings.items():
+        for warning in of_method:
+            typer.echo(f"{name}: {warning}", err=True)
+
+
 @app.command(
     epilog="Examples: peerlm neurons runs/dense --text book.txt --output runs/neurons\n\n"
     "peerlm neurons runs/dense --data data/books --output runs/neurons --finetune 0.2 --flops 1e12"

@@ -9,26 +9,17 @@ import torch
 from peerlm.accounting import model_cost
 from peerlm.errors import UserError
 from peerlm.experiments.isoflop_plan import IsoflopPlan
+from peerlm.experiments.memory import training_bytes
 from peerlm.experiments.tables import markdown_rows
 from peerlm.train.budget import Budget
 from peerlm.train.build import new_model
-from peerlm.train.config import TrainConfig
-
-STATE_BYTES = 16
-"""Per parameter: the weight, its gradient and AdamW's two means in float32."""
-BLOCK_BYTES = 34
-"""Per token, block and unit of width: activations kept for the backward pass in 16 bits, without attention's scores
-(Korthikanti 2022, arXiv 2205.05198, section 4.1)."""
-LOGIT_BYTES = 12
-"""Per token and entry of the vocabulary: logits, their float32 copy's softmax and its gradient."""
 
 
 def dry_run(plan: IsoflopPlan, *, gpu_tflops: float, utilisation: float, **part: Sequence[str]) -> list[dict[str, Any]]:
     """One row per method, budget and size, from models on the meta device.
 
-    Memory is of weights, gradients and AdamW, with every row of a table, and an estimate of what a forward pass keeps
-    of one micro-batch by the constants of this file. Hours are of one GPU: FLOPs by `peerlm.accounting` over what the
-    GPU does at the utilisation that the caller states.
+    Memory is that of `training_bytes` for one micro-batch. Hours are of one GPU: FLOPs by `peerlm.accounting` over what
+    the GPU does at the utilisation that the caller states.
 
     Args:
         plan: sizes of vocabulary are data.vocab_size.
@@ -54,7 +45,13 @@ def dry_run(plan: IsoflopPlan, *, gpu_tflops: float, utilisation: float, **part:
             train.budget, tokens_per_step=tokens_per_step, flops_per_token=cost.training_flops_per_token
         )
         flops = budget.limit * tokens_per_step * cost.training_flops_per_token
-        state = STATE_BYTES * cost.total_parameters
+        memory = training_bytes(
+            cost.total_parameters,
+            model.config,
+            tokens=(train.data.micro_batch_size or train.data.batch_size) * train.data.context,
+            bf16=train.precision == "bf16",
+            gradient_checkpointing=train.gradient_checkpointing,
+        )
         rows.append(
             {
                 "flops": run.flops,
@@ -64,7 +61,7 @@ def dry_run(plan: IsoflopPlan, *, gpu_tflops: float, utilisation: float, **part:
                 "active_parameters": cost.active_parameters,
                 "tokens": int(budget.limit) * tokens_per_step,
                 "steps": int(budget.limit),
-                "memory_gib": (state + _activation_bytes(train, model.config)) / 2**30,
+                "memory_gib": memory / 2**30,
                 "gpu_hours": flops / (gpu_tflops * 1e12 * utilisation) / 3600,
             }
         )
@@ -86,11 +83,3 @@ def dry_run_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             "GPU hours": [f"{row['gpu_hours']:,.3g}" for row in rows],
         }
     )
-
-
-def _activation_bytes(train: TrainConfig, config: Any) -> int:
-    """About what a forward pass keeps for one micro-batch; float32 takes twice as much as bfloat16."""
-    tokens = (train.data.micro_batch_size or train.data.batch_size) * train.data.context
-    wide = 1 if train.precision == "bf16" else 2
-    blocks = 1 if train.gradient_checkpointing else config.num_hidden_layers
-    return int(tokens * (wide * BLOCK_BYTES * blocks * config.hidden_size + LOGIT_BYTES * config.vocab_size))

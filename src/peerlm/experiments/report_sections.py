@@ -18,6 +18,7 @@ from peerlm.experiments.make_rows import rows_of
 from peerlm.experiments.plan import load_plan
 from peerlm.experiments.report_plan import PlotConfig, SectionConfig
 from peerlm.experiments.rows import read_rows
+from peerlm.experiments.scaling import law_markdown, plot_law, read_law, rows_digest
 from peerlm.experiments.tables import columns_of, markdown_rows, summarise
 
 Row = Mapping[str, Any]
@@ -41,12 +42,31 @@ def make_section(config: SectionConfig) -> Section:
     Raises:
         UserError: a recipe or a row cannot be read, or a row lacks what is shown of it.
     """
+    if config.kind == "scaling":
+        return _scaling(config)
     rows: list[Row] = [row for file in config.rows for row in read_rows(Path(file))]
     if config.kind == "isoflop":
         return _isoflop(config, rows)
     if config.kind == "comparison":
         return _comparison(config, rows)
     return _table(config, rows)
+
+
+def _scaling(config: SectionConfig) -> Section:
+    file = Path(config.rows[0])
+    if not file.is_file():
+        return Section(rows=[])
+    law = read_law(file)
+    there = all(Path(each).is_file() for each in law["files"])
+    stale = not there or rows_digest(law["files"]) != law["digest"]
+    tables = [
+        *([f"Rows have changed since this was fitted: `{config.command}` fits it anew."] if stale else []),
+        law_markdown(law),
+        "Constants with the middle 95% of bootstrap draws; errors are shares of the loss. Held-out runs were predicted "
+        "by a fit without them.",
+    ]
+    fitted: list[Row] = [row for each in law["files"] if Path(each).is_file() for row in read_rows(Path(each))]
+    return Section(rows=fitted or [law], tables=tables, figures={"law": plot_law(law)})
 
 
 def _isoflop(config: SectionConfig, rows: Sequence[Row]) -> Section:
