@@ -11,9 +11,9 @@ from peerlm import UserError
 from peerlm.cli import main
 from peerlm.experiments import make_rows
 from peerlm.experiments.isoflop import isoflop
-from peerlm.experiments.isoflop_curves import curves_of, equal_seconds_table, optima_table, seconds_of
+from peerlm.experiments.isoflop_curves import curves_of, equal_loss_table, equal_seconds_table, optima_table, seconds_of
 from peerlm.experiments.isoflop_plan import load_isoflop
-from peerlm.experiments.isoflop_tables import equal_seconds_markdown, optima_markdown
+from peerlm.experiments.isoflop_tables import equal_loss_markdown, equal_seconds_markdown, optima_markdown
 from peerlm.experiments.plan import load_plan
 from peerlm.experiments.rows import read_rows
 
@@ -121,6 +121,19 @@ def test_without_common_seconds_nothing_is_compared(study: Any) -> None:
     table = equal_seconds_table(curves_of(study.plan, rows))
     assert table["seconds"] == []
     assert "No range of seconds" in equal_seconds_markdown(table)
+
+
+def test_an_equal_loss_costs_what_frontiers_say(study: Any) -> None:
+    curves = curves_of(study.plan, study.rows([0]))
+    dense, peer = equal_loss_table(curves)
+    best = min(study.loss_of("dense", 4e9, size, 0) for size in (32, 64))  # the worse method's best
+    assert (dense["method"], dense["loss"], dense["flops"]) == ("dense", pytest.approx(best), pytest.approx(4e9))
+    low, high = (min(study.loss_of("PEER", flops, size, 0) for size in (32, 64)) for flops in (4e9, 1e9))
+    assert peer["flops"] == pytest.approx(1e9 * 4 ** ((high - best) / (high - low)))
+    assert peer["seconds"] == pytest.approx(2 * peer["flops"] / 1e8)
+    assert "| PEER | " in equal_loss_markdown([dense, peer])
+    assert equal_loss_table([]) == []
+    assert "No loss was reached" in equal_loss_markdown([])
 
 
 def test_seconds_are_the_processors_where_it_trained() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerlm.experiments.isoflop_fit import fit_optimum, frontier, loss_at, pooled_spread
+from peerlm.experiments.isoflop_fit import cost_of, fit_optimum, frontier, loss_at, pooled_spread
 
 SIZES = [2e5, 5e5, 1e6, 3e6]
 
@@ -63,3 +63,7 @@ def test_a_frontier_has_what_nothing_beats_and_is_read_between_its_runs() -> Non
     assert loss_at(0.5, points) is None
     assert loss_at(101.0, points) is None
     assert loss_at(1.0, []) is None
+    assert cost_of(4.5, points) == pytest.approx(math.sqrt(10))
+    assert cost_of(3.0, points) == pytest.approx(100.0)
+    assert cost_of(5.1, points) is None
+    assert cost_of(2.9, points) is None

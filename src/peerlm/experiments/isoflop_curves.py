@@ -2,11 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peerlm.experiments.isoflop_fit import Optimum, SeedSpread, fit_optimum, frontier, loss_at, pooled_spread
+from peerlm.experiments.isoflop_fit import Optimum, SeedSpread, cost_of, fit_optimum, frontier, loss_at, pooled_spread
 from peerlm.experiments.isoflop_plan import IsoflopPlan
 
 Row = Mapping[str, Any]
@@ -144,14 +144,40 @@ def seconds_of(row: Row) -> float:
     return float(summary["seconds"])
 
 
-def seconds_frontiers(curves: Sequence[Curve]) -> dict[str, list[tuple[float, float]]]:
-    """By method, the (seconds, loss) of the runs, of any size and budget, that none beats in both; means over seeds."""
+def flops_of_row(row: Row) -> float:
+    """FLOPs of a run's training."""
+    return float(row["summary"]["flops"])
+
+
+def frontiers(
+    curves: Sequence[Curve], cost: Callable[[Row], float] = seconds_of
+) -> dict[str, list[tuple[float, float]]]:
+    """By method, the (cost, loss) of the runs, of any size and budget, that none beats in both; means over seeds."""
     runs: dict[str, list[tuple[float, float]]] = {}
     for curve in curves:
         for point in curve.points:
-            seconds = statistics.fmean(seconds_of(row) for row in point.rows.values())
-            runs.setdefault(curve.method, []).append((seconds, statistics.fmean(point.losses)))
+            mean = statistics.fmean(cost(row) for row in point.rows.values())
+            runs.setdefault(curve.method, []).append((mean, statistics.fmean(point.losses)))
     return {method: frontier(*zip(*points, strict=True)) for method, points in runs.items()}
+
+
+def equal_loss_table(curves: Sequence[Curve]) -> list[dict[str, Any]]:
+    """By method, what the lowest loss that all methods reach costs: FLOPs and seconds, read from frontiers.
+
+    Empty where there is none: no method costs less than its cheapest run.
+    """
+    over_flops, over_seconds = frontiers(curves, flops_of_row), frontiers(curves)
+    loss = max((points[-1][1] for points in over_flops.values()), default=0.0)
+    table = [
+        {
+            "method": method,
+            "loss": loss,
+            "flops": cost_of(loss, points),
+            "seconds": cost_of(loss, over_seconds[method]),
+        }
+        for method, points in over_flops.items()
+    ]
+    return table if any(row["flops"] for row in table) else []
 
 
 def equal_seconds_table(curves: Sequence[Curve], *, columns: int = 4) -> dict[str, Any]:
@@ -160,12 +186,12 @@ def equal_seconds_table(curves: Sequence[Curve], *, columns: int = 4) -> dict[st
     The seconds are spread evenly in the logarithm over what every method was measured at; none where there is no such
     range.
     """
-    frontiers = seconds_frontiers(curves)
-    low = max((points[0][0] for points in frontiers.values()), default=0.0)
-    high = min((points[-1][0] for points in frontiers.values()), default=0.0)
+    found = frontiers(curves)
+    low = max((points[0][0] for points in found.values()), default=0.0)
+    high = min((points[-1][0] for points in found.values()), default=0.0)
     if not 0 < low < high:
-        return {"seconds": [], "losses": {method: [] for method in frontiers}}
+        return {"seconds": [], "losses": {method: [] for method in found}}
     steps = [low * (high / low) ** (index / (columns - 1)) for index in range(columns)]
     steps[-1] = high
-    losses = {method: [loss_at(second, points) for second in steps] for method, points in frontiers.items()}
+    losses = {method: [loss_at(second, points) for second in steps] for method, points in found.items()}
     return {"seconds": steps, "losses": losses}

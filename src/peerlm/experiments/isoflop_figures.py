@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from peerlm.experiments.isoflop_curves import Curve, seconds_frontiers
+from peerlm.experiments.isoflop_curves import Curve, frontiers
 
 
 def plot_curves(curves: Sequence[Curve]) -> Figure:
@@ -49,7 +49,7 @@ def plot_costs(curves: Sequence[Curve]) -> Figure:
     methods = _methods(curves)
     figure = Figure(figsize=(11, 4), layout="constrained")
     over_flops, over_seconds = figure.subplots(1, 2, sharey=True)
-    fronts = seconds_frontiers(curves)
+    fronts = frontiers(curves)
     for method in methods:
         own = sorted((curve for curve in curves if curve.method == method), key=lambda curve: curve.flops)
         style = {"color": f"C{methods.index(method) % 10}", "marker": ".", "label": method}

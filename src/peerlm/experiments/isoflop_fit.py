@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -96,3 +97,11 @@ def loss_at(cost: float, points: Sequence[tuple[float, float]]) -> float | None:
         return None
     logs = [math.log(point[0]) for point in points]
     return float(np.interp(math.log(cost), logs, [point[1] for point in points]))
+
+
+def cost_of(loss: float, points: Sequence[tuple[float, float]]) -> float | None:
+    """The cost at which a frontier reaches a loss, as `loss_at` reads it; None for a loss that no two runs enclose."""
+    for (cheap, high), (dear, low) in pairwise(points):
+        if low <= loss <= high:
+            return math.exp(math.log(cheap) + (high - loss) / (high - low) * math.log(dear / cheap))
+    return None

@@ -65,3 +65,20 @@ def equal_seconds_markdown(table: Mapping[str, Any]) -> str:
         losses = [of_method[index] for of_method in table["losses"].values()]
         columns[f"loss at {seconds:,.0f} s"] = ["" if loss is None else f"{loss:.3f}" for loss in losses]
     return markdown_rows(columns)
+
+
+def equal_loss_markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """What `equal_loss_table` returns."""
+    if not table:
+        return "No loss was reached by every method.\n"
+    return markdown_rows(
+        {
+            "method": [row["method"] for row in table],
+            f"FLOPs to a loss of {table[0]['loss']:.3f}": [_cost(row["flops"], "{:.3g}") for row in table],
+            "seconds to it": [_cost(row["seconds"], "{:,.0f}") for row in table],
+        }
+    )
+
+
+def _cost(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

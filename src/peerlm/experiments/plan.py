@@ -11,6 +11,7 @@ from typing import Any
 
 from peerlm.errors import UserError
 from peerlm.train.config import TrainConfig
+from peerlm.train.presets import merge, with_preset
 from peerlm.train.recipe import bound_values, from_dict, read_recipe, set_key
 
 
@@ -124,7 +125,7 @@ class ComparisonRecipe:
         Raises:
             UserError: the run's configuration is none.
         """
-        merged = copy.deepcopy(merge(self.shared, self.methods[method]))
+        merged = copy.deepcopy(merge(self.shared, with_preset(self.methods[method], f"methods.{method}.")))
         for key, value in (sweep if changes is None else changes).items():
             set_key(merged, key, value)
         merged["seed"] = seed
@@ -164,12 +165,3 @@ def take_section(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _points(sweep: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
-
-
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested plain values with changes, section by section; neither is changed."""
-    merged = dict(base)
-    for key, value in changes.items():
-        inner = merged.get(key)
-        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return merged

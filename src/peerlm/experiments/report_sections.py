@@ -10,10 +10,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from peerlm.errors import UserError
-from peerlm.experiments.isoflop_curves import curves_of, equal_seconds_table, optima_table
+from peerlm.experiments.isoflop_curves import curves_of, equal_loss_table, equal_seconds_table, optima_table
 from peerlm.experiments.isoflop_figures import finish, plot_costs, plot_curves
 from peerlm.experiments.isoflop_plan import load_isoflop
-from peerlm.experiments.isoflop_tables import equal_seconds_markdown, optima_markdown
+from peerlm.experiments.isoflop_tables import equal_loss_markdown, equal_seconds_markdown, optima_markdown
 from peerlm.experiments.make_rows import rows_of
 from peerlm.experiments.plan import load_plan
 from peerlm.experiments.report_plan import PlotConfig, SectionConfig
@@ -92,6 +92,8 @@ def _isoflop(config: SectionConfig, rows: Sequence[Row]) -> Section:
         f"over all runs). The best of these runs again, alone: `{again}`.",
         "The same rows at equal seconds of training:",
         equal_seconds_markdown(equal_seconds_table(curves)),
+        "What the lowest loss that all methods reach costs each, read between its best runs:",
+        equal_loss_markdown(equal_loss_table(curves)),
     ]
     return Section(rows=own, tables=tables, figures={"curves": plot_curves(curves), "costs": plot_costs(curves)})
 
