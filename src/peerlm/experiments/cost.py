@@ -112,7 +112,7 @@ def _measure(train: TrainConfig, batch_size: int, rounds: int) -> dict[str, Any]
 
         def decode() -> None:
             model(tokens_BT[:, half : half + 1], past_key_values=cache, use_cache=True)
-            cache.crop(half)
+            cache.crop(-1)
 
         decoding = seconds(decode, rounds)
     return {
@@ -134,9 +134,8 @@ def activation_bytes(model: nn.Module, tokens_BT: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
-    bytes_kept = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
-    loss.detach_()
-    return bytes_kept
+    del loss
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:
