@@ -13,15 +13,16 @@ from peerlm.experiments.rows import read_rows
 
 
 class Squares(nn.Module):
-    """Keeps the ids, and the product once though two operations need it; its parameter is no activation."""
+    """Keeps the ids, and the product once though two operations need it; parameters are no activations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(10, 8)
+        self.factor = nn.Parameter(torch.ones(8))
 
     def forward(self, input_ids: Tensor, labels: Tensor, use_cache: bool) -> Any:
         x = self.embedding(input_ids)
-        return SimpleNamespace(loss=(x * x).sum() + x.pow(3).sum())
+        return SimpleNamespace(loss=(x * self.factor).sum() + x.pow(3).sum())
 
 
 def test_activations_are_counted_once_and_parameters_not() -> None:

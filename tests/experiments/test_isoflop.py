@@ -182,3 +182,10 @@ def test_the_command_passes_its_part_on(study: Any, made: list[str], capsys: pyt
     assert made == ["dense flops=4e9 size=large 3"]
     out = capsys.readouterr().out
     assert [row["seeds"] for row in json.loads(out)] == [[3]]
+
+
+def test_the_keys_of_one_size_are_not_anothers(study: Any) -> None:
+    small = 'isoflop.sizes.small={"model.hidden_size" = 16, "optim.learning_rate" = 0.5}'
+    plan = load_isoflop(study.path, ["optim.warmup=0.1", small])
+    rates = {run.size: run.planned.train.optim.learning_rate for run in plan.runs()}
+    assert rates == {"small": 0.5, "middle": 3e-3, "large": 3e-3}

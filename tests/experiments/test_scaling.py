@@ -89,6 +89,15 @@ def test_every_method_has_its_law(law_file: Path) -> None:
     assert len(plot_law(law).axes[0].lines) == 3
 
 
+def test_held_out_runs_are_not_seen_by_the_fit_that_predicts_them(tmp_path: Path) -> None:
+    rows = [row("dense", width, flops) for flops in (1e11, 4e11, 1.6e12) for width in (32, 64, 128, 192)]
+    for each in rows[-4:]:
+        each["summary"]["validation_loss"] *= 1.1
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    law = scaling([tmp_path / "rows.jsonl"], tmp_path / "law.json", times=1, starts=6)
+    assert law["methods"]["dense"]["held_out"]["mean"] == pytest.approx(1 - 1 / 1.1, abs=0.01)
+
+
 @pytest.mark.parametrize("flops", [4e11, 1.6e12, 6.4e12])
 def test_the_plan_is_the_best_there_is(law_file: Path, flops: float) -> None:
     best = {candidate.method: candidate for candidate in plan_model(read_law(law_file), flops=flops)}
