@@ -168,6 +168,12 @@ def test_a_part_that_is_not_there_is_named(study: Any, part: str, message: str) 
         study.plan.runs(**{f"{part}s": [message]})
 
 
+def test_a_part_without_runs_is_named(study: Any) -> None:
+    study.path.write_text(study.path.read_text().replace('"4e9" = ["small", ', '"4e9" = ['))
+    with pytest.raises(UserError, match=r"no run of .* has that budget and that size"):
+        isoflop(study.path, budgets=["4e9"], sizes=["small"], progress=False)
+
+
 def test_rows_of_a_stranger_do_not_count(study: Any) -> None:
     rows = study.rows([0])
     assert curves_of(study.plan, [{**row, "key": "another"} for row in rows]) == []

@@ -3,9 +3,6 @@
 python -m peerlm.experiments.cost recipes/isoflop.toml results/cost.jsonl --budget 2e13
 """
 
-import datetime
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 
 from peerlm.accounting import model_cost
 from peerlm.experiments.isoflop_plan import load_isoflop
-from peerlm.experiments.rows import append_row, read_rows
+from peerlm.experiments.rows import append_row, machine_and_date, read_rows
 from peerlm.train.build import build_optimizer, new_model
 from peerlm.train.config import TrainConfig
 from peerlm.train.ranks import Ranks
@@ -69,12 +66,7 @@ def measure_costs(
                 "method": run.method,
                 "size": run.size,
                 **_measure(run.planned.train, batch_size, rounds),
-                "machine": {
-                    "processor": platform.processor() or platform.machine(),
-                    "cores": os.cpu_count(),
-                    "torch": torch.__version__,
-                },
-                "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+                **machine_and_date(),
             }
             append_row(output, row)
             rows.append(row)

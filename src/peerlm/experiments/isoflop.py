@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from peerlm.errors import UserError
 from peerlm.experiments.isoflop_curves import Curve, curves_of, equal_seconds_table, optima_table
 from peerlm.experiments.isoflop_figures import plot_costs, plot_curves
 from peerlm.experiments.isoflop_plan import IsoflopPlan, load_isoflop
@@ -52,6 +53,8 @@ def isoflop(
     plan = load_isoflop(recipe, overrides)
     console = Console(quiet=not progress)
     part = [run.planned for run in plan.runs(seeds, methods=methods, budgets=budgets, sizes=sizes)]
+    if not part:
+        raise UserError(f"no run of {recipe} has that budget and that size: see its [isoflop.budgets]")
     make_rows(part, plan.compare, plan.output, console, shown=progress)
     if methods or budgets or sizes or seeds is not None:
         table = summarise(rows_of(part, plan.compare, read_rows(plan.output / ROWS_FILE)))

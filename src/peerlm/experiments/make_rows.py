@@ -1,21 +1,17 @@
 """Planned training runs become rows: each is trained and evaluated in processes of its own, unless its row is there."""
 
-import datetime
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from peerlm.errors import UserError
 from peerlm.experiments.plan import CompareConfig, PlannedRun
 from peerlm.experiments.processes import Processes
-from peerlm.experiments.rows import append_row, read_rows
+from peerlm.experiments.rows import append_row, machine_and_date, read_rows
 from peerlm.train.build import prepare_data
 from peerlm.train.recipe import to_dict
 from peerlm.train.stopped import TrainingStopped
@@ -104,13 +100,7 @@ def _make_row(
             for row in read_rows(folder / "log.jsonl")
             if "validation_loss" in row
         ],
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **machine_and_date(),
     }
 
 
