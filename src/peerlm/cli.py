@@ -199,6 +199,114 @@ def compare(
 
 
 @app.command(
+    epilog="Examples: peerlm isoflop recipes/isoflop.toml\n\n"
+    "peerlm isoflop recipes/isoflop.toml --method PEER --budget 2e12 --size d64 --seed 2 --output runs/again\n\n"
+    "peerlm isoflop recipes/isoflop_paper_6e18.toml --dry-run --gpu-tflops 400 --utilisation 0.4"
+)
+def isoflop(
+    recipe: Recipe,
+    settings: Settings = [],  # noqa: B006
+    output: Output = None,
+    method: Annotated[list[str], typer.Option(help="Only this method; repeatable.")] = [],  # noqa: B006
+    budget: Annotated[list[str], typer.Option(help="Only this budget, by its name; repeatable.")] = [],  # noqa: B006
+    size: Annotated[list[str], typer.Option(help="Only this size, by its name; repeatable.")] = [],  # noqa: B006
+    seed: Annotated[list[int], typer.Option(help="In place of the recipe's seeds; repeatable.")] = [],  # noqa: B006
+    dry: Annotated[bool, typer.Option("--dry-run", help="Train nothing: print what each run would take.")] = False,
+    gpu_tflops: Annotated[float, typer.Option(help="1e12 FLOPs a second of a GPU, for --dry-run.")] = 400.0,
+    utilisation: Annotated[float, typer.Option(help="Share of them that training uses, for --dry-run.")] = 0.4,
+    as_json: Json = False,
+) -> None:
+    """Train every method at several sizes for the same FLOPs: the curves, and each one's best size."""
+    from peerlm.experiments.isoflop import isoflop
+
+    overrides = _overrides(settings, output)
+    part: dict[str, Any] = {"methods": method, "budgets": budget, "sizes": size}
+    if dry:
+        from rich.markdown import Markdown
+
+        from peerlm.experiments.dry_run import dry_run, dry_run_markdown
+        from peerlm.experiments.isoflop_plan import load_isoflop
+
+        rows = dry_run(load_isoflop(recipe, overrides), gpu_tflops=gpu_tflops, utilisation=utilisation, **part)
+        if not as_json:
+            Console().print(Markdown(dry_run_markdown(rows)))
+    else:
+        rows = isoflop(recipe, overrides, **part, seeds=seed or None, progress=not as_json)
+    if as_json:
+        _print_json(rows)
+
+
+@app.command(epilog="Example: peerlm report results/report.toml --output docs")
+def report(
+    definition: Annotated[Path, typer.Argument(help="TOML file that names sections, their rows and their recipes.")],
+    output: Annotated[Path, typer.Option(help="Folder to write: results.md with its plots, results.html.")] = Path(
+        "docs"
+    ),
+) -> None:
+    """Build the report of results from the rows of all experiments, as Markdown and as one HTML file."""
+    from peerlm.experiments.report import report
+
+    for path in report(definition, output):
+        typer.echo(path)
+
+
+@app.command(epilog="Example: peerlm scaling results/isoflop.jsonl --output runs/law.json --plot runs/law.png")
+def scaling(
+    rows: Annotated[list[Path], typer.Argument(help="Files of rows that compare or isoflop wrote.")],
+    output: Annotated[Path, typer.Option(help="JSON file to write, for `peerlm plan --law`.")],
+    method: Annotated[list[str], typer.Option(help="Fit only this method; repeatable.")] = [],  # noqa: B006
+    hold_out: Annotated[
+        float | None,
+        typer.Option(metavar="FLOPS", help="Predict runs from here on by the others; default: the largest."),
+    ] = None,
+    draws: Annotated[int, typer.Option(min=20, help="Draws of the bootstrap.")] = 100,
+    plot: Annotated[Path | None, typer.Option(help="Image to write: measured over expected loss.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a scaling law to each method's runs: constants with intervals, and how it predicts held-out runs."""
+    from rich.markdown import Markdown
+
+    from peerlm.experiments.scaling import law_markdown, plot_law, scaling
+
+    law = scaling(rows, output, methods=method, hold_out=hold_out, times=draws)
+    if plot is not None:
+        plot_law(law).savefig(plot, dpi=130)
+    if as_json:
+        _print_json(law)
+    else:
+        Console().print(Markdown(law_markdown(law)))
+
+
+@app.command(epilog="Example: peerlm plan --flops 1e13 --memory 8GiB")
+def plan(
+    flops: Annotated[float, typer.Option(help="Training FLOPs to spend.")],
+    memory: Annotated[str, typer.Option(help="Memory to train in, as in 80GiB.")] = "inf",
+    method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
+    law: Annotated[
+        Path | None, typer.Option(help="What `peerlm scaling` wrote; default: the law of docs/results.md.")
+    ] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Default: that of the law's runs.")] = None,
+    context: Annotated[int | None, typer.Option(help="Default: that of the law's runs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what to train for a budget: backbone, experts and tokens of least expected loss, and how sure that is."""
+    from peerlm.experiments.planner import plan_model, read_bytes
+    from peerlm.experiments.scaling import DEFAULT_LAW, read_law
+
+    budget: dict[str, Any] = {"flops": flops, "memory": read_bytes(memory)}
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "context": context}
+    rows = [asdict(row) for row in plan_model(read_law(law or DEFAULT_LAW), method=method, **budget, **sizes)]
+    if as_json:
+        _print_json(rows)
+        return
+    warnings = {row.pop("method"): row.pop("warnings") for row in rows}
+    _print_table(f"{flops:g} FLOPs", dict(zip(warnings, rows, strict=True)))
+    for name, of_method in warnings.items():
+        for warning in of_method:
+            typer.echo(f"{name}: {warning}", err=True)
+
+
+@app.command(
     epilog="Examples: peerlm neurons runs/dense --text book.txt --output runs/neurons\n\n"
     "peerlm neurons runs/dense --data data/books --output runs/neurons --finetune 0.2 --flops 1e12"
 )

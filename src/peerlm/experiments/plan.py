@@ -1,15 +1,17 @@
 """A comparison's recipe, and the training runs that it stands for."""
 
+import copy
 import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from peerlm.errors import UserError
 from peerlm.train.config import TrainConfig
+from peerlm.train.presets import merge, with_preset
 from peerlm.train.recipe import bound_values, from_dict, read_recipe, set_key
 
 
@@ -85,31 +87,76 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> ComparePlan:
     Raises:
         UserError: as `peerlm.train.load_recipe`, or the recipe names no method.
     """
-    values = read_recipe(path, overrides)
-    compare = from_dict(CompareConfig, _section(values, "compare"), prefix="compare.")
-    methods = _section(values, "methods")
+    recipe = read_comparison(path, overrides)
+    return ComparePlan(
+        output=recipe.output,
+        compare=recipe.compare,
+        runs=[
+            recipe.run(name, seed=seed, sweep=point)
+            for seed, name, point in itertools.product(
+                recipe.compare.seeds, recipe.methods, _points(recipe.compare.sweep)
+            )
+        ],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRecipe:
+    """A comparison's recipe as it was read, from which runs are made."""
+
+    output: Path
+    compare: CompareConfig
+    methods: dict[str, dict[str, Any]]
+    """The keys in which each method differs from what is shared."""
+    shared: dict[str, Any]
+    """The training recipe that all runs share; its keys are checked when a run is made."""
+
+    def run(
+        self, method: str, *, seed: int, sweep: Mapping[str, Any], changes: Mapping[str, Any] | None = None
+    ) -> PlannedRun:
+        """The run of a method with a seed and these changes of `section.key`.
+
+        Args:
+            method: a name in `methods`.
+            seed: of the run.
+            sweep: what tells the run from others of its method; it is in its label.
+            changes: keys and values; `sweep` if None.
+
+        Raises:
+            UserError: the run's configuration is none.
+        """
+        merged = copy.deepcopy(merge(self.shared, with_preset(self.methods[method], f"methods.{method}.")))
+        for key, value in (sweep if changes is None else changes).items():
+            set_key(merged, key, value)
+        merged["seed"] = seed
+        run = PlannedRun(
+            method=method, seed=seed, sweep=dict(sweep), train=from_dict(TrainConfig, merged | {"run": "-"})
+        )
+        folder = self.output / "runs" / f"{run.label} seed={seed}".replace(" ", "-").replace("/", "_")
+        return replace(run, train=replace(run.train, run=str(folder)))
+
+
+def read_comparison(path: str | Path, overrides: Sequence[str] = ()) -> ComparisonRecipe:
+    """Read what `load_plan` reads, as the recipe from which runs are made; raises UserError as it does."""
+    return comparison_of(read_recipe(path, overrides), path)
+
+
+def comparison_of(values: dict[str, Any], path: str | Path) -> ComparisonRecipe:
+    """The comparison in a recipe's values, which are used up; `path` is for messages."""
+    compare = from_dict(CompareConfig, take_section(values, "compare"), prefix="compare.")
+    methods = take_section(values, "methods")
     if not methods:
         raise UserError(f"{path} compares nothing: add a section [methods.NAME] for each method")
     if not isinstance(values.get("run"), str):
         raise UserError(f"{path} lacks run: add the folder to write to, or give it with --output")
-    output = Path(values["run"])
-    runs = []
-    for seed, name, point in itertools.product(compare.seeds, methods, _points(compare.sweep)):
-        if not isinstance(methods[name], dict):
-            raise UserError(f"methods.{name} = {methods[name]!r}: expected a section of keys")
-        merged = _merge(values, methods[name])
-        for key, value in point.items():
-            set_key(merged, key, value)
-        merged["seed"] = seed
-        run = PlannedRun(method=name, seed=seed, sweep=point, train=from_dict(TrainConfig, merged | {"run": "-"}))
-        folder = output / "runs" / f"{run.label} seed={seed}".replace(" ", "-").replace("/", "_")
-        runs.append(
-            PlannedRun(method=name, seed=seed, sweep=point, train=from_dict(TrainConfig, merged | {"run": str(folder)}))
-        )
-    return ComparePlan(output=output, compare=compare, runs=runs)
+    for name, keys in methods.items():
+        if not isinstance(keys, dict):
+            raise UserError(f"methods.{name} = {keys!r}: expected a section of keys")
+    return ComparisonRecipe(output=Path(values["run"]), compare=compare, methods=methods, shared=values)
 
 
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+def take_section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Take a section out of nested plain values; empty where there is none."""
     section = values.pop(name, {})
     if not isinstance(section, dict):
         raise UserError(f"{name} = {section!r}: expected a section of keys")
@@ -118,11 +165,3 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _points(sweep: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
-
-
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        inner = merged.get(key)
-        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return merged

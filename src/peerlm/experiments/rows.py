@@ -1,9 +1,13 @@
 """Results as rows of JSON lines: each is appended whole, so that a comparison killed at any moment resumes."""
 
+import datetime
 import json
 import os
+import platform
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from peerlm.errors import UserError
 
@@ -40,3 +44,16 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def machine_and_date() -> dict[str, Any]:
+    """What a row says of where and when it was made: `machine` and `date` (UTC)."""
+    return {
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }

@@ -57,7 +57,7 @@ def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": statistics.fmean(values) if finite else None, "spread": spread}
 
 
-def _columns(table: Sequence[Row]) -> dict[str, list[str]]:
+def columns_of(table: Sequence[Row]) -> dict[str, list[str]]:
     """Column titles and their cells, row by row."""
     files = [name for name in table[0]["perplexity"] if name != "validation"]
     columns = {
@@ -92,14 +92,18 @@ def _millions(count: float) -> str:
     return f"{count / 1e6:,.2f}M"
 
 
-def markdown_table(table: Sequence[Row], *, command: str, rows: Sequence[Row]) -> str:
-    """The table in Markdown, with the command that made it, the seeds, the machine and the date."""
-    columns = _columns(table)
+def markdown_rows(columns: Mapping[str, Sequence[str]]) -> str:
+    """A table in Markdown from its columns, each a title and its cells."""
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(table: Sequence[Row], *, command: str, rows: Sequence[Row]) -> str:
+    """The table in Markdown, with the command that made it, the seeds, the machine and the date."""
     machine, seeds = rows[-1]["machine"], sorted({row["seed"] for row in rows})
-    lines += [
-        "",
+    lines = [
+        markdown_rows(columns_of(table)),
         f"`{command}`; seeds {', '.join(map(str, seeds))}, ± is the standard deviation over them; "
         f"{machine['cores']} cores, torch {machine['torch']}; {rows[-1]['date']}.",
         "",
@@ -109,7 +113,7 @@ def markdown_table(table: Sequence[Row], *, command: str, rows: Sequence[Row]) -
 
 def print_table(table: Sequence[Row], console: Console) -> None:
     """Show the table on the terminal, transposed where it is too wide: a column per method."""
-    columns = _columns(table)
+    columns = columns_of(table)
     shown = Table("", *columns["method"])
     for title, cells in columns.items():
         if title != "method":

@@ -43,31 +43,39 @@ def open_data(config: DataConfig, ranks: Ranks, *, progress: bool) -> tuple[Toke
     return train, heldout
 
 
-def build_model(config: TrainConfig, shards: TokenShards, device: torch.device) -> PreTrainedModel:
-    """A new model with weights from `config.seed`, for the vocabulary of `shards`.
+def new_model(config: TrainConfig, *, vocab_size: int, eos_token_id: int | None = None) -> PeerForCausalLM:
+    """The model of a recipe's [model], for a vocabulary, with weights from torch's generator; on the default device.
 
-    Raises UserError where the recipe's [model] is none that can be built.
+    Raises UserError where [model] is none that can be built.
     """
     known = list(PeerConfig.__annotations__)
     for key in config.model:
         if key not in known:
             raise unknown_key(f"model.{key}", [f"model.{name}" for name in known])
     settings: dict[str, Any] = {
-        "eos_token_id": shards.eos_token_id,
-        "vocab_size": shards.vocab_size,
+        "eos_token_id": eos_token_id,
+        "vocab_size": vocab_size,
         **(with_shells(config.model) if config.grow.at else config.model),
     }
     settings.setdefault("max_position_embeddings", max(config.data.context, PeerConfig.max_position_embeddings))
-    if settings["vocab_size"] < shards.vocab_size:
+    if settings["vocab_size"] < vocab_size:
         raise UserError(
-            f"model.vocab_size = {settings['vocab_size']} is less than the data's {shards.vocab_size}: leave it out"
+            f"model.vocab_size = {settings['vocab_size']} is less than the data's {vocab_size}: leave it out"
         )
-    torch.manual_seed(config.seed)
     try:
-        model = PeerForCausalLM(PeerConfig(**settings))
+        return PeerForCausalLM(PeerConfig(**settings))
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"no model can be built from the recipe's [model]: {reason}") from error
+
+
+def build_model(config: TrainConfig, shards: TokenShards, device: torch.device) -> PreTrainedModel:
+    """A new model with weights from `config.seed`, for the vocabulary of `shards`.
+
+    Raises UserError where the recipe's [model] is none that can be built.
+    """
+    torch.manual_seed(config.seed)
+    model = new_model(config, vocab_size=shards.vocab_size, eos_token_id=shards.eos_token_id)
     if config.data.context > model.config.max_position_embeddings:
         raise UserError(
             f"data.context = {config.data.context} is more than model.max_position_embeddings = "

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from peerlm.errors import UserError
 from peerlm.train.config import UNBOUND_KEYS, TrainConfig
+from peerlm.train.presets import with_preset
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,7 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The nested plain values of a recipe with overrides applied; keys and types are not checked yet."""
+    """The nested plain values of a recipe with overrides, on its preset; keys and types are not checked yet."""
     values = _read(Path(path))
     if any(override.startswith("budget.") for override in overrides):
         values.pop("budget", None)
@@ -41,7 +42,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         if not equals or not all(key.strip().split(".")):
             raise UserError(f"cannot read the setting {override!r}: write it as section.key=value")
         set_key(values, key.strip(), _toml_value(text.strip()))
-    return values
+    return with_preset(values)
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:

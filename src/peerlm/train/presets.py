@@ -1,0 +1,67 @@
+"""Presets: settings that a recipe may start from by name, `preset = "tuned"`; its own keys win over them."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from peerlm.errors import UserError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # He 2024, section 3.1; where the model does not say which layers are PEER, the middle one is, as in the paper.
+    "paper": {
+        "model": {
+            "peer": {
+                "num_experts": 1024**2,
+                "heads": 8,
+                "experts_per_head": 16,
+                "shared_keys": True,
+                "query_norm": "batch",
+                "weighting": "softmax",
+                "weight_scale": 1.0,
+            },
+        },
+    },
+    # The best of recipes/tune.toml, recipes/tune_scale.toml and recipes/tune_index.toml, as recipes/compare.toml has
+    # it; docs/results.md has a row for each setting.
+    "tuned": {
+        "model": {
+            "ffw_layers": "peer",
+            "ffw_init_scale": 1.0,
+            "peer": {
+                "num_experts": 128**2,
+                "heads": 4,
+                "experts_per_head": 16,
+                "key_dim": 64,
+                "shared_keys": False,
+                "query_norm": "layer",
+                "activation": "relu",
+                "weight_scale": 256.0,
+            },
+        },
+        "optim": {"learning_rate": 4e-3, "keys_lr_multiplier": 0.25, "table_lr_multiplier": 0.25},
+    },
+}
+"""Sections of a recipe by the preset's name."""
+
+
+def with_preset(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested plain values on top of the preset that their key `preset` names; the key is gone.
+
+    `prefix` goes before the key in messages. Raises UserError where there is no such preset.
+    """
+    values = dict(values)
+    name = values.pop("preset", None)
+    if name is None:
+        return values
+    if name not in PRESETS:
+        raise UserError(f"{prefix}preset = {name!r}: choose from {', '.join(PRESETS)}")
+    return merge(copy.deepcopy(PRESETS[name]), values)
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain values with changes, section by section; neither is changed."""
+    merged = dict(base)
+    for key, value in changes.items():
+        inner = merged.get(key)
+        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
