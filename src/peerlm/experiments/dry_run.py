@@ -42,7 +42,7 @@ def dry_run(plan: IsoflopPlan, *, gpu_tflops: float, utilisation: float, **part:
         cost = model_cost(model, train.data.context)
         tokens_per_step = train.data.batch_size * train.data.context
         budget = Budget.plan(
-            train.budget, tokens_per_step=tokens_per_step, flops_per_token=cost.training_flops_per_token
+            train.budget, tokens_per_step=tokens_per_step, flops_per_token=[cost.training_flops_per_token]
         )
         flops = budget.limit * tokens_per_step * cost.training_flops_per_token
         memory = training_bytes(
