@@ -26,6 +26,7 @@ from peerlm.learn.method import Method, Stage, freeze, peer_layers, train_with_f
 from peerlm.metrics import ExpertUsage, record_usage
 from peerlm.optim.restrict import restrict_gradient
 
+FROZEN = ("keys", "query", "rest")
 BACKGROUND_FILE = "background.safetensors"
 
 
@@ -66,7 +67,7 @@ def choose_experts(scores_N: Tensor, number: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Sparse(Method):
-    """Train only rows of experts, in each step those of the highest score in each layer; all else is frozen.
+    """Train rows of experts, in each step those of the highest score in each layer alone.
 
     What the optimizer remembers of the other rows stays as it is too (`RowAdamW(lazy=True)`).
     """
@@ -75,6 +76,17 @@ class Sparse(Method):
     """Experts of a layer that a step trains at the most."""
     windows: int = 256
     """B, windows of the background that are read."""
+    frozen: tuple[str, ...] = ("keys", "query", "rest")
+    """What is held besides: of "keys", sub-keys, "query", and "rest", all outside of PEER layers. Without "rest", that
+    is finetuned as a whole."""
+
+    def __post_init__(self) -> None:
+        for part in self.frozen:
+            if part not in FROZEN:
+                raise UserError(f"sparse.frozen has {part!r}; choose of {', '.join(FROZEN)}")
+        for name in ("experts", "windows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"sparse.{name} = {getattr(self, name)}: must be at least 1")
 
     needs_experts: ClassVar[bool] = True
     tables: ClassVar[Literal["lazy"] | None] = "lazy"
@@ -85,8 +97,12 @@ class Sparse(Method):
             raise UserError(
                 "method sparse compares with the use of experts by background text: name some, --background"
             )
-        freeze(model)
+        if "rest" in self.frozen:
+            freeze(model)
         for layer in peer_layers(model).values():
+            keys = layer.product_keys
+            for parameter in keys.parameters():
+                parameter.requires_grad_(("keys" if parameter is keys.sub_keys else "query") not in self.frozen)
             layer.experts.rows.requires_grad_(True)
         path = stage.folder / BACKGROUND_FILE
         if not path.is_file():
