@@ -166,8 +166,8 @@ def test_autocast_and_half_precision_leave_a_partly_open_layer_its_experts() -> 
     expected = layer.retrieve(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         query = layer.product_keys.query(x)
-        found = layer.product_keys._retrieve(query.float())
-    same = layer.product_keys._retrieve(query.float())
+        found = layer.product_keys.search(query.float())
+    same = layer.product_keys.search(query.float())
     assert torch.equal(found[1], same[1])
     assert expected[0].dtype == found[0].dtype == torch.float32
     assert layer.bfloat16()(x.bfloat16()).isfinite().all()

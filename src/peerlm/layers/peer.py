@@ -1,5 +1,8 @@
 """PEER: a learned index retrieves each token's experts from a pool of single neurons."""
 
+from functools import partial
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,10 +44,13 @@ class PEER(nn.Module):
     Attributes:
         product_keys: the index, `ProductKeys`.
         experts: the rows, `ExpertTable`.
+        packs: None, or further experts that are retrieved together with these (`peerlm.surgery.pack`).
 
     Raises:
         ValueError: a setting is impossible; the message has the setting, its value, and the mend.
     """
+
+    packs: Any
 
     def __init__(
         self,
@@ -95,6 +101,7 @@ class PEER(nn.Module):
             row_format=row_format,
             up_std=self._initial_up_std(activation),
         )
+        self.register_module("packs", None)
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
         """Initialise to an output of a dense FFW's scale (see `output_scale.py`) times `output_scale`."""
@@ -105,7 +112,7 @@ class PEER(nn.Module):
         return output_std(self.product_keys.initial_weight_power(), activation) / self.weight_scale
 
     def retrieve(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights (float32 at least) and expert ids (int64) of x, each (..., heads, experts_per_head)."""
+        """Weights (float32 at least) and expert ids (int64) of x without packs, (..., heads, experts_per_head)."""
         return self.product_keys(x, mask)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -114,10 +121,12 @@ class PEER(nn.Module):
         Padding is mapped as well, but does not enter the statistics of a query BatchNorm.
         """
         x_TD, _ = flatten_tokens(x, mask, self.dim)
-        weights, expert_ids = self.retrieve(x, mask)
+        packs = self.packs
+        weights, expert_ids = self.retrieve(x, mask) if packs is None else packs(x, mask, self.product_keys)
         weights = F.dropout(weights * self.weight_scale, self.dropout, self.training)
         per_token = self.product_keys.heads * self.product_keys.experts_per_head
-        y = self.experts(x_TD, weights.reshape(-1, per_token), expert_ids.reshape(-1, per_token))
+        mix = self.experts if packs is None else partial(packs.mix, self.experts)
+        y = mix(x_TD, weights.reshape(-1, per_token), expert_ids.reshape(-1, per_token))
         return y.view(x.shape)
 
     @property

@@ -145,19 +145,24 @@ class ProductKeys(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights (float32 at least) and expert ids (int64): (..., heads, experts_per_head), best first."""
         x_TD, mask_T = flatten_tokens(x, mask, self.dim)
-        weights, expert_ids = self._retrieve(self._query(x_TD, mask_T))
+        weights, expert_ids = self.search(self._query(x_TD, mask_T))
         shape = (*x.shape[:-1], self.heads, self.experts_per_head)
         return weights.reshape(shape), expert_ids.reshape(shape)
 
-    def _retrieve(self, query_THX: Tensor) -> tuple[Tensor, Tensor]:
-        sub_keys: Tensor = self.sub_keys
+    def open_keys(self, query_THX: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (T, heads, 2 C) and sub-keys (2, heads or 1, n, C) as they are compared, the opening counted in."""
         if self.opening is not None and self.grown_from is not None:
-            query_THX, sub_keys = _partly_open(query_THX, sub_keys, math.isqrt(self.grown_from), self.opening.item())
+            return _partly_open(query_THX, self.sub_keys, math.isqrt(self.grown_from), self.opening.item())
+        return query_THX, self.sub_keys
+
+    def search(self, query_THX: Tensor, weighting: str | None = None) -> tuple[Tensor, Tensor]:
+        """Weights and ids (T, heads, experts_per_head) of normalised queries, by another weighting if one is given."""
+        query_THX, sub_keys = self.open_keys(query_THX)
         return api.retrieve(
             query_THX,
             sub_keys,
             self.experts_per_head,
-            weighting=self.weighting,
+            weighting=weighting or self.weighting,
             pairing=self.pairing,
             backend=self.backend,
         )
@@ -174,7 +179,7 @@ class ProductKeys(nn.Module):
             return 1.0
         generator = torch.Generator().manual_seed(0)
         query = torch.randn(512, self.heads, self.key_dim, generator=generator, device="cpu").to(self.sub_keys)
-        weights, _ = self._retrieve(query)
+        weights, _ = self.search(query)
         return weights.square().sum(dim=(-2, -1)).mean().item()
 
     def extra_flops_per_token(self, context: int) -> int:

@@ -108,6 +108,11 @@ def prepare_rows(parameter: Tensor, ids: Tensor | None) -> None:
         watcher.before_read(parameter, ids)
 
 
+def is_watched(parameter: Tensor) -> bool:
+    """Whether an optimizer watches this table, and may change its rows without a trace in the tensor's version."""
+    return _watcher(parameter) is not None
+
+
 @contextmanager
 def rows_as_they_are() -> Iterator[None]:
     """Within this context `prepare_rows` does nothing: for who saves rows together with their optimizer's state."""
