@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from peerlm.errors import UserError
 from peerlm.evaluate.loading import load_model
 from peerlm.learn.method import Method, Stage, freeze, train_with_fixed_statistics
 from peerlm.surgery.pack import load_pack, new_pack, pack_parameters, save_pack
@@ -37,7 +38,10 @@ class Packs(Method):
     def prepare(self, model: PreTrainedModel, stage: Stage) -> nn.Module:
         """Freeze all that is there, and add the pack."""
         freeze(model)
-        new_pack(model, stage.name, self.experts, seed=stage.seed)
+        try:
+            new_pack(model, stage.name, self.experts, seed=stage.seed)
+        except ValueError as error:
+            raise UserError(f"no pack can be made for {stage.name!r}: {error}") from error
         for parameter in pack_parameters(model, stage.name):
             parameter.requires_grad_(True)
         return model

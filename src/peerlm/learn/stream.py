@@ -9,7 +9,7 @@ from shutil import rmtree
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.errors import UserError
 from peerlm.evaluate import held_out_loss
@@ -33,13 +33,25 @@ FREE = ("run", "data", "checkpoint_every")
 """Settings that a resumed stream may change: weights do not depend on them."""
 
 
-def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -> list[dict[str, Any]]:
+Measure = Callable[[PreTrainedModel, PreTrainedTokenizerFast], dict[str, Any]]
+
+
+def learn(
+    config: LearnConfig, *, resume: bool = False, progress: bool = True, measure: Measure | None = None
+) -> list[dict[str, Any]]:
     """Learn the stages of a configuration, in order, into the folder `config.run`.
 
     It gets config.json, data/ (the texts as tokens), and for each stage stages/NUMBER-NAME/ with log.jsonl, what the
     method leaves (model/, or pack/), and summary.json; then rows.json and table.md. With `resume` a stream goes on
     from its newest checkpoint; however it was ended, weights become bit for bit those of a stream never interrupted,
     given the same number of threads and a budget other than minutes.
+
+    Args:
+        config: what is learned and how.
+        resume: whether `config.run` is a stream to go on with; otherwise it must not exist or be empty.
+        progress: whether to show a bar (on a terminal) or lines (elsewhere) on stderr.
+        measure: called with the model, in evaluation mode, and its tokenizer before and after each stage; its figures
+            join the row.
 
     Returns:
         The rows: that of the model before ("stage" is None), then one for each stage, with "perplexity" by domain, and
@@ -49,12 +61,12 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
         UserError: a setting, text, model or folder that cannot be used.
         TrainingStopped: told to stop by a signal, or the loss or a gradient was not finite.
     """
-    return _Stream(config, resume=resume, progress=progress).run()
+    return _Stream(config, resume=resume, progress=progress, measure=measure).run()
 
 
 class _Stream:
-    def __init__(self, config: LearnConfig, *, resume: bool, progress: bool) -> None:
-        self.config, self.progress = config, progress
+    def __init__(self, config: LearnConfig, *, resume: bool, progress: bool, measure: Measure | None) -> None:
+        self.config, self.progress, self.measure = config, progress, measure
         self.folder = Path(config.run)
         self.stages = config.stages
         self.method = method_of(config.method, config.settings)
@@ -157,12 +169,13 @@ class _Stream:
             for name, (files, heldout) in sources.items()
         }
 
-    def _measure(self, model: nn.Module) -> dict[str, Any]:
+    def _measure(self, model: PreTrainedModel) -> dict[str, Any]:
         losses = {
             name: held_out_loss(model, text.heldout, batch_size=WINDOWS_PER_PASS, limit=self.config.heldout_windows)
             for name, text in self.texts.items()
         }
-        return {"loss": losses, "perplexity": {name: math.exp(loss) for name, loss in losses.items()}}
+        figures = {"loss": losses, "perplexity": {name: math.exp(loss) for name, loss in losses.items()}}
+        return figures | (self.measure(model, self.tokenizer) if self.measure else {})
 
     @staticmethod
     def _read_or_make(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from peerlm.surgery.base_hash import base_hash
 from peerlm.surgery.new_experts import check_new_sub_keys, fill_new_rows, new_sub_keys
 from peerlm.surgery.pack_files import PackManifest, check_pack_name, read_manifest, read_tensors, write_pack
 from peerlm.surgery.pack_layer import CHOICES, Pack, Packs
+from peerlm.surgery.pools import Pool
 
 ROW_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -31,6 +32,7 @@ def new_pack(
     layers: Sequence[str] | None = None,
     keys: str = "random",
     usage: Mapping[str, Tensor] | None = None,
+    queries: Mapping[str, Tensor] | None = None,
     noise: float = 0.1,
     row_format: str = "float32",
     seed: int = 0,
@@ -46,7 +48,7 @@ def new_pack(
         name: letters, digits, _ and -.
         num_experts: of each layer, a square number; it need not be as large as experts_per_head.
         layers: paths of PEER layers, such as "model.layers.1.ffw"; None for all.
-        keys, usage, noise: what sub-keys start as, as in `peerlm.surgery.grow`.
+        keys, usage, queries, noise: what sub-keys start as, as in `peerlm.surgery.grow`.
         row_format: "float32" (torch's default dtype, should that be another), or "bfloat16".
         seed: of what is random; the global generator is not used.
 
@@ -66,12 +68,11 @@ def new_pack(
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for path, layer in chosen.items():
-        index, experts = layer.product_keys, layer.experts
-        counts = (usage or {}).get(f"{path}.product_keys".lstrip("."))
-        check_new_sub_keys(index, f"{path}.product_keys".lstrip("."), keys, counts, noise)
-        sub_keys = new_sub_keys(index, n, keys, counts, noise, generator)
+        pool, experts = Pool(name=path, layer=layer), layer.experts
+        check_new_sub_keys(pool, keys, usage, queries, noise)
+        sub_keys = new_sub_keys(pool, n, keys, usage, queries, noise, generator)
         rows = empty_rows(num_experts, *experts.rows.shape[1:], dtype=dtype)
-        fill_new_rows(experts, rows, None, 0, generator)
+        fill_new_rows(experts, rows, 0, generator)
         made[path] = Pack(sub_keys, rows.to(experts.rows.device), trainable=True)
     _put(chosen, name, made)
     return list(chosen)
