@@ -436,6 +436,24 @@ def learn(
     )
 
 
+@app.command(
+    epilog="Examples: peerlm lifelong recipes/lifelong.toml\n\n"
+    "peerlm lifelong recipes/lifelong.toml --set lifelong.seeds=[0] --output runs/one-seed"
+)
+def lifelong(
+    recipe: Recipe,
+    settings: Settings = [],  # noqa: B006
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Let models of one domain learn others by each method: what is learned against what is forgotten."""
+    from peerlm.experiments.lifelong import lifelong
+
+    result = lifelong(recipe, _overrides(settings, output), progress=not as_json)
+    if as_json:
+        _print_json(result)
+
+
 @app.command(epilog="Example: peerlm info --json")
 def info(as_json: Json = False) -> None:
     """Show versions, devices and backends, as a bug report wants them."""

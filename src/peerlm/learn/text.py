@@ -11,6 +11,9 @@ from peerlm.errors import UserError
 from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.windows import text_windows
 
+LEAST = 1e-9
+"""Share of a text to hold out where another file is measured on: its smallest document."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
@@ -35,7 +38,8 @@ def read_text(
     Raises:
         UserError: files that cannot be read, or hold less than one window.
     """
-    prepare(files, folder, tokenizer=tokenizer_folder, progress=progress)
+    holdout = {} if heldout is None else {"holdout": LEAST}
+    prepare(files, folder, tokenizer=tokenizer_folder, progress=progress, **holdout)
     train = TokenWindows(TokenShards(folder, "train"), context)
     if heldout is None:
         return Text(train=train, heldout=TokenWindows(TokenShards(folder, "heldout"), context))
