@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -101,13 +101,18 @@ def train(
     recipe: Recipe,
     settings: Settings = [],  # noqa: B006, typer makes a new list for each call
     output: Output = None,
+    grow: Annotated[
+        str | None,
+        typer.Option(metavar="N@SHARE,...", help="Grow to N sub-keys, N² experts, at a share of the run: 256@50%."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model by a recipe; --resume takes a stopped run to the weights it would have had."""
     from peerlm.train import load_recipe, train
 
-    config = load_recipe(recipe, _overrides(settings, output))
+    growth = [] if grow is None else [f'grow.at="{grow}"']
+    config = load_recipe(recipe, [*growth, *_overrides(settings, output)])
     result = train(config, resume=resume, progress=not as_json)
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process alone prints
         return
@@ -282,15 +287,13 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Put PEER into a model of any architecture, beside its dense feed-forward layers or in their place."""
-    from peerlm.data.tokenizer import open_tokenizer
     from peerlm.evaluate.loading import model_folder
     from peerlm.evaluate.progress import progress_bar
-    from peerlm.evaluate.windows import batches_of, text_windows
     from peerlm.surgery.convert_folder import convert_folder
     from peerlm.surgery.settings import read_layers, read_settings
 
     folder = model_folder(model)
-    samples = batches_of(text_windows(open_tokenizer(folder), text, context=256)) if text else None
+    samples = _samples(folder, text)
     with progress_bar(shown=not as_json) as bar:
         row = convert_folder(
             folder,
@@ -310,11 +313,18 @@ def convert(
         _print_table(str(output), {"value": {**row, "layers": "\n".join(row["layers"])}})
 
 
-@app.command(epilog="Example: peerlm grow runs/a grown/ --num-experts 4096 --renumber")
+@app.command(
+    epilog="Examples: peerlm grow runs/a grown/ --num-experts 4096 --renumber\n\n"
+    "peerlm grow runs/a grown/ --num-experts 4096 --keys crowded --text book.txt"
+)
 def grow(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model with PEER layers, or a run.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     num_experts: Annotated[int, typer.Option(help="Of every PEER layer: a square, more than it has.")],
+    keys: Annotated[
+        str, typer.Option(help="Where new keys start: random, crowded (near those used most on --text), or data.")
+    ] = "random",
+    text: Annotated[list[Path], typer.Option(help="Text that --keys crowded or data looks at; repeatable.")] = [],  # noqa: B006
     opening: Annotated[float, typer.Option(help="How far new experts are let in; 0 keeps the output as it is.")] = 0.0,
     renumber: Annotated[
         bool, typer.Option("--renumber", help='Renumber a model of pairing "row-major" first.')
@@ -324,9 +334,51 @@ def grow(
 ) -> None:
     """Give the PEER layers of a trained model more experts, which leave its output as it is until they are let in."""
     from peerlm.evaluate.loading import model_folder
-    from peerlm.surgery.grow_folder import grow_folder
+    from peerlm.surgery.resize_folder import grow_folder
 
-    row = grow_folder(model_folder(model), output, num_experts, opening=opening, renumber=renumber, seed=seed)
+    folder = model_folder(model)
+    row = grow_folder(
+        folder,
+        output,
+        num_experts,
+        keys=keys,
+        samples=_samples(folder, text),
+        opening=opening,
+        renumber=renumber,
+        seed=seed,
+    )
+    _print_resized(output, row, as_json)
+
+
+@app.command(epilog="Example: peerlm shrink runs/a smaller/ --text book.txt")
+def shrink(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model with PEER layers, or a run.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    text: Annotated[list[Path], typer.Option(help="Text that tells which experts are used; repeatable.")],
+    num_experts: Annotated[
+        int | None, typer.Option(help="Of every PEER layer: a square; default: all that the text uses stay.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Take away the experts of a trained model that it does not use."""
+    from peerlm.evaluate.loading import model_folder
+    from peerlm.surgery.resize_folder import shrink_folder
+
+    folder = model_folder(model)
+    samples = _samples(folder, text)
+    assert samples is not None
+    _print_resized(output, shrink_folder(folder, output, num_experts, samples), as_json)
+
+
+def _samples(folder: Path, text: list[Path]) -> Iterable[dict[str, Any]] | None:
+    """What a model reads of these files, as keyword arguments of forward passes; None without files."""
+    from peerlm.data.tokenizer import open_tokenizer
+    from peerlm.evaluate.windows import batches_of, text_windows
+
+    return batches_of(text_windows(open_tokenizer(folder), text, context=256)) if text else None
+
+
+def _print_resized(output: Path, row: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(row)
     else:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peerlm.layers import PEER
+from peerlm.layers import PEER, ProductKeyMemory
 from peerlm.metrics import record_usage
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import native
@@ -199,6 +199,51 @@ def test_crowded_keys_start_near_those_used_most(shared_keys: bool) -> None:
     difference = (noisy.product_keys.sub_keys - exact.product_keys.sub_keys)[:, :, 4:]
     spread = old.square().mean(dim=(-2, -1)).sqrt()
     torch.testing.assert_close(difference.std(dim=(-2, -1)), 0.5 * spread, rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("shared_keys", [False, True])
+def test_keys_of_data_are_queries_as_loud_as_old_keys(shared_keys: bool) -> None:
+    layer = small_peer(shared_keys=shared_keys)
+    query = layer.product_keys.query(tokens(5)).detach()
+    grown = grow(copy.deepcopy(layer), 100, keys="data", queries={"product_keys": query})
+    fresh = grown.product_keys.sub_keys[:, :, 4:].detach()
+    for half in range(2):
+        halves = query[..., 3 * half : 3 * half + 3]
+        for head in range(fresh.shape[1]):
+            old = layer.product_keys.sub_keys[half, head].detach()
+            near = (halves if shared_keys else halves[:, head]).reshape(-1, 3)
+            likeness = nn.functional.cosine_similarity(fresh[half, head, :, None], near[None], dim=-1)
+            torch.testing.assert_close(likeness.amax(dim=1), torch.ones(6), rtol=1e-5, atol=0)
+            loudness = fresh[half, head].square().mean(dim=-1).sqrt()
+            torch.testing.assert_close(loudness, old.square().mean().sqrt().expand(6), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="queries has none of 'product_keys': collect them"):
+        grow(layer, 100, keys="data")
+    for wrong in (query[0], query[:0], query * torch.inf):
+        with pytest.raises(ValueError, match=r"give finite ones of tokens, \(T, 3, 6\)"):
+            grow(layer, 100, keys="data", queries={"product_keys": wrong})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_memory_grows_as_a_layer_of_experts_does(backend: str) -> None:
+    memory = ProductKeyMemory(
+        DIM, num_values=16, heads=3, values_per_head=3, key_dim=6, pairing="shells", backend=backend
+    )
+    optimizer = RowAdamW(parameter_groups(memory), lr=0.01)
+    train(memory, optimizer, [tokens(5)])
+    before, values = copy.deepcopy(memory.eval()), memory.values.detach().clone()
+    x = tokens()
+    grow(memory, 49, optimizer=optimizer)
+    assert same_bits(memory(x), before(x))
+    assert torch.equal(memory.values[:16], values)
+    assert memory.values[16:].count_nonzero() == 0
+    set_opening(memory, 0.5)
+    train(memory.train(), optimizer, [tokens(40)])
+    assert memory.eval().values[16:].count_nonzero() > 0
+    fresh = ProductKeyMemory(
+        DIM, num_values=49, heads=3, values_per_head=3, key_dim=6, pairing="shells", backend=backend, grown_from=16
+    )
+    fresh.load_state_dict(memory.state_dict())
+    assert same_bits(fresh.eval()(x), memory(x))
 
 
 def test_usage_as_it_is_recorded_tells_where_keys_are_crowded() -> None:

@@ -8,7 +8,7 @@ from peerlm.train.budget import Budget
 
 
 def plan(**budget: float) -> Budget:
-    return Budget.plan(BudgetConfig(**budget), tokens_per_step=100, flops_per_token=6.0)
+    return Budget.plan(BudgetConfig(**budget), tokens_per_step=100, flops_per_token=[6.0])
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,40 @@ def test_minutes_count_seconds_alone() -> None:
 def test_a_budget_below_one_step_is_refused(budget: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan(**budget)
+
+
+def grown(**budget: float) -> Budget:
+    return Budget.plan(BudgetConfig(**budget), tokens_per_step=10, flops_per_token=[1.0, 2.0, 5.0], shares=[0.5, 0.75])
+
+
+@pytest.mark.parametrize(
+    ("budget", "changes", "steps"),
+    [
+        ({"steps": 8}, (4, 6), 8),
+        ({"tokens": 80}, (4, 6), 8),
+        ({"flops": 800.0}, (40, 50), 54),  # 400 at 10, 200 at 20, 200 at 50
+        ({"flops": 1200.0}, (60, 75), 81),
+    ],
+)
+def test_steps_that_cost_more_are_fewer(budget: dict[str, float], changes: tuple[int, int], steps: int) -> None:
+    planned = grown(**budget)
+    assert planned.changes == changes
+    assert [planned.changes_due(step, 0.0) for step in (0, changes[0] - 1, *changes)] == [0, 0, 1, 2]
+    assert planned.reached(steps, 0.0)
+    assert not planned.reached(steps - 1, 0.0)
+    shares = [planned.progress(step, 0.0) for step in (0, changes[0], changes[1], steps)]
+    assert shares == [0.0, 0.5, 0.75, 1.0]
+    between = planned.progress((changes[0] + changes[1]) / 2, 0.0)
+    assert between == pytest.approx(0.625)
+
+
+def test_a_change_within_a_budget_of_minutes() -> None:
+    planned = grown(minutes=1.0)
+    assert planned.changes == (30.0, 45.0)
+    assert [planned.changes_due(9, seconds) for seconds in (29.0, 30.0, 50.0)] == [0, 1, 2]
+    assert planned.progress(9, 40.0) == pytest.approx(2 / 3)
+
+
+def test_a_part_of_a_budget_below_one_step_is_refused() -> None:
+    with pytest.raises(UserError, match=r"budget\.flops = 100 is less than one step from 75% to 100%, which takes 50"):
+        grown(flops=100.0)

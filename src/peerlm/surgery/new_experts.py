@@ -80,7 +80,7 @@ def new_sub_keys(
         each = query.permute(2, 1, 0, 3) if sets > 1 else query.flatten(0, 1).permute(1, 0, 2)[:, None]
         tokens = torch.randint(each.shape[2], (halves, sets, count), generator=generator).to(each.device)
         near = each.gather(2, tokens[..., None].expand(shape))
-        scale = loudness.to(near.device) / near.square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp(min=1e-30)
+        scale = loudness.to(near.device) / near.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-30)
         return (near * scale).to(old)
     assert usage is not None
     used = usage[pool.keys_name].detach().double().cpu()

@@ -1,5 +1,6 @@
 """A budget in steps, tokens, FLOPs or minutes, as whole steps or seconds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peerlm.errors import UserError
@@ -8,38 +9,81 @@ from peerlm.train.config import BudgetConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """When a run ends: after a number of steps, or of seconds."""
+    """When a run ends, after a number of steps or of seconds, and which share of it is spent when."""
 
     limit: float
     """Optimizer steps, or seconds of wall-clock time in them."""
     in_seconds: bool
     """Which of the two."""
+    changes: tuple[float, ...] = ()
+    """Steps or seconds after which steps cost something else, ascending."""
+    shares: tuple[float, ...] = ()
+    """Which share of the budget is spent then."""
 
     @classmethod
-    def plan(cls, config: BudgetConfig, *, tokens_per_step: int, flops_per_token: float) -> "Budget":
-        """The whole steps, or seconds, that `config` allows; UserError when not one step fits."""
+    def plan(
+        cls,
+        config: BudgetConfig,
+        *,
+        tokens_per_step: int,
+        flops_per_token: Sequence[float],
+        shares: Sequence[float] = (),
+    ) -> "Budget":
+        """The whole steps, or seconds, that `config` allows.
+
+        Args:
+            config: the budget.
+            tokens_per_step: tokens in an optimizer step.
+            flops_per_token: at the start, and from each of `shares` on.
+            shares: of the budget, ascending, at which steps begin to cost something else.
+
+        Raises:
+            UserError: not one step fits into a part of the budget.
+        """
         if config.minutes is not None:
-            return cls(limit=60 * config.minutes, in_seconds=True)
+            limit = 60 * config.minutes
+            changes = tuple(share * limit for share in shares)
+            return cls(limit=limit, in_seconds=True, changes=changes, shares=tuple(shares))
+        per_step = [1.0] * len(flops_per_token)
         if config.tokens is not None:
-            name, allowed, per_step = "tokens", float(config.tokens), float(tokens_per_step)
+            name, allowed = "tokens", float(config.tokens)
+            per_step = [float(tokens_per_step)] * len(flops_per_token)
         elif config.flops is not None:
-            name, allowed, per_step = "flops", config.flops, tokens_per_step * flops_per_token
+            name, allowed = "flops", config.flops
+            per_step = [tokens_per_step * flops for flops in flops_per_token]
         else:
-            name, allowed, per_step = "steps", float(config.steps or 0), 1.0
-        if allowed < per_step:
-            raise UserError(
-                f"budget.{name} = {allowed:g} is less than one step, which takes {per_step:g}: raise it, "
-                "or lower data.batch_size"
-            )
-        return cls(limit=allowed // per_step, in_seconds=False)
+            name, allowed = "steps", float(config.steps or 0)
+        done, ends = 0.0, []
+        for cost, begin, end in zip(per_step, (0.0, *shares), (*shares, 1.0), strict=True):
+            part = (end - begin) * allowed if shares else allowed
+            if part < cost:
+                where = f" from {begin:.0%} to {end:.0%}" if shares else ""
+                raise UserError(
+                    f"budget.{name} = {allowed:g} is less than one step{where}, which takes {cost:g}: raise it, "
+                    "or lower data.batch_size"
+                )
+            done += (part + 1e-9 * allowed * bool(shares)) // cost
+            ends.append(done)
+        return cls(limit=done, in_seconds=False, changes=tuple(ends[:-1]), shares=tuple(shares))
 
     def reached(self, step: int, seconds: float) -> bool:
         """Whether a run that took `step` steps in `seconds` is at its end."""
-        return (seconds if self.in_seconds else step) >= self.limit
+        return self._spent(step, seconds) >= self.limit
+
+    def changes_due(self, step: int, seconds: float) -> int:
+        """How many of `changes` are reached after `step` steps in `seconds`."""
+        return sum(self._spent(step, seconds) >= change for change in self.changes)
 
     def progress(self, step: int, seconds: float) -> float:
         """Share of the budget that is spent, 0 to 1, after `step` steps in `seconds`."""
-        return min((seconds if self.in_seconds else step) / self.limit, 1.0)
+        spent = self._spent(step, seconds)
+        begin, share_begin, end, share_end = 0.0, 0.0, self.limit, 1.0
+        for change, share in zip(self.changes, self.shares, strict=True):
+            if spent < change:
+                end, share_end = change, share
+                break
+            begin, share_begin = change, share
+        return min(share_begin + (share_end - share_begin) * (spent - begin) / (end - begin), 1.0)
 
     def next_progress(self, step: int, seconds: float) -> float:
         """Share that will be spent after the next step, which sets its learning rate.
@@ -47,3 +91,6 @@ class Budget:
         For a budget of time, a step is taken to last as long as the mean step so far.
         """
         return self.progress(step + 1, seconds * (step + 1) / step if step else 0.0)
+
+    def _spent(self, step: int, seconds: float) -> float:
+        return seconds if self.in_seconds else step

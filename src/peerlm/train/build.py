@@ -17,6 +17,7 @@ from peerlm.ops import native
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.optim.catch_up import check_betas
 from peerlm.train.config import DataConfig, OptimConfig, TrainConfig
+from peerlm.train.growth import read_growths, with_shells
 from peerlm.train.ranks import Ranks
 from peerlm.train.recipe import unknown_key
 
@@ -54,7 +55,7 @@ def build_model(config: TrainConfig, shards: TokenShards, device: torch.device) 
     settings: dict[str, Any] = {
         "eos_token_id": shards.eos_token_id,
         "vocab_size": shards.vocab_size,
-        **config.model,
+        **(with_shells(config.model) if config.grow.at else config.model),
     }
     settings.setdefault("max_position_embeddings", max(config.data.context, PeerConfig.max_position_embeddings))
     if settings["vocab_size"] < shards.vocab_size:
@@ -99,6 +100,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
     tables = optim.tables
     obstacle = _obstacle_to_rows(config, ranks)
     needs_rows = _need_of_rows(model, optim)
+    if tables == "fused" and config.grow.freeze:
+        raise UserError("optim.tables = 'fused' does not go with grow.freeze: its backward pass updates all rows")
     if tables == "auto":
         tables = "exact" if needs_rows or (not obstacle and _rows_pay(model, config, ranks)) else "dense"
     if tables == "dense":
@@ -151,10 +154,11 @@ def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
         return False
     tokens = config.data.batch_size * config.data.context
     layers = [module for module in model.modules() if isinstance(module, ProductKeys)]
+    largest = max((growth.sub_keys**2 for growth in read_growths(config.grow)), default=0)
     return (
         ranks.device.type == "cpu"
         and not native.unavailable()
-        and any(tokens * keys.heads * keys.experts_per_head < keys.num_experts for keys in layers)
+        and any(tokens * keys.heads * keys.experts_per_head < max(keys.num_experts, largest) for keys in layers)
     )
 
 

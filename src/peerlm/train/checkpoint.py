@@ -11,7 +11,7 @@ the seed.
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,6 +63,10 @@ class TrainState:
     """Loss in the last row of the log; None before the first."""
     peak_memory_bytes: int = 0
     """Most memory used so far."""
+    growths: int = 0
+    """Times that the layers have grown."""
+    opening: float = 1.0
+    """How far the experts of the last growth are let in."""
     log_bytes: int = 0
     """Length of log.jsonl; a resumed run cuts off what was written later."""
 
@@ -114,12 +118,19 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         tokenizer.save_pretrained(folder)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    prepare: Callable[[TrainState], object] = lambda state: None,
+) -> TrainState:
     """Load a checkpoint into `model` and `optimizer`; returns where the run stands.
 
-    Raises UserError when a file is missing or is not as it was written.
+    `prepare` is called before, with that, to give both their shapes. Raises UserError when a file is missing or is not
+    as it was written.
     """
     state = read_state(folder)
+    prepare(state)
     load_model(model, folder / "model.safetensors", device=str(next(model.parameters()).device))
     with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
         values = json.loads((file.metadata() or {}).get("values", "{}"))

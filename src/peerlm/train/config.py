@@ -185,6 +185,24 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GrowConfig:
+    """Growth of PEER layers and product-key memories within the run (`peerlm.surgery.grow`)."""
+
+    at: str = ""
+    """Sub-keys of each half, and the share of the budget at which layers grow to them: "256@50%,512@75%"."""
+    opening: float = 0.05
+    """Share of the budget within which new experts are let in, from not there to like any other."""
+    keys: Literal["random", "crowded", "data"] = "crowded"
+    """Where new sub-keys start: as at initialisation; near those used most; or at queries."""
+    freeze: tuple[str, ...] = ()
+    """What is held still from a growth on: of "rows" (old experts), "keys" (old sub-keys), "query", "rest" (all
+    outside of the layers)."""
+
+    def __post_init__(self) -> None:
+        _require(self, "grow.", "opening", lambda value: 0 <= value < 1, "must be 0 or more, below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run: a recipe's sections and the few settings above them."""
 
@@ -198,6 +216,8 @@ class TrainConfig:
     """Section [model]: keyword arguments of `peerlm.model.PeerConfig`; vocab_size comes from the data."""
     optim: OptimConfig = OptimConfig()
     """Section [optim]."""
+    grow: GrowConfig = GrowConfig()
+    """Section [grow]."""
     eval: EvalConfig = EvalConfig()
     """Section [eval]."""
     checkpoint: CheckpointConfig = CheckpointConfig()

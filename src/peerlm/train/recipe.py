@@ -88,11 +88,12 @@ def unknown_key(key: str, known: Sequence[str]) -> UserError:
 
 
 def bound_values(config: TrainConfig) -> dict[str, Any]:
-    """The values that the weights depend on, by full key: all but `config.UNBOUND_KEYS`."""
+    """The values that the weights depend on, by full key: all but `config.UNBOUND_KEYS`, and [grow] if none does."""
+    unbound = UNBOUND_KEYS if config.grow.at else (*UNBOUND_KEYS, "grow")
     return {
         key: value
         for key, value in _flatten(to_dict(config)).items()
-        if not any(key == free or key.startswith(free + ".") for free in UNBOUND_KEYS)
+        if not any(key == free or key.startswith(free + ".") for free in unbound)
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from peerlm.evaluate import held_out_loss
 from peerlm.files import atomic_folder, is_disk_full, write_json
 from peerlm.metrics import ExpertUsage, record_usage
 from peerlm.optim import RowAdamW, clip_gradients, cosine, set_learning_rates, wsd
+from peerlm.surgery import grow, set_opening
+from peerlm.surgery.freeze import Frozen
 from peerlm.train.budget import Budget
 from peerlm.train.build import build_model, build_optimizer, open_data, wrap_forward
 from peerlm.train.card import model_card
 from peerlm.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint, save_model
 from peerlm.train.config import OptimConfig, TrainConfig
+from peerlm.train.growth import check_growths, flops_after, grow_once, hold_still, opening_at, read_growths
 from peerlm.train.interrupts import Interrupts
 from peerlm.train.ranks import Ranks, join_ranks
 from peerlm.train.run_folder import check_run, last_good, open_run
@@ -111,6 +115,10 @@ class Trainer:
         self.windows, self.heldout = open_data(config.data, ranks, progress=progress)
         self.tokenizer = load_tokenizer(config.data.folder)
         self.model = build_model(config, self.windows.shards, ranks.device)
+        self.growths = read_growths(config.grow)
+        if self.growths:
+            check_growths(self.model, self.growths)
+        self.frozen: Frozen | None = None
         self.cost = model_cost(self.model, config.data.context)
         self.optimizer = build_optimizer(self.model, config, ranks)
         self.forward = wrap_forward(self.model, config, ranks)
@@ -121,7 +129,11 @@ class Trainer:
         self.budget = Budget.plan(
             config.budget,
             tokens_per_step=self.tokens_per_step,
-            flops_per_token=self.cost.training_flops_per_token,
+            flops_per_token=[
+                self.cost.training_flops_per_token,
+                *flops_after(self.model, self.growths, config.data.context),
+            ],
+            shares=[growth.share for growth in self.growths],
         )
 
     def train(self) -> dict[str, Any]:
@@ -130,7 +142,10 @@ class Trainer:
             open_run(self.config)
         self.ranks.wait()
         checkpoints = list_checkpoints(self.run)
-        state = load_checkpoint(checkpoints[-1], self.model, self.optimizer) if checkpoints else TrainState()
+        state = TrainState()
+        if checkpoints:
+            state = load_checkpoint(checkpoints[-1], self.model, self.optimizer, self.grow_again)
+            self.adapt_to_growth()
         with ExitStack() as stack:
             stack.enter_context(self.display)
             if self.ranks.is_main:
@@ -163,6 +178,8 @@ class Trainer:
         )
         done = self.budget.reached(state.step, state.seconds)
         while not done:
+            while state.growths < self.budget.changes_due(state.step, state.seconds):
+                state = self.grow(state)
             logged = (state.step + 1) % every["log"] == 0
             state, row = self.step(state, stream, sample_usage=logged and not self.config.compile)
             done = self.budget.reached(state.step, state.seconds)
@@ -187,6 +204,7 @@ class Trainer:
         config = self.config
         started, cpu_started = time.perf_counter(), time.process_time()
         progress = self.budget.next_progress(state.step, state.seconds)
+        state = self.open(state, progress)
         rate = learning_rate(config.optim, progress)
         groups = self.optimizer.param_groups
         set_learning_rates(groups, rate, progress=progress, table_lr_decay=config.optim.table_lr_decay)
@@ -231,6 +249,48 @@ class Trainer:
         )
         measured = {"lr": rate, "grad_norm": norms.rest, "table_grad_norm": norms.table}
         return state, {**measured, "usage": _summed_usage(usage)}
+
+    def grow(self, state: TrainState) -> TrainState:
+        """Let the layers grow, closed; what new keys are chosen by is what the next steps will read."""
+        growth = self.growths[state.growths]
+        coming = batches(self.windows, batch_size=8, seed=self.config.seed, position=state.position)
+        samples = ({"input_ids": batch["input_ids"]} for batch in islice(coming, 8))
+        if self.frozen is not None:
+            self.frozen.remove()
+        self.frozen = grow_once(
+            self.model,
+            growth,
+            self.config.grow,
+            optimizer=self.optimizer,
+            samples=samples,
+            seed=self.config.seed + 1 + state.growths,
+        )
+        self.adapt_to_growth()
+        self.write({**_place(state), "grown_to": growth.sub_keys**2})
+        self.display.note(f"step {state.step}  grown to {growth.sub_keys**2:,} experts")
+        return replace(state, growths=state.growths + 1, opening=0.0)
+
+    def grow_again(self, state: TrainState) -> None:
+        """Give a new model and its optimizer the shapes that those of a checkpoint have."""
+        for number, growth in enumerate(self.growths[: state.growths], start=1):
+            grow(self.model, growth.sub_keys**2, optimizer=self.optimizer)
+            if number == state.growths:
+                self.frozen = hold_still(self.model, self.config.grow, self.optimizer)
+            if number < state.growths or state.opening == 1:
+                set_opening(self.model, 1)
+
+    def adapt_to_growth(self) -> None:
+        """Wrap the model anew, whose parameters are others now, and count what it costs."""
+        self.forward = wrap_forward(self.model, self.config, self.ranks)
+        self.cost = model_cost(self.model, self.config.data.context)
+
+    def open(self, state: TrainState, progress: float) -> TrainState:
+        """Let new experts in as far as they should be at this share of the budget."""
+        if state.opening == 1:
+            return state
+        opening = opening_at(self.config.grow, self.growths, state.growths, progress)
+        set_opening(self.model, opening)
+        return replace(state, opening=opening)
 
     def require_finite(self, state: TrainState, rate: float, values: Mapping[str, float]) -> None:
         """Raise TrainingStopped, before the optimizer steps, where a value is NaN or infinite."""

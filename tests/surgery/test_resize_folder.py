@@ -1,4 +1,4 @@
-"""`peerlm grow`: folders in and out, and users' mistakes as one sentence."""
+"""`peerlm grow` and `peerlm shrink`: folders in and out, and users' mistakes as one sentence."""
 
 import json
 from collections.abc import Callable
@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from peerlm.data.tokenizer import open_tokenizer, train_tokenizer
+from peerlm.evaluate.windows import text_windows
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.surgery import grow, grow_folder, saved
+from peerlm.surgery import grow, resize_folder, saved
 
 from .conftest import build, contents, run
 
@@ -97,7 +99,7 @@ def test_an_interrupted_growth_leaves_nothing_behind(
 
     monkeypatch.setattr(saved.shutil, "copyfile", fail)
     with pytest.raises(KeyboardInterrupt):
-        grow_folder.grow_folder(folder / "shells", tmp_path / "out", 36)
+        resize_folder.grow_folder(folder / "shells", tmp_path / "out", 36)
     assert list(tmp_path.iterdir()) == []
     assert contents(folder) == before
 
@@ -117,6 +119,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "opened too far": (lambda f: [f / "shells", f / "new", "--num-experts=36", "--opening=2"], "opening is 2.0; take"),
     "too many": (lambda f: [f / "shells", f / "new", "--num-experts=1000000000000"], "cannot grow"),
     "seed too large": (lambda f: [f / "shells", f / "new", "--num-experts=36", f"--seed={2**64}"], "fit into 64 bits"),
+    "keys of no text": (
+        lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=crowded"],
+        "--keys crowded depends on what the model reads; give --text FILE too",
+    ),
+    "no such keys": (lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=old"], "--keys old depends"),
     "no PEER layer": (lambda f: [f / "llama", f / "new", "--num-experts=36"], "LlamaForCausalLM has no PEER layer"),
 }
 
@@ -136,3 +143,61 @@ def test_a_mistake_is_one_sentence_and_loses_nothing(
     assert "Traceback" not in stderr
     assert contents(folder) == before
     assert not (folder / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def readable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A saved model with a tokenizer, and text."""
+    folder = tmp_path_factory.mktemp("readable")
+    text = folder / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten " * 80)
+    tokenizer = train_tokenizer([text.read_text()], vocab_size=300)
+    model = PeerForCausalLM(
+        PeerConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+            peer={"num_experts": 20**2, "heads": 2, "experts_per_head": 2, "key_dim": 8, "pairing": "shells"},
+        )
+    )
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model", text
+
+
+def test_a_folder_shrinks_by_what_a_text_uses(
+    readable: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, text = readable
+    assert run("shrink", model, tmp_path / "a", "--text", text, "--json") == 0
+    row = json.loads(capfd.readouterr().out)
+    assert row["experts_before"] == 400
+    assert row["experts_after"] < 400
+    assert run("shrink", model, tmp_path / "b", "--text", text, "--num-experts=16") == 0
+    assert "experts after" in capfd.readouterr().out
+    sizes = [PeerForCausalLM.from_pretrained(tmp_path / name).config.peer["num_experts"] for name in "ab"]
+    assert sizes == [row["experts_after"], 16]
+    windows = text_windows(open_tokenizer(model), [text], context=256)
+    before, after = (PeerForCausalLM.from_pretrained(each).eval() for each in (model, tmp_path / "a"))
+    torch.testing.assert_close(after(windows).logits, before(windows).logits, rtol=1e-4, atol=1e-5)
+    for options, named in (
+        (["--num-experts=900"], "num_experts is 900, but layer 'model.layers.0.ffw' has 400; give a smaller square"),
+        (["--num-experts=5"], "which is not a square number"),
+    ):
+        assert run("shrink", model, tmp_path / "new", "--text", text, *options) == 2
+        assert named in capfd.readouterr().err
+    assert run("shrink", model, tmp_path / "a", "--text", text) == 2
+    assert "a exists already; name a new folder" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("keys", ["crowded", "data"])
+def test_a_folder_grows_where_a_text_has_its_queries(keys: str, readable: tuple[Path, Path], tmp_path: Path) -> None:
+    model, text = readable
+    assert run("grow", model, tmp_path / "a", "--num-experts=900", "--keys", keys, "--text", text) == 0
+    assert run("grow", model, tmp_path / "b", "--num-experts=900") == 0
+    name = "model.layers.0.ffw.product_keys.sub_keys"
+    a, b = (load_file(tmp_path / each / "model.safetensors")[name] for each in "ab")
+    assert torch.equal(a[:, :, :20], b[:, :, :20])
+    assert not torch.allclose(a[:, :, 20:], b[:, :, 20:])
