@@ -80,7 +80,7 @@ class _Loop:
         self.budget = Budget.plan(
             self.config.budget,
             tokens_per_step=self.tokens_per_step,
-            flops_per_token=self.flops_per_step / self.tokens_per_step,
+            flops_per_token=[self.flops_per_step / self.tokens_per_step],
         )
 
     def run(self) -> dict[str, Any]:
