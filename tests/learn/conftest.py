@@ -14,9 +14,9 @@ from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.train.recipe import from_dict
 
 WORDS = {
-    "known": ["the", "cat", "sat", "on", "a", "mat", "saw", "one", "small", "bird", "eat", "peas", "as", "rain", "fell"],
-    "code": ["def", "return", "if", "else", "for", "while", "in", "range", "print", "import", "class", "self", "not", "and", "or"],
-    "law": ["whereas", "party", "shall", "hereby", "said", "deed", "court", "clause", "pursuant", "therein", "act", "title"],
+    "known": "the cat sat on a mat saw one small bird eat peas as rain fell",
+    "code": "def return if else for while in range print import class self not and or",
+    "law": "whereas party shall hereby said deed court clause pursuant therein act title",
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -44,19 +44,19 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     random = np.random.default_rng(0)
     written = {
-        name: "\n<|endoftext|>\n".join(" ".join(random.choice(words, size=30)) for _ in range(30))
+        name: "\n<|endoftext|>\n".join(" ".join(random.choice(words.split(), size=30)) for _ in range(30))
         for name, words in WORDS.items()
     }
     for name, text in written.items():
         (folder / f"{name}.txt").write_text(text)
-    write_model(folder / "peer", written, peer=EXPERTS)
+    write_model(folder / "peer", written, ffw_layers="peer", peer=EXPERTS)
     write_model(folder / "dense", written, ffw_layers="dense")
     return folder
 
 
 @pytest.fixture
 def configure(texts: Path, tmp_path: Path) -> Callable[..., LearnConfig]:
-    """A stream of two stages with divergence and replay, its sections changed by keyword."""
+    """A stream of two stages, or `only` the first, with divergence and replay, its sections changed by keyword."""
     values: dict[str, Any] = {
         "run": str(tmp_path / "run"),
         "model": str(texts / "peer"),
@@ -70,8 +70,8 @@ def configure(texts: Path, tmp_path: Path) -> Callable[..., LearnConfig]:
         "heldout_windows": 4,
     }
 
-    def build(**changes: Any) -> LearnConfig:
-        merged = dict(values)
+    def build(*, only: int = 2, **changes: Any) -> LearnConfig:
+        merged = values | {"stages": values["stages"][:only]}
         for key, change in changes.items():
             merges = isinstance(change, dict) and key not in ("budget", "settings")
             merged[key] = {**values[key], **change} if merges else change

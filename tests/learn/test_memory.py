@@ -17,7 +17,8 @@ def test_texts_take_turns_and_every_epoch_has_each_window_once() -> None:
     memory = Memory([(LONG, None), (SHORT, None)], seed=3)
     drawn = memory.draw(0, 40)
     assert drawn.shape == (40, 2)
-    assert (drawn[0::2, 0] < 100).all() and (drawn[1::2, 0] >= 100).all()
+    assert (drawn[0::2, 0] < 100).all()
+    assert (drawn[1::2, 0] >= 100).all()
     assert Counter(drawn[0::2, 0].tolist()) == Counter(2 * LONG[:, 0].tolist())
     assert Counter(drawn[1::2, 0].tolist()) == Counter(5 * SHORT[:, 0].tolist())
     assert drawn[1:9:2, 0].tolist() != drawn[9:17:2, 0].tolist()  # epochs differ
@@ -33,7 +34,8 @@ def test_what_is_remembered_is_what_a_stage_read_first() -> None:
 def test_replayed_windows_follow_one_another() -> None:
     places = [replayed(step, 0.3) for step in range(20)]
     assert [stop for _, stop in places[:-1]] == [start for start, _ in places[1:]]
-    assert places[-1][1] == 6 and max(stop - start for start, stop in places) == 1
+    assert places[-1][1] == 6
+    assert max(stop - start for start, stop in places) == 1
 
 
 def test_divergence_is_that_of_the_definition_and_moves_the_new_model_alone(texts: Path) -> None:

@@ -45,12 +45,12 @@ class MemoryConfig:
     kl_windows: int = 4
     """Windows of the memory that the divergence is measured on in each step."""
     replay: float = 0.0
-    """Share of a batch's windows that is taken from the memory, to be learned once more, in place of new text."""
+    """Windows of the memory that are learned once more for each window of new text, 0 to 1."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.kl < math.inf, "memory.kl", self.kl, "must be 0 or more, and finite")
         _require(self.kl_windows >= 1, "memory.kl_windows", self.kl_windows, "must be at least 1")
-        _require(0 <= self.replay < 1, "memory.replay", self.replay, "must be 0 or more, below 1")
+        _require(0 <= self.replay <= 1, "memory.replay", self.replay, "must be 0 or more, at most 1")
         _require(self.remember >= 0, "memory.remember", self.remember, "must be 0 or more")
 
 
@@ -86,3 +86,12 @@ class LearnConfig:
     """Steps between checkpoints; 0: only when the run is told to stop."""
     seed: int = 0
     """Of the order of the text and of new weights."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        _require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "must be 0 or more")
+        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+        if self.optim.tables == "fused" and self.method in ("grow", "pack", "sparse"):
+            raise UserError(
+                f"optim.tables = 'fused' does not go with method {self.method}: its backward pass updates all rows"
+            )

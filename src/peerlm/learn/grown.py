@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,7 +27,10 @@ class Grown(Method):
     frozen: tuple[str, ...] = PARTS
     """What is held: of "rows", old experts, "keys", old sub-keys, "query", and "rest", all outside of these layers."""
 
-    needs_experts: ClassVar[bool] = True
+    @property
+    def needs_experts(self) -> bool:
+        """It does."""
+        return True
 
     def prepare(self, model: PreTrainedModel, stage: Stage) -> nn.Module:
         """Grow, open and freeze; a model of pairing "row-major" is renumbered first."""

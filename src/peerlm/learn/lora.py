@@ -21,8 +21,8 @@ class Lora(Method):
     """Of the matrices."""
     alpha: float | None = None
     """Of the scale alpha / rank; null: the rank."""
-    target_modules: str | list[str] = "all-linear"
-    """Layers, as peft names them."""
+    target_modules: tuple[str, ...] = ()
+    """Names of layers, as peft matches them; empty: all linear layers but the output matrix."""
 
     def prepare(self, model: PreTrainedModel, stage: Stage) -> nn.Module:
         """Freeze the model and put LoRA beside its linear layers."""
@@ -34,7 +34,7 @@ class Lora(Method):
             config = LoraConfig(
                 r=self.rank,
                 lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
-                target_modules=self.target_modules,
+                target_modules=list(self.target_modules) or "all-linear",
                 task_type="CAUSAL_LM",
             )
             return cast("nn.Module", get_peft_model(model, config))

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -40,10 +39,15 @@ class Stage:
 class Method:
     """Learn with all weights: full finetuning, and what the other methods change of it."""
 
-    needs_experts: ClassVar[bool] = False
-    """Whether a model without PEER layers is refused."""
-    tables: ClassVar[Literal["lazy"] | None] = None
-    """`OptimConfig.tables` that the method prescribes."""
+    @property
+    def needs_experts(self) -> bool:
+        """Whether a model without PEER layers is refused."""
+        return False
+
+    @property
+    def lazy(self) -> bool:
+        """Whether rows of tables that a step does not train stay as they are, and what the optimizer knows of them."""
+        return False
 
     def load(self, base: Path, earlier: list[Path]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The model that a stage starts from, given the folders of the stages before it."""

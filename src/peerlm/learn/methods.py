@@ -1,5 +1,6 @@
 """The ways to learn, by name."""
 
+from dataclasses import fields
 from typing import Any
 
 from peerlm.errors import UserError
@@ -15,7 +16,10 @@ def method_of(name: str, settings: dict[str, Any]) -> Method:
     Raises:
         UserError: there is none, or it has no such setting.
     """
-    return from_dict(_method_class(name), settings, prefix=f"{name}.")
+    chosen = _method_class(name)
+    if settings and not fields(chosen):
+        raise UserError(f"method {name} has no settings, but {min(settings)} is given: leave it out")
+    return from_dict(chosen, settings, prefix=f"{name}.")
 
 
 def _method_class(name: str) -> type[Method]:

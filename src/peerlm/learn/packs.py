@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -26,7 +25,10 @@ class Packs(Method):
     experts: int = 64**2
     """Experts of the pack in each PEER layer, a square number."""
 
-    needs_experts: ClassVar[bool] = True
+    @property
+    def needs_experts(self) -> bool:
+        """It does."""
+        return True
 
     def load(self, base: Path, earlier: list[Path]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The base with the packs of the stages before."""

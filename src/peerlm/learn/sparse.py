@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file, save
@@ -88,8 +87,15 @@ class Sparse(Method):
             if getattr(self, name) < 1:
                 raise UserError(f"sparse.{name} = {getattr(self, name)}: must be at least 1")
 
-    needs_experts: ClassVar[bool] = True
-    tables: ClassVar[Literal["lazy"] | None] = "lazy"
+    @property
+    def needs_experts(self) -> bool:
+        """It does."""
+        return True
+
+    @property
+    def lazy(self) -> bool:
+        """They do."""
+        return True
 
     def prepare(self, model: PreTrainedModel, stage: Stage) -> nn.Module:
         """Freeze all but the rows, and count how the background uses them; the counts are kept in a file."""

@@ -130,7 +130,7 @@ class _Stream:
 
     def _train_config(self, folder: Path) -> TrainConfig:
         config = self.config
-        optim = config.optim if self.method.tables is None else replace(config.optim, tables=self.method.tables)
+        optim = replace(config.optim, tables="lazy") if self.method.lazy else config.optim
         return TrainConfig(
             run=str(folder),
             data=DataConfig(folder=str(folder), context=self.context, batch_size=config.batch_size),
