@@ -12,6 +12,7 @@ from torch import Tensor
 from peerlm.errors import UserError
 from peerlm.evaluate import load_model
 from peerlm.learn import LearnConfig, learn
+from peerlm.learn.method import peer_layers
 from peerlm.learn.methods import METHODS, method_of
 from peerlm.surgery import to_shells
 from peerlm.surgery.pack import load_pack, loaded_packs
@@ -103,6 +104,20 @@ def test_methods_of_experts_refuse_a_model_without(
 ) -> None:
     with pytest.raises(UserError, match="has no PEER layers, whose experts this method trains: choose --method full"):
         learn(configure(method=method, model=str(texts / "dense")), progress=False)
+
+
+@pytest.mark.parametrize("method", ["grow", "sparse"])
+def test_experts_that_are_not_trained_are_refused(
+    method: str, configure: Callable[..., LearnConfig], texts: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = load_model(texts / "peer")
+    for layer in peer_layers(model).values():
+        layer.experts.convert_rows("int8")
+    model.config.peer = {**model.config.peer, "row_format": "int8"}
+    model.save_pretrained(tmp_path / "int8")
+    tokenizer.save_pretrained(tmp_path / "int8")
+    with pytest.raises(UserError, match=r"ffw are stored as int8, which is not trained"):
+        learn(configure(method=method, model=str(tmp_path / "int8")), progress=False)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -186,8 +186,10 @@ def test_a_loss_that_is_not_finite_stops_it(configure: Callable[..., LearnConfig
     ],
 )
 def test_mistakes(changes: dict[str, Any], message: str, configure: Callable[..., LearnConfig]) -> None:
+    folder = Path(configure().run)
     with pytest.raises(UserError, match=message):
         learn(configure(**changes), progress=False)
+    assert not folder.exists()
 
 
 def test_text_that_is_too_short(configure: Callable[..., LearnConfig], tmp_path: Path) -> None:

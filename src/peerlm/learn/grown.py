@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peerlm.errors import UserError
-from peerlm.learn.method import Method, Stage, peer_layers, train_with_fixed_statistics
+from peerlm.learn.method import Method, Stage, check_rows, peer_layers, train_with_fixed_statistics
 from peerlm.surgery import grow, set_opening, to_shells
 from peerlm.surgery.freeze import PARTS, freeze_grown
 
@@ -34,6 +34,7 @@ class Grown(Method):
 
     def prepare(self, model: PreTrainedModel, stage: Stage) -> nn.Module:
         """Grow, open and freeze; a model of pairing "row-major" is renumbered first."""
+        check_rows(model)
         old = {layer.experts.num_experts for layer in peer_layers(model).values()}
         if len(old) > 1:
             raise UserError(f"the PEER layers have {sorted(old)} experts; method grow needs as many in each")

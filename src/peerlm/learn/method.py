@@ -92,6 +92,16 @@ def peer_layers(model: nn.Module) -> dict[str, PEER]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PEER)}
 
 
+def check_rows(model: nn.Module) -> None:
+    """Raise UserError where experts are stored in a format that is not trained."""
+    for name, layer in peer_layers(model).items():
+        if not layer.experts.rows.is_floating_point():
+            raise UserError(
+                f"the experts of {name} are stored as {layer.experts.row_format}, which is not trained: take the model "
+                "as it was before, or --method pack"
+            )
+
+
 def freeze(model: nn.Module) -> None:
     """Let no parameter of the model be trained."""
     for parameter in model.parameters():

@@ -21,7 +21,7 @@ from peerlm.errors import UserError
 from peerlm.evaluate.likelihood import device_of
 from peerlm.files import write_bytes
 from peerlm.layers.modes import evaluating
-from peerlm.learn.method import Method, Stage, freeze, peer_layers, train_with_fixed_statistics
+from peerlm.learn.method import Method, Stage, check_rows, freeze, peer_layers, train_with_fixed_statistics
 from peerlm.metrics import ExpertUsage, record_usage
 from peerlm.optim.restrict import restrict_gradient
 
@@ -103,6 +103,7 @@ class Sparse(Method):
             raise UserError(
                 "method sparse compares with the use of experts by background text: name some, --background"
             )
+        check_rows(model)
         if "rest" in self.frozen:
             freeze(model)
         for layer in peer_layers(model).values():
@@ -131,5 +132,6 @@ class Sparse(Method):
         background = load_file(stage.folder / BACKGROUND_FILE)
         for name, layer in peer_layers(model).items():
             index = f"{name}.product_keys"
-            scores_N = tf_idf(usage[index].retrievals_N, background[index], self.windows)
+            retrievals_N = usage[index].retrievals_N
+            scores_N = tf_idf(retrievals_N, background[index].to(retrievals_N.device), self.windows)
             restrict_gradient(layer.experts.rows, choose_experts(scores_N, self.experts))

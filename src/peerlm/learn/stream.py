@@ -32,7 +32,6 @@ WINDOWS_PER_PASS = 8
 FREE = ("run", "data", "checkpoint_every")
 """Settings that a resumed stream may change: weights do not depend on them."""
 
-
 Measure = Callable[[PreTrainedModel, PreTrainedTokenizerFast], dict[str, Any]]
 
 
@@ -58,21 +57,28 @@ def learn(
         what it took: "steps", "tokens" (of new text), "flops", "seconds", "trained_parameters".
 
     Raises:
-        UserError: a setting, text, model or folder that cannot be used.
+        UserError: a setting, text, model or folder that cannot be used; a new folder is removed where no stage is
+            finished.
         TrainingStopped: told to stop by a signal, or the loss or a gradient was not finite.
     """
-    return _Stream(config, resume=resume, progress=progress, measure=measure).run()
+    folder = Path(config.run)
+    _check_folder(config, folder, resume=resume)
+    try:
+        return _Stream(config, progress=progress, measure=measure).run()
+    except UserError:
+        if not resume and not any(folder.glob("stages/*/summary.json")):
+            rmtree(folder, ignore_errors=True)  # so that the same command works once the mistake is mended
+        raise
 
 
 class _Stream:
-    def __init__(self, config: LearnConfig, *, resume: bool, progress: bool, measure: Measure | None) -> None:
+    def __init__(self, config: LearnConfig, *, progress: bool, measure: Measure | None) -> None:
         self.config, self.progress, self.measure = config, progress, measure
         self.folder = Path(config.run)
         self.stages = config.stages
         self.method = method_of(config.method, config.settings)
         self.base = model_folder(config.model)
         _check_stages(self.stages)
-        _check_folder(config, self.folder, resume=resume)
         model, self.tokenizer = self.method.load(self.base, [])
         self.method.check(model, config.model)
         self.context = config.context or default_context(config.model, model)

@@ -11,6 +11,8 @@ from peerlm.errors import UserError
 from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.windows import text_windows
 
+SHARE = 0.02
+"""Share of a text to hold out."""
 LEAST = 1e-9
 """Share of a text to hold out where another file is measured on: its smallest document."""
 
@@ -38,8 +40,8 @@ def read_text(
     Raises:
         UserError: files that cannot be read, or hold less than one window.
     """
-    holdout = {} if heldout is None else {"holdout": LEAST}
-    prepare(files, folder, tokenizer=tokenizer_folder, progress=progress, **holdout)
+    holdout = SHARE if heldout is None else LEAST
+    prepare(files, folder, tokenizer=tokenizer_folder, holdout=holdout, progress=progress)
     train = TokenWindows(TokenShards(folder, "train"), context)
     if heldout is None:
         return Text(train=train, heldout=TokenWindows(TokenShards(folder, "heldout"), context))
