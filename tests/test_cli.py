@@ -113,7 +113,7 @@ def test_eval_prints_a_table_of_every_measure(capsys: pytest.CaptureFixture[str]
     assert code == 0
     files = [Path("a.txt"), Path("b.jsonl")]
     evaluate.assert_called_once_with(
-        Path("run"), files, context=64, stride=32, limit=9, detokenized=False, progress=True
+        Path("run"), files, context=64, stride=32, limit=9, detokenized=False, packs=[], progress=True
     )
     for text in ("a.txt", "12,345", "20.12", "accuracy", "0.25"):
         assert text in out
@@ -154,7 +154,7 @@ def test_generate_asks_for_a_sample(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(module, "sample_text", sample_text)
     options = ("--tokens", "3", "--temperature", "0", "--seed", "7")
     assert run(capsys, "generate", "runs/a", "Once", *options) == (0, "", "")
-    module.load_model.assert_called_once_with(Path("runs/a"))  # type: ignore[attr-defined]
+    module.load_model.assert_called_once_with(Path("runs/a"), [])  # type: ignore[attr-defined]
     sample_text.assert_called_once_with("model", "tokenizer", "Once", tokens=3, temperature=0.0, seed=7, streamer=ANY)
 
 

@@ -43,6 +43,9 @@ Settings = Annotated[
 Output = Annotated[Path | None, typer.Option(help="Folder to write; the same as --set run=FOLDER.")]
 Run = Annotated[Path, typer.Argument(help="Run folder, or folder of a saved model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table, and no progress.")]
+Packs = Annotated[
+    list[Path], typer.Option("--pack", metavar="FOLDER", help="A pack to load into the model first; repeatable.")
+]
 Version = Annotated[
     bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
 ]
@@ -142,6 +145,7 @@ def evaluate(
     detokenize: Annotated[
         bool, typer.Option("--detokenize", help="Put tokenised text (WikiText's ` @-@ `) back first.")
     ] = False,
+    pack: Packs = [],  # noqa: B006
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE; - prints it, no table.")
     ] = None,
@@ -161,12 +165,13 @@ def evaluate(
             stride=stride,
             limit=limit,
             detokenized=detokenize,
+            packs=pack,
             progress=not to_stdout,
         )
     if tasks:
         from peerlm.evaluate.harness import evaluate_tasks
 
-        rows |= evaluate_tasks(run, tasks, context=context, limit=limit)
+        rows |= evaluate_tasks(run, tasks, context=context, limit=limit, packs=pack)
     if to_stdout:
         _print_json(rows)
         return
@@ -253,13 +258,14 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at the most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    pack: Packs = [],  # noqa: B006
 ) -> None:
     """Let a trained model go on from a prompt, printed while it is written."""
     from transformers import TextStreamer
 
     from peerlm.evaluate import load_model, sample_text
 
-    model, tokenizer = load_model(run)
+    model, tokenizer = load_model(run, pack)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     sample_text(model, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed, streamer=streamer)
 
@@ -504,6 +510,35 @@ def lifelong(
     result = lifelong(recipe, _overrides(settings, output), progress=not as_json)
     if as_json:
         _print_json(result)
+
+
+pack_app = typer.Typer(no_args_is_help=True)
+app.add_typer(pack_app, name="pack", help="Look at packs: experts for one purpose, kept in a folder (docs/packs.md).")
+
+
+@pack_app.command(epilog="Example: peerlm pack inspect packs/law")
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder that save_pack wrote.")],
+    run: Annotated[
+        Path | None, typer.Option("--for", metavar="RUN", help="Say also whether this model takes the pack.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a pack is, check its file, and with --for load it into a model to see whether it fits."""
+    from peerlm.surgery.pack_files import read_manifest, read_tensors
+
+    manifest = read_manifest(folder)
+    read_tensors(folder, manifest)
+    facts = asdict(manifest)
+    if run is not None:
+        from peerlm.evaluate import load_model
+
+        load_model(run, [folder])
+        facts["fits"] = str(run)
+    if as_json:
+        _print_json(facts)
+    else:
+        _print_table(str(folder), {"value": facts})
 
 
 @app.command(epilog="Example: peerlm info --json")

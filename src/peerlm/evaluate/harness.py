@@ -31,11 +31,14 @@ class PeerHarness(HFLM):
     Args:
         pretrained: the folder of a run or a saved model.
         max_length: tokens read at once; default: as trained.
+        packs: folders of packs to load into it (`peerlm.surgery.pack`).
         options: as of `HFLM`, such as batch_size.
     """
 
-    def __init__(self, pretrained: str | Path, max_length: int | None = None, **options: Any):
-        model, tokenizer = load_model(pretrained)
+    def __init__(
+        self, pretrained: str | Path, max_length: int | None = None, packs: Sequence[str | Path] = (), **options: Any
+    ):
+        model, tokenizer = load_model(pretrained, packs)
         max_length = default_context(pretrained, model) if max_length is None else int(max_length)
         check_context(model, max_length)
         options = {key: value for key, value in options.items() if key != "device"}  # load_model has chosen it
@@ -54,6 +57,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     fewshot: int | None = None,
+    packs: Sequence[str | Path] = (),
 ) -> dict[str, dict[str, Any]]:
     """Run lm-eval's tasks with the model of a run or a saved model.
 
@@ -65,6 +69,7 @@ def evaluate_tasks(
         limit: documents of each task; default: all.
         batch_size: requests in a forward pass.
         fewshot: examples before each question; default: as the task says.
+        packs: as `load_model`.
 
     Returns:
         By task, a row ready for JSON: documents, and each metric of the task with its standard error where it has one.
@@ -77,7 +82,7 @@ def evaluate_tasks(
             raise UserError(f"{name} is {value}; it must be at least 1")
     with _errors_alone():
         manager, names = _find_tasks(tasks)
-        model = PeerHarness(path, max_length=context, batch_size=batch_size)
+        model = PeerHarness(path, max_length=context, batch_size=batch_size, packs=packs)
         try:
             results = simple_evaluate(
                 model=model, tasks=names, task_manager=manager, limit=limit, num_fewshot=fewshot, log_samples=False

@@ -1,6 +1,7 @@
 """The model and tokenizer of a run or of a saved model, on the device that evaluates fastest."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,22 @@ import peerlm.model
 import peerlm.surgery  # noqa: F401, the two register our models, and converted ones, with transformers
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
+from peerlm.surgery.pack import load_pack
 from peerlm.surgery.saved import reading
 
 MAX_DEFAULT_CONTEXT = 2048
 
 
-def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_model(path: str | Path, packs: Sequence[str | Path] = ()) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load a causal language model in evaluation mode, on CUDA where there is one, and its tokenizer.
 
     Args:
         path: a run (its model/, or else its newest checkpoint) or a folder that `save_pretrained` wrote.
+        packs: folders of packs (`peerlm.surgery.pack`) to load into it.
 
     Raises:
         UserError: no such folder, no model or tokenizer in it, damaged or missing weights, or a tokenizer
-            with more tokens than the model knows.
+            with more tokens than the model knows; or a pack that is not the model's.
     """
     folder = model_folder(path)
     tokenizer = open_tokenizer(folder)
@@ -39,6 +42,11 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFa
             f"the tokenizer of {folder} has {len(tokenizer)} tokens, but its model knows "
             f"{model.config.vocab_size}; restore the tokenizer that the model was trained with"
         )
+    try:
+        for pack in packs:
+            load_pack(model, pack)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 

@@ -32,6 +32,7 @@ def evaluate(
     stride: int | None = None,
     limit: int | None = None,
     detokenized: bool = False,
+    packs: Sequence[str | Path] = (),
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Score each file with the model of a run or of a saved model.
@@ -45,6 +46,7 @@ def evaluate(
         limit: tokens of each file that are read; default: all.
         detokenized: read tokenised text, such as WikiText's, as people write it (see `evaluate.detokenize`); its bytes
             and words, which bits_per_byte and word_perplexity divide by, are still those of the file. Passages stay.
+        packs: folders of packs to load into the model (`peerlm.surgery.pack`).
         progress: whether to show a bar on stderr, when that is a terminal.
 
     Returns:
@@ -64,7 +66,7 @@ def evaluate(
             f"the limit is {limit} tokens, but the words of detokenized text are known of whole files alone"
         )
     fields_by_file = {str(file): fields_of(Path(file)) for file in files}
-    model, tokenizer = load_model(path)
+    model, tokenizer = load_model(path, packs)
     if context is None:
         context = default_context(path, model)
     stride = context // 2 if stride is None else stride

@@ -71,10 +71,11 @@ def grow(
         fresh = new_sub_keys(pool, count, keys, usage, queries, noise, generator)
         prepare_rows(pool.table, None)
         carry = padded(0, num_experts)
+        scales = None
         if isinstance(pool.owner, ExpertTable) and pool.owner.scales is not None:
-            pool.owner.scales = carry(pool.owner.scales, 0.0)
+            scales = pool.owner.scales = carry(pool.owner.scales, 0.0)
         rows = appended(pool.table, num_experts)
-        fill_new_rows(pool.owner, rows, old, generator)
+        fill_new_rows(pool.owner, rows, scales, old, generator)
         swap(pool.owner, pool.owner.rows_name, rows, optimizer, carry)
         swap(index, "sub_keys", torch.cat([index.sub_keys, fresh], dim=2), optimizer, padded(2, n))
         pool.resize(num_experts)

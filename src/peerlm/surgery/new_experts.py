@@ -16,12 +16,18 @@ KEYS = ("random", "crowded", "data")
 _ROWS_AT_ONCE = 1024
 
 
-def fill_new_rows(owner: ExpertTable | ProductKeyMemory, rows: Tensor, first: int, generator: torch.Generator) -> None:
+def fill_new_rows(
+    owner: ExpertTable | ProductKeyMemory,
+    rows: Tensor,
+    scales: Tensor | None,
+    first: int,
+    generator: torch.Generator,
+) -> None:
     """Write rows first, first + 1, ... of a table: u and, if gated, g as at initialisation, v zero, values zero.
 
     Args:
-        owner: the layer's table, for its sizes. Its `scales`, (N, 2 or 3) of int8 rows, are written too.
-        rows: (N, 2 or 3, dim) or (N, dim), of its format, written in place.
+        owner: the layer's table, for its sizes.
+        rows: (N, 2 or 3, dim) or (N, dim), written in place; so are the scales (N, 2 or 3) of int8 rows.
         first: the first row that is new.
         generator: on the CPU.
     """
@@ -38,11 +44,11 @@ def fill_new_rows(owner: ExpertTable | ProductKeyMemory, rows: Tensor, first: in
         fresh[:, 1] = 0
         for vector in vectors:
             fresh[:, vector].normal_(std=owner.dim**-0.5, generator=own)
-        if owner.scales is None:
+        if scales is None:
             rows[part] = fresh.to(rows)
         else:
             whole, scale = quantise(fresh)
-            rows[part], owner.scales[part] = whole.to(rows.device), scale.to(owner.scales.device)
+            rows[part], scales[part] = whole.to(rows.device), scale.to(scales.device)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         list(threads.map(fill, range(first, len(rows), _ROWS_AT_ONCE), seeds))

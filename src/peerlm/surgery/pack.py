@@ -72,7 +72,7 @@ def new_pack(
         check_new_sub_keys(pool, keys, usage, queries, noise)
         sub_keys = new_sub_keys(pool, n, keys, usage, queries, noise, generator)
         rows = empty_rows(num_experts, *experts.rows.shape[1:], dtype=dtype)
-        fill_new_rows(experts, rows, 0, generator)
+        fill_new_rows(experts, rows, None, 0, generator)
         made[path] = Pack(sub_keys, rows.to(experts.rows.device), trainable=True)
     _put(chosen, name, made)
     return list(chosen)
