@@ -68,3 +68,21 @@ def plot_neurons(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def plot_forgetting(summary: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Loss on what was learned over the rise of loss on what was known, a point per method, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.5, 4.6), layout="constrained")
+    for number, row in enumerate(summary):
+        axes.plot(row["forgetting"], row["new_loss"], "o", color=f"C{number % 10}", label=row["label"])
+    axes.set(xlabel="rise of the base domain's loss (nats per token)", ylabel="loss of a new domain after its stage")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
