@@ -169,6 +169,34 @@ def test_runs_that_differ_in_other_settings_are_fitted_apart() -> None:
     assert [(group.name, len(group.rows)) for group in groups] == [("PEER", 3), ("dense", 1), ("PEER (2)", 1)]
 
 
+def changed(found: dict[str, Any], section: str, **values: Any) -> dict[str, Any]:
+    """The row of another run, with other values in a section of its configuration."""
+    config = {**found["config"], section: {**found["config"].get(section, {}), **values}}
+    return {**found, "key": f"{found['key']} {section} {values}", "config": config}
+
+
+@pytest.mark.parametrize("method", ["dense", "PEER"])
+def test_a_default_that_a_row_does_not_state_makes_no_other_group(method: str) -> None:
+    old = row(method, 32, 1e11)
+    later = [changed(old, "optim", tables="auto", table_beta1=None, eps=1e-8), changed(old, "model", pkm={}, ffw_init_scale=3.0)]
+    later.append(changed(old, "model", peer={**old["config"]["model"].get("peer", {}), "pairing": "row-major"}))
+    assert [(group.name, len(group.rows)) for group in groups_of([old, *later])] == [(method, 4)]
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("eval", {"final_windows": 512}),
+        ("grow", {"at": "16@50%"}),
+        ("optim", {"eps": 1e-6}),
+        ("model", {"ffw_init_scale": 2.0}),
+    ],
+)
+def test_what_makes_losses_incomparable_makes_another_group(section: str, values: dict[str, Any]) -> None:
+    old = row("dense", 32, 1e11)
+    assert len(groups_of([old, changed(old, section, **values)])) == 2
+
+
 def test_experts_are_counted_by_the_kind_of_layer() -> None:
     assert experts_of({"ffw_layers": "dense"}) == (1.0, 1.0)
     assert experts_of(MODELS["PEER"]) == (16.0, 16.0)

@@ -1,11 +1,13 @@
 """Rows of runs to what a law is fitted to, grouped by all settings that a law has no term for."""
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peerlm.experiments.scaling.fit import RunPoint
+from peerlm.train.config import OptimConfig
 
 Row = Mapping[str, Any]
 
@@ -57,16 +59,24 @@ def _names(method: str) -> Any:
 
 
 def _signature(config: Mapping[str, Any]) -> str:
-    """All that the law has no term for, as text."""
-    model = {name: value for name, value in config["model"].items() if name not in BACKBONE}
-    kind = kind_of(model)
+    """All that the law has no term for, as text; a setting left out, or not yet known to the row, has its default."""
+    from peerlm.model.configuration_peer import FFW_KINDS, PeerConfig
+
+    kind = kind_of(config["model"])
+    model = _with_defaults(PeerConfig, config["model"])
+    model = {name: value for name, value in model.items() if name not in BACKBONE}
     for other, names in SIZES.items():
-        if other in model:
-            settings = {name: value for name, value in (model[other] or {}).items() if name not in names}
-            model[other] = settings if other == kind else None
+        settings = _with_defaults(FFW_KINDS[other], model.pop(other, None) or {})
+        if other == kind:
+            model[other] = {name: value for name, value in settings.items() if name not in names}
     data = {name: value for name, value in config["data"].items() if name not in ("workers", "micro_batch_size")}
-    optim = dict(config["optim"])
-    return json.dumps([model, data, optim, config["precision"]], sort_keys=True)
+    optim = _with_defaults(OptimConfig, config["optim"])
+    # Losses on other windows do not compare, and a model that grew has had several sizes.
+    windows = config.get("eval", {}).get("final_windows")
+    grow = config.get("grow") or {}
+    return json.dumps(
+        [model, data, optim, config["precision"], windows, grow if grow.get("at") else None], sort_keys=True
+    )
 
 
 def kind_of(model: Mapping[str, Any]) -> str:
@@ -113,8 +123,7 @@ def experts_of(model: Mapping[str, Any]) -> tuple[float, float]:
     return float(settings[SIZES[kind][1]]), experts / float(settings[SIZES[kind][1]])
 
 
-def _with_defaults(layer: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    import inspect
-
-    defaults = {name: parameter.default for name, parameter in inspect.signature(layer).parameters.items()}
+def _with_defaults(configured: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(configured).parameters.items()
+    defaults = {name: parameter.default for name, parameter in parameters if parameter.default is not parameter.empty}
     return {**defaults, **settings}
