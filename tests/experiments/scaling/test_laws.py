@@ -15,7 +15,7 @@ from peerlm.experiments.report.report import compose
 from peerlm.experiments.scaling.fit import Law
 from peerlm.experiments.scaling.laws import law_markdown, plot_law, read_law, scaling
 from peerlm.experiments.scaling.planner import Candidate, plan_model, read_bytes
-from peerlm.experiments.scaling.points import experts_of, groups_of, kind_of, point_of
+from peerlm.experiments.scaling.points import embedding_parameters, experts_of, groups_of, kind_of, point_of
 from peerlm.model import PeerConfig, PeerForCausalLM
 
 TRUE = {
@@ -167,6 +167,16 @@ def test_runs_that_differ_in_other_settings_are_fitted_apart() -> None:
     rows[-1]["config"]["optim"]["learning_rate"] = 2e-3
     groups = groups_of(rows)
     assert [(group.name, len(group.rows)) for group in groups] == [("PEER", 3), ("dense", 1), ("PEER (2)", 1)]
+
+
+def test_size_is_the_same_whether_embeddings_are_tied() -> None:
+    model = {**MODELS["dense"], "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = []
+    for tied in (True, False):
+        settings = {**model, "tie_word_embeddings": tied}
+        cost = model_cost(PeerForCausalLM(PeerConfig(**settings, vocab_size=300)), 64)
+        sizes.append(cost.active_parameters - embedding_parameters(settings, 300))
+    assert sizes[0] == sizes[1] > 0
 
 
 def changed(found: dict[str, Any], section: str, **values: Any) -> dict[str, Any]:

@@ -100,9 +100,11 @@ def point_of(row: Row) -> RunPoint:
 
 
 def embedding_parameters(model: Mapping[str, Any], vocab_size: int) -> int:
-    """Of the embeddings and, where it is another matrix, the output."""
-    copies = 1 if model.get("tie_word_embeddings", True) else 2
-    return copies * int(model.get("vocab_size", vocab_size)) * int(model["hidden_size"])
+    """Of the embeddings, and of the output where it is another matrix, as far as a token touches them (`model_cost`)."""
+    rows = int(model.get("vocab_size", vocab_size))
+    if not model.get("tie_word_embeddings", True):
+        rows += 1  # of the embeddings, beside all of the output
+    return rows * int(model["hidden_size"])
 
 
 def experts_of(model: Mapping[str, Any]) -> tuple[float, float]:
