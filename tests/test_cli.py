@@ -136,7 +136,7 @@ def test_eval_writes_json_beside_the_table(capsys: pytest.CaptureFixture[str], e
 def test_compare_passes_the_recipe_and_its_settings(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import peerlm.experiments.compare as module
+    import peerlm.experiments.comparison.compare as module
 
     compare = create_autospec(module.compare, return_value=[{"method": "peer"}])
     monkeypatch.setattr(module, "compare", compare)

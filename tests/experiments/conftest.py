@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from peerlm.experiments.isoflop_plan import IsoflopPlan, load_isoflop
-from peerlm.experiments.plan import CompareConfig, PlannedRun
+from peerlm.experiments.comparison.plan import CompareConfig, PlannedRun
+from peerlm.experiments.isoflop.plan import IsoflopPlan, load_isoflop
 
 RECIPE = """
 run = "{folder}/out"

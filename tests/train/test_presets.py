@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from peerlm import UserError
-from peerlm.experiments.plan import load_plan
+from peerlm.experiments.comparison.plan import load_plan
 from peerlm.layers import PEER
 from peerlm.train import load_recipe
 from peerlm.train.presets import PRESETS, merge

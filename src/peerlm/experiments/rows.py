@@ -57,3 +57,9 @@ def machine_and_date() -> dict[str, Any]:
         },
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
+
+
+def provenance() -> dict[str, Any]:
+    """As `machine_and_date`, with the threads of this process."""
+    row = machine_and_date()
+    return {**row, "machine": {**row["machine"], "threads": torch.get_num_threads()}}

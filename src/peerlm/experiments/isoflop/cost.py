@@ -1,0 +1,154 @@
+"""What the models of an isoFLOP recipe cost to run: activation memory and seconds per token, in training and inference.
+
+python -m peerlm.experiments.isoflop.cost recipes/isoflop.toml results/cost.jsonl --budget 2e13
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from peerlm.accounting import model_cost
+from peerlm.experiments.isoflop.plan import load_isoflop
+from peerlm.experiments.rows import append_row, machine_and_date, read_rows
+from peerlm.train.build import build_optimizer, new_model
+from peerlm.train.config import TrainConfig
+from peerlm.train.ranks import Ranks
+from peerlm.train.step import accumulate_gradients
+
+
+def measure_costs(
+    recipe: str | Path,
+    output: Path,
+    *,
+    budget: str,
+    batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    sizes: Sequence[str] = (),
+    rounds: int = 5,
+    report: Callable[[str], object] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Run new models of a budget's sizes on random tokens; rows that `output` has are not measured again.
+
+    Seconds are medians over rounds of the process's seconds on its processor, divided by its threads. In training
+    they are of forward and backward pass and optimizer; prefill is one forward pass, decoding one more token of every
+    window after half a context.
+
+    Args:
+        recipe: an isoFLOP recipe.
+        output: JSON lines.
+        budget: which of its budgets; it names the sizes.
+        batch_sizes: windows at a time.
+        sizes: only these; empty: all of the budget's.
+        rounds: of each timing, after one that does not count.
+        report: called with a line for each row.
+
+    Returns:
+        The rows of this recipe's runs: method, size, batch_size, parameters, FLOPs, `activation_bytes` kept between
+        forward and backward pass, and `train_seconds`, `prefill_seconds` and `decode_seconds` per token.
+    """
+    plan = load_isoflop(recipe)
+    rows = read_rows(output)
+    done = {(row["key"], row["batch_size"], row["threads"]) for row in rows}
+    keys = set()
+    for run in plan.runs(plan.compare.seeds[:1], budgets=[budget], sizes=sizes):
+        key = run.planned.key(plan.compare)
+        keys.add(key)
+        for batch_size in batch_sizes:
+            if (key, batch_size, torch.get_num_threads()) in done:
+                continue
+            row = {
+                "key": key,
+                "method": run.method,
+                "size": run.size,
+                **_measure(run.planned.train, batch_size, rounds),
+                **machine_and_date(),
+            }
+            append_row(output, row)
+            rows.append(row)
+            report(f"{run.method}, {run.size}, {batch_size} windows: {1e6 * row['train_seconds']:.1f} us per token")
+    return [row for row in rows if row["key"] in keys]
+
+
+def _measure(train: TrainConfig, batch_size: int, rounds: int) -> dict[str, Any]:
+    torch.manual_seed(train.seed)
+    model = new_model(train, vocab_size=train.data.vocab_size)
+    context = train.data.context
+    tokens_BT = torch.randint(train.data.vocab_size, (batch_size, context))
+    ranks = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+    optimizer = build_optimizer(model, train, ranks)
+
+    def step() -> None:
+        accumulate_gradients(model, tokens_BT, micro_batch_size=batch_size)
+        optimizer.step()
+
+    model.train()
+    cost = model_cost(model, context)
+    row = {
+        "batch_size": batch_size,
+        "total_parameters": cost.total_parameters,
+        "active_parameters": cost.active_parameters,
+        "forward_flops_per_token": cost.forward_flops_per_token,
+        "activation_bytes": activation_bytes(model, tokens_BT),
+        "train_seconds": seconds(step, rounds) / tokens_BT.numel(),
+    }
+    model.eval()
+    with torch.no_grad():
+        half = context // 2
+        cache = model(tokens_BT[:, :half], use_cache=True).past_key_values
+        prefill = seconds(lambda: model(tokens_BT, use_cache=False), rounds)
+
+        def decode() -> None:
+            model(tokens_BT[:, half : half + 1], past_key_values=cache, use_cache=True)
+            cache.crop(-1)
+
+        decoding = seconds(decode, rounds)
+    return {
+        **row,
+        "prefill_seconds": prefill / tokens_BT.numel(),
+        "decode_seconds": decoding / batch_size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def activation_bytes(model: nn.Module, tokens_BT: Tensor) -> int:
+    """Bytes that a forward pass in training keeps for the backward pass, each storage once, parameters not."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
+    del loss
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
+
+
+def seconds(work: Callable[[], object], rounds: int) -> float:
+    """Median seconds of the process on its processor, over threads; one round before is not counted."""
+    times = []
+    for _ in range(rounds + 1):
+        started = time.process_time()
+        work()
+        times.append((time.process_time() - started) / torch.get_num_threads())
+    return statistics.median(times[1:])
+
+
+def main(
+    recipe: Path,
+    output: Path,
+    budget: Annotated[str, typer.Option(help="Which of the recipe's budgets.")],
+    size: Annotated[list[str], typer.Option(help="Only this size; repeatable.")] = [],  # noqa: B006
+) -> None:
+    """Measure what the models of a recipe cost to run."""
+    measure_costs(recipe, output, budget=budget, sizes=size, report=typer.echo)
+
+
+if __name__ == "__main__":
+    typer.run(main)

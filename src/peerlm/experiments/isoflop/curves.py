@@ -1,0 +1,197 @@
+"""Rows of an isoFLOP study to its curves, its optima, and what each method reaches in equal seconds."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peerlm.experiments.isoflop.fit import Optimum, SeedSpread, cost_of, fit_optimum, frontier, loss_at, pooled_spread
+from peerlm.experiments.isoflop.plan import IsoflopPlan
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One size of a method at one budget, over seeds."""
+
+    size: str
+    rows: dict[int, Row]
+    """By seed."""
+    loss: float
+    """Mean over the seeds that every size has."""
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token touches: the size that curves go over."""
+        return int(self.rows[min(self.rows)]["summary"]["active_parameters"])
+
+    @property
+    def losses(self) -> list[float]:
+        """Of every seed."""
+        return [row["summary"]["validation_loss"] for row in self.rows.values()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A method at one budget: its sizes and their optimum."""
+
+    method: str
+    flops: float
+    points: list[Point]
+    """By active parameters."""
+    optimum: Optimum
+
+    @property
+    def nearest(self) -> Point:
+        """The size measured that is nearest to the optimum; where that is not inside, the best one."""
+        if self.optimum.place == "inside":
+            assert self.optimum.size is not None
+            wanted = math.log(self.optimum.size)
+            return min(self.points, key=lambda point: abs(math.log(point.active_parameters) - wanted))
+        return min(self.points, key=lambda point: point.loss)
+
+
+def curves_of(plan: IsoflopPlan, rows: Sequence[Row]) -> list[Curve]:
+    """The curves of a plan from the rows that there are; methods and budgets without any are left out.
+
+    Curves are fitted to the seeds of every run alone (compare.seeds): those of the optimum are not at every size.
+    """
+    by_key = {row["key"]: row for row in rows}
+    found: dict[tuple[str, float], dict[str, dict[int, Row]]] = {}
+    for run in plan.runs(plan.all_seeds):
+        row = by_key.get(run.planned.key(plan.compare))
+        if row is not None:
+            sizes = found.setdefault((run.method, run.flops), {})
+            sizes.setdefault(run.size, {})[run.planned.seed] = row
+    curves = []
+    for (method, flops), sizes in found.items():
+        points = []
+        for size, of_seed in sizes.items():
+            losses = [of_seed[s]["summary"]["validation_loss"] for s in plan.compare.seeds if s in of_seed]
+            if losses:
+                points.append(Point(size=size, rows=of_seed, loss=statistics.fmean(losses)))
+        if points:
+            points.sort(key=lambda point: point.active_parameters)
+            optimum = fit_optimum([p.active_parameters for p in points], [p.loss for p in points])
+            curves.append(Curve(method=method, flops=flops, points=points, optimum=optimum))
+    return curves
+
+
+def optima_table(curves: Sequence[Curve]) -> list[dict[str, Any]]:
+    """One row per method and budget: the optimum, and the run nearest to it over its seeds.
+
+    A loss or the logarithm of a perplexity over seeds is a mean, with half of its 95% confidence interval from the
+    spread over seeds that is pooled over all runs.
+    """
+    spread = pooled_spread(point.losses for curve in curves for point in curve.points)
+    files = list(dict.fromkeys(f for c in curves for p in c.points for r in p.rows.values() for f in r["evaluation"]))
+    spreads = {
+        file: pooled_spread(_log_perplexities(point, file) for curve in curves for point in curve.points)
+        for file in files
+    }
+    return [_optimum_row(curve, spread, spreads) for curve in curves]
+
+
+def _optimum_row(curve: Curve, spread: SeedSpread, spreads: Mapping[str, SeedSpread]) -> dict[str, Any]:
+    point = curve.nearest
+    summaries = [row["summary"] for row in point.rows.values()]
+    perplexity = {"validation": _interval([math.exp(loss) for loss in point.losses], spread)}
+    for file, of_file in spreads.items():
+        perplexity[file] = _interval([math.exp(value) for value in _log_perplexities(point, file)], of_file)
+    return {
+        "method": curve.method,
+        "flops": curve.flops,
+        "place": curve.optimum.place,
+        "optimum_parameters": curve.optimum.size,
+        "optimum_loss": curve.optimum.loss,
+        "size": point.size,
+        "seeds": sorted(point.rows),
+        "loss": statistics.fmean(point.losses),
+        "loss_half_width": spread.half_width(len(point.losses)),
+        "perplexity": perplexity,
+        "active_parameters": point.active_parameters,
+        "total_parameters": summaries[0]["total_parameters"],
+        "tokens": summaries[0]["tokens"],
+        "seconds": statistics.fmean(seconds_of(row) for row in point.rows.values()),
+    }
+
+
+def _interval(perplexities: Sequence[float], spread: SeedSpread) -> dict[str, float | None]:
+    """Geometric mean, and half of the interval around it, which is one of the logarithm."""
+    if not perplexities:
+        return {"mean": None, "half_width": None}
+    mean = math.exp(statistics.fmean(map(math.log, perplexities)))
+    half = spread.half_width(len(perplexities))
+    return {"mean": mean, "half_width": None if half is None else mean * half}
+
+
+def _log_perplexities(point: Point, file: str) -> list[float]:
+    found = [row["evaluation"].get(file, {}).get("perplexity") for row in point.rows.values()]
+    return [math.log(perplexity) for perplexity in found if perplexity]
+
+
+def seconds_of(row: Row) -> float:
+    """Seconds that a run's training took, of its processor alone where it was trained on one.
+
+    Wall-clock seconds count what else the machine did meanwhile. Processor seconds, divided by threads, do not, or
+    hardly: runs beside each other still share caches and memory.
+    """
+    summary = row["summary"]
+    if summary["device"] == "cpu" and "cpu_seconds" in summary:
+        return float(summary["cpu_seconds"] / summary["threads"])
+    return float(summary["seconds"])
+
+
+def flops_of_row(row: Row) -> float:
+    """FLOPs of a run's training."""
+    return float(row["summary"]["flops"])
+
+
+def frontiers(
+    curves: Sequence[Curve], cost: Callable[[Row], float] = seconds_of
+) -> dict[str, list[tuple[float, float]]]:
+    """By method, the (cost, loss) of the runs, of any size and budget, that none beats in both; means over seeds."""
+    runs: dict[str, list[tuple[float, float]]] = {}
+    for curve in curves:
+        for point in curve.points:
+            mean = statistics.fmean(cost(row) for row in point.rows.values())
+            runs.setdefault(curve.method, []).append((mean, statistics.fmean(point.losses)))
+    return {method: frontier(*zip(*points, strict=True)) for method, points in runs.items()}
+
+
+def equal_loss_table(curves: Sequence[Curve]) -> list[dict[str, Any]]:
+    """By method, what the lowest loss that all methods reach costs: FLOPs and seconds, read from frontiers.
+
+    Empty where there is none: no method costs less than its cheapest run.
+    """
+    over_flops, over_seconds = frontiers(curves, flops_of_row), frontiers(curves)
+    loss = max((points[-1][1] for points in over_flops.values()), default=0.0)
+    table = [
+        {
+            "method": method,
+            "loss": loss,
+            "flops": cost_of(loss, points),
+            "seconds": cost_of(loss, over_seconds[method]),
+        }
+        for method, points in over_flops.items()
+    ]
+    return table if any(row["flops"] for row in table) else []
+
+
+def equal_seconds_table(curves: Sequence[Curve], *, columns: int = 4) -> dict[str, Any]:
+    """What each method reaches in the same seconds: `seconds`, and by method the loss at each of these.
+
+    The seconds are spread evenly in the logarithm over what every method was measured at; none where there is no such
+    range.
+    """
+    found = frontiers(curves)
+    low = max((points[0][0] for points in found.values()), default=0.0)
+    high = min((points[-1][0] for points in found.values()), default=0.0)
+    if not 0 < low < high:
+        return {"seconds": [], "losses": {method: [] for method in found}}
+    steps = [low * (high / low) ** (index / (columns - 1)) for index in range(columns)]
+    steps[-1] = high
+    losses = {method: [loss_at(second, points) for second in steps] for method, points in found.items()}
+    return {"seconds": steps, "losses": losses}

@@ -1,0 +1,1 @@
+"""Lifelong learning: a model learns domain after domain, and what it forgets meanwhile."""

@@ -1,0 +1,1 @@
+"""Retrieved neurons of a dense model: how few suffice, and what finetuning them reaches."""
