@@ -51,8 +51,9 @@ def grow(
             dropped.
         seed: of what is random; the global generator is not used.
 
-    Parameters are replaced and the old ones emptied, as are the optimizer's old tensors of a table. The memory of a table, and then of each of the optimizer's states,
-    is given back while its rows move to a larger one, unless something else holds it (on Linux, with native kernels).
+    Parameters are replaced and the old ones emptied, as are the optimizer's old tensors of a table. The memory of a
+    table, and then of each of the optimizer's states, is given back while its rows move to a larger one, unless
+    something else may hold it (on Linux, with native kernels).
 
     Raises:
         ValueError: the model has no such layer, or one that cannot grow so; the optimizer does not train it; a setting
