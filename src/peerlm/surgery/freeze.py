@@ -127,6 +127,6 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None, parameter: Tensor)
 
 def _forget(optimizer: torch.optim.Optimizer | None, parameter: Tensor, count: int, dim: int) -> None:
     state = {} if optimizer is None else optimizer.state.get(parameter, {})
-    moment = state.get("exp_avg")
-    if moment is not None:
-        moment.narrow(dim, 0, count).zero_()
+    for name in ("exp_avg", "momentum_buffer"):  # of Adam's kind, of SGD's
+        if (moment := state.get(name)) is not None:
+            moment.narrow(dim, 0, count).zero_()
