@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py
 
-Both in turn in one process; medians. Memory is that of the process, over what it was before the layer. With an optimizer
+Both in turn in one process; medians. Memory is that of the process over what it was before. With an optimizer
 its two moments grow as well, three times as much as is copied.
 """
 
