@@ -63,7 +63,7 @@ def freeze_grown(
     """Hold parts of a model still that has grown (`peerlm.surgery.grow`), bit for bit, while it is trained.
 
     Entries that are held get no gradient. A query norm of kind "batch" that is held takes its running statistics in
-    training, too.
+    training, too. In a copy of the model (`copy.deepcopy`) rows and keys are not held.
 
     Args:
         model: a layer or a model with PEER layers or product-key memories.
