@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from peerlm.files import write_json
 from peerlm.train import TrainConfig, train
+from peerlm.train.checkpoint import list_checkpoints
 from peerlm.train.ranks import join_ranks
 from peerlm.train.recipe import to_dict
 
@@ -42,6 +43,29 @@ def test_two_processes_give_the_weights_of_one(
     found, expected = (load_file(Path(config.run) / "model" / "model.safetensors") for config in (two, one))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert process.stderr.count("step 8  100.0%") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_grow_and_hold_still_as_one_does(
+    configure: Callable[..., TrainConfig], without_dropout: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = {
+        "model": without_dropout,
+        "data": {"batch_size": 8, "micro_batch_size": None},
+        "grow": {"at": "10@50%", "opening": 0.2, "keys": "crowded", "freeze": ["rows", "keys", "rest"]},
+        "checkpoint": {"every": 4},
+    }
+    one, two = configure(**changes), configure(**changes, run=str(tmp_path / "two"))
+    write_json(tmp_path / "recipe.json", to_dict(two))
+    process = torchrun(tmp_path / "recipe.json")
+    assert process.returncode == 0, process.stderr
+    train(one, progress=False)
+    found, expected = (load_file(Path(config.run) / "model" / "model.safetensors") for config in (two, one))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    before = load_file(list_checkpoints(Path(two.run))[0] / "model.safetensors")
+    rows, keys = "model.layers.1.ffw.experts.rows", "model.layers.1.ffw.product_keys.sub_keys"
+    assert torch.equal(found[rows][:64], before[rows])
+    assert torch.equal(found[keys][:, :, :8], before[keys])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The training run: build, step until the budget is spent, evaluate, save."""
 
+import gc
 import json
 import math
 import resource
@@ -284,6 +285,8 @@ class Trainer:
 
     def adapt_to_growth(self) -> None:
         """Wrap the model anew, whose parameters are others now, and count what it costs."""
+        self.forward = self.model  # what exchanged gradients of the old parameters ends before another does
+        gc.collect()
         self.forward = wrap_forward(self.model, self.config, self.ranks)
         self.cost = model_cost(self.model, self.config.data.context)
 
