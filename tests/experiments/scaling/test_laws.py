@@ -188,7 +188,10 @@ def changed(found: dict[str, Any], section: str, **values: Any) -> dict[str, Any
 @pytest.mark.parametrize("method", ["dense", "PEER"])
 def test_a_default_that_a_row_does_not_state_makes_no_other_group(method: str) -> None:
     old = row(method, 32, 1e11)
-    later = [changed(old, "optim", tables="auto", table_beta1=None, eps=1e-8), changed(old, "model", pkm={}, ffw_init_scale=3.0)]
+    later = [
+        changed(old, "optim", tables="auto", table_beta1=None, eps=1e-8),
+        changed(old, "model", pkm={}, ffw_init_scale=3.0),
+    ]
     later.append(changed(old, "model", peer={**old["config"]["model"].get("peer", {}), "pairing": "row-major"}))
     assert [(group.name, len(group.rows)) for group in groups_of([old, *later])] == [(method, 4)]
 
