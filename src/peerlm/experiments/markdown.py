@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 def markdown_rows(columns: Mapping[str, Sequence[str]]) -> str:
-    """A table in Markdown from its columns, each a title and its cells, whose bars and ends of lines do not end them."""
+    """A table in Markdown from its columns, each a title and its cells; bars in these are escaped."""
     lines = [_line(columns), "|---" * len(columns) + "|"]
     lines += [_line(cells) for cells in zip(*columns.values(), strict=True)]
     return "\n".join(lines) + "\n"
