@@ -20,7 +20,7 @@ from peerlm.experiments.isoflop.plan import load_isoflop
 from peerlm.experiments.isoflop.tables import equal_loss_markdown, equal_seconds_markdown, optima_markdown
 from peerlm.experiments.markdown import markdown_rows
 from peerlm.experiments.report.plan import PlotConfig, SectionConfig
-from peerlm.experiments.rows import read_rows
+from peerlm.experiments.rows import read_rows, read_runs
 from peerlm.experiments.scaling.laws import law_markdown, plot_law, read_law, rows_digest
 
 Row = Mapping[str, Any]
@@ -46,7 +46,8 @@ def make_section(config: SectionConfig) -> Section:
     """
     if config.kind == "scaling":
         return _scaling(config)
-    rows: list[Row] = [row for file in config.rows for row in read_rows(Path(file))]
+    read = read_rows if config.kind == "table" else read_runs
+    rows: list[Row] = [row for file in config.rows for row in read(Path(file))]
     if config.kind == "isoflop":
         return _isoflop(config, rows)
     if config.kind == "comparison":
