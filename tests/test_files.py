@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,33 @@ def test_a_folder_replaces_the_one_before(tmp_path: Path) -> None:
         with atomic_folder(tmp_path / "target") as partial:
             (partial / name).touch()
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("system", ["linux", "other"])
+def test_a_folder_is_there_at_every_moment_of_its_replacement(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    with atomic_folder(target) as partial:
+        (partial / "old").touch()
+    missing = []
+    if system == "other":
+        monkeypatch.setattr(sys, "platform", "other")
+    for function in ("rename", "replace", "rmdir", "unlink", "open"):
+        original = getattr(os, function)
+
+        def watched(*arguments: Any, original: Any = original, **options: Any) -> Any:
+            if not target.exists():
+                missing.append(original.__name__)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(os, function, watched)
+    with atomic_folder(target) as partial:
+        (partial / "new").touch()
+    monkeypatch.undo()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert len(missing) <= (system == "other")
 
 
 def test_files_are_as_readable_as_their_folder(tmp_path: Path) -> None:

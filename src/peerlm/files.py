@@ -1,9 +1,11 @@
 """Files that are there whole or not at all, whenever the process or the machine dies."""
 
+import ctypes
 import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; on success it becomes `folder`, on an exception it is removed.
 
     The folder holds files alone. They are on the disk before it takes its name, and as readable as the folder
-    is (safetensors writes files that only their owner may read). A `folder` that was there is replaced.
+    is (safetensors writes files that only their owner may read). A `folder` that was there is replaced: on Linux in one
+    step, elsewhere with a moment in between in which it has another name.
     """
     partial = folder.with_name(PARTIAL + folder.name)
     shutil.rmtree(partial, ignore_errors=True)
@@ -30,9 +33,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             _sync(path)
         _sync(partial)
         if folder.exists():
-            shutil.rmtree(folder)
-        partial.replace(folder)
+            _exchange(partial, folder)
+        else:
+            partial.replace(folder)
         _sync(folder.parent)
+        shutil.rmtree(partial, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -78,6 +83,21 @@ def is_disk_full(error: BaseException) -> bool:
             return True
         cause = cause.__cause__ or cause.__context__
     return False
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let two folders swap their names."""
+    if sys.platform == "linux":
+        at_working_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        names = (os.fsencode(new), os.fsencode(old))
+        if rename and not rename(at_working_folder, names[0], at_working_folder, names[1], exchange):
+            return
+    aside = old.with_name(f"{PARTIAL}{old.name}-before")
+    shutil.rmtree(aside, ignore_errors=True)
+    old.replace(aside)
+    new.replace(old)
+    aside.replace(new)
 
 
 def _sync(path: Path) -> None:

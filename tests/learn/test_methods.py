@@ -12,7 +12,7 @@ from torch import Tensor
 from peerlm.errors import UserError
 from peerlm.evaluate import load_model
 from peerlm.learn import LearnConfig, learn
-from peerlm.learn.method import peer_layers
+from peerlm.learn.method import freeze, peer_layers
 from peerlm.learn.methods import METHODS, method_of
 from peerlm.surgery import to_shells
 from peerlm.surgery.pack import load_pack, loaded_packs
@@ -106,7 +106,7 @@ def test_methods_of_experts_refuse_a_model_without(
         learn(configure(method=method, model=str(texts / "dense")), progress=False)
 
 
-@pytest.mark.parametrize("method", ["grow", "sparse"])
+@pytest.mark.parametrize("method", ["full", "grow", "sparse"])
 def test_experts_that_are_not_trained_are_refused(
     method: str, configure: Callable[..., LearnConfig], texts: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +132,8 @@ def test_a_batch_norm_of_queries_keeps_its_statistics_where_old_experts_are_froz
     for name, moves in (("full", True), ("sparse", False), ("pack", False)):
         layer = PEER(8, num_experts=16, heads=1, experts_per_head=2, key_dim=4)
         before = layer.product_keys.query_norm.running_mean.clone()  # type: ignore[union-attr, operator]
+        if name == "pack":  # freezes all that is there, query norms included
+            freeze(layer)
         method_of(name, {}).train_mode(layer)
         layer(torch.randn(30, 8) + 3)
         assert torch.equal(layer.product_keys.query_norm.running_mean, before) != moves, name  # type: ignore[arg-type]

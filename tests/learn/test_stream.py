@@ -184,6 +184,14 @@ def test_a_loss_that_is_not_finite_stops_it(configure: Callable[..., LearnConfig
         ({"budget": {"tokens": 10}}, "budget.tokens = 10 is less than one step"),
         ({"batch_size": 0}, "batch_size = 0: must be at least 1"),
         ({"model": "nowhere"}, "nowhere is not a folder"),
+        (
+            {"optim": {"tables": "fused"}, "method": "full"},
+            "optim.tables = 'fused' does not go with memory.kl = 0.5, a second backward pass .* take 'exact'",
+        ),
+        (
+            {"method": "pack", "stages": [{"name": "my notes", "text": ["x.txt"]}]},
+            "a pack cannot be called 'my notes'; .*; name the text, --text NAME=FILE",
+        ),
         ({"optim": {"tables": "fused"}, "method": "grow"}, "optim.tables = 'fused' does not go with method grow"),
     ],
 )
@@ -192,6 +200,20 @@ def test_mistakes(changes: dict[str, Any], message: str, configure: Callable[...
     with pytest.raises(UserError, match=message):
         learn(configure(**changes), progress=False)
     assert not folder.exists()
+
+
+def test_a_mistake_after_a_stage_has_begun_leaves_what_it_learned(configure: Callable[..., LearnConfig]) -> None:
+    config, calls = configure(only=1), iter([{}])
+
+    def measure(model: Any, tokenizer: Any) -> dict[str, Any]:
+        for each in calls:
+            return each
+        raise UserError("there is no such task")
+
+    with pytest.raises(UserError, match="no such task"):
+        learn(config, progress=False, measure=measure)
+    assert (Path(config.run) / "stages/1-code/model/model.safetensors").is_file()
+    assert len(learn(config, resume=True, progress=False)) == 2
 
 
 def test_text_that_is_too_short(configure: Callable[..., LearnConfig], tmp_path: Path) -> None:

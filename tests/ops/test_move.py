@@ -1,5 +1,9 @@
 """Tensors that move to a larger place, and leave their old one to the system."""
 
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -38,3 +42,19 @@ def test_the_old_pages_are_given_back() -> None:
 def test_a_smaller_place_is_refused() -> None:
     with pytest.raises((RuntimeError, ValueError), match="there is less room than bytes"):
         api.move_to_start(torch.ones(5), torch.ones(4))
+
+
+def test_an_array_of_numpy_stays() -> None:
+    array = np.ones(5_000_000, dtype=np.float32)
+    assert not api.move_to_start(torch.from_numpy(array), torch.zeros(6_000_000))
+    assert array.sum() == 5_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="which memory is a file's is read from /proc")
+def test_a_mapped_file_moves_and_keeps_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "rows"
+    np.ones(5_000_000, dtype=np.float32).tofile(file)
+    target = torch.zeros(6_000_000)
+    assert api.move_to_start(torch.from_file(str(file), size=5_000_000), target)
+    assert target.sum() == 5_000_000
+    assert np.fromfile(file, dtype=np.float32).sum() == 5_000_000

@@ -16,6 +16,7 @@ DIM = 8
 OPTIMIZERS = {
     "AdamW": lambda model: torch.optim.AdamW(parameter_groups(model), lr=0.05),
     "RowAdamW": lambda model: RowAdamW(parameter_groups(model), lr=0.05),
+    "SGD": lambda model: torch.optim.SGD(parameter_groups(model), lr=0.05, momentum=0.9),
     "lazy": lambda model: RowAdamW(parameter_groups(model), lr=0.05, lazy=True),
 }
 

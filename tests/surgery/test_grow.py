@@ -18,7 +18,7 @@ from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import native
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.optim.replace import replace_parameter
-from peerlm.surgery import convert, grow, set_opening, to_shells
+from peerlm.surgery import convert, grow, set_opening, shrink, to_shells
 from peerlm.testing import exhaustive_scores, expert_pairs
 
 DIM = 8
@@ -574,6 +574,60 @@ def test_growth_that_is_impossible_changes_nothing(
         grow(layer, **({"num_experts": 49} | arguments))
     assert before.keys() == layer.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["experts", "experts.rows", "product_keys", "product_keys.sub_keys"])
+@pytest.mark.parametrize("change", [grow, shrink, to_shells])
+def test_what_layers_share_is_not_taken_from_one_of_them(change: Callable[..., Any], part: str) -> None:
+    pairing = "row-major" if change is to_shells else "shells"
+    model = nn.Sequential(small_peer(pairing=pairing), small_peer(pairing=pairing))
+    path, _, name = part.rpartition(".")
+    setattr(model[1].get_submodule(path), name, getattr(model[0].get_submodule(path), name))
+    x = tokens()
+    before = model.eval()(x)
+    options: dict[Any, dict[str, Any]] = {
+        grow: {"num_experts": 49},
+        shrink: {"num_experts": 9, "usage": {f"{i}.product_keys": torch.arange(16) + 1 for i in range(2)}},
+        to_shells: {},
+    }
+    what = "rows" if "experts" in part else "sub-keys"
+    with pytest.raises(ValueError, match=f"layer '0' shares its {what} with another part of the model.* of its own"):
+        change(model, **options[change])
+    assert same_bits(model(x), before)
+
+
+def test_a_layer_that_occurs_twice_grows_once() -> None:
+    layer = small_peer()
+    model, x = nn.Sequential(layer, layer), tokens()
+    before = model.eval()(x)
+    assert same_bits(grow(model, 49)(x), before)
+
+
+def test_the_old_state_of_an_optimizer_is_seen_to_be_gone() -> None:
+    layer = small_peer()
+    optimizer = torch.optim.Adam(layer.parameters())
+    train(layer, optimizer, [tokens()])
+    held = optimizer.state[layer.experts.rows]["exp_avg"]  # as `optimizer.state_dict()` has it
+    grow(layer, 49, optimizer=optimizer)
+    assert held.numel() == 0
+
+
+def test_experts_and_memories_that_grow_together_remember_what_each_had(tmp_path: Path) -> None:
+    sizes = {"heads": 2, "key_dim": 8, "pairing": "shells"}
+    config = PeerConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffw_layers=["peer", "pkm"],
+        peer={"num_experts": 16, "experts_per_head": 3, **sizes},
+        pkm={"num_values": 36, "values_per_head": 3, **sizes},
+    )
+    model, ids = PeerForCausalLM(config).eval(), torch.randint(64, (2, 9))
+    set_opening(grow(model, 49), 0.3)
+    assert (model.config.peer["grown_from"], model.config.pkm["grown_from"]) == (16, 36)
+    model.save_pretrained(tmp_path)
+    assert same_bits(PeerForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
 
 
 def test_the_message_names_the_layer_of_a_model() -> None:

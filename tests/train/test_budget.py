@@ -76,6 +76,14 @@ def test_steps_that_cost_more_are_fewer(budget: dict[str, float], changes: tuple
     assert between == pytest.approx(0.625)
 
 
+def test_what_is_left_of_a_part_is_for_the_next_one() -> None:
+    planned = Budget.plan(
+        BudgetConfig(steps=10), tokens_per_step=10, flops_per_token=[1.0, 2.0, 5.0], shares=[0.25, 0.55]
+    )
+    assert planned.changes == (2, 5)
+    assert planned.limit == 10
+
+
 def test_a_change_within_a_budget_of_minutes() -> None:
     planned = grown(minutes=1.0)
     assert planned.changes == (30.0, 45.0)

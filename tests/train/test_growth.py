@@ -16,6 +16,7 @@ from peerlm.cli import main
 from peerlm.errors import UserError
 from peerlm.model import PeerForCausalLM
 from peerlm.train import TrainConfig, train
+from peerlm.train.budget import Budget
 from peerlm.train.checkpoint import list_checkpoints
 from peerlm.train.config import GrowConfig
 from peerlm.train.growth import opening_at, read_growths
@@ -127,6 +128,30 @@ def test_the_opening_rises_to_one() -> None:
     assert found == pytest.approx([0, 0.25, 1, 1])
     assert opening_at(config, growths, 2, 0.8) == pytest.approx(0.5)
     assert opening_at(GrowConfig(at="9@50%", opening=0), growths, 1, 0.5) == 1
+
+
+@pytest.mark.parametrize("at", ["10@40%,12@70%", "12@70%"])
+def test_experts_are_open_when_the_next_come_and_in_the_end(at: str, configure: Callable[..., TrainConfig]) -> None:
+    """Shares of which, rounded, less than 0.3 lies between."""
+    run = train(configure(budget={"steps": 10}, grow={"at": at, "opening": 0.3}), progress=False).run
+    assert "grown_from" not in PeerForCausalLM.from_pretrained(run / "model").config.peer
+
+
+def test_two_growths_may_be_due_after_one_step(
+    configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Budget, "changes_due", lambda self, step, seconds: 2 * (step >= 5))
+    config = configure(budget={"steps": 8}, grow={"at": AT, "opening": 0.3, "freeze": ["rows"]})
+    run = train(config, progress=False).run
+    assert [(row["step"], row["grown_to"]) for row in rows(run) if "grown_to" in row] == [(5, 100), (5, 144)]
+
+
+def test_a_run_that_ends_before_its_last_opening_opens(
+    configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Budget, "next_progress", lambda self, step, seconds: 0.6)  # too low, as before a slow step
+    run = train(configure(budget={"steps": 4}, grow={"at": "12@50%", "opening": 0.3}), progress=False).run
+    assert "grown_from" not in PeerForCausalLM.from_pretrained(run / "model").config.peer
 
 
 @pytest.mark.parametrize(

@@ -95,3 +95,8 @@ class LearnConfig:
             raise UserError(
                 f"optim.tables = 'fused' does not go with method {self.method}: its backward pass updates all rows"
             )
+        if self.optim.tables == "fused" and self.memory.kl:
+            raise UserError(
+                f"optim.tables = 'fused' does not go with memory.kl = {self.memory.kl:g}, a second backward pass in "
+                "each step: take 'exact'"
+            )

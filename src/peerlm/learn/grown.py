@@ -22,8 +22,6 @@ class Grown(Method):
 
     sub_keys: int = 32
     """Sub-keys that each half gains: from n * n experts to (n + sub_keys)^2."""
-    keys: str = "random"
-    """What new sub-keys start as; see `grow`."""
     frozen: tuple[str, ...] = PARTS
     """What is held: of "rows", old experts, "keys", old sub-keys, "query", and "rest", all outside of these layers."""
 
@@ -41,7 +39,7 @@ class Grown(Method):
         (before,) = old
         try:
             to_shells(model)
-            grow(model, (math.isqrt(before) + self.sub_keys) ** 2, keys=self.keys, seed=stage.seed)
+            grow(model, (math.isqrt(before) + self.sub_keys) ** 2, seed=stage.seed)
             set_opening(model, 1.0)
             freeze_grown(model, self.frozen, before=before)
         except ValueError as error:

@@ -61,8 +61,12 @@ class Method:
                 "experts in with `peerlm convert`"
             )
 
+    def check_name(self, stage: str) -> None:
+        """Raise UserError where this method cannot keep what it learns under the name of a stage."""
+
     def prepare(self, model: PreTrainedModel, stage: Stage) -> nn.Module:
         """Freeze and add, in place, what the method freezes and adds; returns what is to be trained."""
+        check_rows(model)
         return model
 
     def train_mode(self, model: nn.Module) -> None:
@@ -109,7 +113,10 @@ def freeze(model: nn.Module) -> None:
 
 
 def train_with_fixed_statistics(model: nn.Module) -> None:
-    """Training mode, except that query norms keep their running statistics, which old experts depend on."""
+    """Training mode, except that query norms keep their running statistics, which old experts depend on.
+
+    Those that are frozen do so anyway (`QueryBatchNorm`); this is for those whose weights are trained.
+    """
     model.train()
     for module in model.modules():
         if isinstance(module, QueryBatchNorm):

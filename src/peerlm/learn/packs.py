@@ -8,8 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.errors import UserError
 from peerlm.evaluate.loading import load_model
-from peerlm.learn.method import Method, Stage, freeze, train_with_fixed_statistics
+from peerlm.learn.method import Method, Stage, freeze
 from peerlm.surgery.pack import load_pack, new_pack, pack_parameters, save_pack
+from peerlm.surgery.pack_files import check_pack_name
 
 PACK = "pack"
 """Folder of the pack within that of a stage."""
@@ -37,6 +38,13 @@ class Packs(Method):
             load_pack(model, folder / PACK)
         return model, tokenizer
 
+    def check_name(self, stage: str) -> None:
+        """A pack is called as the domain."""
+        try:
+            check_pack_name(stage)
+        except ValueError as error:
+            raise UserError(f"{error}; name the text, --text NAME=FILE") from error
+
     def prepare(self, model: PreTrainedModel, stage: Stage) -> nn.Module:
         """Freeze all that is there, and add the pack."""
         freeze(model)
@@ -47,10 +55,6 @@ class Packs(Method):
         for parameter in pack_parameters(model, stage.name):
             parameter.requires_grad_(True)
         return model
-
-    def train_mode(self, model: nn.Module) -> None:
-        """Query norms keep their statistics."""
-        train_with_fixed_statistics(model)
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stage: Stage) -> None:
         """The pack alone."""

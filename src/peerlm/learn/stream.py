@@ -57,8 +57,8 @@ def learn(
         what it took: "steps", "tokens" (of new text), "flops", "seconds", "trained_parameters".
 
     Raises:
-        UserError: a setting, text, model or folder that cannot be used; a new folder is removed where no stage is
-            finished.
+        UserError: a setting, text, model or folder that cannot be used; a new folder is removed where no stage has
+            begun.
         TrainingStopped: told to stop by a signal, or the loss or a gradient was not finite.
     """
     folder = Path(config.run)
@@ -66,7 +66,7 @@ def learn(
     try:
         return _Stream(config, progress=progress, measure=measure).run()
     except UserError:
-        if not resume and not any(folder.glob("stages/*/summary.json")):
+        if not resume and not any(folder.glob("stages/*/log.jsonl")):
             rmtree(folder, ignore_errors=True)  # so that the same command works once the mistake is mended
         raise
 
@@ -81,6 +81,8 @@ class _Stream:
         _check_stages(self.stages)
         model, self.tokenizer = self.method.load(self.base, [])
         self.method.check(model, config.model)
+        for stage in self.stages:
+            self.method.check_name(stage.name)
         self.context = config.context or default_context(config.model, model)
         check_context(model, self.context)
         memory = config.memory

@@ -1,5 +1,7 @@
 """The compiled module: whether it is there, what it runs on, and what both users of it need."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -62,15 +64,29 @@ def move_to_start(source: Tensor, target: Tensor) -> bool:
     """Move a CPU tensor to the start of a larger one of its dtype; both contiguous. Returns whether that was done here.
 
     The memory of `source` goes back to the system page by page, so that both are never there at once: it must not be
-    read again, whatever shares it. Nothing is done where other tensors share it, or there are no native kernels.
+    read again, whatever shares it. Nothing is done where other tensors or another library (numpy) may share it, or
+    there are no native kernels.
     """
+    if module is None or source.device.type != "cpu" or not source.is_contiguous() or source.is_pinned():
+        return False
     storage = source.untyped_storage()
     owners = torch._C._storage_Use_Count(storage._cdata) - 1  # `storage` here is one
-    if module is None or owners != 1 or source.device.type != "cpu" or not source.is_contiguous():
+    if owners != 1 or not (storage.resizable() or _is_of_a_file(storage.data_ptr())):
         return False
     flat = (source.detach().view(-1).view(torch.uint8), target.view(-1).view(torch.uint8))
     module.move_bytes(*flat, torch.get_num_threads())
     return True
+
+
+def _is_of_a_file(address: int) -> bool:
+    """Whether memory is that of a mapped file, as of weights that were loaded; it is nobody else's."""
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.is_file() else []:
+        fields = line.split(maxsplit=5)  # range, permissions, offset, device, inode, path
+        first, last = (int(end, 16) for end in fields[0].split("-"))
+        if first <= address < last:
+            return fields[4] != "0"
+    return False
 
 
 def group_by_row(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:

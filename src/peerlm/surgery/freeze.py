@@ -63,7 +63,7 @@ def freeze_grown(
     """Hold parts of a model still that has grown (`peerlm.surgery.grow`), bit for bit, while it is trained.
 
     Entries that are held get no gradient. A query norm of kind "batch" that is held takes its running statistics in
-    training, too.
+    training, too. In a copy of the model (`copy.deepcopy`) rows and keys are not held.
 
     Args:
         model: a layer or a model with PEER layers or product-key memories.
@@ -127,6 +127,6 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None, parameter: Tensor)
 
 def _forget(optimizer: torch.optim.Optimizer | None, parameter: Tensor, count: int, dim: int) -> None:
     state = {} if optimizer is None else optimizer.state.get(parameter, {})
-    moment = state.get("exp_avg")
-    if moment is not None:
-        moment.narrow(dim, 0, count).zero_()
+    for name in ("exp_avg", "momentum_buffer"):  # of Adam's kind, of SGD's
+        if (moment := state.get(name)) is not None:
+            moment.narrow(dim, 0, count).zero_()

@@ -11,7 +11,7 @@ from peerlm.layers.product_keys import sub_keys_per_half
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.ops.rows import prepare_rows
 from peerlm.surgery.new_experts import check_new_sub_keys, fill_new_rows, new_sub_keys
-from peerlm.surgery.pools import Pool, find_pools, record_settings
+from peerlm.surgery.pools import Pool, check_not_shared, find_pools, record_settings
 from peerlm.surgery.swap import appended, check_optimizer, padded, swap, take_rows
 
 
@@ -51,20 +51,22 @@ def grow(
             dropped.
         seed: of what is random; the global generator is not used.
 
-    Parameters are replaced and the old ones emptied. The memory of a table, and then of each of the optimizer's states,
-    is given back while its rows move to a larger one, unless something else holds it (on Linux, with native kernels).
+    Parameters are replaced and the old ones emptied, as are the optimizer's old tensors of a table. The memory of a
+    table, and then of each of the optimizer's states, is given back while its rows move to a larger one, unless
+    something else may hold it (on Linux, with native kernels).
 
     Raises:
         ValueError: the model has no such layer, or one that cannot grow so; the optimizer does not train it; a setting
             is impossible. The model is then as it was.
     """
     pools = find_pools(model)
+    check_not_shared(model, pools)
     for pool in pools:
         _check_grows(pool, num_experts)
         check_new_sub_keys(pool, keys, usage, queries, noise)
     check_optimizer(pools, optimizer)
     generator = torch.Generator().manual_seed(seed)
-    n = math.isqrt(num_experts)
+    n, before = math.isqrt(num_experts), {type(pool.layer): pool.keys.num_experts for pool in pools}
     for pool in pools:
         index, old = pool.keys, pool.keys.num_experts
         count = n - index.sub_keys.shape[2]
@@ -80,7 +82,8 @@ def grow(
         swap(index, "sub_keys", torch.cat([index.sub_keys, fresh], dim=2), optimizer, padded(2, n))
         pool.resize(num_experts)
         index.grown_from, index.opening = old, torch.zeros((), device=rows.device)
-    record_settings(model, num_experts, grown_from=old)
+    for kind, grown_from in before.items():
+        record_settings(model, num_experts, kind=kind, grown_from=grown_from)
     return model
 
 
@@ -118,6 +121,7 @@ def to_shells(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = Non
     where experts of exactly equal score stand in for each other. Arguments and errors as those of `grow`.
     """
     pools = [pool for pool in find_pools(model) if pool.keys.pairing != "shells"]
+    check_not_shared(model, pools)
     check_optimizer(pools, optimizer)
     for pool in pools:
         index, n = pool.keys, pool.keys.sub_keys.shape[2]

@@ -1,6 +1,7 @@
 """The layers that can grow, seen alike: an index of product keys, and the table of rows that it chooses from."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,18 +67,32 @@ def find_pools(model: nn.Module) -> list[Pool]:
     return pools
 
 
-def record_settings(model: nn.Module, num_rows: int | None = None, **changes: Any) -> None:
+def check_not_shared(model: nn.Module, pools: Sequence[Pool]) -> None:
+    """Raise a ValueError where rows or sub-keys of a pool are those of something else in the model as well."""
+    places = Counter(each for module in model.modules() for each in module._parameters.values() if each is not None)
+    users = Counter(module for pool in pools for module in (pool.owner, pool.keys))
+    for pool in pools:
+        for what, module, parameter in (("rows", pool.owner, pool.table), ("sub-keys", pool.keys, pool.keys.sub_keys)):
+            if places[parameter] > 1 or users[module] > 1:
+                raise ValueError(
+                    f"{pool.where()} shares its {what} with another part of the model, which would lose them; give "
+                    "each layer a copy of its own first"
+                )
+
+
+def record_settings(model: nn.Module, num_rows: int | None = None, *, kind: type | None = None, **changes: Any) -> None:
     """Write what changed of the settings of a model's pools into its transformers configuration, if it has one.
 
     Args:
         model: after the change.
         num_rows: how many rows each pool has now.
+        kind: PEER or ProductKeyMemory, of whose pools this holds; None for both.
         changes: other settings; those with value None no longer hold.
     """
-    kinds = {type(pool.layer) for pool in find_pools(model)}
-    for kind, settings, write in _settings_of(model):
-        if kind in kinds:
-            new = settings | changes | ({} if num_rows is None else {SIZE_NAMES[kind]: num_rows})
+    kinds = {type(pool.layer) for pool in find_pools(model)} if kind is None else {kind}
+    for each, settings, write in _settings_of(model):
+        if each in kinds:
+            new = settings | changes | ({} if num_rows is None else {SIZE_NAMES[each]: num_rows})
             write({key: value for key, value in new.items() if value is not None or key not in changes})
 
 

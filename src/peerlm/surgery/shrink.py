@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from peerlm.layers.product_keys import sub_keys_per_half
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.surgery.new_experts import check_usage, usage_of_sub_keys
-from peerlm.surgery.pools import Pool, find_pools, record_settings
+from peerlm.surgery.pools import Pool, check_not_shared, find_pools, record_settings
 from peerlm.surgery.swap import Carry, check_optimizer, swap, take_rows
 
 
@@ -46,6 +46,7 @@ def shrink(
             train the model. The model is then as it was.
     """
     pools = find_pools(model)
+    check_not_shared(model, pools)
     used = {}
     for pool in pools:
         counts = check_usage(pool, usage, "experts go by how often they are used", "leave the model as it is")

@@ -48,12 +48,13 @@ def take_rows(pool: Pool, ids: Tensor, optimizer: torch.optim.Optimizer | None) 
 
 
 def padded(dim: int, length: int) -> Carry:
-    """Appends new entries along a dimension."""
+    """Appends new entries along a dimension; along the first, old tensors are left empty."""
 
     def carry(old: Tensor, value: float) -> Tensor:
         if dim == 0:
             longer = appended(old, length)
             longer[len(old) :] = value
+            old.data = old.data.new_empty(0)  # as of a parameter, in `swap`: its memory may be gone
             return longer
         shape = list(old.shape)
         shape[dim] = length - old.shape[dim]

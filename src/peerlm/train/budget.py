@@ -53,18 +53,18 @@ class Budget:
             per_step = [tokens_per_step * flops for flops in flops_per_token]
         else:
             name, allowed = "steps", float(config.steps or 0)
-        done, ends = 0.0, []
+        spent, ends = 0.0, [0.0]
         for cost, begin, end in zip(per_step, (0.0, *shares), (*shares, 1.0), strict=True):
-            part = (end - begin) * allowed if shares else allowed
-            if part < cost:
+            steps = (end * allowed - spent + 1e-9 * allowed * bool(shares)) // cost
+            if steps < 1:
                 where = f" from {begin:.0%} to {end:.0%}" if shares else ""
                 raise UserError(
                     f"budget.{name} = {allowed:g} is less than one step{where}, which takes {cost:g}: raise it, "
                     "or lower data.batch_size"
                 )
-            done += (part + 1e-9 * allowed * bool(shares)) // cost
-            ends.append(done)
-        return cls(limit=done, in_seconds=False, changes=tuple(ends[:-1]), shares=tuple(shares))
+            spent += steps * cost
+            ends.append(ends[-1] + steps)
+        return cls(limit=ends[-1], in_seconds=False, changes=tuple(ends[1:-1]), shares=tuple(shares))
 
     def reached(self, step: int, seconds: float) -> bool:
         """Whether a run that took `step` steps in `seconds` is at its end."""

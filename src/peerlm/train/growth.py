@@ -104,7 +104,7 @@ def opening_at(config: GrowConfig, growths: tuple[Growth, ...], done: int, progr
     if not done:
         return 1.0
     since = progress - growths[done - 1].share
-    return 1.0 if since >= config.opening else max(since, 0.0) / config.opening
+    return 1.0 if since >= config.opening - 1e-9 else max(since, 0.0) / config.opening  # 0.7 - 0.4 is less than 0.3
 
 
 def grow_once(

@@ -183,6 +183,8 @@ class Trainer:
             logged = (state.step + 1) % every["log"] == 0
             state, row = self.step(state, stream, sample_usage=logged and not self.config.compile)
             done = self.budget.reached(state.step, state.seconds)
+            if done:
+                state = self.open(state, 1.0)  # the last step of a budget of minutes may take longer than foreseen
             if logged or done:
                 state = self.log_interval(state, row)
             if every["eval"] and state.step % every["eval"] == 0 and not done:
@@ -253,6 +255,7 @@ class Trainer:
     def grow(self, state: TrainState) -> TrainState:
         """Let the layers grow, closed; what new keys are chosen by is what the next steps will read."""
         growth = self.growths[state.growths]
+        state = self.open(state, growth.share)  # a budget of minutes may pass two shares in one step
         coming = batches(self.windows, batch_size=8, seed=self.config.seed, position=state.position)
         samples = ({"input_ids": batch["input_ids"]} for batch in islice(coming, 8))
         if self.frozen is not None:

@@ -100,7 +100,7 @@ def point_of(row: Row) -> RunPoint:
 
 
 def embedding_parameters(model: Mapping[str, Any], vocab_size: int) -> int:
-    """What a token touches of the embeddings, and of the output where it is another matrix (see `model_cost`)."""
+    """Of embeddings, and of the output where it is another matrix, as far as a token touches them (`model_cost`)."""
     rows = int(model.get("vocab_size", vocab_size))
     if not model.get("tie_word_embeddings", True):
         rows += 1  # of the embeddings, beside all of the output

@@ -1,0 +1,112 @@
+"""The command that lets a trained model learn new text: learn."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peerlm.cli.app import Json, Run, app
+from peerlm.cli.show import print_json, print_table, transposed
+
+
+@app.command(
+    epilog="Examples: peerlm learn runs/a --text code.txt.xz --output runs/learned --background prose.txt.xz --kl 1\n\n"
+    "peerlm learn runs/a --text law=laws/ --text docs.txt --method grow --set sub_keys=32 --output runs/grown "
+    "--background prose.txt.xz --kl 1\n\npeerlm learn runs/a --text code.txt.xz --method lora --set rank=32 "
+    "--learning-rate 5e-3 --output runs/lora"
+)
+def learn(
+    run: Run,
+    text: Annotated[
+        list[str],
+        typer.Option(metavar="[NAME=]FILE", help="Text to learn, one stage each, in this order; repeatable."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="full: all weights; lora: low-rank matrices, merged after each stage; grow: new experts, the old ones "
+            "frozen; pack: a folder of experts for each text, the model frozen; sparse: in each step the experts that "
+            "its text uses more than the background does."
+        ),
+    ] = "full",
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; repeatable.")
+    ] = [],  # noqa: B006
+    heldout: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=FILE",
+            help="What to measure the text NAME on, or the background; default: documents held out of it. Repeatable.",
+        ),
+    ] = [],  # noqa: B006
+    background: Annotated[
+        list[str], typer.Option(metavar="FILE", help="Text like that which the model was trained on; repeatable.")
+    ] = [],  # noqa: B006
+    kl: Annotated[
+        float, typer.Option(help="Weight of the divergence from the model before the stage, on the background.")
+    ] = 0.0,
+    kl_windows: Annotated[int, typer.Option(help="Windows of background in each step for --kl.")] = 4,
+    replay: Annotated[
+        float, typer.Option(help="Windows of background that are learned again, for each new window.")
+    ] = 0.0,
+    remember: Annotated[
+        int, typer.Option(help="Windows of each finished stage that join the background for --kl and --replay.")
+    ] = 256,
+    tokens: Annotated[int | None, typer.Option(help="New tokens of each stage; default 120,000.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Or steps of each stage.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Or training FLOPs of each stage.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    table_lr_multiplier: Annotated[float, typer.Option(help="Learning rate of experts over that of the rest.")] = 1.0,
+    keys_lr_multiplier: Annotated[float, typer.Option(help="Learning rate of sub-keys over that of the rest.")] = 1.0,
+    context: Annotated[int | None, typer.Option(help="Tokens in a window; default: as trained.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows of new text in a step.")] = 8,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only when stopped.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the order of the text and of new weights.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Let a trained model learn text after text, and show after each what it knows of all of them.
+
+    Learning makes a model forget. What helps against that, in any combination: text of what it knows, --background,
+    from whose predictions it shall not move away, --kl, or which it learns again, --replay; and methods that change
+    only part of it. Rows of the table are stages, columns perplexities of held-out text of each domain.
+    """
+    from peerlm.learn.command import learn_config
+    from peerlm.learn.stream import learn
+
+    config = learn_config(
+        run=str(output),
+        model=str(run),
+        text=text,
+        heldout=heldout,
+        method=method,
+        settings=settings,
+        memory={
+            "background": background,
+            "kl": kl,
+            "kl_windows": kl_windows,
+            "replay": replay,
+            "remember": remember,
+        },
+        budget={"tokens": tokens, "steps": steps, "flops": flops},
+        optim={
+            "learning_rate": learning_rate,
+            "table_lr_multiplier": table_lr_multiplier,
+            "keys_lr_multiplier": keys_lr_multiplier,
+        },
+        context=context,
+        batch_size=batch_size,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+    )
+    rows = learn(config, resume=resume, progress=not as_json)
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        str(output),
+        transposed(
+            {f"after {row['stage'] or 'nothing'}": row["perplexity"] for row in rows}, list(rows[0]["perplexity"])
+        ),
+    )
