@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from peerlm import UserError
-from peerlm.experiments.rows import append_row, read_rows
+from peerlm.experiments.rows import append_row, read_rows, read_runs
 
 
 def test_rows_come_back_in_order(tmp_path: Path) -> None:
@@ -33,3 +33,11 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n{"b"\n{"c": 3}\n')
     with pytest.raises(UserError, match=r"rows.jsonl, line 2, is not a row of JSON: .*; delete the line"):
         read_rows(path)
+
+
+@pytest.mark.parametrize("content", ["3", '{"key": "a", "method": "dense"}'])
+def test_rows_of_no_training_run_are_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{content}\n")
+    with pytest.raises(UserError, match=r"rows.jsonl, row 1, is of no training run: name a file that peerlm compare"):
+        read_runs(path)

@@ -22,6 +22,7 @@ from peerlm.evaluate.files import read_documents
 from peerlm.evaluate.loading import load_model, trained_context
 from peerlm.evaluate.perplexity import score_text
 from peerlm.experiments.rows import append_row, read_rows
+from peerlm.experiments.script import run_script
 from peerlm.optim import RowAdamW, clip_gradients, parameter_groups, set_learning_rates, wsd
 from peerlm.surgery.adapter import PeerAdapterConfig
 from peerlm.train.step import accumulate_gradients
@@ -172,4 +173,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -27,6 +27,7 @@ from peerlm.errors import UserError
 from peerlm.evaluate.files import read_documents
 from peerlm.evaluate.loading import load_model
 from peerlm.experiments.rows import append_row
+from peerlm.experiments.script import run_script
 from peerlm.layers.modes import evaluating
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.surgery.library import AdapterLibrary
@@ -275,4 +276,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

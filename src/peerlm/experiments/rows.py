@@ -34,6 +34,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """As `read_rows`, of rows that `peerlm compare` or `peerlm isoflop` wrote; raises UserError where one is not."""
+    rows = read_rows(path)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not {"key", "method", "seed", "config", "summary"} <= row.keys():
+            raise UserError(
+                f"{path}, row {number}, is of no training run: name a file that peerlm compare or peerlm isoflop wrote"
+            )
+    return rows
+
+
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row, whole and synced to disk; what a kill left of a line is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,6 +105,23 @@ def test_one_seed_has_no_interval_and_missing_rows_leave_gaps(study: Any) -> Non
     assert "| too few sizes |" in optima_markdown(table)
 
 
+def test_a_curve_of_an_unfinished_study_compares_sizes_and_no_seeds(study: Any) -> None:
+    study.path.write_text(study.path.read_text().replace("[compare]", "[compare]\nseeds = [0, 5]"))
+    rows = [row for row in study.rows([0, 5]) if row["seed"] == 0 or "size=small" in row["label"]]
+    curve = curves_of(study.plan, rows)[0]
+    assert curve.optimum.size == pytest.approx(2e6)
+    expected = [study.loss_of("dense", 1e9, width, 0) for width in (16, 32, 64)]
+    assert [point.loss for point in curve.points] == pytest.approx(expected)
+
+
+def test_sizes_that_are_none_are_named(study: Any) -> None:
+    rows = study.rows([0])
+    for row in rows:
+        row["summary"]["active_parameters"] = 7
+    with pytest.raises(UserError, match="sizes 'small' and 'middle' of dense both have 7 active parameters"):
+        curves_of(study.plan, rows)
+
+
 def test_equal_seconds_are_read_from_frontiers(study: Any) -> None:
     table = equal_seconds_table(curves_of(study.plan, study.rows([0])))
     assert table["seconds"][0] == pytest.approx(20)  # PEER's quickest run; dense's slowest takes 40

@@ -126,6 +126,28 @@ def test_figures_by_hand() -> None:
     assert "| full | b c, 0 | c | 2.0 | 2.5 | 3.0 |" in table
 
 
+def test_nothing_forgotten_has_no_share(recipe: Path) -> None:
+    rows = [row(label, stage, (1.0, 2.0, 3.0)) for label in ("full", "kept") for stage in (None, "b", "c")]
+    full, kept = summarise(rows, "full")
+    assert (full["share"], kept["share"]) == (None, None)
+    assert kept["excess"] == 0
+
+
+def test_two_methods_of_one_configuration_both_have_their_rows(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + '[methods.again]\nmethod = "full"\n')
+    plan = load_plan(recipe)
+    plan.output.mkdir(parents=True)
+    made = [stream for stream in plan.streams if stream.label == "full"]
+    content = [
+        {**row("full", stage, (1.5, 2.0, 3.0)), "key": stream.key(number), "order": stream.order}
+        for stream in made
+        for number, stage in enumerate([None, *stream.order])
+    ]
+    (plan.output / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in content))
+    found = experiment.summarise(experiment._rows_of(plan), "full")
+    assert [(each["label"], each["streams"]) for each in found] == [("full", 2), ("again", 2)]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

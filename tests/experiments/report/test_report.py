@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
 
+import matplotlib as mpl
 import pytest
 
 from peerlm import UserError
@@ -114,6 +115,45 @@ def study_as_comparison(text: str) -> str:
     return f'{shared}[compare.sweep]\n"model.hidden_size" = [16, 32, 64]\n[budget]\nflops = 1e9\n{methods}'
 
 
+def test_a_row_that_stands_in_two_files_counts_once(folder: Path) -> None:
+    _, once, _ = compose("report.toml")
+    Path("more.jsonl").write_text(Path("rows.jsonl").read_text())
+    Path("report.toml").write_text(DEFINITION.replace('rows = ["rows.jsonl"]', 'rows = ["rows.jsonl", "more.jsonl"]'))
+    _, twice, _ = compose("report.toml")
+    assert twice.replace(", `more.jsonl`", "") == once
+
+
+def test_a_runs_own_figures_stay_apart_from_other_settings_with_its_name(folder: Path) -> None:
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    rows += [{**row, "key": f"other {row['key']}"} for row in rows]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        UserError, match="section 'By label' of the report has two runs of 'dense flops=1e9 size=small'"
+    ):
+        compose("report.toml")
+
+
+def test_the_same_bytes_whatever_the_style_at_hand(folder: Path) -> None:
+    report("report.toml", "one")
+    style = {"font.size": 17, "axes.prop_cycle": mpl.cycler(color=["k"]), "lines.linewidth": 5, "figure.dpi": 33}
+    with mpl.rc_context(style):
+        report("report.toml", "two")
+        assert mpl.rcParams["font.size"] == 17
+    for path in Path("one").rglob("*.*"):
+        assert path.read_bytes() == Path("two", *path.parts[1:]).read_bytes(), path
+
+
+def test_names_are_text_and_never_markup(folder: Path) -> None:
+    rows = Path("rows.jsonl").read_text().replace('"dense', '"<b>a|b</b>')
+    Path("rows.jsonl").write_text(rows)
+    Path("report.toml").write_text(DEFINITION.replace('title = "Small"', 'title = "Small < & </title>"'))
+    report("report.toml", "out")
+    html = Path("out/results.html").read_text()
+    assert "<title>Small &lt; &amp; &lt;/title&gt;</title>" in html
+    assert "<b>" not in html
+    assert "<td>&lt;b&gt;a|b&lt;/b&gt; flops=1e9 size=small</td>" in html
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -123,6 +163,16 @@ def study_as_comparison(text: str) -> str:
         ("eval.final_windows", "eval.none", "draws eval.none, which in a row is None: a number"),
         ('kind = "table"', 'kind = "list"', "kind = 'list': expected one of 'isoflop', 'comparison', 'table'"),
         ('title = "Small"', "", "the recipe lacks title"),
+        (
+            'title = "By label"',
+            'title = "Over a Setting!"',
+            "two sections of the report are called 'Over a Setting!' and 'Over a setting'",
+        ),
+        (
+            'kind = "table"\nrows = ["cost.jsonl"]',
+            'kind = "scaling"\nrows = []',
+            "'Seconds' of the report names no rows",
+        ),
     ],
 )
 def test_mistakes_are_named(folder: Path, old: str, new: str, message: str) -> None:

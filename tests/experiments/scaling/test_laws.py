@@ -236,9 +236,10 @@ def test_fits_that_cannot_be_made_are_named(tmp_path: Path) -> None:
 def test_files_that_are_no_law_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no law at .*law.json: make one with `peerlm scaling`"):
         read_law(tmp_path / "law.json")
-    (tmp_path / "law.json").write_text("[]")
-    with pytest.raises(UserError, match=r"law.json is no law of `peerlm scaling`"):
-        read_law(tmp_path / "law.json")
+    for content in ("[]", '{"methods": {}}', '{"files": [], "digest": "", "methods": {"dense": {}}}'):
+        (tmp_path / "law.json").write_text(content)
+        with pytest.raises(UserError, match=r"law.json is no law of `peerlm scaling`"):
+            read_law(tmp_path / "law.json")
 
 
 def test_the_commands_print_tables_and_warnings(law_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

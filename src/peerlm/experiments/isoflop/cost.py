@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peerlm.accounting import model_cost
 from peerlm.experiments.isoflop.plan import load_isoflop
 from peerlm.experiments.rows import append_row, machine_and_date, read_rows
+from peerlm.experiments.script import run_script
 from peerlm.train.build import build_optimizer, new_model
 from peerlm.train.config import TrainConfig
 from peerlm.train.ranks import Ranks
@@ -151,4 +152,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

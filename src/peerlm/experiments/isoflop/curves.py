@@ -2,10 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+from peerlm.errors import UserError
 from peerlm.experiments.isoflop.fit import Optimum, SeedSpread, cost_of, fit_optimum, frontier, loss_at, pooled_spread
 from peerlm.experiments.isoflop.plan import IsoflopPlan
 
@@ -57,6 +59,9 @@ def curves_of(plan: IsoflopPlan, rows: Sequence[Row]) -> list[Curve]:
     """The curves of a plan from the rows that there are; methods and budgets without any are left out.
 
     Curves are fitted to the seeds of every run alone (compare.seeds): those of the optimum are not at every size.
+
+    Raises:
+        UserError: two sizes of a method have as many active parameters.
     """
     by_key = {row["key"]: row for row in rows}
     found: dict[tuple[str, float], dict[str, dict[int, Row]]] = {}
@@ -67,16 +72,29 @@ def curves_of(plan: IsoflopPlan, rows: Sequence[Row]) -> list[Curve]:
             sizes.setdefault(run.size, {})[run.planned.seed] = row
     curves = []
     for (method, flops), sizes in found.items():
+        seeds = _shared_seeds(sizes.values(), plan.compare.seeds)
         points = []
         for size, of_seed in sizes.items():
-            losses = [of_seed[s]["summary"]["validation_loss"] for s in plan.compare.seeds if s in of_seed]
+            losses = [of_seed[seed]["summary"]["validation_loss"] for seed in seeds if seed in of_seed]
             if losses:
                 points.append(Point(size=size, rows=of_seed, loss=statistics.fmean(losses)))
         if points:
             points.sort(key=lambda point: point.active_parameters)
+            for one, other in pairwise(points):
+                if one.active_parameters == other.active_parameters:
+                    raise UserError(
+                        f"sizes {one.size!r} and {other.size!r} of {method} both have {one.active_parameters} active "
+                        "parameters, over which a curve goes: leave one of them out of isoflop.budgets"
+                    )
             optimum = fit_optimum([p.active_parameters for p in points], [p.loss for p in points])
             curves.append(Curve(method=method, flops=flops, points=points, optimum=optimum))
     return curves
+
+
+def _shared_seeds(sizes: Iterable[Mapping[int, Row]], seeds: Sequence[int]) -> list[int]:
+    """The seeds that every size has which has any of them, so that a curve compares sizes and no seeds; else all."""
+    begun = [of_seed for of_seed in sizes if any(seed in of_seed for seed in seeds)]
+    return [seed for seed in seeds if all(seed in of_seed for of_seed in begun)] or list(seeds)
 
 
 def optima_table(curves: Sequence[Curve]) -> list[dict[str, Any]]:

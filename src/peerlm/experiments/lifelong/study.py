@@ -21,7 +21,7 @@ TOOK = ("steps", "tokens", "flops", "seconds", "trained_parameters")
 
 
 def lifelong(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool = True) -> dict[str, Any]:
-    """Make every stream of a recipe (see `lifelong_plan.load_plan`), then write tables and a plot.
+    """Make every stream of a recipe (see `lifelong.plan.load_plan`), then write tables and a plot.
 
     Each stage is a row of OUTPUT/rows.jsonl and is not made again; an interrupted stream goes on from its checkpoint.
     OUTPUT also gets table.md, table.json and forgetting.png, and of [facts] facts.jsonl and facts.md.
@@ -83,8 +83,12 @@ def _named(row: Mapping[str, Any], stream: PlannedStream, key: str) -> dict[str,
 def _rows_of(plan: LifelongPlan) -> list[dict[str, Any]]:
     """The rows of this recipe that are there, in its order."""
     by_key = {row["key"]: row for row in read_rows(plan.output / "rows.jsonl")}
-    keys = [stream.key(number) for stream in plan.streams for number in range(len(stream.order) + 1)]
-    return [by_key[key] for key in keys if key in by_key]
+    return [
+        {**by_key[key], "label": stream.label}  # two methods of one configuration share rows
+        for stream in plan.streams
+        for key in (stream.key(number) for number in range(len(stream.order) + 1))
+        if key in by_key
+    ]
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], full: str) -> list[dict[str, Any]]:
@@ -93,7 +97,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], full: str) -> list[dict[str, An
     "forgetting" is the rise of loss of the base's domain since before the first stage, "old_forgetting" that of each
     domain learned before the last since its own stage, both after the last stage, in nats; "new_loss" is the mean over
     stages of the loss of the stage's domain right after it. "share" is forgetting over that of `full`, "excess"
-    new_loss over that of `full`, less 1; both None where there is no such stream.
+    new_loss over that of `full`, less 1; None where there is no such stream, share also where full forgot nothing.
     """
     streams: dict[tuple[str, tuple[str, ...], int], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -105,7 +109,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], full: str) -> list[dict[str, An
         reference = complete.get((full, order, seed))
         if reference is not None:
             against = _figures(reference)
-            figures["share"] = figures["forgetting"] / against["forgetting"]
+            if against["forgetting"] > 0:
+                figures["share"] = figures["forgetting"] / against["forgetting"]
             figures["excess"] = figures["new_loss"] / against["new_loss"] - 1
         found.setdefault(label, []).append(figures)
     return [

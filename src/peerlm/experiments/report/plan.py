@@ -48,6 +48,8 @@ class SectionConfig:
     """With kind "comparison" or "table": what is drawn."""
 
     def __post_init__(self) -> None:
+        if not self.rows:
+            raise UserError(f"section {self.title!r} of the report names no rows: add rows = [...]")
         if self.kind == "isoflop" and not self.recipe:
             raise UserError(f"section {self.title!r} of the report names no recipe: add recipe = ...")
         if self.kind == "table" and self.plot is not None and not self.plot.x:

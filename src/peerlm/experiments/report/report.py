@@ -1,5 +1,6 @@
 """One report from all rows: Markdown with its plots beside it, and one HTML file that needs nothing else."""
 
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ import matplotlib as mpl
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
+from peerlm.errors import UserError
 from peerlm.experiments.report.plan import SectionConfig, load_report
 from peerlm.experiments.report.sections import Section, make_section
 from peerlm.files import write_bytes
@@ -38,8 +40,10 @@ def report(definition: str | Path, output: str | Path) -> list[Path]:
         UserError: the definition, a recipe or a row cannot be read.
     """
     output = Path(output)
-    title, markdown, figures = compose(definition)
-    drawn = {name: _svg(figure, name) for name, figure in figures.items()}
+    with mpl.rc_context():
+        mpl.rcdefaults()  # a style of the user's would be seen in the plots
+        title, markdown, figures = compose(definition)
+        drawn = {name: _svg(figure, name) for name, figure in figures.items()}
     (output / PLOTS).mkdir(parents=True, exist_ok=True)
     files = {output / PLOTS / f"{name}.svg": svg.encode() for name, svg in drawn.items()}
     files |= {output / "results.md": markdown.encode(), output / "results.html": _html(title, markdown, drawn)}
@@ -55,6 +59,14 @@ def compose(definition: str | Path) -> tuple[str, str, dict[str, Figure]]:
         UserError: as `report`.
     """
     plan = load_report(definition)
+    titles: dict[str, str] = {}
+    for config in plan.section:
+        if (slug := _slug(config.title)) in titles:
+            raise UserError(
+                f"two sections of the report are called {titles[slug]!r} and {config.title!r}, and their plots would "
+                "have one name: let them differ in Latin letters or digits"
+            )
+        titles[slug] = config.title
     sections = [(config, make_section(config)) for config in plan.section]
     figures = {
         f"{_slug(config.title)}-{_slug(name)}": figure
@@ -100,12 +112,12 @@ def _svg(figure: Figure, name: str) -> str:
 
 
 def _html(title: str, markdown: str, drawn: Mapping[str, str]) -> bytes:
-    body = MarkdownIt("commonmark").enable("table").render(markdown)
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     for name, svg in drawn.items():
         image = re.search(rf'<img src="{PLOTS}/{name}\.svg"[^>]*>', body)
         assert image is not None
         body = body.replace(image.group(), svg[svg.index("<svg") :])
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>\n{body}</body></html>\n".encode()
 
 

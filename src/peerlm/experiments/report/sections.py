@@ -20,7 +20,7 @@ from peerlm.experiments.isoflop.plan import load_isoflop
 from peerlm.experiments.isoflop.tables import equal_loss_markdown, equal_seconds_markdown, optima_markdown
 from peerlm.experiments.markdown import markdown_rows
 from peerlm.experiments.report.plan import PlotConfig, SectionConfig
-from peerlm.experiments.rows import read_rows
+from peerlm.experiments.rows import read_rows, read_runs
 from peerlm.experiments.scaling.laws import law_markdown, plot_law, read_law, rows_digest
 
 Row = Mapping[str, Any]
@@ -46,7 +46,8 @@ def make_section(config: SectionConfig) -> Section:
     """
     if config.kind == "scaling":
         return _scaling(config)
-    rows: list[Row] = [row for file in config.rows for row in read_rows(Path(file))]
+    read = read_rows if config.kind == "table" else read_runs
+    rows: list[Row] = [row for file in config.rows for row in read(Path(file))]
     if config.kind == "isoflop":
         return _isoflop(config, rows)
     if config.kind == "comparison":
@@ -74,7 +75,7 @@ def _scaling(config: SectionConfig) -> Section:
 def _isoflop(config: SectionConfig, rows: Sequence[Row]) -> Section:
     plan = load_isoflop(config.recipe)
     runs = [run.planned for run in plan.runs(plan.all_seeds)]
-    own = rows_of(runs, plan.compare, rows)
+    own = rows_of(runs, plan.compare, _once(rows))
     curves = curves_of(plan, own)
     if not curves:
         return Section(rows=[])
@@ -101,14 +102,22 @@ def _isoflop(config: SectionConfig, rows: Sequence[Row]) -> Section:
 
 
 def _comparison(config: SectionConfig, rows: Sequence[Row]) -> Section:
-    own, note = list(rows), []
+    own, note = _once(rows), []
     if config.recipe:
         plan = load_plan(config.recipe)
-        own = rows_of(plan.runs, plan.compare, rows)
-        if missing := len(plan.runs) - len({row["key"] for row in own}):
+        own = rows_of(plan.runs, plan.compare, own)
+        if missing := len({run.key(plan.compare) for run in plan.runs} - {row["key"] for row in own}):
             note = [f"{missing} of {len(plan.runs)} runs of the recipe are not made yet."]
     if not own:
         return Section(rows=[])
+    named: set[tuple[str, int]] = set()
+    for row in own:
+        if (name := (row["label"], row["seed"])) in named:
+            raise UserError(
+                f"section {config.title!r} of the report has two runs of {name[0]!r}, seed {name[1]}, with different "
+                "settings: name a recipe, whose rows alone count, or take one of the files of rows out"
+            )
+        named.add(name)
     tables = [*note, markdown_rows(columns_of(summarise(own)))]
     plot = config.plot or PlotConfig()
     if not plot.x:
@@ -134,6 +143,11 @@ def _table(config: SectionConfig, rows: Sequence[Row]) -> Section:
             points.setdefault(place, []).append(_product(row, (plot.y,), config))
         figures = {plot.y: _plot_lines(points, plot, plot.y.replace("_", " "))}
     return Section(rows=list(rows), tables=[markdown_rows(columns)], figures=figures)
+
+
+def _once(rows: Sequence[Row]) -> list[Row]:
+    """Rows without those that stand in several files, of which the last counts."""
+    return list({row["key"]: row for row in rows}.values())
 
 
 def _plot_labels(rows: Sequence[Row]) -> Figure:

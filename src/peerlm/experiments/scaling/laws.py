@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from peerlm.errors import UserError
 from peerlm.experiments.figures import finish
 from peerlm.experiments.markdown import markdown_rows
-from peerlm.experiments.rows import read_rows
+from peerlm.experiments.rows import read_runs
 from peerlm.experiments.scaling.fit import CONSTANTS, Law, RunPoint, bootstrap, constants, fit_law, interval, varied
 from peerlm.experiments.scaling.points import Group, groups_of
 from peerlm.files import write_bytes
@@ -55,7 +55,7 @@ def scaling(
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"there are no rows at {file}: name a file that peerlm compare or peerlm isoflop wrote")
-        rows += read_rows(Path(file))
+        rows += read_runs(Path(file))
     groups = {group.name: group for group in groups_of(rows)}
     for method in methods:
         if method not in groups:
@@ -158,8 +158,9 @@ def read_law(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no law at {path}: make one with `peerlm scaling`, and name it with --law")
     try:
         law = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(law["methods"], dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        assert {"files", "digest"} <= law.keys()
+        assert all({"constants", "bootstrap", "ranges", "model"} <= fit.keys() for fit in law["methods"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"{path} is no law of `peerlm scaling`: name the file that it wrote") from error
     return dict(law)
 
