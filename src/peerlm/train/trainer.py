@@ -77,7 +77,10 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
             if (run / "summary.json").is_file():
                 return TrainResult(run=run, summary=json.loads((run / "summary.json").read_text()))
             trainer = Trainer(config, ranks, progress=progress)
-            return TrainResult(run=run, summary=trainer.train())
+            try:
+                return TrainResult(run=run, summary=trainer.train())
+            finally:
+                trainer.unwrap()
     except Exception as error:
         if is_disk_full(error):
             raise UserError(f"the disk of {run} is full: free some space, then --resume; {last_good(run)}") from error
@@ -285,10 +288,14 @@ class Trainer:
 
     def adapt_to_growth(self) -> None:
         """Wrap the model anew, whose parameters are others now, and count what it costs."""
-        self.forward = self.model  # what exchanged gradients of the old parameters ends before another does
-        gc.collect()
+        self.unwrap()
         self.forward = wrap_forward(self.model, self.config, self.ranks)
         self.cost = model_cost(self.model, self.config.data.context)
+
+    def unwrap(self) -> None:
+        """Let what exchanges gradients end while the processes are joined: it waits for them, sometimes for ever."""
+        self.forward = self.model
+        gc.collect()
 
     def open(self, state: TrainState, progress: float) -> TrainState:
         """Let new experts in as far as they should be at this share of the budget."""
