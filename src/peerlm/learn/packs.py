@@ -58,4 +58,4 @@ class Packs(Method):
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stage: Stage) -> None:
         """The pack alone."""
-        save_pack(model, stage.name, stage.folder / PACK)
+        save_pack(model, stage.name, stage.folder / PACK, data={"domain": stage.name})
