@@ -7,6 +7,7 @@ of text says of which country it speaks; the rest of an article is left out.
 import hashlib
 import html
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -167,14 +168,15 @@ def _measure(
 def markdown_facts(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of `learn_facts` as a table."""
     lines = [
-        "| method, seed | after | perplexity of values | values right | prose, nats | LAMBADA, nats of the word |",
+        "| method, seed | after | nats of a value | values right | prose, nats | LAMBADA, nats of the word |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         prose = "" if "prose" not in row else f"{row['prose']:.3f}"
         lambada = "" if "lambada" not in row else f"{row['lambada']['nats']:.3f}"
+        nats = math.log(row["asked"]["perplexity"])
         lines.append(
-            f"| {row['label']}, {row['seed']} | {row['stage'] or 'nothing'} | {row['asked']['perplexity']:,.1f} "
+            f"| {row['label']}, {row['seed']} | {row['stage'] or 'nothing'} | {nats:.1f} "
             f"| {row['asked']['accuracy']:.1%} | {prose} | {lambada} |"
         )
     return "\n".join([*lines, ""])
