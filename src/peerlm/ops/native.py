@@ -70,7 +70,8 @@ def move_to_start(source: Tensor, target: Tensor) -> bool:
     if module is None or source.device.type != "cpu" or not source.is_contiguous() or source.is_pinned():
         return False
     storage = source.untyped_storage()
-    owners = torch._C._storage_Use_Count(storage._cdata) - 1  # `storage` here is one
+    count = getattr(torch._C, "_storage_Use_Count", None)  # not public; without it nothing is moved
+    owners = 0 if count is None else count(storage._cdata) - 1  # `storage` here is one
     if owners != 1 or not (storage.resizable() or _is_of_a_file(storage.data_ptr())):
         return False
     flat = (source.detach().view(-1).view(torch.uint8), target.view(-1).view(torch.uint8))
