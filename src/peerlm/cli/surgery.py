@@ -55,10 +55,7 @@ def convert(
             undo=undo,
             report=partial(advance, bar, {}),
         )
-    if as_json:
-        print_json(row)
-    else:
-        print_table(str(output), {"value": {**row, "layers": "\n".join(row["layers"])}})
+    _print_change(output, row, as_json)
 
 
 @app.command(
@@ -95,7 +92,7 @@ def grow(
         renumber=renumber,
         seed=seed,
     )
-    _print_resized(output, row, as_json)
+    _print_change(output, row, as_json)
 
 
 @app.command(epilog="Example: peerlm shrink runs/a smaller/ --text book.txt")
@@ -115,7 +112,7 @@ def shrink(
     folder = model_folder(model)
     samples = samples_of(folder, text)
     assert samples is not None
-    _print_resized(output, shrink_folder(folder, output, num_experts, samples), as_json)
+    _print_change(output, shrink_folder(folder, output, num_experts, samples), as_json)
 
 
 def samples_of(folder: Path, text: list[Path]) -> Iterable[dict[str, Any]] | None:
@@ -126,7 +123,7 @@ def samples_of(folder: Path, text: list[Path]) -> Iterable[dict[str, Any]] | Non
     return batches_of(text_windows(open_tokenizer(folder), text, context=256)) if text else None
 
 
-def _print_resized(output: Path, row: dict[str, Any], as_json: bool) -> None:
+def _print_change(output: Path, row: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(row)
     else:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from peerlm.errors import UserError
 from peerlm.evaluate.loading import load_model
 from peerlm.learn.method import Method, Stage, freeze
-from peerlm.surgery.pack import load_pack, new_pack, pack_parameters, save_pack
+from peerlm.surgery.pack import load_pack, new_pack, save_pack
 from peerlm.surgery.pack_files import check_pack_name
 
 PACK = "pack"
@@ -52,8 +52,6 @@ class Packs(Method):
             new_pack(model, stage.name, self.experts, seed=stage.seed)
         except ValueError as error:
             raise UserError(f"no pack can be made for {stage.name!r}: {error}") from error
-        for parameter in pack_parameters(model, stage.name):
-            parameter.requires_grad_(True)
         return model
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stage: Stage) -> None:

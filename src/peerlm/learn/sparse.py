@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
@@ -45,6 +47,12 @@ def background_counts(model: nn.Module, windows: Iterable[Tensor]) -> tuple[dict
                 counts[name] = counts[name] + found if name in counts else found
             number += 1
     return counts, number
+
+
+@lru_cache(maxsize=1)
+def _read_counts(path: Path, written_ns: int) -> dict[str, Tensor]:
+    """The counts in a file that was written then: every step of a stage asks for them."""
+    return load_file(path)
 
 
 def tf_idf(retrievals_N: Tensor, background_N: Tensor, num_windows: int) -> Tensor:
@@ -129,7 +137,8 @@ class Sparse(Method):
 
     def restrict(self, model: nn.Module, stage: Stage, usage: Mapping[str, ExpertUsage]) -> None:
         """Keep the gradients of the chosen experts."""
-        background = load_file(stage.folder / BACKGROUND_FILE)
+        path = stage.folder / BACKGROUND_FILE
+        background = _read_counts(path, path.stat().st_mtime_ns)
         for name, layer in peer_layers(model).items():
             index = f"{name}.product_keys"
             retrievals_N = usage[index].retrievals_N

@@ -59,14 +59,13 @@ class _Watch:
 
     def __call__(self, index: Any, arguments: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, mask = arguments[0], arguments[1] if len(arguments) > 1 else None
-        _, ids_THK = output[0].flatten(0, -3), output[1].flatten(0, -3)
-        query = index.query(x, mask).flatten(0, -3)
-        if mask is not None:
-            real = mask.flatten().bool()
-            ids_THK, query = ids_THK[real], query[real]
+        ids_THK, real = output[1].flatten(0, -3), slice(None) if mask is None else mask.flatten().bool()
+        ids_THK = ids_THK[real]
         usage, queries = self.observed.usage, self.observed.queries
         flat = ids_THK + index.num_experts * torch.arange(index.heads, device=ids_THK.device)[:, None]
         counts = flat.flatten().bincount(minlength=index.heads * index.num_experts).view(index.heads, -1)
         usage[self.name] = usage.get(self.name, 0) + counts
-        kept = queries.get(self.name, query[:0])
-        queries[self.name] = torch.cat([kept, query[: self.max_queries - len(kept)].float()])
+        missing = self.max_queries - len(queries.get(self.name, ()))
+        if missing > 0:
+            query = index.query(x, mask).flatten(0, -3)[real][:missing].float()
+            queries[self.name] = torch.cat([queries[self.name], query]) if self.name in queries else query
