@@ -21,6 +21,7 @@ ACTIVATION_OF_FLOAT: dict[str, Callable[[float], float]] = {
     "gelu_tanh": lambda z: z * 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
     "relu": lambda z: max(z, 0.0),
     "silu": lambda z: z / (1 + math.exp(-z)),
+    "one_plus": lambda z: 1 + z,
     "identity": lambda z: z,
 }
 

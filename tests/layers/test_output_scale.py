@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
-from peerlm.layers.output_scale import ACTIVATION_POWER, OUTPUT_POWER, output_std
+from peerlm.layers.output_scale import ACTIVATION_POWER, INPUT_STD, OUTPUT_POWER, output_std
 from peerlm.ops.reference import ACTIVATIONS, WEIGHTINGS, half_scores
 
 # The draw of weights and tokens moves the mean square by several percent: sub-keys and large experts are few.
@@ -20,10 +20,11 @@ def output_power(layer: nn.Module, dim: int, tokens: int = 256) -> float:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activation_power_is_the_integral_over_a_standard_normal(activation: str) -> None:
+def test_activation_power_is_the_integral_over_what_goes_in(activation: str) -> None:
     z = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    power = torch.trapezoid(ACTIVATIONS[activation](z).square() * density, z).item()
+    value = ACTIVATIONS[activation](INPUT_STD.get(activation, 1.0) * z)
+    power = torch.trapezoid(value.square() * density, z).item()
     assert ACTIVATION_POWER[activation] == pytest.approx(power, abs=5e-6)
 
 
@@ -54,6 +55,16 @@ def test_dense(activation: str, gated: bool, dim: int) -> None:
 def test_peer(activation: str, weighting: str, dim: int) -> None:
     layer = PEER(dim, num_experts=128**2, activation=activation, weighting=weighting)
     assert output_power(layer, dim) == pytest.approx(OUTPUT_POWER, rel=TOLERANCE)
+
+
+@torch.no_grad()
+def test_experts_of_one_plus_start_near_a_memory() -> None:
+    for gated, activated in ((False, 0), (True, 2)):
+        table = PEER(128, num_experts=128**2, activation="one_plus", gated=gated).experts
+        deviations = table.rows.std(dim=(0, 2))
+        assert deviations[activated].item() == pytest.approx(0.1 * 128**-0.5, rel=0.01)
+        if gated:
+            assert deviations[0].item() == pytest.approx(128**-0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("query_norm", ["layer", "none"])

@@ -48,17 +48,17 @@ def test_a_method_of_a_comparison_may_have_one(tmp_path: Path) -> None:
     text = (ROOT / "recipes/compare.toml").read_text(encoding="utf-8").split("[methods.PEER]")[0]
     path = tmp_path / "compare.toml"
     path.write_text(
-        text + '[methods.PEER]\npreset = "tuned"\n[methods.small]\npreset = "tuned"\nmodel.peer.heads = 1\n'
+        text + '[methods.PEER]\npreset = "tuned"\n[methods.small]\npreset = "tuned"\nmodel.peer.heads = 2\n'
     )
     tuned, small = load_plan(path).runs[:2]
     spelled_out = next(run for run in compared.runs if run.method == "PEER")
     assert tuned.key(compared.compare) == spelled_out.key(compared.compare)
-    assert small.train.model["peer"]["heads"] == 1
-    assert PRESETS["tuned"]["model"]["peer"]["heads"] == 4
+    assert small.train.model["peer"]["heads"] == 2
+    assert PRESETS["tuned"]["model"]["peer"]["heads"] == 1
 
 
 def test_presets_are_settings_of_the_layer() -> None:
-    layer = PEER(8, **merge(PRESETS["tuned"]["model"]["peer"], {"num_experts": 256}))
+    layer = PEER(8, **merge(PRESETS["tuned"]["model"]["peer"], {"num_experts": 64**2}))
     assert layer.weight_scale == 256.0
     paper = PRESETS["paper"]["model"]["peer"]
     defaults = PEER.__init__.__kwdefaults__

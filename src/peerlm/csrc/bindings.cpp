@@ -56,6 +56,7 @@ Activation activation_of(const std::string& name) {
   if (name == "relu") return Activation::relu;
   if (name == "silu") return Activation::silu;
   if (name == "identity") return Activation::identity;
+  if (name == "one_plus") return Activation::one_plus;
   throw std::invalid_argument("unknown activation " + name);
 }
 

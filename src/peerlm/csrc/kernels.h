@@ -16,7 +16,7 @@ namespace peerlm {
 enum class Weighting { softmax, sigmoid, relu, none };
 // Which id the expert of sub-keys (i, j) has: see ops/pairing.py.
 enum class Pairing { row_major, shells };
-enum class Activation { gelu, gelu_tanh, relu, silu, identity };
+enum class Activation { gelu, gelu_tanh, relu, silu, identity, one_plus };
 enum class RowFormat { f32, bf16, i8 };
 
 // Rows of a table; `scales` (N, parts) belongs to i8 alone.

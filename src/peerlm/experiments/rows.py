@@ -65,6 +65,7 @@ def machine_and_date() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "python": platform.python_version(),
             "torch": torch.__version__,
+            **({"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         },
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerlm.layers.inputs import check_sizes, check_weight_scale, flatten_tokens
-from peerlm.layers.output_scale import output_std
+from peerlm.layers.output_scale import input_std, output_std
 from peerlm.layers.product_keys import ProductKeys, sub_keys_per_half
 from peerlm.layers.row_table import RowTable, empty_rows
 from peerlm.ops import api
@@ -25,7 +25,7 @@ class DenseFFW(nn.Module):
     Args:
         dim: width of input and output.
         hidden: hidden neurons; 4 * dim if None, or 8 / 3 * dim if gated, which is as many parameters.
-        activation: "gelu", "gelu_tanh", "relu", "silu" or "identity".
+        activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
         gated: with activation="silu" this is SwiGLU.
     """
 
@@ -43,11 +43,12 @@ class DenseFFW(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
-        """Input matrices N(0, 1 / dim), the output matrix by `output_scale.py`, times `output_scale`."""
+        """All matrices by `output_scale.py`, that of the output times `output_scale`."""
         hidden = self.up_proj.in_features
-        nn.init.normal_(self.down_proj.weight, std=self.dim**-0.5)
+        plain, activated = input_std(self.dim), input_std(self.dim, self.activation)
+        nn.init.normal_(self.down_proj.weight, std=activated if self.gate_proj is None else plain)
         if self.gate_proj is not None:
-            nn.init.normal_(self.gate_proj.weight, std=self.dim**-0.5)
+            nn.init.normal_(self.gate_proj.weight, std=activated)
         nn.init.normal_(self.up_proj.weight, std=output_scale * output_std(hidden, self.activation))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -76,9 +77,9 @@ class _LargeExperts(nn.Module, ABC):
         self.up = nn.Parameter(torch.empty(num_experts, hidden, dim))
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
-        """Router and inputs N(0, 1 / dim), output matrices by `output_scale.py`, times `output_scale`."""
+        """The router N(0, 1 / dim), the others by `output_scale.py`, those of the output times `output_scale`."""
         nn.init.normal_(self.router.weight, std=self.dim**-0.5)
-        nn.init.normal_(self.down, std=self.dim**-0.5)
+        nn.init.normal_(self.down, std=input_std(self.dim, self.activation))
         std = output_std(self.hidden * self._initial_gate_power(), self.activation)
         nn.init.normal_(self.up, std=output_scale * std)
 
@@ -112,7 +113,7 @@ class ExpertChoiceMoE(_LargeExperts):
         num_experts: E.
         hidden: hidden neurons per expert, 4 * dim if None.
         capacity_factor: experts per token on average.
-        activation: "gelu", "gelu_tanh", "relu", "silu" or "identity".
+        activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class TokenChoiceMoE(_LargeExperts):
         num_experts: E.
         experts_per_token: k <= E.
         hidden: hidden neurons per expert, 4 * dim if None.
-        activation: "gelu", "gelu_tanh", "relu", "silu" or "identity".
+        activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
     """
 
     balance_loss: Tensor | None = None

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peerlm.layers.output_scale import input_std
 from peerlm.layers.row_table import RowTable, empty_rows
 from peerlm.ops import api
 from peerlm.ops.rows import prepare_rows, wants_row_gradients
@@ -18,7 +19,7 @@ class ExpertTable(RowTable):
     Args:
         num_experts: N.
         dim: width of input and output.
-        activation: "gelu", "gelu_tanh", "relu", "silu" or "identity".
+        activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
         gated: whether experts have a gate vector.
         backend: a name in `peerlm.ops.api.BACKENDS`.
         row_format: "float32" (torch's default dtype, should that be another), "bfloat16", or "int8" with a scale for
@@ -62,17 +63,24 @@ class ExpertTable(RowTable):
         self.reset_parameters(up_std)
 
     def reset_parameters(self, up_std: float = 1.0) -> None:
-        """u, g ~ N(0, 1 / dim): pre-activations of unit variance. v ~ N(0, up_std^2)."""
+        """u, g ~ N(0, 1 / dim), what is activated by `output_scale.py`; v ~ N(0, up_std^2)."""
         if self.rows.is_meta or getattr(self.rows, "_is_hf_initialized", False):
             return  # transformers marks what it has loaded
         with torch.no_grad():
             if self.scales is None:
-                _fill_normal(self.rows, self.dim**-0.5, up_std)
+                self._fill(self.rows, up_std)
             else:
                 rows = torch.empty(self.rows.shape, device=self.rows.device)
-                _fill_normal(rows, self.dim**-0.5, up_std)
+                self._fill(rows, up_std)
                 for target, value in zip((self.rows, self.scales), quantise(rows), strict=True):
                     target.copy_(value)
+
+    def _fill(self, rows: Tensor, up_std: float) -> None:
+        plain, activated = input_std(self.dim), input_std(self.dim, self.activation)
+        rows.normal_(std=plain)
+        rows[:, 1].mul_(up_std / plain)
+        if activated != plain:
+            rows[:, 2 if self.gated else 0].mul_(activated / plain)
 
     @property
     def row_format(self) -> str:
@@ -158,11 +166,6 @@ def _row_dtype(row_format: str) -> torch.dtype:
     if row_format not in ROW_FORMATS:
         raise ValueError(f"row_format is {row_format!r}; choose one of {', '.join(ROW_FORMATS)}")
     return ROW_FORMATS[row_format]
-
-
-def _fill_normal(rows: Tensor, in_std: float, up_std: float) -> None:
-    rows.normal_(std=in_std)
-    rows[:, 1].mul_(up_std / in_std)
 
 
 def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:

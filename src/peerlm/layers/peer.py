@@ -29,7 +29,8 @@ class PEER(nn.Module):
         shared_keys: one set of sub-keys for all heads (the paper's text), or one per head (Lample 2019).
         query_norm: "batch", "layer" or "none".
         weighting: "softmax" over a head's k scores, "sigmoid", "relu", or "none" (the raw score).
-        activation: "gelu", "gelu_tanh", "relu", "silu" or "identity".
+        activation: "gelu", "gelu_tanh", "relu", "silu", "identity", or "one_plus": (1 + u . x) v, which starts near a
+            memory's value v.
         gated: give experts a gate vector: (u . x) * act(g . x) * v.
         dropout: share of retrieved experts dropped per token in training; the others' weights are scaled up.
         backend: a name in `peerlm.ops.api.BACKENDS`.

@@ -138,7 +138,7 @@ def mix_experts(
         weights, expert_ids: (T, P); ids int64 in 0 .. N - 1, repetitions count each time.
         rows: (N, 2, D), the experts' u and v, or (N, 3, D) with g for gated experts; a float dtype, or int8.
         scales: (N, 2 or 3) float32, what each vector of int8 rows is multiplied by; otherwise None.
-        activation: "gelu", "gelu_tanh", "relu", "silu" or "identity".
+        activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
         backend: a name in `BACKENDS`.
         row_gradients: give the gradient of `rows` as a sparse tensor of the rows that occur; not with "bag".
 

@@ -21,6 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
     "identity": lambda hidden: hidden,
+    "one_plus": lambda hidden: 1 + hidden,
 }
 
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {

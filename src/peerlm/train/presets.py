@@ -21,24 +21,24 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
         },
     },
-    # The best of recipes/tune.toml, recipes/tune_scale.toml and recipes/tune_index.toml, as recipes/compare.toml has
-    # it; docs/results.md has a row for each setting.
+    # The best of recipes/tune.toml, tune_scale.toml, tune_index.toml and tune_heads.toml, as recipes/compare.toml has;
+    # docs/results.md has a row for each setting.
     "tuned": {
         "model": {
             "ffw_layers": "peer",
             "ffw_init_scale": 1.0,
             "peer": {
                 "num_experts": 128**2,
-                "heads": 4,
-                "experts_per_head": 16,
-                "key_dim": 64,
+                "heads": 1,
+                "experts_per_head": 64,
+                "key_dim": 32,
                 "shared_keys": False,
                 "query_norm": "layer",
                 "activation": "relu",
                 "weight_scale": 256.0,
             },
         },
-        "optim": {"learning_rate": 4e-3, "keys_lr_multiplier": 0.25, "table_lr_multiplier": 0.25},
+        "optim": {"learning_rate": 6e-3, "keys_lr_multiplier": 0.25, "table_lr_multiplier": 0.25},
     },
 }
 """Sections of a recipe by the preset's name."""

@@ -11,7 +11,15 @@ from peerlm import UserError
 from peerlm.cli import main
 from peerlm.experiments.comparison import make_rows
 from peerlm.experiments.comparison.plan import load_plan
-from peerlm.experiments.isoflop.curves import curves_of, equal_loss_table, equal_seconds_table, optima_table, seconds_of
+from peerlm.experiments.isoflop.curves import (
+    comparable_seconds,
+    curves_of,
+    equal_loss_table,
+    equal_seconds_table,
+    made_on_both,
+    optima_table,
+    seconds_of,
+)
 from peerlm.experiments.isoflop.plan import load_isoflop
 from peerlm.experiments.isoflop.study import isoflop
 from peerlm.experiments.isoflop.tables import equal_loss_markdown, equal_seconds_markdown, optima_markdown
@@ -157,6 +165,27 @@ def test_seconds_are_the_processors_where_it_trained() -> None:
     summary = {"seconds": 9.0, "cpu_seconds": 8.0, "threads": 2, "device": "cpu"}
     assert seconds_of({"summary": summary}) == 4.0
     assert seconds_of({"summary": summary | {"device": "cuda:0"}}) == 9.0
+
+
+def test_runs_made_on_a_gpu_cost_what_their_tokens_take_on_the_cpu(study: Any) -> None:
+    rows = study.rows([0])
+    assert not made_on_both(curves_of(study.plan, rows))
+    for row in rows:
+        if "4e9" in row["label"]:
+            row["summary"] |= {"device": "cuda:0", "seconds": 0.5, "tokens": 3 * row["summary"]["tokens"]}
+    slow = [row for row in rows if row["label"] != "PEER flops=1e9 size=small"]  # PEER's small model has no speed now
+    curves = curves_of(study.plan, slow)
+    assert made_on_both(curves)
+    cost = comparable_seconds(curves)
+    of_label = {row["label"]: cost(row) for row in slow}
+    assert of_label["PEER flops=4e9 size=small"] is None
+    for method in ("dense", "PEER"):
+        assert of_label[f"{method} flops=4e9 size=middle"] == pytest.approx(
+            3 * of_label[f"{method} flops=1e9 size=middle"]  # the study's runs all have as many tokens
+        )
+    assert {row["seconds"] > 1 for row in optima_table(curves)} == {True}
+    alone = [row for row in slow if row["summary"]["device"] != "cpu"]
+    assert comparable_seconds(curves_of(study.plan, alone))(alone[0]) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,6 +12,8 @@ from peerlm.experiments.isoflop.fit import Optimum, SeedSpread, cost_of, fit_opt
 from peerlm.experiments.isoflop.plan import IsoflopPlan
 
 Row = Mapping[str, Any]
+Cost = Callable[[Row], float | None]
+"""What a run cost; None where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +106,16 @@ def optima_table(curves: Sequence[Curve]) -> list[dict[str, Any]]:
     spread over seeds that is pooled over all runs.
     """
     spread = pooled_spread(point.losses for curve in curves for point in curve.points)
+    seconds = comparable_seconds(curves)
     files = list(dict.fromkeys(f for c in curves for p in c.points for r in p.rows.values() for f in r["evaluation"]))
     spreads = {
         file: pooled_spread(_log_perplexities(point, file) for curve in curves for point in curve.points)
         for file in files
     }
-    return [_optimum_row(curve, spread, spreads) for curve in curves]
+    return [_optimum_row(curve, spread, spreads, seconds) for curve in curves]
 
 
-def _optimum_row(curve: Curve, spread: SeedSpread, spreads: Mapping[str, SeedSpread]) -> dict[str, Any]:
+def _optimum_row(curve: Curve, spread: SeedSpread, spreads: Mapping[str, SeedSpread], seconds: Cost) -> dict[str, Any]:
     point = curve.nearest
     summaries = [row["summary"] for row in point.rows.values()]
     perplexity = {"validation": _interval([math.exp(loss) for loss in point.losses], spread)}
@@ -132,7 +135,7 @@ def _optimum_row(curve: Curve, spread: SeedSpread, spreads: Mapping[str, SeedSpr
         "active_parameters": point.active_parameters,
         "total_parameters": summaries[0]["total_parameters"],
         "tokens": summaries[0]["tokens"],
-        "seconds": statistics.fmean(seconds_of(row) for row in point.rows.values()),
+        "seconds": _mean_cost(point, seconds),
     }
 
 
@@ -162,21 +165,59 @@ def seconds_of(row: Row) -> float:
     return float(summary["seconds"])
 
 
+def made_on_both(curves: Sequence[Curve]) -> bool:
+    """Whether some of the runs were trained on a CPU and some were not."""
+    return len({_on_cpu(row) for row in _rows_of(curves)}) == 2
+
+
+def comparable_seconds(curves: Sequence[Curve]) -> Cost:
+    """`seconds_of` runs of which all were trained on CPUs, or none.
+
+    Of others it is the seconds on a CPU: where a run was not made on one, what its tokens would take at the mean speed
+    of the runs of its method and size that were, None where there are none.
+    """
+    if not made_on_both(curves):
+        return seconds_of
+    per_token: dict[tuple[str, str], list[float]] = {}
+    for row in filter(_on_cpu, _rows_of(curves)):
+        speed = seconds_of(row) / row["summary"]["tokens"]
+        per_token.setdefault((row["method"], row["sweep"]["size"]), []).append(speed)
+
+    def cost(row: Row) -> float | None:
+        if _on_cpu(row):
+            return seconds_of(row)
+        speeds = per_token.get((row["method"], row["sweep"]["size"]))
+        return None if speeds is None else statistics.fmean(speeds) * float(row["summary"]["tokens"])
+
+    return cost
+
+
+def _rows_of(curves: Sequence[Curve]) -> Iterator[Row]:
+    return (row for curve in curves for point in curve.points for row in point.rows.values())
+
+
+def _on_cpu(row: Row) -> bool:
+    return bool(row["summary"]["device"] == "cpu")
+
+
+def _mean_cost(point: Point, cost: Cost) -> float | None:
+    known = [each for row in point.rows.values() if (each := cost(row)) is not None]
+    return statistics.fmean(known) if known else None
+
+
 def flops_of_row(row: Row) -> float:
     """FLOPs of a run's training."""
     return float(row["summary"]["flops"])
 
 
-def frontiers(
-    curves: Sequence[Curve], cost: Callable[[Row], float] = seconds_of
-) -> dict[str, list[tuple[float, float]]]:
+def frontiers(curves: Sequence[Curve], cost: Cost) -> dict[str, list[tuple[float, float]]]:
     """By method, the (cost, loss) of the runs, of any size and budget, that none beats in both; means over seeds."""
-    runs: dict[str, list[tuple[float, float]]] = {}
+    runs: dict[str, list[tuple[float, float]]] = {curve.method: [] for curve in curves}
     for curve in curves:
         for point in curve.points:
-            mean = statistics.fmean(cost(row) for row in point.rows.values())
-            runs.setdefault(curve.method, []).append((mean, statistics.fmean(point.losses)))
-    return {method: frontier(*zip(*points, strict=True)) for method, points in runs.items()}
+            if (mean := _mean_cost(point, cost)) is not None:
+                runs[curve.method].append((mean, statistics.fmean(point.losses)))
+    return {method: frontier(*zip(*points, strict=True)) for method, points in runs.items() if points}
 
 
 def equal_loss_table(curves: Sequence[Curve]) -> list[dict[str, Any]]:
@@ -184,14 +225,14 @@ def equal_loss_table(curves: Sequence[Curve]) -> list[dict[str, Any]]:
 
     Empty where there is none: no method costs less than its cheapest run.
     """
-    over_flops, over_seconds = frontiers(curves, flops_of_row), frontiers(curves)
+    over_flops, over_seconds = frontiers(curves, flops_of_row), frontiers(curves, comparable_seconds(curves))
     loss = max((points[-1][1] for points in over_flops.values()), default=0.0)
     table = [
         {
             "method": method,
             "loss": loss,
             "flops": cost_of(loss, points),
-            "seconds": cost_of(loss, over_seconds[method]),
+            "seconds": cost_of(loss, over_seconds[method]) if method in over_seconds else None,
         }
         for method, points in over_flops.items()
     ]
@@ -204,7 +245,7 @@ def equal_seconds_table(curves: Sequence[Curve], *, columns: int = 4) -> dict[st
     The seconds are spread evenly in the logarithm over what every method was measured at; none where there is no such
     range.
     """
-    found = frontiers(curves)
+    found = frontiers(curves, comparable_seconds(curves))
     low = max((points[0][0] for points in found.values()), default=0.0)
     high = min((points[-1][0] for points in found.values()), default=0.0)
     if not 0 < low < high:

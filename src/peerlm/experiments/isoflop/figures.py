@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerlm.experiments.figures import finish
-from peerlm.experiments.isoflop.curves import Curve, frontiers
+from peerlm.experiments.isoflop.curves import Curve, comparable_seconds, frontiers
 
 
 def plot_curves(curves: Sequence[Curve]) -> Figure:
@@ -50,12 +50,13 @@ def plot_costs(curves: Sequence[Curve]) -> Figure:
     methods = _methods(curves)
     figure = Figure(figsize=(11, 4), layout="constrained")
     over_flops, over_seconds = figure.subplots(1, 2, sharey=True)
-    fronts = frontiers(curves)
+    fronts = frontiers(curves, comparable_seconds(curves))
     for method in methods:
         own = sorted((curve for curve in curves if curve.method == method), key=lambda curve: curve.flops)
         style = {"color": f"C{methods.index(method) % 10}", "marker": ".", "label": method}
         over_flops.plot([c.flops for c in own], [math.exp(np.mean(c.nearest.losses)) for c in own], **style)
-        over_seconds.plot([s for s, _ in fronts[method]], [math.exp(loss) for _, loss in fronts[method]], **style)
+        front = fronts.get(method, [])
+        over_seconds.plot([seconds for seconds, _ in front], [math.exp(loss) for _, loss in front], **style)
     over_flops.set(xlabel="training FLOPs", ylabel="held-out perplexity")
     over_seconds.set(xlabel="seconds of training")
     for axes in (over_flops, over_seconds):

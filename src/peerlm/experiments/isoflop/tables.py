@@ -35,7 +35,7 @@ def optima_markdown(table: Sequence[Mapping[str, Any]]) -> str:
             "active": [f"{row['active_parameters'] / 1e6:.2f}M" for row in table],
             "parameters": [f"{row['total_parameters'] / 1e6:.2f}M" for row in table],
             "tokens": [f"{row['tokens'] / 1e6:.2f}M" for row in table],
-            "seconds": [f"{row['seconds']:,.0f}" for row in table],
+            "seconds": [_cost(row["seconds"], "{:,.0f}") for row in table],
         }
     )
 

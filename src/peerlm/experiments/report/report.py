@@ -93,7 +93,8 @@ def _provenance(config: SectionConfig, rows: Sequence[Mapping[str, Any]]) -> str
     if seeds := sorted({row["seed"] for row in rows if "seed" in row}):
         parts.append(f"seeds {', '.join(map(str, seeds))}")
     machines = {
-        f"{machine['cores']} cores ({machine['processor']}), torch {machine['torch']}"
+        f"{machine.get('accelerator') or str(machine['cores']) + ' cores'} ({machine['processor']}), "
+        f"torch {machine['torch']}"
         for row in rows
         if isinstance(machine := row.get("machine"), Mapping)
     }

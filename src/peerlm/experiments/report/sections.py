@@ -14,7 +14,13 @@ from peerlm.experiments.comparison.make_rows import rows_of
 from peerlm.experiments.comparison.plan import load_plan
 from peerlm.experiments.comparison.tables import columns_of, summarise
 from peerlm.experiments.figures import finish
-from peerlm.experiments.isoflop.curves import curves_of, equal_loss_table, equal_seconds_table, optima_table
+from peerlm.experiments.isoflop.curves import (
+    curves_of,
+    equal_loss_table,
+    equal_seconds_table,
+    made_on_both,
+    optima_table,
+)
 from peerlm.experiments.isoflop.figures import plot_costs, plot_curves
 from peerlm.experiments.isoflop.plan import load_isoflop
 from peerlm.experiments.isoflop.tables import equal_loss_markdown, equal_seconds_markdown, optima_markdown
@@ -93,7 +99,13 @@ def _isoflop(config: SectionConfig, rows: Sequence[Row]) -> Section:
         "The optimum is that of a parabola in the logarithm of active parameters. Loss and perplexity are of the run "
         "nearest to it, means over its seeds with 95% confidence intervals (Student's t, the spread over seeds pooled "
         f"over all runs). The best of these runs again, alone: `{again}`.",
-        "The same rows at equal seconds of training:",
+        "The same rows at equal seconds of training"
+        + (
+            " on a CPU; those of a run that was made on a GPU are what its tokens take at the speed that its method "
+            "and size have there:"
+            if made_on_both(curves)
+            else ":"
+        ),
         equal_seconds_markdown(equal_seconds_table(curves)),
         "What the lowest loss that all methods reach costs each, read between its best runs:",
         equal_loss_markdown(equal_loss_table(curves)),

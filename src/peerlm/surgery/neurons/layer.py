@@ -34,7 +34,7 @@ class NeuronLayer(nn.Module):
     Args:
         dim: width of input and output.
         hidden: F, neurons of the dense layer.
-        activation: "gelu", "gelu_tanh", "relu", "silu" or "identity".
+        activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
         gated: whether neurons are gated.
         biases: whether neurons have read or gate biases.
         share: share of the neurons that a token retrieves, above 0, at most 1.
