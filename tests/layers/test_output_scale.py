@@ -9,6 +9,7 @@ from torch import nn
 from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.layers.output_scale import ACTIVATION_POWER, INPUT_STD, OUTPUT_POWER, output_std
 from peerlm.ops.reference import ACTIVATIONS, WEIGHTINGS, half_scores
+from peerlm.surgery import grow
 
 # The draw of weights and tokens moves the mean square by several percent: sub-keys and large experts are few.
 TOLERANCE = 0.15
@@ -60,11 +61,13 @@ def test_peer(activation: str, weighting: str, dim: int) -> None:
 @torch.no_grad()
 def test_experts_of_one_plus_start_near_a_memory() -> None:
     for gated, activated in ((False, 0), (True, 2)):
-        table = PEER(128, num_experts=128**2, activation="one_plus", gated=gated).experts
-        deviations = table.rows.std(dim=(0, 2))
-        assert deviations[activated].item() == pytest.approx(0.1 * 128**-0.5, rel=0.01)
-        if gated:
-            assert deviations[0].item() == pytest.approx(128**-0.5, rel=0.01)
+        layer = PEER(128, num_experts=64**2, activation="one_plus", gated=gated, pairing="shells")
+        grow(layer, 128**2)
+        for rows in (layer.experts.rows[: 64**2], layer.experts.rows[64**2 :]):
+            deviations = rows.std(dim=(0, 2))
+            assert deviations[activated].item() == pytest.approx(0.1 * 128**-0.5, rel=0.01)
+            if gated:
+                assert deviations[0].item() == pytest.approx(128**-0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("query_norm", ["layer", "none"])

@@ -75,12 +75,17 @@ class ExpertTable(RowTable):
                 for target, value in zip((self.rows, self.scales), quantise(rows), strict=True):
                     target.copy_(value)
 
+    def input_stds(self) -> dict[int, float]:
+        """Standard deviation at the start of the vectors that meet the input, u and, if gated, g, by place in a row."""
+        activated = input_std(self.dim, self.activation)
+        return {0: input_std(self.dim), 2: activated} if self.gated else {0: activated}
+
     def _fill(self, rows: Tensor, up_std: float) -> None:
-        plain, activated = input_std(self.dim), input_std(self.dim, self.activation)
-        rows.normal_(std=plain)
-        rows[:, 1].mul_(up_std / plain)
-        if activated != plain:
-            rows[:, 2 if self.gated else 0].mul_(activated / plain)
+        drawn = input_std(self.dim)
+        rows.normal_(std=drawn)
+        for vector, std in {**self.input_stds(), 1: up_std}.items():
+            if std != drawn:
+                rows[:, vector].mul_(std / drawn)
 
     @property
     def row_format(self) -> str:

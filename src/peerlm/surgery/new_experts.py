@@ -34,7 +34,6 @@ def fill_new_rows(
     if isinstance(owner, ProductKeyMemory):
         rows[first:] = 0
         return
-    vectors = (0, 2) if owner.gated else (0,)
     seeds = iter(torch.randint(2**62, (-(-(len(rows) - first) // _ROWS_AT_ONCE),), generator=generator).tolist())
 
     def fill(begin: int, seed: int) -> None:
@@ -42,8 +41,8 @@ def fill_new_rows(
         own = torch.Generator().manual_seed(seed)
         fresh = torch.empty(part.stop - begin, rows.shape[1], owner.dim)
         fresh[:, 1] = 0
-        for vector in vectors:
-            fresh[:, vector].normal_(std=owner.dim**-0.5, generator=own)
+        for vector, std in owner.input_stds().items():
+            fresh[:, vector].normal_(std=std, generator=own)
         if scales is None:
             rows[part] = fresh.to(rows)
         else:

@@ -167,7 +167,7 @@ def seconds_of(row: Row) -> float:
 
 def made_on_both(curves: Sequence[Curve]) -> bool:
     """Whether some of the runs were trained on a CPU and some were not."""
-    return len({_on_cpu(row) for row in _rows_of(curves)}) == 2
+    return len({_on_cpu(row) for _, _, row in _runs_of(curves)}) == 2
 
 
 def comparable_seconds(curves: Sequence[Curve]) -> Cost:
@@ -178,22 +178,23 @@ def comparable_seconds(curves: Sequence[Curve]) -> Cost:
     """
     if not made_on_both(curves):
         return seconds_of
+    model_of = {row["key"]: (curve.method, point.size) for curve, point, row in _runs_of(curves)}
     per_token: dict[tuple[str, str], list[float]] = {}
-    for row in filter(_on_cpu, _rows_of(curves)):
-        speed = seconds_of(row) / row["summary"]["tokens"]
-        per_token.setdefault((row["method"], row["sweep"]["size"]), []).append(speed)
+    for _, _, row in _runs_of(curves):
+        if _on_cpu(row):
+            per_token.setdefault(model_of[row["key"]], []).append(seconds_of(row) / row["summary"]["tokens"])
 
     def cost(row: Row) -> float | None:
         if _on_cpu(row):
             return seconds_of(row)
-        speeds = per_token.get((row["method"], row["sweep"]["size"]))
+        speeds = per_token.get(model_of[row["key"]])
         return None if speeds is None else statistics.fmean(speeds) * float(row["summary"]["tokens"])
 
     return cost
 
 
-def _rows_of(curves: Sequence[Curve]) -> Iterator[Row]:
-    return (row for curve in curves for point in curve.points for row in point.rows.values())
+def _runs_of(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Point, Row]]:
+    return ((curve, point, row) for curve in curves for point in curve.points for row in point.rows.values())
 
 
 def _on_cpu(row: Row) -> bool:
