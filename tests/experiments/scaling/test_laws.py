@@ -133,8 +133,8 @@ def test_memory_limits_the_model(law_file: Path) -> None:
     def best(memory: float) -> Candidate:
         return plan_model(read_law(law_file), flops=1.6e12, memory=memory, method="PEER")[0]
 
-    free, tight = best(math.inf), best(2**25)
-    assert free.memory_gib > 2**-5 >= tight.memory_gib
+    free, tight = best(math.inf), best(2**24)
+    assert free.memory_gib > 2**-6 >= tight.memory_gib
     assert tight.loss > free.loss
 
 

@@ -73,9 +73,10 @@ def plan_model(
 ) -> list[Candidate]:
     """The best model of each method for a budget, that of least expected loss first.
 
-    Widths are tried from 32 to 8,192, with a block for each 64 of width, at least four. Experts and heads are tried
-    where the law's runs varied them, by powers of four and two, to four times and twice as far; all other settings are
-    those of its largest run. FLOPs are the accounting's, so that what the index costs counts.
+    Widths are tried from 32 to 8,192, with a block for each 64 of width, at least four. Experts and heads are tried by
+    powers of four and two where the law's runs varied them, and as far, for beyond that what the law says of them is a
+    guess at its worst; all other settings are those of its largest run. FLOPs are the accounting's, so that what the
+    index costs counts.
 
     Args:
         law: what `scaling` returns.
@@ -130,13 +131,14 @@ def _models(fit: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         numbers, choices = [round(active * expansion)], [round(active / k)]
         if fit["varied"]["expansion"]:
             low, high = fit["ranges"]["experts"]
-            numbers = [4**power for power in range(2, 16) if low / 4 <= 4**power <= 4 * high]
+            numbers = [4**power for power in range(2, 16) if low <= 4**power <= high]
         if fit["varied"]["granularity"]:
             low, high = fit["ranges"]["granularity"]
-            choices = [2**power for power in range(10) if low / 2 <= k * 2**power <= 2 * high]
+            choices = [2**power for power in range(10) if low <= k * 2**power <= high]
+        least, most = fit["ranges"]["expansion"]
         for number in numbers:
             for heads in choices:
-                if k * k <= number and heads * k <= number:
+                if k * k <= number and least <= number / (heads * k) <= most:
                     yield {**model, kind: {**settings, rows: number, index_heads: heads, per_head: k}}
 
 
