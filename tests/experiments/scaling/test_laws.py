@@ -129,6 +129,13 @@ def test_figures_of_deep_models_are_those_of_the_whole_model(law_file: Path) -> 
     assert found.tokens == int(1e16 / cost.training_flops_per_token)
 
 
+def test_a_plan_stays_within_the_experts_that_were_measured(law_file: Path) -> None:
+    """More experts are always better by this law, so that its word alone would take more than any run had."""
+    (found,) = plan_model(read_law(law_file), flops=1e16, method="PEER")
+    assert found.experts == 4096
+    assert not any(name in warning for warning in found.warnings for name in ("experts", "expansion", "granularity"))
+
+
 def test_memory_limits_the_model(law_file: Path) -> None:
     def best(memory: float) -> Candidate:
         return plan_model(read_law(law_file), flops=1.6e12, memory=memory, method="PEER")[0]
