@@ -33,7 +33,7 @@ struct bf16 {
   uint16_t bits;
 };
 
-PEERLM_INLINE vf splat(float value) { return vf{} + value; }
+PEERLM_INLINE vf splat(float value) { return value - vf{}; }  // + 0 would cost an instruction, for it changes -0
 
 template <class Vector>
 PEERLM_INLINE Vector load_as(const void* from) {
@@ -61,6 +61,15 @@ PEERLM_INLINE vf load(const int8_t* from) {
 PEERLM_INLINE vf load(const bf16* from) { return (vf)(__builtin_convertvector(load_as<vu16>(from), vu) << 16); }
 PEERLM_INLINE vf load(const int8_t* from) { return __builtin_convertvector(load_as<vi8>(from), vf); }
 #endif
+
+// LANES / 2 floats as doubles.
+PEERLM_INLINE vd widen(const float* from) {
+#if defined(__AVX512F__)
+  return (vd)_mm512_cvtps_pd(load_as<__m256>(from));  // GCC's own conversion is in two halves
+#else
+  return __builtin_convertvector(load_as<vf_half>(from), vd);
+#endif
+}
 
 PEERLM_INLINE void store(float* to, vf value) { std::memcpy(to, &value, sizeof value); }
 

@@ -44,6 +44,18 @@ def sub_keys_per_half(
     return n
 
 
+class QueryMap(nn.Linear):
+    """A linear layer without bias, multiplied by a backend."""
+
+    def __init__(self, dim: int, features: int, backend: str):
+        super().__init__(dim, features, bias=False)
+        self.backend = backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(T, dim) -> (T, features)."""
+        return api.linear(input, self.weight, backend=self.backend)
+
+
 class ProductKeys(nn.Module):
     """Retrieve the `experts_per_head` best of `num_experts` experts for every token and head.
 
@@ -116,7 +128,7 @@ class ProductKeys(nn.Module):
         self.pairing = pairing
         self.grown_from = grown_from
         self.backend = backend
-        self.query_proj = nn.Linear(dim, heads * key_dim, bias=False)
+        self.query_proj = QueryMap(dim, heads * key_dim, backend)
         self.query_norm = QUERY_NORMS[query_norm](heads, key_dim)
         self.shared_keys = shared_keys
         self.sub_keys = nn.Parameter(torch.empty(2, 1 if shared_keys else heads, n, key_dim // 2))

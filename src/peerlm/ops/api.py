@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from peerlm.ops import bag, cpu, cpu_rows, native, reference
+from peerlm.ops import bag, cpu, cpu_rows, native, onednn, reference
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.ops.rows import RowTable
 
@@ -87,6 +87,12 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
+    """The product x W^T of x (T, D) and weight (O, D), for queries; autocast applies, as to any linear layer."""
+    check_backend(backend)
+    return onednn.linear(x, weight) if backend in ("auto", "cpu") else torch.nn.functional.linear(x, weight)
 
 
 def retrieve(

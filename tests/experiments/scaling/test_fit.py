@@ -94,5 +94,7 @@ def test_too_few_runs_and_impossible_ones_are_refused() -> None:
     points = points_of(HOFFMANN)
     with pytest.raises(ValueError, match="4 runs are too few to fit 5 constants; make more"):
         fit_law(points[:4])
+    with pytest.raises(ValueError, match="4 different runs are too few to fit 5 constants; make more"):
+        bootstrap(points[:4] * 2, HOFFMANN)
     with pytest.raises(ValueError, match="a run has a size, tokens, granularity, expansion or loss of 0 or less"):
         fit_law([*points, RunPoint(size=0.0, tokens=1.0, loss=1.0)])

@@ -91,15 +91,20 @@ def bootstrap(points: Sequence[RunPoint], law: Law, *, times: int = 200, seed: i
     """Fits to runs drawn with replacement, each from the whole fit and three other starts.
 
     A draw of too few different runs is drawn again.
+
+    Raises:
+        ValueError: the runs themselves are too few different ones.
     """
     generator = np.random.default_rng(seed)
     needed = constants(points)
+    if len(set(points)) < needed:
+        raise ValueError(f"{len(set(points))} different runs are too few to fit {needed} constants; make more")
     laws: list[Law] = []
     while len(laws) < times:
         drawn = [points[index] for index in generator.integers(len(points), size=len(points))]
-        problem = _Problem(drawn, like=points)
         if len(set(drawn)) < needed:
             continue
+        problem = _Problem(drawn, like=points)
         starts = [problem.of_law(law), *(problem.start(generator) for _ in range(3))]
         laws.append(problem.law(min(map(problem.descend, starts), key=problem.value)))
     return laws

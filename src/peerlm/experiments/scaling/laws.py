@@ -28,6 +28,7 @@ def scaling(
     output: str | Path,
     *,
     methods: Sequence[str] = (),
+    least_tokens: int = 0,
     hold_out: float | None = None,
     times: int = 100,
     starts: int = 60,
@@ -41,6 +42,7 @@ def scaling(
         files: rows of `peerlm compare` or `peerlm isoflop`.
         output: JSON file to write.
         methods: only these; empty: all with runs enough, three more than constants.
+        least_tokens: runs of fewer tokens are left out, too short to follow a law.
         hold_out: runs of at least this many FLOPs are held out in place of those of the largest budget.
         times: draws of the bootstrap.
         starts: of each fit.
@@ -55,24 +57,29 @@ def scaling(
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"there are no rows at {file}: name a file that peerlm compare or peerlm isoflop wrote")
-        rows += read_runs(Path(file))
+        rows += [row for row in read_runs(Path(file)) if row["summary"]["tokens"] >= least_tokens]
     groups = {group.name: group for group in groups_of(rows)}
     for method in methods:
         if method not in groups:
             raise UserError(f"there is no method {method!r} in the rows: choose from {', '.join(groups) or 'none'}")
     needed = {name: constants(group.points) + 3 for name, group in groups.items()}
-    fitted = {name: group for name, group in groups.items() if len(group.points) >= needed[name]}
+    fitted = {name: group for name, group in groups.items() if len(set(group.points)) >= needed[name]}
     for method in methods:
         if method not in fitted:
             raise UserError(
-                f"{method} has {len(groups[method].points)} runs, and a fit needs {needed[method]}: make more"
+                f"{method} has {len(set(groups[method].points))} runs, and a fit needs {needed[method]}: make more"
             )
     if not fitted:
         raise UserError(f"no method has the {min(needed.values(), default=8)} runs that a fit needs: make more")
     laws = {
         name: _fit(group, hold_out, times, starts) for name, group in fitted.items() if not methods or name in methods
     }
-    result = {"files": [str(file) for file in files], "digest": rows_digest(files), "methods": laws}
+    result = {
+        "files": [str(file) for file in files],
+        "digest": rows_digest(files),
+        "least_tokens": least_tokens,
+        "methods": laws,
+    }
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     write_bytes(Path(output), (json.dumps(result) + "\n").encode())
     return result
