@@ -86,9 +86,6 @@ def scaling(
     rows: Annotated[list[Path], typer.Argument(help="Files of rows that compare or isoflop wrote.")],
     output: Annotated[Path, typer.Option(help="JSON file to write, for `peerlm plan --law`.")],
     method: Annotated[list[str], typer.Option(help="Fit only this method; repeatable.")] = [],  # noqa: B006
-    least_tokens: Annotated[
-        int, typer.Option(min=0, help="Leave out runs of fewer tokens, too short to follow a law.")
-    ] = 0,
     hold_out: Annotated[
         float | None,
         typer.Option(metavar="FLOPS", help="Predict runs from here on by the others; default: the largest."),
@@ -102,7 +99,7 @@ def scaling(
 
     from peerlm.experiments.scaling.laws import law_markdown, plot_law, scaling
 
-    law = scaling(rows, output, methods=method, least_tokens=least_tokens, hold_out=hold_out, times=draws)
+    law = scaling(rows, output, methods=method, hold_out=hold_out, times=draws)
     if plot is not None:
         plot_law(law).savefig(plot, dpi=130)
     if as_json:

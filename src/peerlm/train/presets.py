@@ -21,20 +21,20 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
         },
     },
-    # The best of recipes/tune.toml, tune_scale.toml, tune_index.toml and tune_heads.toml, as recipes/compare.toml has;
-    # docs/results.md has a row for each setting.
+    # The best of recipes/tune.toml, tune_scale.toml, tune_index.toml, tune_heads.toml and tune_pool.toml, as
+    # recipes/compare.toml has; docs/results.md has a row for each setting.
     "tuned": {
         "model": {
             "ffw_layers": "peer",
             "ffw_init_scale": 1.0,
             "peer": {
-                "num_experts": 128**2,
+                "num_experts": 256**2,
                 "heads": 1,
                 "experts_per_head": 64,
                 "key_dim": 32,
                 "shared_keys": False,
-                "query_norm": "layer",
-                "activation": "relu",
+                "query_norm": "batch",
+                "activation": "one_plus",
                 "weight_scale": 256.0,
             },
         },

@@ -98,20 +98,6 @@ def test_held_out_runs_are_not_seen_by_the_fit_that_predicts_them(tmp_path: Path
     assert law["methods"]["dense"]["held_out"]["mean"] == pytest.approx(1 - 1 / 1.1, abs=0.01)
 
 
-def test_runs_that_are_too_short_are_left_out(tmp_path: Path) -> None:
-    rows = [row("dense", width, flops) for flops in (1e11, 4e11, 1.6e12) for width in (32, 64, 128, 192)]
-    shortest = min(rows, key=lambda each: each["summary"]["tokens"])
-    shortest["summary"]["validation_loss"] *= 1.5
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
-    least = shortest["summary"]["tokens"] + 1
-    law = scaling([tmp_path / "rows.jsonl"], tmp_path / "law.json", least_tokens=least, times=1, starts=6)
-    assert law["least_tokens"] == least
-    assert law["methods"]["dense"]["runs"] == 11
-    assert law["methods"]["dense"]["error"] < 1e-3
-    with pytest.raises(UserError, match="no method has the 8 runs"):
-        scaling([tmp_path / "rows.jsonl"], tmp_path / "law.json", least_tokens=10**12)
-
-
 @pytest.mark.parametrize("flops", [4e11, 1.6e12, 6.4e12])
 def test_the_plan_is_the_best_there_is(law_file: Path, flops: float) -> None:
     best = {candidate.method: candidate for candidate in plan_model(read_law(law_file), flops=flops)}

@@ -28,7 +28,6 @@ def scaling(
     output: str | Path,
     *,
     methods: Sequence[str] = (),
-    least_tokens: int = 0,
     hold_out: float | None = None,
     times: int = 100,
     starts: int = 60,
@@ -42,7 +41,6 @@ def scaling(
         files: rows of `peerlm compare` or `peerlm isoflop`.
         output: JSON file to write.
         methods: only these; empty: all with runs enough, three more than constants.
-        least_tokens: runs of fewer tokens are left out, too short to follow a law.
         hold_out: runs of at least this many FLOPs are held out in place of those of the largest budget.
         times: draws of the bootstrap.
         starts: of each fit.
@@ -57,7 +55,7 @@ def scaling(
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"there are no rows at {file}: name a file that peerlm compare or peerlm isoflop wrote")
-        rows += [row for row in read_runs(Path(file)) if row["summary"]["tokens"] >= least_tokens]
+        rows += read_runs(Path(file))
     groups = {group.name: group for group in groups_of(rows)}
     for method in methods:
         if method not in groups:
@@ -74,12 +72,7 @@ def scaling(
     laws = {
         name: _fit(group, hold_out, times, starts) for name, group in fitted.items() if not methods or name in methods
     }
-    result = {
-        "files": [str(file) for file in files],
-        "digest": rows_digest(files),
-        "least_tokens": least_tokens,
-        "methods": laws,
-    }
+    result = {"files": [str(file) for file in files], "digest": rows_digest(files), "methods": laws}
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     write_bytes(Path(output), (json.dumps(result) + "\n").encode())
     return result
