@@ -118,7 +118,8 @@ def test_a_layer_is_recorded_as_it_retrieves(weighting):
     (recorded,) = usage.values()
     assert recorded.retrievals_N.sum() == 2 * 7 * 2 * 3
     assert recorded.retrievals_N.tolist() == (2 * expected.retrievals_N).tolist()
-    torch.testing.assert_close(recorded.weight_N, 2 * expected.weight_N)
+    # Queries of another number of tokens may be rounded otherwise.
+    torch.testing.assert_close(recorded.weight_N, 2 * expected.weight_N, rtol=1e-6, atol=1e-6)
 
 
 def test_counts_go_on_where_a_layer_grows():
