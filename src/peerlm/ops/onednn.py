@@ -15,7 +15,7 @@ FEW_TOKENS = 8
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
-    """X W^T, (T, O), as `torch.nn.functional.linear`; oneDNN's own rounding where it computes it."""
+    """The product x W^T, (T, O), as `torch.nn.functional.linear`; oneDNN's own rounding where it computes it."""
     few = not torch.compiler.is_compiling() and x_TD.shape[0] < FEW_TOKENS  # a size to compile for must stay open
     if few or not supported(x_TD, weight_OD):
         return functional.linear(x_TD, weight_OD)
@@ -36,7 +36,7 @@ _LIBRARY.define("linear(Tensor x, Tensor weight) -> Tensor")
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """X W^T; either may be a transposed view."""
+    """The product x W^T; either may be a transposed view."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x.detach(), weight.detach(), None, "none", [], "")
     return product
 
