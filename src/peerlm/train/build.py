@@ -21,6 +21,9 @@ from peerlm.train.growth import read_growths, with_shells
 from peerlm.train.ranks import Ranks
 from peerlm.train.recipe import unknown_key
 
+_QUICKER_BY_ROWS = 4
+"""Retrieved rows of a step over rows of the table, up to which a step by rows took no longer (docs/speed.md)."""
+
 
 def prepare_data(config: DataConfig, *, progress: bool) -> None:
     """Prepare the data's folder where the configuration names sources and it is not there yet."""
@@ -155,7 +158,7 @@ def _need_of_rows(model: nn.Module, config: OptimConfig) -> str:
 
 
 def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether native kernels are there, a step leaves rows of some table untouched, and rows can catch up exactly."""
+    """Whether native kernels are there, rows can catch up exactly, and some table's step by rows is the quicker."""
     try:
         check_betas(config.optim.beta1, config.optim.beta2)
     except ValueError:
@@ -166,7 +169,10 @@ def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
     return (
         ranks.device.type == "cpu"
         and not native.unavailable()
-        and any(tokens * keys.heads * keys.experts_per_head < max(keys.num_experts, largest) for keys in layers)
+        and any(
+            tokens * keys.heads * keys.experts_per_head <= _QUICKER_BY_ROWS * max(keys.num_experts, largest)
+            for keys in layers
+        )
     )
 
 
