@@ -32,7 +32,7 @@ def test_activations_are_counted_once_and_parameters_not() -> None:
 
 def test_rows_are_measured_once(study: Any, tmp_path: Path) -> None:
     output = tmp_path / "cost.jsonl"
-    options: dict[str, Any] = {"budget": "1e9", "batch_sizes": (1, 4), "sizes": ["small"], "rounds": 1}
+    options: dict[str, Any] = {"batch_sizes": (1, 4), "sizes": ["small"], "rounds": 1}
     lines: list[str] = []
     rows = measure_costs(study.path, output, **options, report=lines.append)
     assert [(row["method"], row["batch_size"]) for row in rows] == [

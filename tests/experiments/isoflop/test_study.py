@@ -12,15 +12,13 @@ from peerlm.cli import main
 from peerlm.experiments.comparison import make_rows
 from peerlm.experiments.comparison.plan import load_plan
 from peerlm.experiments.isoflop.curves import (
-    comparable_seconds,
     curves_of,
     equal_loss_table,
     equal_seconds_table,
-    made_on_both,
     optima_table,
-    seconds_of,
 )
 from peerlm.experiments.isoflop.plan import load_isoflop
+from peerlm.experiments.isoflop.seconds import comparable_seconds, seconds_at_speeds, seconds_of
 from peerlm.experiments.isoflop.study import isoflop
 from peerlm.experiments.isoflop.tables import equal_loss_markdown, equal_seconds_markdown, optima_markdown
 from peerlm.experiments.rows import read_rows
@@ -92,7 +90,7 @@ def test_runs_of_a_study_have_folders_of_their_own(study: Any) -> None:
 
 def test_intervals_are_of_seeds_pooled_over_all_runs(study: Any) -> None:
     rows = study.rows([0]) + [row for row in study.rows([1, 2]) if "size=middle" in row["label"]]
-    table = optima_table(curves_of(study.plan, rows))
+    table = optima_table(curves_of(study.plan, rows), seconds_of)
     row = next(row for row in table if row["size"] == "middle")
     # four groups of three seeds, each of standard deviation 0.01: 8 degrees of freedom, t = 2.306
     assert row["loss_half_width"] == pytest.approx(2.306 * 0.01 / math.sqrt(3), rel=1e-3)
@@ -106,7 +104,7 @@ def test_one_seed_has_no_interval_and_missing_rows_leave_gaps(study: Any) -> Non
     rows = [
         row for row in study.rows([0]) if "size=large" not in row["label"] and "dense flops=4e9" not in row["label"]
     ]
-    table = optima_table(curves_of(study.plan, rows))
+    table = optima_table(curves_of(study.plan, rows), seconds_of)
     assert len(table) == 3
     assert {row["place"] for row in table} == {"too few sizes"}
     assert all(row["loss_half_width"] is None for row in table)
@@ -131,7 +129,7 @@ def test_sizes_that_are_none_are_named(study: Any) -> None:
 
 
 def test_equal_seconds_are_read_from_frontiers(study: Any) -> None:
-    table = equal_seconds_table(curves_of(study.plan, study.rows([0])))
+    table = equal_seconds_table(curves_of(study.plan, study.rows([0])), seconds_of)
     assert table["seconds"][0] == pytest.approx(20)  # PEER's quickest run; dense's slowest takes 40
     assert table["seconds"][-1] == pytest.approx(40)
     assert len(table["seconds"]) == 4
@@ -143,21 +141,21 @@ def test_equal_seconds_are_read_from_frontiers(study: Any) -> None:
 def test_without_common_seconds_nothing_is_compared(study: Any) -> None:
     apart = ("dense flops=1e9", "PEER flops=4e9")
     rows = [row for row in study.rows([0]) if row["label"].startswith(apart)]
-    table = equal_seconds_table(curves_of(study.plan, rows))
+    table = equal_seconds_table(curves_of(study.plan, rows), seconds_of)
     assert table["seconds"] == []
     assert "No range of seconds" in equal_seconds_markdown(table)
 
 
 def test_an_equal_loss_costs_what_frontiers_say(study: Any) -> None:
     curves = curves_of(study.plan, study.rows([0]))
-    dense, peer = equal_loss_table(curves)
+    dense, peer = equal_loss_table(curves, seconds_of)
     best = min(study.loss_of("dense", 4e9, size, 0) for size in (32, 64))  # the worse method's best
     assert (dense["method"], dense["loss"], dense["flops"]) == ("dense", pytest.approx(best), pytest.approx(4e9))
     low, high = (min(study.loss_of("PEER", flops, size, 0) for size in (32, 64)) for flops in (4e9, 1e9))
     assert peer["flops"] == pytest.approx(1e9 * 4 ** ((high - best) / (high - low)))
     assert peer["seconds"] == pytest.approx(2 * peer["flops"] / 1e8)
     assert "| PEER | " in equal_loss_markdown([dense, peer])
-    assert equal_loss_table([]) == []
+    assert equal_loss_table([], seconds_of) == []
     assert "No loss was reached" in equal_loss_markdown([])
 
 
@@ -167,25 +165,39 @@ def test_seconds_are_the_processors_where_it_trained() -> None:
     assert seconds_of({"summary": summary | {"device": "cuda:0"}}) == 9.0
 
 
-def test_runs_made_on_a_gpu_cost_what_their_tokens_take_on_the_cpu(study: Any) -> None:
+def test_seconds_of_different_processors_do_not_compare(study: Any) -> None:
     rows = study.rows([0])
-    assert not made_on_both(curves_of(study.plan, rows))
+    assert comparable_seconds(rows)(rows[0]) == seconds_of(rows[0])
+    rows[0]["summary"] |= {"device": "cuda:0", "seconds": 0.5}
+    assert comparable_seconds(rows)(rows[0]) is None
+    assert comparable_seconds(rows[:1])(rows[0]) == 0.5
+
+
+def test_speeds_say_what_runs_cost_wherever_they_were_made(study: Any) -> None:
+    rows = study.rows([0, 1])
+    batch_size = study.plan.runs()[0].planned.train.data.batch_size
+    smallest = {(run.method, run.size): run for run in study.plan.runs(budgets=["1e9"])}
+    speeds = [
+        {
+            "key": run.planned.key(study.plan.compare),
+            "batch_size": windows,
+            "threads": 2,
+            "train_seconds": seconds * windows,
+        }
+        for run, seconds in zip(smallest.values(), range(1, 6), strict=False)  # the last of the six has none
+        for windows in (batch_size, batch_size + 1)
+    ]
+    cost = seconds_at_speeds(study.plan, [*speeds, {**speeds[0], "key": "another recipe's", "threads": 3}])
+    places = {run.planned.key(study.plan.compare): run for run in study.plan.runs(study.plan.all_seeds)}
+    order = list(smallest)
     for row in rows:
-        if "4e9" in row["label"]:
-            row["summary"] |= {"device": "cuda:0", "seconds": 0.5, "tokens": 3 * row["summary"]["tokens"]}
-    slow = [row for row in rows if row["label"] != "PEER flops=1e9 size=small"]  # PEER's small model has no speed now
-    curves = curves_of(study.plan, slow)
-    assert made_on_both(curves)
-    cost = comparable_seconds(curves)
-    of_label = {row["label"]: cost(row) for row in slow}
-    assert of_label["PEER flops=4e9 size=small"] is None
-    for method in ("dense", "PEER"):
-        assert of_label[f"{method} flops=4e9 size=middle"] == pytest.approx(
-            3 * of_label[f"{method} flops=1e9 size=middle"]  # the study's runs all have as many tokens
-        )
-    assert {row["seconds"] > 1 for row in optima_table(curves)} == {True}
-    alone = [row for row in slow if row["summary"]["device"] != "cpu"]
-    assert comparable_seconds(curves_of(study.plan, alone))(alone[0]) == 0.5
+        row["summary"]["device"] = "cuda:0"
+        number = order.index((places[row["key"]].method, places[row["key"]].size)) + 1
+        expected = None if number == 6 else pytest.approx(number * batch_size * row["summary"]["tokens"])
+        assert cost(row) == expected
+    assert cost({"key": "another", "summary": {"tokens": 1}}) is None
+    with pytest.raises(UserError, match=r"speeds were measured with \[2, 3\] threads: keep the rows of one number"):
+        seconds_at_speeds(study.plan, [*speeds, {**speeds[0], "threads": 3}])
 
 
 @pytest.mark.parametrize(

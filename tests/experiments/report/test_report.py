@@ -86,6 +86,23 @@ def test_every_section_has_its_table_its_plot_and_where_it_is_from(folder: Path)
     assert markdown.endswith("## Not yet\n\nNo rows yet: `peerlm compare later.toml` makes them.\n")
 
 
+def test_seconds_are_those_of_speeds_where_there_are_some(folder: Path, study: Any) -> None:
+    Path("report.toml").write_text(
+        DEFINITION.replace('rows = ["rows.jsonl"]', 'rows = ["rows.jsonl"]\nspeeds = "speed.jsonl"', 1)
+    )
+    assert "The same rows at equal seconds of training:" in compose("report.toml")[1]
+    runs = study.plan.runs(budgets=["1e9"])
+    of_runs = {"batch_size": runs[0].planned.train.data.batch_size, "threads": 2, "train_seconds": 1e-3}
+    rows = [{"key": run.planned.key(study.plan.compare), **of_runs} for run in runs]
+    Path("speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, markdown, _ = compose("report.toml")
+    assert (
+        "at the speed of its method and size on 2 threads of a CPU (`speed.jsonl`), wherever it was made:" in markdown
+    )
+    tokens = study.rows([0])[0]["summary"]["tokens"]
+    assert f"| {1e-3 * tokens:,.0f} |\n" in markdown.split("The optimum")[0]
+
+
 def test_html_needs_nothing_else(folder: Path) -> None:
     report("report.toml", "out")
     html = Path("out/results.html").read_text()

@@ -1,6 +1,6 @@
 """What the models of an isoFLOP recipe cost to run: activation memory and seconds per token, in training and inference.
 
-python -m peerlm.experiments.isoflop.cost recipes/isoflop.toml results/cost.jsonl --budget 2e13
+python -m peerlm.experiments.isoflop.cost recipes/isoflop.toml results/cost.jsonl --size d96
 """
 
 import statistics
@@ -22,18 +22,19 @@ from peerlm.train.config import TrainConfig
 from peerlm.train.ranks import Ranks
 from peerlm.train.step import accumulate_gradients
 
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+
 
 def measure_costs(
     recipe: str | Path,
     output: Path,
     *,
-    budget: str,
-    batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    batch_sizes: Sequence[int] = BATCH_SIZES,
     sizes: Sequence[str] = (),
     rounds: int = 5,
     report: Callable[[str], object] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Run new models of a budget's sizes on random tokens; rows that `output` has are not measured again.
+    """Run new models of a recipe's methods and sizes on random tokens; rows that `output` has are not measured again.
 
     Seconds are medians over rounds of the process's seconds on its processor, divided by its threads. In training
     they are of forward and backward pass and optimizer; prefill is one forward pass, decoding one more token of every
@@ -42,37 +43,36 @@ def measure_costs(
     Args:
         recipe: an isoFLOP recipe.
         output: JSON lines.
-        budget: which of its budgets; it names the sizes.
         batch_sizes: windows at a time.
-        sizes: only these; empty: all of the budget's.
+        sizes: only these; empty: all that are trained at some budget.
         rounds: of each timing, after one that does not count.
         report: called with a line for each row.
 
     Returns:
         The rows of this recipe's runs: method, size, batch_size, parameters, FLOPs, `activation_bytes` kept between
-        forward and backward pass, and `train_seconds`, `prefill_seconds` and `decode_seconds` per token.
+        forward and backward pass, and `train_seconds`, `prefill_seconds` and `decode_seconds` per token. Their key is
+        that of the run of this method and size with the fewest FLOPs.
     """
     plan = load_isoflop(recipe)
     rows = read_rows(output)
     done = {(row["key"], row["batch_size"], row["threads"]) for row in rows}
-    keys = set()
-    for run in plan.runs(plan.compare.seeds[:1], budgets=[budget], sizes=sizes):
-        key = run.planned.key(plan.compare)
-        keys.add(key)
+    runs = {(run.method, run.size): run for run in reversed(plan.runs(plan.compare.seeds[:1], sizes=sizes))}
+    keys = {model: run.planned.key(plan.compare) for model, run in runs.items()}
+    for (method, size), run in reversed(runs.items()):
         for batch_size in batch_sizes:
-            if (key, batch_size, torch.get_num_threads()) in done:
+            if (keys[method, size], batch_size, torch.get_num_threads()) in done:
                 continue
             row = {
-                "key": key,
-                "method": run.method,
-                "size": run.size,
+                "key": keys[method, size],
+                "method": method,
+                "size": size,
                 **_measure(run.planned.train, batch_size, rounds),
                 **machine_and_date(),
             }
             append_row(output, row)
             rows.append(row)
-            report(f"{run.method}, {run.size}, {batch_size} windows: {1e6 * row['train_seconds']:.1f} us per token")
-    return [row for row in rows if row["key"] in keys]
+            report(f"{method}, {size}, {batch_size} windows: {1e6 * row['train_seconds']:.1f} us per token")
+    return [row for row in rows if row["key"] in keys.values()]
 
 
 def _measure(train: TrainConfig, batch_size: int, rounds: int) -> dict[str, Any]:
@@ -144,11 +144,12 @@ def seconds(work: Callable[[], object], rounds: int) -> float:
 def main(
     recipe: Path,
     output: Path,
-    budget: Annotated[str, typer.Option(help="Which of the recipe's budgets.")],
     size: Annotated[list[str], typer.Option(help="Only this size; repeatable.")] = [],  # noqa: B006
+    batch_size: Annotated[list[int], typer.Option(help="Windows at a time; repeatable.")] = list(BATCH_SIZES),  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1, help="Of each timing, of which the median counts.")] = 5,
 ) -> None:
     """Measure what the models of a recipe cost to run."""
-    measure_costs(recipe, output, budget=budget, sizes=size, report=typer.echo)
+    measure_costs(recipe, output, sizes=size, batch_sizes=batch_size, rounds=rounds, report=typer.echo)
 
 
 if __name__ == "__main__":

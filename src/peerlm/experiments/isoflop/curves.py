@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -10,10 +10,7 @@ from typing import Any
 from peerlm.errors import UserError
 from peerlm.experiments.isoflop.fit import Optimum, SeedSpread, cost_of, fit_optimum, frontier, loss_at, pooled_spread
 from peerlm.experiments.isoflop.plan import IsoflopPlan
-
-Row = Mapping[str, Any]
-Cost = Callable[[Row], float | None]
-"""What a run cost; None where that is not known."""
+from peerlm.experiments.isoflop.seconds import Cost, Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +96,13 @@ def _shared_seeds(sizes: Iterable[Mapping[int, Row]], seeds: Sequence[int]) -> l
     return [seed for seed in seeds if all(seed in of_seed for of_seed in begun)] or list(seeds)
 
 
-def optima_table(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """One row per method and budget: the optimum, and the run nearest to it over its seeds.
+def optima_table(curves: Sequence[Curve], seconds: Cost) -> list[dict[str, Any]]:
+    """One row per method and budget: the optimum, and the run nearest to it over its seeds, with its seconds.
 
     A loss or the logarithm of a perplexity over seeds is a mean, with half of its 95% confidence interval from the
     spread over seeds that is pooled over all runs.
     """
     spread = pooled_spread(point.losses for curve in curves for point in curve.points)
-    seconds = comparable_seconds(curves)
     files = list(dict.fromkeys(f for c in curves for p in c.points for r in p.rows.values() for f in r["evaluation"]))
     spreads = {
         file: pooled_spread(_log_perplexities(point, file) for curve in curves for point in curve.points)
@@ -153,52 +149,9 @@ def _log_perplexities(point: Point, file: str) -> list[float]:
     return [math.log(perplexity) for perplexity in found if perplexity]
 
 
-def seconds_of(row: Row) -> float:
-    """Seconds that a run's training took, of its processor alone where it was trained on one.
-
-    Wall-clock seconds count what else the machine did meanwhile. Processor seconds, divided by threads, do not, or
-    hardly: runs beside each other still share caches and memory.
-    """
-    summary = row["summary"]
-    if summary["device"] == "cpu" and "cpu_seconds" in summary:
-        return float(summary["cpu_seconds"] / summary["threads"])
-    return float(summary["seconds"])
-
-
-def made_on_both(curves: Sequence[Curve]) -> bool:
-    """Whether some of the runs were trained on a CPU and some were not."""
-    return len({_on_cpu(row) for _, _, row in _runs_of(curves)}) == 2
-
-
-def comparable_seconds(curves: Sequence[Curve]) -> Cost:
-    """`seconds_of` runs of which all were trained on CPUs, or none.
-
-    Of others it is the seconds on a CPU: where a run was not made on one, what its tokens would take at the mean speed
-    of the runs of its method and size that were, None where there are none.
-    """
-    if not made_on_both(curves):
-        return seconds_of
-    model_of = {row["key"]: (curve.method, point.size) for curve, point, row in _runs_of(curves)}
-    per_token: dict[tuple[str, str], list[float]] = {}
-    for _, _, row in _runs_of(curves):
-        if _on_cpu(row):
-            per_token.setdefault(model_of[row["key"]], []).append(seconds_of(row) / row["summary"]["tokens"])
-
-    def cost(row: Row) -> float | None:
-        if _on_cpu(row):
-            return seconds_of(row)
-        speeds = per_token.get(model_of[row["key"]])
-        return None if speeds is None else statistics.fmean(speeds) * float(row["summary"]["tokens"])
-
-    return cost
-
-
-def _runs_of(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Point, Row]]:
-    return ((curve, point, row) for curve in curves for point in curve.points for row in point.rows.values())
-
-
-def _on_cpu(row: Row) -> bool:
-    return bool(row["summary"]["device"] == "cpu")
+def rows_of_curves(curves: Sequence[Curve]) -> list[Row]:
+    """The rows that curves were made of."""
+    return [row for curve in curves for point in curve.points for row in point.rows.values()]
 
 
 def _mean_cost(point: Point, cost: Cost) -> float | None:
@@ -221,12 +174,12 @@ def frontiers(curves: Sequence[Curve], cost: Cost) -> dict[str, list[tuple[float
     return {method: frontier(*zip(*points, strict=True)) for method, points in runs.items() if points}
 
 
-def equal_loss_table(curves: Sequence[Curve]) -> list[dict[str, Any]]:
+def equal_loss_table(curves: Sequence[Curve], seconds: Cost) -> list[dict[str, Any]]:
     """By method, what the lowest loss that all methods reach costs: FLOPs and seconds, read from frontiers.
 
     Empty where there is none: no method costs less than its cheapest run.
     """
-    over_flops, over_seconds = frontiers(curves, flops_of_row), frontiers(curves, comparable_seconds(curves))
+    over_flops, over_seconds = frontiers(curves, flops_of_row), frontiers(curves, seconds)
     loss = max((points[-1][1] for points in over_flops.values()), default=0.0)
     table = [
         {
@@ -240,18 +193,18 @@ def equal_loss_table(curves: Sequence[Curve]) -> list[dict[str, Any]]:
     return table if any(row["flops"] for row in table) else []
 
 
-def equal_seconds_table(curves: Sequence[Curve], *, columns: int = 4) -> dict[str, Any]:
+def equal_seconds_table(curves: Sequence[Curve], seconds: Cost, *, columns: int = 4) -> dict[str, Any]:
     """What each method reaches in the same seconds: `seconds`, and by method the loss at each of these.
 
     The seconds are spread evenly in the logarithm over what every method was measured at; none where there is no such
     range.
     """
-    found = frontiers(curves, comparable_seconds(curves))
+    found = frontiers(curves, seconds)
     low = max((points[0][0] for points in found.values()), default=0.0)
     high = min((points[-1][0] for points in found.values()), default=0.0)
     if not 0 < low < high:
         return {"seconds": [], "losses": {method: [] for method in found}}
     steps = [low * (high / low) ** (index / (columns - 1)) for index in range(columns)]
     steps[-1] = high
-    losses = {method: [loss_at(second, points) for second in steps] for method, points in found.items()}
+    losses = {method: [loss_at(step, points) for step in steps] for method, points in found.items()}
     return {"seconds": steps, "losses": losses}

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peerlm.experiments.figures import finish
-from peerlm.experiments.isoflop.curves import Curve, comparable_seconds, frontiers
+from peerlm.experiments.isoflop.curves import Curve, frontiers
+from peerlm.experiments.isoflop.seconds import Cost
 
 
 def plot_curves(curves: Sequence[Curve]) -> Figure:
@@ -45,18 +46,18 @@ def _draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
         axes.plot(sizes, [point.loss for point in curve.points], ":", color=colour, label=curve.method)
 
 
-def plot_costs(curves: Sequence[Curve]) -> Figure:
+def plot_costs(curves: Sequence[Curve], seconds: Cost) -> Figure:
     """Perplexity of the run nearest to each optimum over FLOPs, and of the frontier of all runs over seconds."""
     methods = _methods(curves)
     figure = Figure(figsize=(11, 4), layout="constrained")
     over_flops, over_seconds = figure.subplots(1, 2, sharey=True)
-    fronts = frontiers(curves, comparable_seconds(curves))
+    fronts = frontiers(curves, seconds)
     for method in methods:
         own = sorted((curve for curve in curves if curve.method == method), key=lambda curve: curve.flops)
         style = {"color": f"C{methods.index(method) % 10}", "marker": ".", "label": method}
         over_flops.plot([c.flops for c in own], [math.exp(np.mean(c.nearest.losses)) for c in own], **style)
         front = fronts.get(method, [])
-        over_seconds.plot([seconds for seconds, _ in front], [math.exp(loss) for _, loss in front], **style)
+        over_seconds.plot([cost for cost, _ in front], [math.exp(loss) for _, loss in front], **style)
     over_flops.set(xlabel="training FLOPs", ylabel="held-out perplexity")
     over_seconds.set(xlabel="seconds of training")
     for axes in (over_flops, over_seconds):

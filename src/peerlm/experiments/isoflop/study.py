@@ -12,9 +12,10 @@ from peerlm.errors import UserError
 from peerlm.experiments.comparison.make_rows import ROWS_FILE, make_rows, rows_of
 from peerlm.experiments.comparison.plan import PlannedRun
 from peerlm.experiments.comparison.tables import print_table, summarise
-from peerlm.experiments.isoflop.curves import Curve, curves_of, equal_seconds_table, optima_table
+from peerlm.experiments.isoflop.curves import Curve, curves_of, equal_seconds_table, optima_table, rows_of_curves
 from peerlm.experiments.isoflop.figures import plot_costs, plot_curves
 from peerlm.experiments.isoflop.plan import IsoflopPlan, load_isoflop
+from peerlm.experiments.isoflop.seconds import Cost, comparable_seconds
 from peerlm.experiments.isoflop.tables import equal_seconds_markdown, optima_markdown
 from peerlm.experiments.rows import read_rows
 
@@ -62,8 +63,9 @@ def isoflop(
         return table
     make_rows(_at_optima(plan), plan.compare, plan.output, console, shown=progress)
     curves = curves_of(plan, read_rows(plan.output / ROWS_FILE))
-    table, equal_seconds = optima_table(curves), equal_seconds_table(curves)
-    write_study(plan.output, curves, table, equal_seconds)
+    seconds = comparable_seconds(rows_of_curves(curves))
+    table, equal_seconds = optima_table(curves, seconds), equal_seconds_table(curves, seconds)
+    write_study(plan.output, curves, seconds, table, equal_seconds)
     console.print(Markdown(f"{optima_markdown(table)}\n{equal_seconds_markdown(equal_seconds)}"))
     console.print(f"Tables, plots and rows are in {plan.output}.", highlight=False, soft_wrap=True)
     return table
@@ -78,7 +80,11 @@ def _at_optima(plan: IsoflopPlan) -> list[PlannedRun]:
 
 
 def write_study(
-    folder: Path, curves: Sequence[Curve], table: Sequence[dict[str, Any]], equal_seconds: dict[str, Any]
+    folder: Path,
+    curves: Sequence[Curve],
+    seconds: Cost,
+    table: Sequence[dict[str, Any]],
+    equal_seconds: dict[str, Any],
 ) -> None:
     """Write the tables and plots of a study into its folder."""
     tables = {"optima": table, "equal_seconds": equal_seconds}
@@ -86,4 +92,4 @@ def write_study(
     text = f"{optima_markdown(table)}\n{equal_seconds_markdown(equal_seconds)}"
     (folder / "isoflop.md").write_text(text, encoding="utf-8")
     plot_curves(curves).savefig(folder / "curves.png", dpi=130)
-    plot_costs(curves).savefig(folder / "costs.png", dpi=130)
+    plot_costs(curves, seconds).savefig(folder / "costs.png", dpi=130)

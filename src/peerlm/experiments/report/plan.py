@@ -38,6 +38,9 @@ class SectionConfig:
     recipe: str = ""
     """The recipe that the rows belong to; rows of other runs in the files are left out. Empty: all rows of a
     comparison count."""
+    speeds: str = ""
+    """With kind "isoflop": a file of rows of `peerlm.experiments.isoflop.cost`; seconds are then what a run's tokens
+    take at the speed of its method and size there. Empty, or no such rows: the runs' own."""
     question: str = ""
     """What was asked, above the table."""
     says: str = ""

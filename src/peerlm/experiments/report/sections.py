@@ -18,11 +18,12 @@ from peerlm.experiments.isoflop.curves import (
     curves_of,
     equal_loss_table,
     equal_seconds_table,
-    made_on_both,
     optima_table,
+    rows_of_curves,
 )
 from peerlm.experiments.isoflop.figures import plot_costs, plot_curves
 from peerlm.experiments.isoflop.plan import load_isoflop
+from peerlm.experiments.isoflop.seconds import comparable_seconds, seconds_at_speeds
 from peerlm.experiments.isoflop.tables import equal_loss_markdown, equal_seconds_markdown, optima_markdown
 from peerlm.experiments.markdown import markdown_rows
 from peerlm.experiments.report.plan import PlotConfig, SectionConfig
@@ -85,7 +86,9 @@ def _isoflop(config: SectionConfig, rows: Sequence[Row]) -> Section:
     curves = curves_of(plan, own)
     if not curves:
         return Section(rows=[])
-    table = optima_table(curves)
+    speeds = read_rows(Path(config.speeds)) if config.speeds else []
+    seconds = seconds_at_speeds(plan, speeds) if speeds else comparable_seconds(rows_of_curves(curves))
+    table = optima_table(curves, seconds)
     missing = len({run.planned.key(plan.compare) for run in plan.runs()} - {row["key"] for row in own})
     best = min(table, key=lambda row: row["loss"])
     budget = next(name for name in plan.isoflop.budgets if float(name) == best["flops"])
@@ -99,18 +102,24 @@ def _isoflop(config: SectionConfig, rows: Sequence[Row]) -> Section:
         "The optimum is that of a parabola in the logarithm of active parameters. Loss and perplexity are of the run "
         "nearest to it, means over its seeds with 95% confidence intervals (Student's t, the spread over seeds pooled "
         f"over all runs). The best of these runs again, alone: `{again}`.",
-        "The same rows at equal seconds of training"
-        + (
-            " on a CPU; those of a run that was made on a GPU are what its tokens take at the speed that its method "
-            "and size have there:"
-            if made_on_both(curves)
-            else ":"
-        ),
-        equal_seconds_markdown(equal_seconds_table(curves)),
+        f"The same rows at equal seconds of training{_at_speeds(config, speeds)}:",
+        equal_seconds_markdown(equal_seconds_table(curves, seconds)),
         "What the lowest loss that all methods reach costs each, read between its best runs:",
-        equal_loss_markdown(equal_loss_table(curves)),
+        equal_loss_markdown(equal_loss_table(curves, seconds)),
     ]
-    return Section(rows=own, tables=tables, figures={"curves": plot_curves(curves), "costs": plot_costs(curves)})
+    return Section(
+        rows=own, tables=tables, figures={"curves": plot_curves(curves), "costs": plot_costs(curves, seconds)}
+    )
+
+
+def _at_speeds(config: SectionConfig, speeds: Sequence[Row]) -> str:
+    if not speeds:
+        return ""
+    threads = " or ".join(str(count) for count in sorted({row["threads"] for row in speeds}))
+    return (
+        f", which are what a run's tokens take at the speed of its method and size on {threads} threads of a CPU "
+        f"(`{config.speeds}`), wherever it was made"
+    )
 
 
 def _comparison(config: SectionConfig, rows: Sequence[Row]) -> Section:
