@@ -26,7 +26,7 @@ lint: setup  ## formatting, lint and types
 docs: setup  ## that every link and file named in the documents exists
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
-bench: setup  ## the layer and its kernels against other implementations and the limits of memory; half an hour, 20 GB
+bench: setup  ## the layer and its kernels against other implementations and the limits of memory; a quarter of an hour, 20 GB
 	$(PIP) install -c constraints.txt --no-build-isolation ".[bench]"
 	$(BIN)/python benchmarks/run.py
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-MILLION, SMALL = 1024**2, 128**2
+SMALL, MIDDLE = 128**2, 512**2
 
 
 def commands(*, quick: bool) -> list[list[str]]:
@@ -40,11 +40,13 @@ def commands(*, quick: bool) -> list[list[str]]:
     for rival in ("dense, equal active", "dense, 4 d"):
         todo.append([layer, rival, "--parts", "forward", "backward", "step", "decode"])
     todo += [[layer, rival, *forward] for rival in ("bag", "compiled reference")]
-    for num_experts in (SMALL, 512**2):
+    for num_experts in (SMALL, MIDDLE):
         todo.append([layer, "PEER-pytorch", "--tuned", "--num-experts", str(num_experts)])
     for dim in (512, 1024):
-        todo.append([layer, "reference", *forward, "decode", "--dim", str(dim), "--num-experts", str(512**2)])
+        todo.append([layer, "reference", *forward, "decode", "--dim", str(dim), "--num-experts", str(MIDDLE)])
+        todo.append([layer, "PEER-pytorch", "--tuned", "--dim", str(dim), "--num-experts", str(MIDDLE)])
     todo.append([layer, "reference", *forward, "--tokens", "64"])
+    todo.append([layer, "PEER-pytorch", "--tuned", "--tokens", "64"])
     return [*todo, [kernels, "--zipf"], [kernels, "--num-experts", str(SMALL)]]
 
 

@@ -184,7 +184,10 @@ def loop_peer(layer: PEER, x_TD: Tensor) -> Tensor:
         centred = query_THX - query_THX.mean(dim=-1, keepdim=True)
         power = centred.square().mean(dim=-1, keepdim=True)
         query_THX = centred / (power + norm.eps).sqrt() * norm.weight + norm.bias
-    scores_THN = exhaustive_scores(query_THX, keys.sub_keys, keys.pairing)
+    sub_keys = keys.sub_keys
+    if keys.key_norm:
+        sub_keys = sub_keys / (3 * sub_keys.square().sum(dim=-1, keepdim=True)).sqrt()
+    scores_THN = exhaustive_scores(query_THX, sub_keys, keys.pairing)
     ids_THK = scores_THN.argsort(dim=-1, descending=True, stable=True)[..., : keys.experts_per_head]
     weights = [
         [weigh_floats(head, keys.weighting) for head in token] for token in scores_THN.gather(-1, ids_THK).tolist()

@@ -248,6 +248,7 @@ class ProductKeyMemory(RowTable):
         key_dim: size of a query, even.
         shared_keys: one set of sub-keys for all heads, or one per head (the paper's).
         query_norm: "batch", "layer" or "none".
+        key_norm: as in PEER.
         weighting: "softmax", "sigmoid", "relu" or "none".
         backend: a name in `peerlm.ops.api.BACKENDS`.
         weight_scale: what weights are multiplied by, as in PEER; 1 is the paper's.
@@ -271,6 +272,7 @@ class ProductKeyMemory(RowTable):
         key_dim: int = 256,
         shared_keys: bool = False,
         query_norm: str = "batch",
+        key_norm: bool = False,
         weighting: str = "softmax",
         backend: str = "auto",
         weight_scale: float = 1.0,
@@ -292,6 +294,7 @@ class ProductKeyMemory(RowTable):
             key_dim=key_dim,
             shared_keys=shared_keys,
             query_norm=query_norm,
+            key_norm=key_norm,
             weighting=weighting,
             pairing=pairing,
             grown_from=grown_from,

@@ -28,6 +28,7 @@ class PEER(nn.Module):
         key_dim: size of a query, even.
         shared_keys: one set of sub-keys for all heads (the paper's text), or one per head (Lample 2019).
         query_norm: "batch", "layer" or "none".
+        key_norm: compare queries with sub-keys of one length; see `ProductKeys`.
         weighting: "softmax" over a head's k scores, "sigmoid", "relu", or "none" (the raw score).
         activation: "gelu", "gelu_tanh", "relu", "silu", "identity", or "one_plus": (1 + u . x) v, which starts near a
             memory's value v.
@@ -63,6 +64,7 @@ class PEER(nn.Module):
         key_dim: int = 128,
         shared_keys: bool = True,
         query_norm: str = "batch",
+        key_norm: bool = False,
         weighting: str = "softmax",
         activation: str = "gelu",
         gated: bool = False,
@@ -88,6 +90,7 @@ class PEER(nn.Module):
             key_dim=key_dim,
             shared_keys=shared_keys,
             query_norm=query_norm,
+            key_norm=key_norm,
             weighting=weighting,
             pairing=pairing,
             grown_from=grown_from,

@@ -5,12 +5,16 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerlm.layers.inputs import check_sizes, flatten_tokens
 from peerlm.layers.query_norm import QueryBatchNorm
 from peerlm.ops import api
 from peerlm.ops.reference import WEIGHTINGS
+
+_KEY_LENGTH = 3**-0.5
+"""Root mean square of a sub-key's length at the start."""
 
 QUERY_NORMS: dict[str, Callable[[int, int], nn.Module]] = {
     "batch": lambda heads, key_dim: QueryBatchNorm(heads * key_dim),
@@ -70,6 +74,8 @@ class ProductKeys(nn.Module):
         key_dim: size of a query, even.
         shared_keys: one set of sub-keys for all heads (He 2024's text), or one per head (Lample 2019).
         query_norm: "batch" over the H * key_dim features, "layer" over each head's key_dim, or "none".
+        key_norm: compare queries with sub-keys of one length, sqrt(1/3), about what they have at the start. Otherwise one
+            that training made short is retrieved by nobody, and stays short.
         weighting: "softmax" over a head's k scores, "sigmoid", "relu", or "none" (the raw score).
         pairing: the id of expert (i, j): "row-major", i * n + j, or "shells", in which more sub-keys only append ids.
         grown_from: how many experts there were before the last growth, while those that it added are being opened
@@ -99,6 +105,7 @@ class ProductKeys(nn.Module):
         key_dim: int,
         shared_keys: bool = True,
         query_norm: str = "batch",
+        key_norm: bool = False,
         weighting: str = "softmax",
         pairing: str = "row-major",
         grown_from: int | None = None,
@@ -124,6 +131,7 @@ class ProductKeys(nn.Module):
         self.heads = heads
         self.experts_per_head = experts_per_head
         self.key_dim = key_dim
+        self.key_norm = key_norm
         self.weighting = weighting
         self.pairing = pairing
         self.grown_from = grown_from
@@ -161,11 +169,18 @@ class ProductKeys(nn.Module):
         shape = (*x.shape[:-1], self.heads, self.experts_per_head)
         return weights.reshape(shape), expert_ids.reshape(shape)
 
+    def compared(self, sub_keys: Tensor) -> Tensor:
+        """Sub-keys (..., C) as queries meet them: of one length with `key_norm`, otherwise as they are."""
+        if not self.key_norm:
+            return sub_keys
+        return F.normalize(sub_keys.to(torch.promote_types(sub_keys.dtype, torch.float32)), dim=-1) * _KEY_LENGTH
+
     def open_keys(self, query_THX: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (T, heads, 2 C) and sub-keys (2, heads or 1, n, C) as they are compared, the opening counted in."""
+        sub_keys = self.compared(self.sub_keys)
         if self.opening is not None and self.grown_from is not None:
-            return _partly_open(query_THX, self.sub_keys, math.isqrt(self.grown_from), self.opening.item())
-        return query_THX, self.sub_keys
+            return _partly_open(query_THX, sub_keys, math.isqrt(self.grown_from), self.opening.item())
+        return query_THX, sub_keys
 
     def search(self, query_THX: Tensor, weighting: str | None = None) -> tuple[Tensor, Tensor]:
         """Weights and ids (T, heads, experts_per_head) of normalised queries, by another weighting if one is given."""
@@ -202,7 +217,7 @@ class ProductKeys(nn.Module):
         """Shown by `print(module)`."""
         return (
             f"num_experts={self.num_experts}, heads={self.heads}, experts_per_head={self.experts_per_head}, "
-            f"key_dim={self.key_dim}, shared_keys={self.shared_keys}, "
+            f"key_dim={self.key_dim}, shared_keys={self.shared_keys}, key_norm={self.key_norm}, "
             f"weighting={self.weighting!r}, pairing={self.pairing!r}, grown_from={self.grown_from}"
         )
 

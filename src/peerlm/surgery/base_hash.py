@@ -41,6 +41,7 @@ def _settings(layer: PEER) -> tuple[object, ...]:
         index.weighting,
         index.pairing,
         type(index.query_norm).__name__,
+        index.key_norm,
         layer.experts.activation,
         layer.weight_scale,
     )

@@ -101,7 +101,7 @@ class Packs(nn.Module):
         )
         first_ids = self._first_ids(packs)
         searched = [
-            Searched(sub_keys=packs[name].sub_keys, first_id=first_ids[name], allowed=some)
+            Searched(sub_keys=index.compared(packs[name].sub_keys), first_id=first_ids[name], allowed=some)
             for name, some in zip(active, allowed, strict=True)
         ]
         scores, ids = best_of_union(own, search_packs(query_THX, searched, own, index.backend))

@@ -34,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "key_dim": 32,
                 "shared_keys": False,
                 "query_norm": "batch",
+                "key_norm": True,
                 "activation": "one_plus",
                 "weight_scale": 256.0,
             },
