@@ -184,7 +184,7 @@ def loop_peer(layer: PEER, x_TD: Tensor) -> Tensor:
         centred = query_THX - query_THX.mean(dim=-1, keepdim=True)
         power = centred.square().mean(dim=-1, keepdim=True)
         query_THX = centred / (power + norm.eps).sqrt() * norm.weight + norm.bias
-    sub_keys = keys.sub_keys
+    sub_keys: Tensor = keys.sub_keys
     if keys.key_norm:
         sub_keys = sub_keys / (3 * sub_keys.square().sum(dim=-1, keepdim=True)).sqrt()
     scores_THN = exhaustive_scores(query_THX, sub_keys, keys.pairing)

@@ -156,9 +156,10 @@ def test_balance_loss_trains_the_router_and_is_absent_in_evaluation() -> None:
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("pairing", ["row-major", "shells"])
 @pytest.mark.parametrize("shared_keys", [False, True])
+@pytest.mark.parametrize("key_norm", [False, True])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_product_key_memory_equals_exhaustive_search(
-    weighting: str, shared_keys: bool, pairing: str, backend: str
+    weighting: str, key_norm: bool, shared_keys: bool, pairing: str, backend: str
 ) -> None:
     layer = ProductKeyMemory(
         DIM,
@@ -167,12 +168,16 @@ def test_product_key_memory_equals_exhaustive_search(
         values_per_head=3,
         key_dim=4,
         weighting=weighting,
+        key_norm=key_norm,
         shared_keys=shared_keys,
         pairing=pairing,
         backend=backend,
     )
     layer, x = layer.double().eval(), tokens(5)
-    scores = exhaustive_scores(layer.product_keys.query(x), layer.product_keys.sub_keys, pairing)
+    sub_keys = layer.product_keys.sub_keys
+    if key_norm:
+        sub_keys = sub_keys / (3 * sub_keys.square().sum(dim=-1, keepdim=True)).sqrt()
+    scores = exhaustive_scores(layer.product_keys.query(x), sub_keys, pairing)
     expected = torch.zeros_like(x)
     for t in range(5):
         for head in scores[t].tolist():

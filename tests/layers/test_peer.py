@@ -59,12 +59,31 @@ def test_neurons_equal_their_equations(gated: bool, activation: str) -> None:
         {"key_dim": 2},
         {"pairing": "shells"},
         {"pairing": "shells", "backend": "reference", "shared_keys": False},
+        {"key_norm": True},
+        {"key_norm": True, "backend": "reference", "shared_keys": False, "query_norm": "none"},
     ],
     ids=str,
 )
 def test_edges_equal_the_equations(settings: dict[str, int]) -> None:
     layer, x = small_peer(**settings).eval(), tokens(4)
     torch.testing.assert_close(layer(x).detach(), loop_peer(layer, x))
+
+
+def test_lengths_of_normalised_keys_do_not_matter() -> None:
+    layer, x = small_peer(key_norm=True), tokens(5)
+    longer = copy.deepcopy(layer)
+    with torch.no_grad():
+        longer.product_keys.sub_keys.mul_(torch.rand(longer.product_keys.sub_keys.shape[:-1])[..., None] + 0.5)
+    torch.testing.assert_close(longer(x), layer(x))
+    layer(x).square().sum().backward()
+    keys = layer.product_keys.sub_keys
+    assert keys.grad is not None
+    assert keys.grad.norm() > 0
+    assert ((keys.grad * keys).sum(dim=-1).abs() <= 1e-12 * keys.grad.norm()).all()  # a step only turns them
+    assert not torch.equal(small_peer(key_norm=False)(x), small_peer(key_norm=True)(x))
+    with torch.no_grad():
+        keys[0, 0, 0] = 0  # no direction: its half score is 0
+    assert layer(x).isfinite().all()
 
 
 def test_one_expert_retrieved_by_all_heads_counts_each_time() -> None:

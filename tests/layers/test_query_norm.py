@@ -52,6 +52,22 @@ def test_rows_that_do_not_count_are_normalised_all_the_same() -> None:
     torch.testing.assert_close(ours(x, mask)[3], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_mask_of_real_tokens_alone_changes_nothing(training: bool, dtype: torch.dtype) -> None:
+    """With a mask statistics are our own sums, without one PyTorch's."""
+    masked = pair(5)[0].to(dtype).train(training)
+    plain = copy.deepcopy(masked)
+    x = (3 * torch.randn(301, 5) + 7).to(dtype).requires_grad_()
+    coefficients = torch.randn(301, 5, dtype=dtype)
+    outcomes = []
+    for layer, mask in ((masked, torch.ones(301, dtype=torch.bool)), (plain, None)):
+        out = layer(x, mask)
+        gradients = torch.autograd.grad((out * coefficients).sum(), [x, layer.weight, layer.bias])
+        outcomes.append([out, *gradients, layer.running_mean, layer.running_var])
+    torch.testing.assert_close(*outcomes, rtol=1e-9 if dtype == torch.float64 else 2e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients(masked: bool) -> None:
     ours, _ = pair(2)

@@ -313,7 +313,7 @@ def test_arguments_that_do_not_fit(change: dict[str, Any], message: str) -> None
 
 
 def test_group_by_row_sorts_stably() -> None:
-    for num_rows, count in ((1, 5), (7, 40), (3000, 5000), (2**30, 1000), (9, 0)):
+    for num_rows, count in ((1, 5), (7, 40), (3000, 5000), (8192, 50_000), (70_000, 40_000), (2**30, 1000), (9, 0)):
         ids = torch.randint(num_rows, (count, 1))
         order, starts, rows = native.group_by_row(ids, num_rows)
         expected, by_row = ids.flatten().sort(stable=True)

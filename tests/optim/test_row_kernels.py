@@ -156,6 +156,28 @@ def test_rows_out_of_range_change_nothing(row: int) -> None:
     assert torch.equal(table.rows, before.rows)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("num_rows", "count"), [(40, 7), (40, 300), (64, 64), (20_001, 50), (20_001, 9_000), (5, 0)])
+def test_rows_behind_are_found(num_rows: int, count: int, threads: int) -> None:
+    steps = torch.randint(NOW - 2, NOW + 1, (num_rows,), dtype=torch.int32)
+    table = RowTable(
+        rows=torch.empty(num_rows, 1), exp_avg=None, exp_avg_sq=torch.empty(0), moments_step=None, weights_step=steps
+    )
+    ids = torch.randint(num_rows, (count, 1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for asked in (ids, None):
+            found = cpu_rows.rows_behind(table, asked, NOW)
+            assert torch.equal(found, row_step.rows_behind(table, asked, NOW))
+            among = range(num_rows) if asked is None else set(asked.flatten().tolist())
+            assert found.tolist() == [row for row in sorted(among) if steps[row] < NOW]
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(IndexError, match=f"expert id {num_rows} is not in 0 .. {num_rows - 1}"):
+        cpu_rows.rows_behind(table, torch.tensor([num_rows]), NOW)
+
+
 def test_a_run_of_the_optimizer_is_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def outcome() -> Tensor:
         table = torch.nn.Parameter(torch.randn(30, 2, 5, generator=torch.Generator().manual_seed(1)))

@@ -42,9 +42,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("row_format", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("shared_keys", [False, True])
+@pytest.mark.parametrize("key_norm", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_growth_keeps_every_bit_of_the_output(backend: str, shared_keys: bool, row_format: str, training: bool) -> None:
-    layer = small_peer(backend=backend, shared_keys=shared_keys, row_format=row_format, gated=training).train(training)
+def test_growth_keeps_every_bit_of_the_output(
+    backend: str, key_norm: bool, shared_keys: bool, row_format: str, training: bool
+) -> None:
+    layer = small_peer(
+        backend=backend, key_norm=key_norm, shared_keys=shared_keys, row_format=row_format, gated=training
+    ).train(training)
     for count in (1, 3, 20):
         before, x = copy.deepcopy(layer), tokens(count)
         grown = grow(copy.deepcopy(layer), 49)
@@ -85,16 +90,17 @@ def test_growth_is_a_function_of_its_seed_alone() -> None:
 
 @pytest.mark.parametrize("weighting", ["softmax", "sigmoid", "none"])
 @pytest.mark.parametrize("opening", [1e-30, 0.01, 0.5, 0.999])
-@pytest.mark.parametrize("shared_keys", [False, True])
+@pytest.mark.parametrize(("shared_keys", "key_norm"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_partly_open_layer_weighs_new_halves_by_its_opening(
-    backend: str, shared_keys: bool, opening: float, weighting: str
+    backend: str, shared_keys: bool, key_norm: bool, opening: float, weighting: str
 ) -> None:
-    layer = grow(small_peer(backend=backend, shared_keys=shared_keys, weighting=weighting), 49).eval()
+    settings: dict[str, Any] = {"shared_keys": shared_keys, "key_norm": key_norm, "weighting": weighting}
+    layer = grow(small_peer(backend=backend, **settings), 49).eval()
     set_opening(layer, opening)
     index, x = layer.product_keys, tokens()
     weights, ids = layer.retrieve(x)
-    scores = exhaustive_scores(index.query(x).double(), index.sub_keys.double(), "shells")
+    scores = exhaustive_scores(index.query(x).double(), index.compared(index.sub_keys).double(), "shells")
     opening = layer.product_keys.opening.item()
     new_halves = torch.tensor([(i >= 4) + (j >= 4) for i, j in expert_pairs(7, "shells")])
     best = (scores + new_halves * math.log(opening)).topk(3)

@@ -197,11 +197,13 @@ def test_the_hash_is_of_weights_settings_and_formats() -> None:
     hashes.add(base_hash(model))
     model.model.layers[0].ffw.weight_scale = 2.0
     hashes.add(base_hash(model))
+    model.model.layers[0].ffw.product_keys.key_norm = True
+    hashes.add(base_hash(model))
     model.model.layers[0].ffw.experts.convert_rows("int8")
     hashes.add(base_hash(model))
     hashes.add(base_hash(model.bfloat16()))
     hashes.add(base_hash(grow(model, 25)))
-    assert len(hashes) == 7
+    assert len(hashes) == 8
 
 
 def test_rows_that_an_optimizer_changes_behind_autograd_are_hashed_again() -> None:

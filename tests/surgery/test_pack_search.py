@@ -34,10 +34,10 @@ def packed(sizes: dict[str, int], **changes: Any) -> PEER:
 def union(layer: PEER, query_THX: Tensor, *, allowed: tuple[str, ...] | None = None) -> tuple[Tensor, Tensor]:
     """Scores in float64 and ids of the first experts of the union, by exhaustive search."""
     index = layer.product_keys
-    parts = [(index.sub_keys, index.pairing, True)]
+    parts = [(index.compared(index.sub_keys), index.pairing, True)]
     if layer.packs is not None:
         parts += [
-            (pack.sub_keys, "shells", allowed is None or name in allowed)
+            (index.compared(pack.sub_keys), "shells", allowed is None or name in allowed)
             for name, pack in layer.packs.by_name().items()
         ]
     scores = []
@@ -72,6 +72,20 @@ def test_retrieval_equals_an_exhaustive_search_of_the_union(
     assert torch.equal(ids, expected)
     assert (ids >= 36).any()
     torch.testing.assert_close(weights.double(), WEIGHTINGS[weighting](scores), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 65])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_of_packs_are_of_the_layers_length(backend: str, tokens: int) -> None:
+    layer, x = packed({"law": 25, "a": 9}, backend=backend, key_norm=True), torch.randn(tokens, DIM)
+    with torch.no_grad():
+        for pack in layer.packs.by_name().values():
+            pack.sub_keys.mul_(7)
+    weights, ids = layer.packs(x, None, layer.product_keys)
+    scores, expected = union(layer, layer.product_keys.query(x))
+    assert torch.equal(ids, expected)
+    assert ((ids >= 36).any(), (ids < 36).any()) == (True, True)
+    torch.testing.assert_close(weights.double(), scores.softmax(-1), rtol=1e-5, atol=1e-6)
 
 
 @given(st.integers(0, 2**32), st.sampled_from(BACKENDS), st.booleans(), st.sampled_from(["row-major", "shells"]))

@@ -192,14 +192,26 @@ void mix_backward_(Array<In, 2> grad_y, Array<In, 2> weights, Ids ids, std::opti
   else if (grad_weights) kernels().mix_values_backward(a);
 }
 
-int64_t group_by_row_(Ids ids, int64_t num_rows, Array<int32_t, 1> order, Array<int64_t, 1> starts, Array<int64_t, 1> rows) {
+int64_t group_by_row_(Ids ids, int64_t num_rows, Array<int32_t, 1> order, Array<int64_t, 1> starts, Array<int64_t, 1> rows,
+                      int threads) {
   const int64_t count = (int64_t)ids.size();
   require(count < (int64_t)1 << 31 && num_rows < (int64_t)1 << 31, "at most 2^31 - 1 entries and rows");
   require((int64_t)order.size() == count && (int64_t)starts.size() == count + 1 && (int64_t)rows.size() == count,
           "order, starts and rows need count, count + 1 and count elements");
   check_ids(ids.data(), count, num_rows);
   nb::gil_scoped_release released;
-  return group_by_row(ids.data(), count, num_rows, reinterpret_cast<uint32_t*>(order.data()), starts.data(), rows.data());
+  uint32_t* const entries = reinterpret_cast<uint32_t*>(order.data());
+  return group_by_row(ids.data(), count, num_rows, entries, starts.data(), rows.data(), threads);
+}
+
+int64_t rows_behind_(Array<const int32_t, 1> weights_step, std::optional<Array<const int64_t, 1>> ids, int32_t now, int threads,
+                     Array<int64_t, 1> found) {
+  const int64_t num_rows = (int64_t)weights_step.size(), count = ids ? (int64_t)ids->size() : num_rows;
+  require((int64_t)found.size() == count, "found needs an element for each row that is asked for");
+  if (count == 0) return 0;  // an empty array may have no address, which would ask for all rows
+  if (ids) check_ids(ids->data(), count, num_rows);
+  nb::gil_scoped_release released;
+  return rows_behind(weights_step.data(), num_rows, ids ? ids->data() : nullptr, count, now, threads, found.data());
 }
 
 RowGradientArgs row_gradient_args(const Array<const int32_t, 1>& order, const Array<const int64_t, 1>& starts,
@@ -370,6 +382,7 @@ NB_MODULE(_native, m) {
   m.def("mix_backward", &mix_backward_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none(),
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
   m.def("group_by_row", &group_by_row_);
+  m.def("rows_behind", &rows_behind_, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("row_gradients", &row_gradients_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg());
   nb::class_<RowState>(m, "RowState")

@@ -124,6 +124,12 @@ const char* runnable_targets();
 
 // Sort entries 0 .. count - 1 by ids[entry], stably, into `order`; list each id that occurs and where its entries start.
 // Returns how many ids occur. `rows` and `starts` have room for count and count + 1. count and num_rows < 2^31, ids in 0 .. num_rows - 1.
-int64_t group_by_row(const int64_t* ids, int64_t count, int64_t num_rows, uint32_t* order, int64_t* starts, int64_t* rows);
+int64_t group_by_row(const int64_t* ids, int64_t count, int64_t num_rows, uint32_t* order, int64_t* starts, int64_t* rows,
+                     int threads);
+
+// List the distinct rows among `ids`, or of all where that is null, whose weights_step is before `now`, ascending. Returns how many.
+// `found` has room for count, or num_rows; ids in 0 .. num_rows - 1.
+int64_t rows_behind(const int32_t* weights_step, int64_t num_rows, const int64_t* ids, int64_t count, int32_t now, int threads,
+                    int64_t* found);
 
 }  // namespace peerlm

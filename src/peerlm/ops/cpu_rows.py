@@ -21,6 +21,15 @@ def supports(table: RowTable) -> bool:
     )
 
 
+def rows_behind(table: RowTable, ids: Tensor | None, now: int) -> Tensor:
+    """As `row_step.rows_behind`."""
+    assert table.weights_step is not None
+    asked = None if ids is None else ids.flatten().contiguous()
+    found = torch.empty(len(table.rows) if asked is None else len(asked), dtype=torch.int64)
+    count = native.module.rows_behind(table.weights_step, asked, now, torch.get_num_threads(), found)
+    return found[:count]
+
+
 def update_rows(table: RowTable, ids: Tensor | None, gradient_UX: Tensor, step: RowStep) -> None:
     """As `row_step.update_rows`."""
     if ids is None:

@@ -100,5 +100,5 @@ def group_by_row(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     order = torch.empty(count, dtype=torch.int32)
     starts = torch.empty(count + 1, dtype=torch.int64)
     found = torch.empty(count, dtype=torch.int64)
-    rows = module.group_by_row(ids, num_rows, order, starts, found)
+    rows = module.group_by_row(ids, num_rows, order, starts, found, torch.get_num_threads())
     return order, starts[: rows + 1], found[:rows].clone()

@@ -229,16 +229,18 @@ class RowAdamW(torch.optim.Optimizer):
         state = self.state.get(parameter)
         if not state or state.get("weights_step") is None:
             return
-        weights_step, now = state["weights_step"], state["step"]
-        ids_U = _behind(weights_step, ids, now)
+        weights_step, now, history = state["weights_step"], state["step"], _history(state)
+        if history.start == now:  # no row is behind
+            return
+        table = self._table(parameter)
+        ids_U = _kernels(table).rows_behind(table, ids, now)
         if len(ids_U):
-            history = _history(state)
             seen = torch.zeros(now - history.start + 1, dtype=torch.bool)
             seen[weights_step[ids_U].cpu().long() - history.start] = True
             rules = catch_up_rules(
                 history, seen.nonzero().flatten() + history.start, state["betas"][0], state["betas"][1]
             )
-            table, step = self._table(parameter), self._row_step(parameter, self._group(parameter), now)
+            step = self._row_step(parameter, self._group(parameter), now)
             _kernels(table).catch_up_rows(table, ids_U, rules, step)
         if ids is None:
             _keep_history(state, RateHistory.empty(now))
@@ -387,19 +389,6 @@ def _is_plain(parameter: Tensor, state: State) -> bool:
 def _kernels(table: RowTable) -> Any:
     """The module whose `update_rows` and `catch_up_rows` work on this table."""
     return api.row_kernels(table) or row_step
-
-
-def _behind(weights_step: Tensor, ids: Tensor | None, now: int) -> Tensor:
-    """The distinct rows among ids, or of all, that are not right up to `now`; ascending int64."""
-    if ids is None:
-        return (weights_step < now).nonzero().flatten()
-    ids = ids.flatten()
-    ids = ids[weights_step[ids] < now]
-    if 16 * len(ids) < len(weights_step):
-        return ids.unique()
-    asked_N = torch.zeros(len(weights_step), dtype=torch.bool, device=weights_step.device)
-    asked_N[ids] = True  # quicker than sorting
-    return asked_N.nonzero().flatten()
 
 
 def _row_gradient(parameter: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -15,6 +15,15 @@ from peerlm.ops.rows import CatchUpRules, RowStep, RowTable
 _ELEMENTS_AT_ONCE = 1 << 22
 
 
+def rows_behind(table: RowTable, ids: Tensor | None, now: int) -> Tensor:
+    """The distinct rows among ids (int64, any shape), or of all, that are not right up to step `now`; ascending."""
+    assert table.weights_step is not None
+    if ids is None:
+        return (table.weights_step < now).nonzero().flatten()
+    ids = ids.flatten()
+    return ids[table.weights_step[ids] < now].unique()
+
+
 def update_rows(table: RowTable, ids: Tensor | None, gradient_UX: Tensor, step: RowStep) -> None:
     """One AdamW step of the rows that have a gradient (Loshchilov 2019, algorithm 2).
 

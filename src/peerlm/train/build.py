@@ -22,7 +22,7 @@ from peerlm.train.ranks import Ranks
 from peerlm.train.recipe import unknown_key
 
 _QUICKER_BY_ROWS = 4
-"""Retrieved rows of a step over rows of the table, up to which a step by rows took no longer (docs/speed.md)."""
+"""Retrieved rows of a step over rows of the table, up to which a step by rows took no longer (docs/log.md)."""
 
 
 def prepare_data(config: DataConfig, *, progress: bool) -> None:
