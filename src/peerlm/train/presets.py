@@ -21,8 +21,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
         },
     },
-    # The best of recipes/tune.toml, tune_scale.toml, tune_index.toml, tune_heads.toml and tune_pool.toml, as
-    # recipes/compare.toml has; docs/results.md has a row for each setting.
+    # The best of recipes/tune.toml, tune_scale.toml, tune_index.toml, tune_heads.toml, tune_pool.toml and
+    # tune_keys.toml, as recipes/compare.toml has; docs/results.md has a row for each setting.
     "tuned": {
         "model": {
             "ffw_layers": "peer",

@@ -78,6 +78,7 @@ def test_every_method_has_its_law(law_file: Path) -> None:
     for name, fit in law["methods"].items():
         assert fit["error"] < 1e-3
         assert fit["held_out"]["worst"] < 0.02
+        assert fit["left_out"]["mean"] <= fit["left_out"]["worst"] < 0.02
         assert fit["held_out"]["best_size"] == fit["held_out"]["expected_best_size"]
         assert fit["constants"]["epsilon"] == pytest.approx(TRUE[name].epsilon, abs=2e-3)
         assert fit["varied"] == {"granularity": False, "expansion": name == "PEER"}
@@ -96,6 +97,24 @@ def test_held_out_runs_are_not_seen_by_the_fit_that_predicts_them(tmp_path: Path
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     law = scaling([tmp_path / "rows.jsonl"], tmp_path / "law.json", times=1, starts=6)
     assert law["methods"]["dense"]["held_out"]["mean"] == pytest.approx(1 - 1 / 1.1, abs=0.01)
+
+
+def test_a_model_left_out_is_not_seen_by_the_fit_that_predicts_it(tmp_path: Path) -> None:
+    rows = [row("dense", width, flops) for flops in (1e11, 4e11, 1.6e12) for width in (32, 64, 128, 192)]
+    other_seed = json.loads(json.dumps(rows[5]))
+    rows.append({**other_seed, "seed": 1})
+    for each in (rows[5], rows[-1]):  # both seeds of one model
+        each["summary"]["validation_loss"] *= 1.1
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    fit = scaling([tmp_path / "rows.jsonl"], tmp_path / "law.json", times=1, starts=20)["methods"]["dense"]
+    assert fit["left_out"]["worst"] == pytest.approx(1 - 1 / 1.1, abs=0.01)
+    budgets = (1e11, 4e11, 1.6e12)
+    once = [row("PEER", width, flops, n) for flops in budgets for width in (32, 64) for n in (64, 256)]
+    once.append(row("PEER", 64, 1e11, 4096))  # without this one there is nothing to tell epsilon from
+    (tmp_path / "once.jsonl").write_text("".join(json.dumps(each) + "\n" for each in once))
+    law = scaling([tmp_path / "once.jsonl"], tmp_path / "law.json", times=1, starts=6)
+    assert law["methods"]["PEER"]["left_out"] is None
+    assert "worst of these" in law_markdown(law)
 
 
 @pytest.mark.parametrize("flops", [4e11, 1.6e12, 6.4e12])

@@ -20,6 +20,7 @@ from peerlm.files import write_bytes
 
 DEFAULT_LAW = Path(__file__).with_name("law.json")
 """The law that comes with the package: the one of docs/results.md."""
+_STARTS_IN_TURN = 10
 RANGES = ("size", "tokens", "granularity", "expansion")
 
 
@@ -35,7 +36,8 @@ def scaling(
     """Fit a law to the runs of each method in files of rows, and write it as JSON, for `peerlm plan` and reports.
 
     Runs that differ in nothing but size, tokens, number of experts and seed belong to one fit (`groups_of`), which has
-    the name of its first run's method. Those of the largest budget are predicted by a fit without them.
+    the name of its first run's method. Those of the largest budget are predicted by a fit without them, and every model
+    by a fit without it.
 
     Args:
         files: rows of `peerlm compare` or `peerlm isoflop`.
@@ -95,6 +97,7 @@ def _fit(group: Group, hold_out: float | None, times: int, starts: int) -> dict[
         "runs": len(group.points),
         "error": statistics.fmean(_errors(law, group.points)),
         "held_out": _held_out(group, hold_out, starts),
+        "left_out": _left_out_in_turn(group, min(starts, _STARTS_IN_TURN)),
         "varied": {"granularity": granularity, "expansion": expansion},
         "ranges": {
             **{name: _range([getattr(point, name) for point in group.points]) for name in RANGES},
@@ -152,6 +155,20 @@ def _held_out(group: Group, least: float | None, starts: int) -> dict[str, Any] 
     }
 
 
+def _left_out_in_turn(group: Group, starts: int) -> dict[str, float] | None:
+    """How fits without one model each, whatever its seeds, predict it; None where too few would be left."""
+    of_model: dict[tuple[float, ...], list[RunPoint]] = {}
+    for point in group.points:
+        of_model.setdefault((point.size, point.tokens, point.granularity, point.expansion), []).append(point)
+    errors: list[float] = []
+    for own in of_model.values():
+        kept = [point for point in group.points if point not in own]
+        if varied(kept) != varied(group.points) or len(set(kept)) < constants(kept):
+            return None
+        errors += _errors(fit_law(kept, starts=starts), own)
+    return {"mean": statistics.fmean(errors), "worst": max(errors)}
+
+
 def read_law(path: Path) -> dict[str, Any]:
     """What `scaling` wrote; raises UserError where it is not that."""
     if not path.is_file():
@@ -176,17 +193,23 @@ def law_markdown(law: Mapping[str, Any]) -> str:
     columns |= {
         "runs": [str(fit["runs"]) for fit in methods.values()],
         "mean error": [f"{fit['error']:.2%}" for fit in methods.values()],
+        "of models left out in turn": [_share(fit["left_out"], "mean") for fit in methods.values()],
+        "worst of these": [_share(fit["left_out"], "worst") for fit in methods.values()],
         "held out": [
             "" if each is None else f"{each['runs']} runs from {each['flops']:.2g} FLOPs" for each in held_out
         ],
-        "mean error there": ["" if each is None else f"{each['mean']:.2%}" for each in held_out],
-        "worst": ["" if each is None else f"{each['worst']:.2%}" for each in held_out],
+        "mean error there": [_share(each, "mean") for each in held_out],
+        "worst": [_share(each, "worst") for each in held_out],
         "best width there, expected": [
             "" if each is None or len(each["sizes"]) < 2 else f"{each['best_size']}, {each['expected_best_size']}"
             for each in held_out
         ],
     }
     return markdown_rows(columns)
+
+
+def _share(of: Mapping[str, Any] | None, name: str) -> str:
+    return "" if of is None else f"{of[name]:.2%}"
 
 
 def _constant(fit: Mapping[str, Any], name: str) -> str:
