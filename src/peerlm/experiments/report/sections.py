@@ -72,8 +72,8 @@ def _scaling(config: SectionConfig) -> Section:
     tables = [
         *([f"Rows have changed since this was fitted: `{config.command}` fits it anew."] if stale else []),
         law_markdown(law),
-        "Constants with the middle 95% of bootstrap draws; errors are shares of the loss. Held-out runs, and each model "
-        "left out in turn, were predicted by a fit without them.",
+        "Constants with the middle 95% of bootstrap draws; errors are shares of the loss. Held-out runs, and each "
+        "model left out in turn, were predicted by a fit without them.",
     ]
     fitted: list[Row] = [row for each in law["files"] if Path(each).is_file() for row in read_rows(Path(each))]
     return Section(rows=fitted or [law], tables=tables, figures={"law": plot_law(law)})
