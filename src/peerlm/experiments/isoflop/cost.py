@@ -23,6 +23,7 @@ from peerlm.train.ranks import Ranks
 from peerlm.train.step import accumulate_gradients
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+WARM_UP = 3
 
 
 def measure_costs(
@@ -45,7 +46,7 @@ def measure_costs(
         output: JSON lines.
         batch_sizes: windows at a time.
         sizes: only these; empty: all that are trained at some budget.
-        rounds: of each timing, after one that does not count.
+        rounds: of each timing, after `WARM_UP` that do not count.
         report: called with a line for each row.
 
     Returns:
@@ -132,13 +133,16 @@ def activation_bytes(model: nn.Module, tokens_BT: Tensor) -> int:
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:
-    """Median seconds of the process on its processor, over threads; one round before is not counted."""
+    """Median seconds of the process on its processor, over threads; the first rounds, `WARM_UP` more, do not count.
+
+    In them memory is new, among it the moments of rows that a step is the first to retrieve.
+    """
     times = []
-    for _ in range(rounds + 1):
+    for _ in range(WARM_UP + rounds):
         started = time.process_time()
         work()
         times.append((time.process_time() - started) / torch.get_num_threads())
-    return statistics.median(times[1:])
+    return statistics.median(times[WARM_UP:])
 
 
 def main(
