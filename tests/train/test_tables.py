@@ -1,5 +1,6 @@
 """Tables updated by rows in a run: which optimizer a recipe gets, and runs that are stopped on the way."""
 
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,11 @@ def rows_of(run: str) -> torch.Tensor:
 
 def test_large_tables_go_by_rows_and_small_ones_whole(configure: Configure) -> None:
     assert isinstance(optimizer_of(configure(model=MANY)), RowAdamW)
-    assert isinstance(optimizer_of(configure()), torch.optim.AdamW)
+    tokens = configure().data.batch_size * configure().data.context
+    for n in (math.isqrt(tokens), math.isqrt(tokens - 1)):  # 4 retrieved rows for each, and a few more
+        model = {"peer": {"num_experts": n * n, "heads": 2, "experts_per_head": 2, "key_dim": 8}}
+        kind = RowAdamW if n * n == tokens else torch.optim.AdamW
+        assert isinstance(optimizer_of(configure(model=model)), kind)
     assert isinstance(optimizer_of(configure(model=MANY, compile=True)), torch.optim.AdamW)
     assert isinstance(optimizer_of(configure(model=MANY, optim={"tables": "dense"})), torch.optim.AdamW)
 
