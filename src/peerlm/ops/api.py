@@ -67,7 +67,7 @@ def move_to_start(source: Tensor, target: Tensor) -> bool:
 
 
 def row_kernels(table: RowTable) -> ModuleType | None:
-    """The native module with `update_rows` and `catch_up_rows` for this table; None where there is none."""
+    """The native module with `optim.row_step`'s functions for this table; None where there is none."""
     return cpu_rows if cpu_rows.supports(table) else None
 
 
