@@ -11,6 +11,7 @@ import typer
 
 from peerlm.cli.app import app
 from peerlm.errors import UserError
+from peerlm.heap import keep_freed_memory
 
 # Each adds its commands to `app`; help lists them in this order.
 from peerlm.cli import training, surgery, learning, looking, studies  # noqa: F401  isort: skip
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own, between ours
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    keep_freed_memory()
     try:
         app(arguments)
     except Exception as error:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 import typer
 
 from peerlm.errors import UserError
+from peerlm.heap import keep_freed_memory
 
 
 def run_script(main: Callable[..., object]) -> None:
     """Run a function as the command of a module, `python -m`; exits with 2 after a mistake of the user's."""
+    keep_freed_memory()
     try:
         typer.run(main)
     except UserError as error:

@@ -1,0 +1,48 @@
+"""Memory that is freed stays with the process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from peerlm.heap import keep_freed_memory
+
+FAULTS = """
+import resource, torch
+from peerlm.heap import keep_freed_memory
+print(keep_freed_memory())
+for turn in range(40):
+    if turn == 30:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def _kept_and_faults(**environment: str) -> tuple[str, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    kept, faults = done.stdout.split()
+    return kept, int(faults)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other allocators")
+def test_pages_of_a_freed_block_are_not_asked_for_again() -> None:
+    kept, faults = _kept_and_faults()
+    if kept == "False":
+        pytest.skip("this C library has no such setting, or the environment sets it")
+    without, faults_without = _kept_and_faults(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="33554432")
+    assert without == "False"
+    assert faults < 10 <= faults_without  # ten blocks of 64 MiB, of at least one page each
+
+
+def test_what_the_environment_says_counts_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+    assert not keep_freed_memory()
+
+
+def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not keep_freed_memory()
