@@ -214,6 +214,18 @@ int64_t rows_behind_(Array<const int32_t, 1> weights_step, std::optional<Array<c
   return rows_behind(weights_step.data(), num_rows, ids ? ids->data() : nullptr, count, now, threads, found.data());
 }
 
+void fit_rules_(Array<const double, 2> a, Array<const double, 2> c, double tolerance, Array<const double, 1> spreads, int num_probes,
+                int threads, Array<int32_t, 1> num_nodes, Array<double, 2> weights, Array<double, 2> nodes) {
+  const size_t count = a.shape(0);
+  require(a.shape(1) > 0 && c.shape(0) == count && c.shape(1) == a.shape(1) && spreads.size() == MAX_RULE_NODES - 1 &&
+              num_probes > 1 && num_nodes.size() == count && weights.shape(0) == count && nodes.shape(0) == count &&
+              weights.shape(1) == MAX_RULE_NODES && nodes.shape(1) == MAX_RULE_NODES,
+          "terms and rules do not fit");
+  nb::gil_scoped_release released;
+  fit_rules({a.data(), c.data(), (int64_t)count, (int64_t)a.shape(1), tolerance, spreads.data(), num_probes, threads,
+             num_nodes.data(), weights.data(), nodes.data()});
+}
+
 RowGradientArgs row_gradient_args(const Array<const int32_t, 1>& order, const Array<const int64_t, 1>& starts,
                                   const Array<const int64_t, 1>& rows, const std::optional<Array<In, 2>>& x,
                                   const Array<In, 2>& grad_y, const Array<In, 3>& coefficients, int threads) {
@@ -383,6 +395,7 @@ NB_MODULE(_native, m) {
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
   m.def("group_by_row", &group_by_row_);
   m.def("rows_behind", &rows_behind_, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
+  m.def("fit_rules", &fit_rules_);
   m.def("row_gradients", &row_gradients_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg());
   nb::class_<RowState>(m, "RowState")

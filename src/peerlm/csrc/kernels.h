@@ -132,4 +132,19 @@ int64_t group_by_row(const int64_t* ids, int64_t count, int64_t num_rows, uint32
 int64_t rows_behind(const int32_t* weights_step, int64_t num_rows, const int64_t* ids, int64_t count, int32_t now, int threads,
                     int64_t* found);
 
+constexpr int MAX_RULE_NODES = 8;
+
+// The sums over k of a[s][k] / (r / c[s][k] + 1), c ascending, and room for the Gauss rules that stand for them.
+struct RuleArgs {
+  const double *a, *c;  // (count, terms)
+  int64_t count, terms;
+  double tolerance;
+  const double* spreads;  // (MAX_RULE_NODES - 1,), ascending: last c over first up to which 1, 2, ... nodes may do
+  int num_probes, threads;
+  int32_t* num_nodes;       // (count,)
+  double *weights, *nodes;  // (count, MAX_RULE_NODES); unused ones are 0 and 1
+};
+
+void fit_rules(const RuleArgs& args);
+
 }  // namespace peerlm

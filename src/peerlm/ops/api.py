@@ -71,6 +71,13 @@ def row_kernels(table: RowTable) -> ModuleType | None:
     return cpu_rows if cpu_rows.supports(table) else None
 
 
+def fit_rules(
+    a_SK: Tensor, c_SK: Tensor, *, tolerance: float, spreads: Tensor, num_probes: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What `optim.catch_up.fit_rules` defines, natively; None where the kernels were not built. All float64."""
+    return None if native.unavailable() else cpu_rows.fit_rules(a_SK, c_SK, tolerance, spreads, num_probes)
+
+
 def _choose(backend: str, fallback: str, *inputs: Tensor, rows: Tensor | None = None) -> ModuleType:
     """The module that computes with these inputs; `fallback` is what "auto" takes where the native one cannot."""
     check_backend(backend)

@@ -54,6 +54,27 @@ def catch_up_rows(table: RowTable, ids: Tensor, rules: CatchUpRules, step: RowSt
     )
 
 
+def fit_rules(
+    a_SK: Tensor, c_SK: Tensor, tolerance: float, spreads: Tensor, num_probes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `optim.catch_up.fit_rules`, to whose rules it comes within rounding."""
+    count, most = len(a_SK), len(spreads) + 1
+    num_nodes_S = torch.empty(count, dtype=torch.int32)
+    weights_SJ, nodes_SJ = a_SK.new_empty(count, most), a_SK.new_empty(count, most)
+    native.module.fit_rules(
+        a_SK.contiguous(),
+        c_SK.contiguous(),
+        tolerance,
+        spreads,
+        num_probes,
+        torch.get_num_threads(),
+        num_nodes_S,
+        weights_SJ,
+        nodes_SJ,
+    )
+    return num_nodes_S, weights_SJ, nodes_SJ
+
+
 def update_by_gradients(
     table: RowTable, step: RowStep, x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor
 ) -> None:

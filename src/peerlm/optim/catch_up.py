@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from peerlm.ops import api
 from peerlm.ops.rows import CatchUpRules
 
 MAX_NODES = 8
@@ -26,7 +27,7 @@ TOLERANCE = 1e-7
 """Largest error of a rule, relative to the sum; more nodes are taken until it is met, up to `MAX_NODES`."""
 _WORST_TOLERATED = 1e-6
 _TAIL = 1e-10
-_ENOUGH_UP_TO = (1.001, 1.35, 2.8, 5.6, 11.0, 19.0, 37.0)
+_ENOUGH_UP_TO = torch.tensor([1.001, 1.35, 2.8, 5.6, 11.0, 19.0, 37.0], dtype=torch.float64)
 """Spreads of c, largest to smallest, up to which 1, 2, ... nodes met the tolerance: where the search begins."""
 _PROBES = 16
 _RULES_AT_ONCE = 256
@@ -193,21 +194,21 @@ def catch_up_rules(
     if beta1 > 0:
         for part in torch.arange(len(since_S)).split(_RULES_AT_ONCE):
             a_SK, c_SK = missed_steps(history, since_S[part], beta1, beta2)
-            _fill_rules(a_SK, c_SK, tolerance, part, num_nodes_S, weights_SJ, nodes_SJ)
+            rules = api.fit_rules(a_SK, c_SK, tolerance=tolerance, spreads=_ENOUGH_UP_TO, num_probes=_PROBES)
+            num_nodes_S[part], weights_SJ[part], nodes_SJ[part] = rules or fit_rules(a_SK, c_SK, tolerance)
     return CatchUpRules(first_step, index, decay_S, num_nodes_S, weights_SJ, nodes_SJ)
 
 
-def _fill_rules(
-    a_SK: Tensor,
-    c_SK: Tensor,
-    tolerance: float,
-    at_S: Tensor,
-    num_nodes_S: Tensor,
-    weights_SJ: Tensor,
-    nodes_SJ: Tensor,
-) -> None:
+def fit_rules(a_SK: Tensor, c_SK: Tensor, tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor, Tensor]:
+    """For each sum the rule of fewest nodes that meets the tolerance, at least as many as its spread of c asks for.
+
+    Returns:
+        How many nodes count, (S,) int32; weights and nodes, (S, MAX_NODES), 0 and 1 beyond these.
+    """
+    num_nodes_S = torch.zeros(len(a_SK), dtype=torch.int32)
+    weights_SJ, nodes_SJ = a_SK.new_zeros(len(a_SK), MAX_NODES), a_SK.new_ones(len(a_SK), MAX_NODES)
     low_S1, high_S1 = _extent(a_SK, c_SK)
-    try_S = 1 + torch.bucketize((high_S1 / low_S1)[:, 0], torch.tensor(_ENOUGH_UP_TO, dtype=torch.float64))
+    try_S = 1 + torch.bucketize((high_S1 / low_S1)[:, 0], _ENOUGH_UP_TO)
     probes_SR, true_SR = _probes(a_SK, c_SK)
     for num_nodes in range(1, MAX_NODES + 1):
         now_Q = (try_S == num_nodes).nonzero().flatten()
@@ -218,9 +219,10 @@ def _fill_rules(
             good_Q = _error_at_probes(probes_SR[now_Q], true_SR[now_Q], weights_QJ, nodes_QJ) <= tolerance
             try_S[now_Q[~good_Q]] += 1
             now_Q, weights_QJ, nodes_QJ = now_Q[good_Q], weights_QJ[good_Q], nodes_QJ[good_Q]
-        num_nodes_S[at_S[now_Q]] = num_nodes
-        weights_SJ[at_S[now_Q], :num_nodes] = weights_QJ
-        nodes_SJ[at_S[now_Q], :num_nodes] = nodes_QJ
+        num_nodes_S[now_Q] = num_nodes
+        weights_SJ[now_Q, :num_nodes] = weights_QJ
+        nodes_SJ[now_Q, :num_nodes] = nodes_QJ
+    return num_nodes_S, weights_SJ, nodes_SJ
 
 
 @lru_cache
