@@ -21,6 +21,7 @@ from measure import interleave, report
 from torch import Tensor, nn
 
 from peerlm import PEER, DenseFFW, ProductKeys
+from peerlm.heap import keep_freed_memory
 from peerlm.ops import api
 from peerlm.optim import RowAdamW, parameter_groups
 
@@ -183,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rival", choices=RIVALS)
     parser.add_argument("--tuned", action="store_true", help="huge pages and fused Adam for the rival")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="of both, as peerlm's commands do")
     parser.add_argument("--num-experts", type=int, default=1024**2)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=2048)
@@ -193,6 +195,8 @@ def main() -> None:
     parser.add_argument("--row-format", default="float32")
     parser.add_argument("--json", type=Path, help="file that a row for each figure is added to")
     options = parser.parse_args()
+    if options.keep_freed_memory and not keep_freed_memory():
+        parser.error("this system has no such setting, or malloc's environment variables are set")
     torch.manual_seed(0)
     trains = "step" in options.parts or "backward" in options.parts or options.memory
     dim, num_experts = options.dim, options.num_experts
@@ -201,6 +205,7 @@ def main() -> None:
         mode = {"lazy": True}
     sizes = {key: getattr(options, key) for key in ("num_experts", "dim", "tokens")}
     sizes |= {"our_mode": options.mode, "our_row_format": options.row_format}
+    sizes["freed_memory_kept"] = options.keep_freed_memory
     contenders = {}
     if options.rival == "none" or not options.memory:
         contenders["peerlm"] = ours(dim, num_experts, train=trains, row_format=options.row_format, **mode)

@@ -28,6 +28,8 @@ def commands(*, quick: bool) -> list[list[str]]:
         [layer, "fused", "--parts", "step"],
         [layer, "none", "--parts", "step", "--num-experts", str(SMALL)],
         [layer, "none", "--parts", "step"],
+        [layer, "none", "--parts", "step", "--keep-freed-memory"],
+        [layer, "PEER-pytorch", "--tuned", "--parts", "step", "--keep-freed-memory"],
         [layer, "reference", "--parts", "forward", "decode"],
         [layer, "none", "--parts", "forward", "decode", "--row-format", "bfloat16"],
         [layer, "none", "--parts", "forward", "decode", "--row-format", "int8"],
