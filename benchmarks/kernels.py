@@ -55,8 +55,8 @@ def retrieval_cases(options: argparse.Namespace) -> dict[str, Callable[[], objec
     sub_keys = (2 * torch.rand(2, 1, n, HALF_KEY) - 1) * HALF_KEY**-0.5
     _, exact = reference.retrieve(query[:64].double(), sub_keys.double(), EXPERTS_PER_HEAD, "softmax")
     cases: dict[str, Callable[[], object]] = {}
-    for dtype in ("fp32", "bf16"):
-        if dtype == "bf16" and not native.module.has_bf16_dot_products():
+    for dtype in ("fp32", "bf16", "int8"):
+        if not native.module.has_scores(dtype):
             continue
         assert torch.equal(scored_in(dtype, query[:64], sub_keys)[1], exact)
         cases[f"retrieval, {dtype} scores"] = lambda dtype=dtype: scored_in(dtype, query, sub_keys)

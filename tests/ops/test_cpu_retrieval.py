@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peerlm.ops import api, native, reference
+from peerlm.errors import UserError
+from peerlm.ops import api, cpu, native, reference
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.testing import exhaustive_search, relative_error
 
@@ -72,7 +73,7 @@ def cases(draw: st.DrawFn, max_n: int = 40, max_tokens: int = 50) -> tuple[Tenso
     return query, draw_keys(generator, 2, key_heads, n, half) * keys_size, k, pairing
 
 
-@pytest.fixture(params=["bf16", "fp32"])
+@pytest.fixture(params=["int8", "bf16", "fp32"])
 def scores_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The precision of the first scores, where the machine leaves a choice."""
     monkeypatch.setenv("PEERLM_SCORES", request.param)
@@ -86,7 +87,7 @@ def assert_exhaustive(query: Tensor, sub_keys: Tensor, k: int, pairing: str) -> 
     torch.testing.assert_close(weights, scores.float(), rtol=2e-7, atol=1e-44)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
 @given(case=cases())
 @settings(max_examples=120)
 def test_ids_are_those_of_exhaustive_search(precision: str, case: tuple[Tensor, Tensor, int, str]) -> None:
@@ -96,7 +97,7 @@ def test_ids_are_those_of_exhaustive_search(precision: str, case: tuple[Tensor, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
 @given(case=cases())
 @settings(max_examples=2000)
 def test_ids_are_those_of_exhaustive_search_in_2000_examples(
@@ -223,6 +224,19 @@ def test_values_that_are_not_finite(weighting: str, tokens: int, where: str, bad
     for row in ids.flatten(0, 1).tolist():
         assert len(set(row)) == 5
     weights.sum().backward()  # and no crash in the backward pass
+
+
+def test_scores_of_another_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERLM_SCORES", "int4")
+    with pytest.raises(UserError, match="PEERLM_SCORES is 'int4'; set it to int8, bf16 or fp32"):
+        api.retrieve(torch.ones(8, 1, 4), torch.ones(2, 1, 4, 2), 2, backend="cpu")
+
+
+def test_large_sub_keys_are_compared_in_8_bits_unless_told_otherwise() -> None:
+    if not native.module.has_scores("int8"):
+        pytest.skip("this machine has no products of 8 bits")
+    assert cpu._scores(torch.empty(2, 1, 1024, 64)) == "int8"
+    assert cpu._scores(torch.empty(2, 8, 256, 128)) == "bf16"
 
 
 def test_no_tokens() -> None:

@@ -50,6 +50,13 @@ Pairing pairing_of(const std::string& name) {
   throw std::invalid_argument("unknown pairing " + name);
 }
 
+Scores scores_of(const std::string& name) {
+  if (name == "fp32") return Scores::f32;
+  if (name == "bf16") return Scores::bf16;
+  if (name == "int8") return Scores::i8;
+  throw std::invalid_argument("unknown scores " + name);
+}
+
 Activation activation_of(const std::string& name) {
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
@@ -87,7 +94,7 @@ void require_fit(const Array<In, 4>& query, const Array<In, 4>& sub_keys, int64_
 }
 
 void retrieve_(Array<In, 4> query, Array<In, 4> sub_keys, int64_t k, const std::string& weighting,
-               const std::string& pairing, bool bf16_scores, int threads, Array<float, 3> weights, Array<int64_t, 3> ids) {
+               const std::string& pairing, const std::string& scores, int threads, Array<float, 3> weights, Array<int64_t, 3> ids) {
   const RetrieveArgs a{query.data(),
                        sub_keys.data(),
                        (int64_t)query.shape(0),
@@ -98,14 +105,14 @@ void retrieve_(Array<In, 4> query, Array<In, 4> sub_keys, int64_t k, const std::
                        k,
                        weighting_of(weighting),
                        pairing_of(pairing),
-                       bf16_scores,
+                       scores_of(scores),
                        threads,
                        weights.data(),
                        ids.data()};
   require_fit(query, sub_keys, k);
   require(weights.size() == (size_t)(a.tokens * a.heads * k) && ids.size() == weights.size(), "outputs must be (T, H, k)");
   const Kernels& chosen = kernels();
-  require(!bf16_scores || chosen.bf16_dot_products, "this machine has no bfloat16 dot products");
+  require(a.scores <= chosen.narrowest_scores, "this machine has no dot products as narrow as these scores");
   nb::gil_scoped_release released;
   chosen.retrieve(a);
 }
@@ -385,7 +392,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Native kernels of peerlm; peerlm.ops.cpu is their only user.";
   m.def("target", [] { return std::string(kernels().name); });
   m.def("runnable_targets", [] { return std::string(runnable_targets()); });
-  m.def("has_bf16_dot_products", [] { return kernels().bf16_dot_products; });
+  m.def("has_scores", [](const std::string& scores) { return scores_of(scores) <= kernels().narrowest_scores; });
   m.def("retrieve", &retrieve_);
   m.def("retrieve_backward", &retrieve_backward_, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());

@@ -27,7 +27,8 @@ const Target* targets(int& count) {
   static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  static const Target all[] = {{&avx512bf16, has_avx512 && has_avx2 && __builtin_cpu_supports("avx512bf16")},
+  static const Target all[] = {{&avx512bf16, has_avx512 && has_avx2 && __builtin_cpu_supports("avx512bf16") &&
+                                                 __builtin_cpu_supports("avx512vnni")},
                                {&avx512, has_avx512 && has_avx2},
                                {&avx2, has_avx2},
                                {&portable, true}};

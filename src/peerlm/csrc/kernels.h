@@ -18,6 +18,7 @@ enum class Weighting { softmax, sigmoid, relu, none };
 enum class Pairing { row_major, shells };
 enum class Activation { gelu, gelu_tanh, relu, silu, identity, one_plus };
 enum class RowFormat { f32, bf16, i8 };
+enum class Scores { f32, bf16, i8 };
 
 // Rows of a table; `scales` (N, parts) belongs to i8 alone.
 struct Table {
@@ -35,7 +36,7 @@ struct RetrieveArgs {
   int64_t tokens, heads, sets, n, half_dim, k;  // sets: H, or 1 where heads share sub-keys
   Weighting weighting;
   Pairing pairing;
-  bool bf16_scores;  // score in bfloat16 first; ids are the same, see retrieve.inc
+  Scores scores;  // what sub-keys are compared in first; ids are the same, see retrieve.inc
   int threads;
   float* weights;  // out (T, H, K)
   int64_t* ids;    // out (T, H, K)
@@ -102,7 +103,7 @@ struct RowGradientArgs {
 
 struct Kernels {
   const char* name;
-  bool bf16_dot_products;  // whether bf16_scores is supported
+  Scores narrowest_scores;  // supported, with all before it
   void (*retrieve)(const RetrieveArgs&);
   void (*retrieve_backward)(const RetrieveBackwardArgs&);
   void (*mix_experts)(const MixArgs&);

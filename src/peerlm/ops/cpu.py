@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peerlm.errors import UserError
 from peerlm.ops import cpu_rows, native
 from peerlm.ops.native import group_by_row
 from peerlm.ops.rows import fused_row_update
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INT8_FROM = 1 << 16
+"""Numbers in a half's sub-keys from which on comparing them in 8 bits saves more than its longer shortlist costs."""
 
 
 def unsupported(*inputs: Tensor, rows: Tensor | None = None) -> str:
@@ -99,9 +102,12 @@ _LIBRARY.define("dot_values(Tensor x, Tensor ids, Tensor values, bool row_gradie
 _LIBRARY.define("row_gradients(Tensor? x, Tensor grad_y, Tensor ids, Tensor coefficients, SymInt num_rows) -> Tensor")
 
 
-def _scoring_in_bf16() -> bool:
-    """Whether scores are first computed from bfloat16 products: wherever the machine has them, unless told not to."""
-    return native.module.has_bf16_dot_products() and os.environ.get("PEERLM_SCORES", "bf16") != "fp32"
+def _scores(sub_keys: Tensor) -> str:
+    """What sub-keys (2, H or 1, n, C) are compared in first: the quickest here, or what PEERLM_SCORES names if it exists."""
+    wanted = os.environ.get("PEERLM_SCORES") or ("int8" if sub_keys[0, 0].numel() >= _INT8_FROM else "bf16")
+    if wanted not in ("int8", "bf16", "fp32"):
+        raise UserError(f"PEERLM_SCORES is {wanted!r}; set it to int8, bf16 or fp32, or not at all")
+    return wanted if native.module.has_scores(wanted) else "fp32"
 
 
 def _retrieve(
@@ -116,7 +122,7 @@ def _retrieve(
         k,
         weighting,
         pairing,
-        _scoring_in_bf16(),
+        _scores(sub_keys),
         torch.get_num_threads(),
         weights,
         ids,
