@@ -103,7 +103,7 @@ _LIBRARY.define("row_gradients(Tensor? x, Tensor grad_y, Tensor ids, Tensor coef
 
 
 def _scores(sub_keys: Tensor) -> str:
-    """What sub-keys (2, H or 1, n, C) are compared in first: the quickest, or what PEERLM_SCORES names if it is here."""
+    """What sub-keys (2, H or 1, n, C) are compared in first: the quickest, or what PEERLM_SCORES names if here."""
     wanted = os.environ.get("PEERLM_SCORES") or ("int8" if sub_keys[0, 0].numel() >= _INT8_FROM else "bf16")
     if wanted not in ("int8", "bf16", "fp32"):
         raise UserError(f"PEERLM_SCORES is {wanted!r}; set it to int8, bf16 or fp32, or not at all")
