@@ -36,3 +36,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_heap() -> Iterator[None]:
+    """Commands that a test calls keep freed memory in a process of theirs; this one gives it back, as tests expect."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("peerlm.cli", "peerlm.experiments.script"):
+            patch.setattr(f"{module}.keep_freed_memory", lambda: False)
+        yield

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from peerlm.cli import main
 from peerlm.heap import keep_freed_memory
 
 FAULTS = """
@@ -46,3 +47,11 @@ def test_what_the_environment_says_counts_more(monkeypatch: pytest.MonkeyPatch) 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not keep_freed_memory()
+
+
+def test_commands_keep_what_they_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    monkeypatch.setattr("peerlm.cli.keep_freed_memory", lambda: kept.append(True))
+    with pytest.raises(SystemExit, match="0"):
+        main(["info"])
+    assert kept == [True]
