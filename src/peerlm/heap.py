@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
     """Keep freed blocks of up to 1 GiB with this process, for its next step.
 
     By default glibc maps each block above 32 MiB anew and gives it back when it is freed, so that the system clears the
-    pages of the logits, and of whatever else is large, in every step: a fifth to two fifths of training time on a CPU
+    pages of the logits, and of whatever else is large, in every step: a seventh to two fifths of training time on a CPU
     (docs/log.md). The process then keeps its largest extent to its end, which may be a few blocks larger than before.
 
     Returns:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peerlm.ops import cpu_rows, native
+from peerlm.ops import native
 from peerlm.optim import catch_up
 from peerlm.optim.catch_up import (
     MAX_NODES,
@@ -18,7 +18,6 @@ from peerlm.optim.catch_up import (
     RateHistory,
     catch_up_rules,
     check_betas,
-    fit_rules,
     gauss_rules,
     missed_steps,
     missed_steps_that_matter,
@@ -152,28 +151,6 @@ def test_a_history_may_begin_anywhere() -> None:
     torch.testing.assert_close(part.decay, whole.decay, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95), (0.99, 0.999), (0.5, 0.9)], ids=str)
-def test_the_kernel_takes_as_many_nodes_as_the_definition(betas: tuple[float, float]) -> None:
-    history, since = history_of(cosine_rates(420)[:400]), torch.arange(0, 400, 7)
-    rules = catch_up_rules(history, since, *betas)
-    num_nodes_S, weights_SJ, nodes_SJ = fit_rules(*missed_steps(history, since, *betas))
-    assert rules.num_nodes.dtype == torch.int32
-    assert rules.num_nodes.tolist() == num_nodes_S.tolist()
-    torch.testing.assert_close(rules.weights, weights_SJ, rtol=1e-7, atol=1e-12 * weights_SJ.max().item())
-    torch.testing.assert_close(rules.nodes, nodes_SJ, rtol=1e-7, atol=0)
-
-
-def test_a_rule_does_not_depend_on_its_company(implementation: str) -> None:
-    if implementation == "python":
-        pytest.skip("PyTorch's sums depend on how many there are")
-    history, since = history_of(cosine_rates(420)[:300]), torch.arange(0, 300, 3)
-    together = catch_up_rules(history, since, 0.9, 0.95)
-    for number in (1, 20, 60, 90, 99):
-        alone = catch_up_rules(history, since[number : number + 1], 0.9, 0.95)
-        assert torch.equal(alone.weights[0], together.weights[number])
-        assert torch.equal(alone.nodes[0], together.nodes[number])
-
-
 @pytest.mark.parametrize("rate", [math.nan, math.inf])
 def test_rates_that_are_no_numbers_make_rules_that_are_none(rate: float) -> None:
     history = RateHistory(0, torch.tensor([0.1, rate, 0.1, 0.1]).double(), torch.zeros(5, dtype=torch.float64))
@@ -197,11 +174,3 @@ def test_betas_without_a_good_rule_are_refused(betas: tuple[float, float]) -> No
         ValueError, match=r"rows cannot catch up accurately .* raise beta2, lower beta1, or pass lazy=True"
     ):
         check_betas(*betas)
-
-
-def test_the_kernel_refuses_terms_that_do_not_fit() -> None:
-    if native.unavailable():
-        pytest.skip(native.unavailable())
-    terms = torch.ones(2, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match="terms and rules do not fit"):
-        cpu_rows.fit_rules(terms, terms[:1], TOLERANCE, torch.arange(1.0, 8.0, dtype=torch.float64), 16)
