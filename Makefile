@@ -52,7 +52,7 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 	    "peerlm needs Python 3.10 or newer and $(PYTHON) is %d.%d: run make PYTHON=/path/to/python3.10" % sys.version_info[:2])'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt scikit-build-core nanobind cmake ninja
+	$(PIP) install -c constraints.txt --upgrade setuptools scikit-build-core nanobind cmake ninja
 	$(PIP) install -c constraints.txt --no-build-isolation ".[dev]"
 	@touch $@
 
