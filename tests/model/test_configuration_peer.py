@@ -24,6 +24,20 @@ def test_one_kind_for_all_blocks_or_one_each() -> None:
     assert PeerConfig(num_hidden_layers=2, ffw_layers=["swiglu", "peer"]).ffw_layers == ["swiglu", "peer"]
 
 
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        (1, ["pkm"]),
+        (3, ["pkm"] * 3),
+        (4, ["dense", "pkm", "pkm", "dense"]),
+        (6, ["dense", *["pkm"] * 4, "dense"]),
+        (12, [*["dense"] * 3, *["pkm"] * 6, *["dense"] * 3]),
+    ],
+)
+def test_a_kind_in_the_inner_blocks(blocks: int, expected: list[str]) -> None:
+    assert PeerConfig(num_hidden_layers=blocks, ffw_layers="pkm:inner").ffw_layers == expected
+
+
 def test_sizes_that_follow_from_others() -> None:
     config = PeerConfig(hidden_size=96, num_attention_heads=6)
     assert (config.num_key_value_heads, config.head_dim) == (6, 16)
@@ -64,6 +78,8 @@ def test_round_trip(tiny_config: Callable[..., PeerConfig], tmp_path: Path) -> N
         ),
         ({"pkm": {"dim": 4}}, "pkm has no setting 'dim'"),
         ({"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
+        ({"ffw_layers": "moe:inner"}, "ffw_layers has 'moe'; choose from dense, swiglu, peer, pkm, expert_choice"),
+        ({"ffw_layers": "peer:outer"}, "ffw_layers has 'peer:outer'; choose from dense, swiglu, peer, pkm"),
         ({"ffw_layers": 5}, "'ffw_layers' with value 5"),
     ],
     ids=str,

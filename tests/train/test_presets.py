@@ -36,19 +36,20 @@ def test_own_keys_win_over_the_preset(tmp_path: Path, in_file: bool) -> None:
     config = load_recipe(path, ["optim.keys_lr_multiplier=2.0", *([] if in_file else ["preset=tuned"])])
     assert config.model["peer"] == {**PRESETS["tuned"]["model"]["peer"], "heads": 2}
     assert config.model["hidden_size"] == 32
-    assert config.model["ffw_layers"] == "peer"
+    assert config.model["ffw_layers"] == "peer:inner"
     assert config.optim.table_lr_multiplier == 0.25
     assert config.optim.keys_lr_multiplier == 2.0
     assert load_recipe(recipe(tmp_path)).model == {"hidden_size": 32, "peer": {"heads": 2}}
 
 
 def test_a_method_of_a_comparison_may_have_one(tmp_path: Path) -> None:
-    """The run is the one that recipes/compare.toml spells out: its row counts."""
+    """In every block it is the run that recipes/compare.toml spells out, whose row counts."""
     compared = load_plan(ROOT / "recipes/compare.toml")
     text = (ROOT / "recipes/compare.toml").read_text(encoding="utf-8").split("[methods.PEER]")[0]
     path = tmp_path / "compare.toml"
     path.write_text(
-        text + '[methods.PEER]\npreset = "tuned"\n[methods.small]\npreset = "tuned"\nmodel.peer.heads = 2\n'
+        text + '[methods.PEER]\npreset = "tuned"\nmodel.ffw_layers = "peer"\n'
+        '[methods.small]\npreset = "tuned"\nmodel.peer.heads = 2\n'
     )
     tuned, small = load_plan(path).runs[:2]
     spelled_out = next(run for run in compared.runs if run.method == "PEER")

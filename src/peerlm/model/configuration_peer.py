@@ -20,6 +20,19 @@ FFW_KINDS: dict[str, type] = {
     "token_choice": TokenChoiceMoE,
 }
 CONFIGURABLE_KINDS = ("peer", "pkm", "expert_choice", "token_choice")
+INNER = ":inner"
+"""Ends the name of a kind of which a quarter of the blocks at either end have none."""
+
+
+def kinds_of_blocks(ffw_layers: str | list[str] | None, blocks: int) -> list[str]:
+    """The kind of feed-forward layer in each of the blocks, of what `PeerConfig.ffw_layers` may be."""
+    if ffw_layers is None:
+        return ["peer" if block == blocks // 2 else "dense" for block in range(blocks)]
+    if isinstance(ffw_layers, list):
+        return ffw_layers
+    outer = blocks // 4 if ffw_layers.endswith(INNER) else 0
+    kind = ffw_layers.removesuffix(INNER)
+    return [kind if outer <= block < blocks - outer else "dense" for block in range(blocks)]
 
 
 @strict
@@ -36,8 +49,10 @@ class PeerConfig(PreTrainedConfig):
         intermediate_size: hidden neurons of dense layers (4 * hidden_size if None; for "swiglu", 2/3 of
             that).
         max_position_embeddings: longest context.
-        ffw_layers: kind of feed-forward layer in each block: a list, or one kind for all blocks. None puts
-            PEER in the middle block and dense layers in the others, as He 2024. Kinds: "dense" (GELU),
+        ffw_layers: kind of feed-forward layer in each block: a list, or one kind for all blocks, or "peer:inner"
+            for dense layers in the first and the last quarter of the blocks and PEER in those between, which is
+            best in recipes/ablations/blocks.toml (any kind can be named so; less than four blocks all have it).
+            None puts PEER in the middle block and dense layers in the others, as He 2024. Kinds: "dense" (GELU),
             "swiglu", "peer", "pkm", "expert_choice", "token_choice".
         peer, pkm, expert_choice, token_choice: keyword arguments of `PEER`, `ProductKeyMemory`,
             `ExpertChoiceMoE`, `TokenChoiceMoE`.
@@ -81,12 +96,8 @@ class PeerConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)  # 0 is refused below
-        if self.ffw_layers is None:
-            self.ffw_layers = ["dense"] * self.num_hidden_layers
-            if self.ffw_layers:
-                self.ffw_layers[self.num_hidden_layers // 2] = "peer"
-        elif isinstance(self.ffw_layers, str):
-            self.ffw_layers = [self.ffw_layers] * self.num_hidden_layers
+        if self.ffw_layers is None or isinstance(self.ffw_layers, str):
+            self.ffw_layers = kinds_of_blocks(self.ffw_layers, self.num_hidden_layers)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:

@@ -21,11 +21,11 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
         },
     },
-    # The best of recipes/tune.toml, tune_scale.toml, tune_index.toml, tune_heads.toml, tune_pool.toml and
-    # tune_keys.toml, as recipes/compare.toml has; docs/results.md has a row for each setting.
+    # The best of recipes/tune.toml, tune_scale.toml, tune_index.toml, tune_heads.toml, tune_pool.toml, tune_keys.toml
+    # and ablations/blocks.toml, as recipes/isoflop.toml has; docs/results.md has a row for each setting.
     "tuned": {
         "model": {
-            "ffw_layers": "peer",
+            "ffw_layers": "peer:inner",
             "ffw_init_scale": 1.0,
             "peer": {
                 "num_experts": 256**2,

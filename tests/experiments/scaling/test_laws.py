@@ -137,15 +137,21 @@ def test_the_plan_is_the_best_there_is(law_file: Path, flops: float) -> None:
         assert beyond == (flops > 2e12)
 
 
-def test_figures_of_deep_models_are_those_of_the_whole_model(law_file: Path) -> None:
-    found = next(c for c in plan_model(read_law(law_file), flops=1e16, method="PEER") if c.layers > 4)
+@pytest.mark.parametrize(
+    ("measured", "planned"),
+    [("peer", "peer"), (["dense", "peer", "peer", "dense"], "peer:inner"), (["dense", "peer"], None)],
+)
+def test_figures_of_deep_models_are_those_of_the_whole_model(law_file: Path, measured: Any, planned: Any) -> None:
+    law = read_law(law_file)
+    law["methods"]["PEER"]["model"]["ffw_layers"] = measured
+    found = next(c for c in plan_model(law, flops=1e17, method="PEER") if c.layers > 4)
     peer = {**MODELS["PEER"]["peer"], "num_experts": found.experts, "heads": found.heads}
     sizes = {"hidden_size": found.hidden_size, "num_hidden_layers": found.layers, "num_attention_heads": 4}
     with torch.device("meta"):
-        config = PeerConfig(**sizes, ffw_layers="peer", peer=peer, vocab_size=300, max_position_embeddings=64)
+        config = PeerConfig(**sizes, ffw_layers=planned, peer=peer, vocab_size=300, max_position_embeddings=64)
         cost = model_cost(PeerForCausalLM(config), 64)
     assert (cost.total_parameters, cost.active_parameters) == (found.total_parameters, found.active_parameters)
-    assert found.tokens == int(1e16 / cost.training_flops_per_token)
+    assert found.tokens == int(1e17 / cost.training_flops_per_token)
 
 
 def test_a_plan_stays_within_the_experts_that_were_measured(law_file: Path) -> None:

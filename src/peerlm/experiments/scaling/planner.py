@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,6 +17,7 @@ from peerlm.experiments.memory import training_bytes
 from peerlm.experiments.scaling.fit import CONSTANTS, Law, interval
 from peerlm.experiments.scaling.points import SIZES, embedding_parameters, experts_of, kind_of
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.model.configuration_peer import INNER, kinds_of_blocks
 
 WIDTHS = tuple(dict.fromkeys(8 * round(4 * 2 ** (step / 4)) for step in range(17))) + tuple(
     dict.fromkeys(64 * round(8 * 2 ** (step / 4)) for step in range(1, 17))
@@ -117,9 +119,13 @@ def _models(fit: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     kind = kind_of(base)
     for width in WIDTHS:
         named = base.get("ffw_layers")
+        if isinstance(named, list):
+            ways = (kind + INNER, None)
+            named = next((way for way in ways if named == kinds_of_blocks(way, len(named))), named)
         layers = len(named) if isinstance(named, list) else max(4, width // 64)
         heads = 4 if width <= 512 else width // 64
-        model = {**base, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        model = {**base, **sizes, "ffw_layers": named}
         model.pop("num_key_value_heads", None)
         if kind not in ("peer", "pkm"):
             yield model
@@ -189,14 +195,21 @@ def _candidate(
 
 
 def _cost(settings: Mapping[str, Any], context: int) -> Cost:
-    """Of a model; where all blocks are alike from one of one block and one of two, since costs add up."""
-    layers = settings["num_hidden_layers"]
-    if isinstance(settings.get("ffw_layers"), list):
-        return _built_cost(settings, context)
-    one, two = (_built_cost({**settings, "num_hidden_layers": count}, context) for count in (1, 2))
+    """Of a model, from models of one block and of two of each kind of feed-forward layer, since costs add up."""
+    blocks = Counter(kinds_of_blocks(settings.get("ffw_layers"), settings["num_hidden_layers"]))
+    of_kind = {
+        kind: [_built_cost({**settings, "ffw_layers": kind, "num_hidden_layers": count}, context) for count in (1, 2)]
+        for kind in blocks
+    }
+    any_one, any_two = next(iter(of_kind.values()))
     return Cost(
         **{
-            field.name: getattr(one, field.name) + (layers - 1) * (getattr(two, field.name) - getattr(one, field.name))
+            field.name: 2 * getattr(any_one, field.name)
+            - getattr(any_two, field.name)
+            + sum(
+                blocks[kind] * (getattr(two, field.name) - getattr(one, field.name))
+                for kind, (one, two) in of_kind.items()
+            )
             for field in fields(Cost)
         }
     )

@@ -81,8 +81,9 @@ def _signature(config: Mapping[str, Any]) -> str:
 
 def kind_of(model: Mapping[str, Any]) -> str:
     """The kind of layer in a [model] that is not dense; "dense" where all are."""
-    kinds = model.get("ffw_layers", "peer")
-    kinds = [kinds] if isinstance(kinds, str) else kinds or ["peer"]
+    from peerlm.model.configuration_peer import kinds_of_blocks
+
+    kinds = kinds_of_blocks(model.get("ffw_layers", "peer"), model.get("num_hidden_layers", 1))
     return next((kind for kind in kinds if kind in SIZES), "dense")
 
 
