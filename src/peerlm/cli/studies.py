@@ -90,6 +90,9 @@ def scaling(
         float | None,
         typer.Option(metavar="FLOPS", help="Predict runs from here on by the others; default: the largest."),
     ] = None,
+    up_to: Annotated[
+        float | None, typer.Option(metavar="FLOPS", help="Leave out runs of more FLOPs; default: none.")
+    ] = None,
     draws: Annotated[int, typer.Option(min=20, help="Draws of the bootstrap.")] = 100,
     plot: Annotated[Path | None, typer.Option(help="Image to write: measured over expected loss.")] = None,
     as_json: Json = False,
@@ -99,7 +102,7 @@ def scaling(
 
     from peerlm.experiments.scaling.laws import law_markdown, plot_law, scaling
 
-    law = scaling(rows, output, methods=method, hold_out=hold_out, times=draws)
+    law = scaling(rows, output, methods=method, hold_out=hold_out, up_to=up_to, times=draws)
     if plot is not None:
         plot_law(law).savefig(plot, dpi=130)
     if as_json:

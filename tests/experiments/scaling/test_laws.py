@@ -99,6 +99,19 @@ def test_held_out_runs_are_not_seen_by_the_fit_that_predicts_them(tmp_path: Path
     assert law["methods"]["dense"]["held_out"]["mean"] == pytest.approx(1 - 1 / 1.1, abs=0.01)
 
 
+def test_runs_beyond_a_budget_can_be_left_out_altogether(tmp_path: Path) -> None:
+    rows = [row("dense", width, flops) for flops in (1e11, 4e11, 1.6e12) for width in (32, 64, 128, 192)]
+    beyond = json.loads(json.dumps([row("dense", width, 6.4e12) for width in (64, 128)]))
+    for each in beyond:
+        each["summary"]["validation_loss"] /= 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows + beyond))
+    law = scaling([tmp_path / "rows.jsonl"], tmp_path / "law.json", up_to=2e12, times=1, starts=6)
+    assert law["methods"]["dense"]["runs"] == 12
+    assert law["methods"]["dense"]["error"] < 1e-3
+    with pytest.raises(UserError, match=r"^no run in the rows has at most 1e\+10 FLOPs: raise --up-to$"):
+        scaling([tmp_path / "rows.jsonl"], tmp_path / "law.json", up_to=1e10)
+
+
 def test_a_model_left_out_is_not_seen_by_the_fit_that_predicts_it(tmp_path: Path) -> None:
     rows = [row("dense", width, flops) for flops in (1e11, 4e11, 1.6e12) for width in (32, 64, 128, 192)]
     other_seed = json.loads(json.dumps(rows[5]))

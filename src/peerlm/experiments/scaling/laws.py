@@ -30,6 +30,7 @@ def scaling(
     *,
     methods: Sequence[str] = (),
     hold_out: float | None = None,
+    up_to: float | None = None,
     times: int = 100,
     starts: int = 60,
 ) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def scaling(
         output: JSON file to write.
         methods: only these; empty: all with runs enough, three more than constants.
         hold_out: runs of at least this many FLOPs are held out in place of those of the largest budget.
+        up_to: runs of more FLOPs than this are left out altogether.
         times: draws of the bootstrap.
         starts: of each fit.
 
@@ -51,13 +53,16 @@ def scaling(
         What the file holds.
 
     Raises:
-        UserError: there is no file, no method with runs enough, or a named method without them.
+        UserError: there is no file, no run of at most `up_to` FLOPs, no method with runs enough, or a named method
+            without them.
     """
     rows: list[dict[str, Any]] = []
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"there are no rows at {file}: name a file that peerlm compare or peerlm isoflop wrote")
         rows += read_runs(Path(file))
+    if up_to is not None and not (rows := [row for row in rows if row["summary"]["flops"] <= up_to]):
+        raise UserError(f"no run in the rows has at most {up_to:g} FLOPs: raise --up-to")
     groups = {group.name: group for group in groups_of(rows)}
     for method in methods:
         if method not in groups:
