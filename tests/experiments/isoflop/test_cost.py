@@ -5,10 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from peerlm.experiments.isoflop.cost import activation_bytes, measure_costs
+from peerlm.experiments.isoflop.cost import activation_bytes, draw_tokens, measure_costs
 from peerlm.experiments.rows import read_rows
 
 
@@ -28,6 +29,15 @@ class Squares(nn.Module):
 def test_activations_are_counted_once_and_parameters_not() -> None:
     ids = torch.zeros(3, 5, dtype=torch.int64)
     assert activation_bytes(Squares(), ids) == ids.numel() * (8 + 4 * 8)
+
+
+def test_tokens_are_as_frequent_as_words() -> None:
+    torch.manual_seed(0)
+    ids = draw_tokens(64, 256, 100)
+    assert ids.shape == (64, 256)
+    counts = torch.bincount(ids.flatten(), minlength=100)
+    for rank in (2, 5, 10):
+        assert counts[rank - 1].item() == pytest.approx(counts[0].item() / rank, rel=0.2)
 
 
 def test_rows_are_measured_once(study: Any, tmp_path: Path) -> None:

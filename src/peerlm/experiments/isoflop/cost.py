@@ -17,6 +17,7 @@ from peerlm.accounting import model_cost
 from peerlm.experiments.isoflop.plan import load_isoflop
 from peerlm.experiments.rows import append_row, machine_and_date, read_rows
 from peerlm.experiments.script import run_script
+from peerlm.optim import clip_gradients
 from peerlm.train.build import build_optimizer, new_model
 from peerlm.train.config import TrainConfig
 from peerlm.train.ranks import Ranks
@@ -35,10 +36,11 @@ def measure_costs(
     rounds: int = 5,
     report: Callable[[str], object] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Run new models of a recipe's methods and sizes on random tokens; rows that `output` has are not measured again.
+    """Run new models of a recipe's methods and sizes on drawn tokens; rows that `output` has are not measured again.
 
-    Seconds are medians over rounds of the process's seconds on its processor, divided by its threads. In training
-    they are of forward and backward pass and optimizer; prefill is one forward pass, decoding one more token of every
+    Tokens are as frequent as words are (`draw_tokens`), since frequent ones meet in the same experts. Seconds are
+    medians over rounds of the process's seconds on its processor, divided by its threads. In training they are of
+    forward and backward pass, clipping and optimizer, on other tokens in every round; prefill is one forward pass, decoding one more token of every
     window after half a context.
 
     Args:
@@ -80,12 +82,14 @@ def _measure(train: TrainConfig, batch_size: int, rounds: int) -> dict[str, Any]
     torch.manual_seed(train.seed)
     model = new_model(train, vocab_size=train.data.vocab_size)
     context = train.data.context
-    tokens_BT = torch.randint(train.data.vocab_size, (batch_size, context))
+    tokens_BT = draw_tokens(batch_size, context, train.data.vocab_size)
     ranks = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
     optimizer = build_optimizer(model, train, ranks)
 
     def step() -> None:
-        accumulate_gradients(model, tokens_BT, micro_batch_size=batch_size)
+        batch_BT = draw_tokens(batch_size, context, train.data.vocab_size)
+        accumulate_gradients(model, batch_BT, micro_batch_size=batch_size)
+        clip_gradients(optimizer.param_groups, max_norm=train.optim.clip, table_max_norm=train.optim.table_clip)
         optimizer.step()
 
     model.train()
@@ -115,6 +119,12 @@ def _measure(train: TrainConfig, batch_size: int, rounds: int) -> dict[str, Any]
         "decode_seconds": decoding / batch_size,
         "threads": torch.get_num_threads(),
     }
+
+
+def draw_tokens(batch_size: int, context: int, vocab_size: int) -> Tensor:
+    """Token ids (batch_size, context) of which the r-th is drawn 1/r times as often as the first, by Zipf's law."""
+    shares_V = 1 / torch.arange(1, vocab_size + 1)
+    return torch.multinomial(shares_V, batch_size * context, replacement=True).view(batch_size, context)
 
 
 def activation_bytes(model: nn.Module, tokens_BT: Tensor) -> int:
