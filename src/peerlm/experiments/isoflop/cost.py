@@ -40,8 +40,8 @@ def measure_costs(
 
     Tokens are as frequent as words are (`draw_tokens`), since frequent ones meet in the same experts. Seconds are
     medians over rounds of the process's seconds on its processor, divided by its threads. In training they are of
-    forward and backward pass, clipping and optimizer, on other tokens in every round; prefill is one forward pass, decoding one more token of every
-    window after half a context.
+    forward and backward pass, clipping and optimizer, on other tokens in every round; prefill is one forward pass,
+    decoding one more token of every window after half a context.
 
     Args:
         recipe: an isoFLOP recipe.
