@@ -100,23 +100,30 @@ def optima_table(curves: Sequence[Curve], seconds: Cost) -> list[dict[str, Any]]
     """One row per method and budget: the optimum, and the run nearest to it over its seeds, with its seconds.
 
     A loss or the logarithm of a perplexity over seeds is a mean, with half of its 95% confidence interval from the
-    spread over seeds that is pooled over all runs.
+    spread over seeds that is pooled over all runs of the budget: what seeds differ by changes with it.
     """
-    spread = pooled_spread(point.losses for curve in curves for point in curve.points)
+    points_of: dict[float, list[Point]] = {}
+    for curve in curves:
+        points_of.setdefault(curve.flops, []).extend(curve.points)
     files = list(dict.fromkeys(f for c in curves for p in c.points for r in p.rows.values() for f in r["evaluation"]))
     spreads = {
-        file: pooled_spread(_log_perplexities(point, file) for curve in curves for point in curve.points)
-        for file in files
+        flops: {
+            None: pooled_spread(point.losses for point in points),
+            **{file: pooled_spread(_log_perplexities(point, file) for point in points) for file in files},
+        }
+        for flops, points in points_of.items()
     }
-    return [_optimum_row(curve, spread, spreads, seconds) for curve in curves]
+    return [_optimum_row(curve, spreads[curve.flops], seconds) for curve in curves]
 
 
-def _optimum_row(curve: Curve, spread: SeedSpread, spreads: Mapping[str, SeedSpread], seconds: Cost) -> dict[str, Any]:
-    point = curve.nearest
+def _optimum_row(curve: Curve, spreads: Mapping[str | None, SeedSpread], seconds: Cost) -> dict[str, Any]:
+    """`spreads`: of the logarithm of each file's perplexity, and under None of the loss."""
+    point, spread = curve.nearest, spreads[None]
     summaries = [row["summary"] for row in point.rows.values()]
     perplexity = {"validation": _interval([math.exp(loss) for loss in point.losses], spread)}
     for file, of_file in spreads.items():
-        perplexity[file] = _interval([math.exp(value) for value in _log_perplexities(point, file)], of_file)
+        if file is not None:
+            perplexity[file] = _interval([math.exp(value) for value in _log_perplexities(point, file)], of_file)
     return {
         "method": curve.method,
         "flops": curve.flops,

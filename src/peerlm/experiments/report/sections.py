@@ -101,7 +101,7 @@ def _isoflop(config: SectionConfig, rows: Sequence[Row]) -> Section:
         optima_markdown(table),
         "The optimum is that of a parabola in the logarithm of active parameters. Loss and perplexity are of the run "
         "nearest to it, means over its seeds with 95% confidence intervals (Student's t, the spread over seeds pooled "
-        f"over all runs). The best of these runs again, alone: `{again}`.",
+        f"over all runs of the budget). The best of these runs again, alone: `{again}`.",
         f"The same rows at equal seconds of training{_at_speeds(config, speeds)}:",
         equal_seconds_markdown(equal_seconds_table(curves, seconds)),
         "What the lowest loss that all methods reach costs each, read between its best runs:",
