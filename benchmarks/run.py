@@ -36,6 +36,7 @@ def commands(*, quick: bool) -> list[list[str]]:
     ]
     for rival in ("none", "PEER-pytorch", "SparseAdam"):
         todo.append([layer, rival, "--memory"])
+    todo.append([layer, "none", "--memory", "--mode", "fused"])
     if quick:
         return todo
     forward = ["--parts", "forward"]
