@@ -17,6 +17,7 @@ from peerlm.experiments.isoflop.curves import (
     equal_seconds_table,
     optima_table,
 )
+from peerlm.experiments.isoflop.figures import plot_costs
 from peerlm.experiments.isoflop.plan import load_isoflop
 from peerlm.experiments.isoflop.seconds import comparable_seconds, seconds_at_speeds, seconds_of
 from peerlm.experiments.isoflop.study import isoflop
@@ -147,6 +148,14 @@ def test_without_common_seconds_nothing_is_compared(study: Any) -> None:
     table = equal_seconds_table(curves_of(study.plan, rows), seconds_of)
     assert table["seconds"] == []
     assert "No range of seconds" in equal_seconds_markdown(table)
+
+
+def test_unknown_seconds_are_not_drawn(study: Any) -> None:
+    curves = curves_of(study.plan, study.rows([0]))
+    for cost, panels in ((seconds_of, 2), (lambda row: None, 1)):
+        figure = plot_costs(curves, cost)
+        figure.draw_without_rendering()
+        assert len(figure.axes) == panels
 
 
 def test_an_equal_loss_costs_what_frontiers_say(study: Any) -> None:

@@ -47,20 +47,22 @@ def _draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
 
 
 def plot_costs(curves: Sequence[Curve], seconds: Cost) -> Figure:
-    """Perplexity of the run nearest to each optimum over FLOPs, and of the frontier of all runs over seconds."""
+    """Perplexity of runs nearest to optima over FLOPs, and of the frontier of all over seconds if these are known."""
     methods = _methods(curves)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    over_flops, over_seconds = figure.subplots(1, 2, sharey=True)
     fronts = frontiers(curves, seconds)
+    panels = 2 if fronts else 1
+    figure = Figure(figsize=(5.5 * panels, 4), layout="constrained")
+    over_flops, *over_seconds = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     for method in methods:
         own = sorted((curve for curve in curves if curve.method == method), key=lambda curve: curve.flops)
         style = {"color": f"C{methods.index(method) % 10}", "marker": ".", "label": method}
         over_flops.plot([c.flops for c in own], [math.exp(np.mean(c.nearest.losses)) for c in own], **style)
         front = fronts.get(method, [])
-        over_seconds.plot([cost for cost, _ in front], [math.exp(loss) for _, loss in front], **style)
+        for axes in over_seconds:
+            axes.plot([cost for cost, _ in front], [math.exp(loss) for _, loss in front], **style)
+            axes.set(xlabel="seconds of training")
     over_flops.set(xlabel="training FLOPs", ylabel="held-out perplexity")
-    over_seconds.set(xlabel="seconds of training")
-    for axes in (over_flops, over_seconds):
+    for axes in (over_flops, *over_seconds):
         axes.set(xscale="log", yscale="log")
         finish(axes)
     over_flops.legend(frameon=False)

@@ -88,7 +88,7 @@ def _isoflop(config: SectionConfig, rows: Sequence[Row]) -> Section:
         return Section(rows=[])
     speeds = read_rows(Path(config.speeds)) if config.speeds else []
     seconds = seconds_at_speeds(plan, speeds) if speeds else comparable_seconds(rows_of_curves(curves))
-    table = optima_table(curves, seconds)
+    table, equal_seconds = optima_table(curves, seconds), equal_seconds_table(curves, seconds)
     missing = len({run.planned.key(plan.compare) for run in plan.runs()} - {row["key"] for row in own})
     best = min(table, key=lambda row: row["loss"])
     budget = next(name for name in plan.isoflop.budgets if float(name) == best["flops"])
@@ -102,8 +102,14 @@ def _isoflop(config: SectionConfig, rows: Sequence[Row]) -> Section:
         "The optimum is that of a parabola in the logarithm of active parameters. Loss and perplexity are of the run "
         "nearest to it, means over its seeds with 95% confidence intervals (Student's t, the spread over seeds pooled "
         f"over all runs of the budget). The best of these runs again, alone: `{again}`.",
-        f"The same rows at equal seconds of training{_at_speeds(config, speeds)}:",
-        equal_seconds_markdown(equal_seconds_table(curves, seconds)),
+        *(
+            [
+                f"The same rows at equal seconds of training{_at_speeds(config, speeds)}:",
+                equal_seconds_markdown(equal_seconds),
+            ]
+            if equal_seconds["seconds"]
+            else []
+        ),
         "What the lowest loss that all methods reach costs each, read between its best runs:",
         equal_loss_markdown(equal_loss_table(curves, seconds)),
     ]
