@@ -107,7 +107,7 @@ def _isoflop(config: SectionConfig, rows: Sequence[Row]) -> Section:
                 f"The same rows at equal seconds of training{_at_speeds(config, speeds)}:",
                 equal_seconds_markdown(equal_seconds),
             ]
-            if equal_seconds["seconds"]
+            if equal_seconds["losses"]
             else []
         ),
         "What the lowest loss that all methods reach costs each, read between its best runs:",
