@@ -152,7 +152,12 @@ def test_the_plan_is_the_best_there_is(law_file: Path, flops: float) -> None:
 
 @pytest.mark.parametrize(
     ("measured", "planned"),
-    [("peer", "peer"), (["dense", "peer", "peer", "dense"], "peer:inner"), (["dense", "peer"], None)],
+    [
+        ("peer", "peer"),
+        (["peer", "peer"], "peer"),
+        (["dense", "peer", "peer", "dense"], "peer:inner"),
+        (["dense", "peer"], None),
+    ],
 )
 def test_figures_of_deep_models_are_those_of_the_whole_model(law_file: Path, measured: Any, planned: Any) -> None:
     law = read_law(law_file)

@@ -120,7 +120,7 @@ def _models(fit: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for width in WIDTHS:
         named = base.get("ffw_layers")
         if isinstance(named, list):
-            ways = (kind + INNER, None)
+            ways = (kind, kind + INNER, None)
             named = next((way for way in ways if named == kinds_of_blocks(way, len(named))), named)
         layers = len(named) if isinstance(named, list) else max(4, width // 64)
         heads = 4 if width <= 512 else width // 64
