@@ -1,7 +1,4 @@
-"""Change an existing model: PEER in place of its feed-forward layers or beside them, retrieved adapters, and growth.
-
-Importing this package lets transformers load models that were converted.
-"""
+"""Change an existing model: PEER in place of its feed-forward layers or beside them, retrieved adapters, and growth."""
 
 from peerlm.surgery.convert import convert, unconvert
 from peerlm.surgery.ffw import FFW, find_ffws

@@ -15,6 +15,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder
+from peerlm.surgery.card import conversion_card
+from peerlm.surgery.record import conversion_of, refuse_without_peerlm
 
 _COMPANIONS = (
     "added_tokens.json",
@@ -65,9 +67,16 @@ def load_saved(folder: Path) -> PreTrainedModel:
 
 
 def save_changed(model: PreTrainedModel, source: Path, output: Path) -> None:
-    """Write a model that was loaded from `source` to the folder `output`, whole or not at all, with its tokenizer."""
+    """Write a model that was loaded from `source` to the folder `output`, whole or not at all, with its tokenizer.
+
+    A converted model gets a card, and transformers alone refuses to open it.
+    """
+    record = conversion_of(model)
     with atomic_folder(output) as folder:
         model.save_pretrained(folder)
+        if record is not None:
+            refuse_without_peerlm(folder)
+            conversion_card(model, record, name=output.name, source=source.name).save(folder / "README.md")
         for path in sorted(source.iterdir()):
             if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COMPANIONS):
                 shutil.copyfile(path, folder / path.name)
