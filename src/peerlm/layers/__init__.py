@@ -4,7 +4,7 @@ from peerlm.layers.baselines import DenseFFW, ExpertChoiceMoE, ProductKeyMemory,
 from peerlm.layers.expert_table import ExpertTable
 from peerlm.layers.peer import PEER
 from peerlm.layers.product_keys import ProductKeys
-from peerlm.layers.query_norm import QueryBatchNorm
+from peerlm.layers.query_norm import QueryBatchNorm, share_statistics
 
 __all__ = [
     "PEER",
@@ -15,4 +15,5 @@ __all__ = [
     "ProductKeys",
     "QueryBatchNorm",
     "TokenChoiceMoE",
+    "share_statistics",
 ]

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from peerlm.data import TokenShards, TokenWindows, prepare
 from peerlm.errors import UserError
-from peerlm.layers import ExpertTable, ProductKeys
+from peerlm.layers import ExpertTable, ProductKeys, share_statistics
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import native
 from peerlm.optim import RowAdamW, parameter_groups
@@ -180,6 +181,6 @@ def wrap_forward(model: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Modu
     """What the training step calls: the model, exchanging gradients between ranks, compiled if asked."""
     forward = model
     if ranks.world_size > 1:
-        # Layers with running statistics synchronise them themselves.
+        share_statistics(model, dist.group.WORLD)
         forward = DistributedDataParallel(forward, broadcast_buffers=False)
     return torch.compile(forward) if config.compile else forward  # type: ignore[return-value]

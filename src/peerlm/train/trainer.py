@@ -23,6 +23,7 @@ from peerlm.data import Batch, batches, load_tokenizer
 from peerlm.errors import UserError
 from peerlm.evaluate import held_out_loss
 from peerlm.files import atomic_folder, is_disk_full, write_json
+from peerlm.layers import share_statistics
 from peerlm.metrics import ExpertUsage, record_usage
 from peerlm.optim import RowAdamW, clip_gradients, cosine, set_learning_rates, wsd
 from peerlm.surgery import grow, set_opening
@@ -295,6 +296,7 @@ class Trainer:
     def unwrap(self) -> None:
         """Let what exchanges gradients end while the processes are joined: it waits for them, sometimes for ever."""
         self.forward = self.model
+        share_statistics(self.model, None)
         gc.collect()
 
     def open(self, state: TrainState, progress: float) -> TrainState:
