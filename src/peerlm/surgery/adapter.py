@@ -38,6 +38,7 @@ _POOL_SETTINGS = (
     "weighting",
     "weight_scale",
     "dropout",
+    "init_weights",
     "backend",
 )
 
@@ -90,6 +91,8 @@ class PeerAdapterConfig(PeftConfig):
     """What weights are multiplied by; equal to experts_per_head, evenly weighted experts have weight 1, as in LoRA."""
     dropout: float = 0.0
     """Share of retrieved experts dropped per token in training."""
+    init_weights: bool = True
+    """Whether a new adapter changes nothing until it is trained; False, as in tests of peft's, draws random experts."""
     backend: str = "auto"
     """A name in `peerlm.ops.api.BACKENDS`."""
     module_dim: int | None = None
