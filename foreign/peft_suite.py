@@ -6,6 +6,7 @@ The modules of tests are loaded as they are, but for their lists of cases, in wh
 import ast
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,11 +26,11 @@ def save_models() -> list[str]:
     """A tiny Llama and a tiny model of ours with a tokenizer each; their folders, seen from where the tests run."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["the cat sat on the mat and saw a bird"] * 4, vocab_size=280)
-    sizes = {"vocab_size": 280, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"vocab_size": 280, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     for name, model in (
-        ("llama", LlamaForCausalLM(LlamaConfig(**sizes, **special, intermediate_size=32))),
-        ("peer", PeerForCausalLM(PeerConfig(**sizes, **special, peer=SMALL))),
+        ("llama", LlamaForCausalLM(LlamaConfig(**sizes, **special, intermediate_size=64))),
+        ("peer", PeerForCausalLM(PeerConfig(**sizes, **special, peer={**SMALL, "key_dim": 16}))),
     ):
         model.save_pretrained(MODELS / name)
         tokenizer.save_pretrained(MODELS / name)
@@ -60,6 +61,11 @@ except ModuleNotFoundError:  # which the tests ask whether a model is a pipeline
     sys.modules["diffusers"] = ModuleType("diffusers")
     sys.modules["diffusers"].StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore[attr-defined]
 
+import tests.testing_utils  # noqa: E402, it imports diffusers
+
+# This would go online for the first test of each model.
+tests.testing_utils.hub_online_once = lambda model_id: nullcontext()
+
 _LANGUAGE = {"task_type": "CAUSAL_LM"}
 _decoders = load_tests(
     "test_decoder_models",
@@ -67,9 +73,12 @@ _decoders = load_tests(
     SMALL_GRID_MODELS=models,
     ALL_CONFIGS=[
         (PeerAdapterConfig, {**_LANGUAGE, **SMALL}),
-        (PeerAdapterConfig, {**_LANGUAGE, **SMALL, "target_modules": "all-linear", "rank": 2, "query_norm": "batch"}),
-        (LoraConfig, {**_LANGUAGE, "r": 4, "target_modules": ["q_proj", "query_proj", "down_proj"]}),
-        (LoraConfig, {**_LANGUAGE, "r": 4, "use_dora": True}),
+        (
+            PeerAdapterConfig,
+            {**_LANGUAGE, **SMALL, "target_modules": "all-linear", "rank": 2, "query_norm": "batch"},
+        ),
+        (LoraConfig, {**_LANGUAGE, "target_modules": ["q_proj", "query_proj", "down_proj"]}),
+        (LoraConfig, {**_LANGUAGE, "use_dora": True}),
         (IA3Config, {**_LANGUAGE, "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
         (PromptTuningConfig, {**_LANGUAGE, "num_virtual_tokens": 4}),
         (PrefixTuningConfig, {**_LANGUAGE, "num_virtual_tokens": 4}),

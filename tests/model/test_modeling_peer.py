@@ -264,6 +264,7 @@ def test_a_model_compiles_without_graph_breaks_where_it_says_so(tiny_model: Buil
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         else:
             assert kind == "expert_choice"
+            assert not model._supports_context_parallel
             with pytest.raises(torch._dynamo.exc.TorchDynamoException):
                 compiled(ids, attention_mask=mask)
     torch._dynamo.reset()

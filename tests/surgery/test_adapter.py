@@ -403,6 +403,19 @@ def test_the_type_is_a_member_of_peft_s_enumeration_like_any_other() -> None:
     assert copy.deepcopy(kind) is pickle.loads(pickle.dumps(kind)) is kind
 
 
+def test_all_linear_means_the_same_for_a_second_adapter() -> None:
+    model = adapted(target_modules="all-linear")
+    model.add_adapter("other", PeerAdapterConfig(**SMALL, target_modules="all-linear"))
+    first, second = (model.peft_config[name].target_modules for name in ("default", "other"))
+    assert first == second
+    assert len(first) == 14
+    assert all(
+        layer.peer_adapter_pools.keys() == {"default", "other"}
+        for layer in model.modules()
+        if isinstance(layer, PeerAdapterLayer)
+    )
+
+
 def two_adapters(**settings: Any) -> Any:
     model = adapted(**settings)
     model.add_adapter("other", PeerAdapterConfig(**SMALL | {"num_experts": 25}, target_modules=["q_proj", "v_proj"]))
@@ -472,12 +485,12 @@ def test_names_of_rows_that_cannot_be_are_refused() -> None:
     model = two_adapters()
     with pytest.raises(ValueError, match="adapter_names has 'third'; choose from default, other and __base__"):
         model(input_ids=IDS, adapter_names=["third", "other"])
-    with pytest.raises(ValueError, match="adapter_names has 1 names for 2 rows"):
+    with pytest.raises(ValueError, match=r"Length of `adapter_names` should be .* but got 1 and 2"):
         model(input_ids=IDS, adapter_names=["other"])
     with pytest.raises(ValueError, match="alora_offsets is for adapters of the type LORA"):
         model(input_ids=IDS, alora_offsets=[1, 1])
     assert not any(layer._forward_pre_hooks for layer in model.modules())
-    with pytest.raises(ValueError, match="adapter_names is for inference alone"):
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
         model.train()(input_ids=IDS, adapter_names=["other", "other"])
 
 

@@ -104,8 +104,8 @@ class PeerPreTrainedModel(PreTrainedModel):
     def __init__(self, config: PeerConfig):
         super().__init__(config)
         assert config.ffw_layers is not None  # filled in by PeerConfig
-        # how many tokens an expert chooses depends on the values of the mask
-        self._can_compile_fullgraph = "expert_choice" not in config.ffw_layers
+        # An expert chooses among all tokens of a call, and how many depends on the values of the mask.
+        self._can_compile_fullgraph = self._supports_context_parallel = "expert_choice" not in config.ffw_layers
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Initialise whatever was not loaded.

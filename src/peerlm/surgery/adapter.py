@@ -19,10 +19,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peerlm.registration import MODEL_TYPE
 from peerlm.surgery.adapter_batches import adapters_by_row
-from peerlm.surgery.adapter_layer import CANNOT_MERGE, PeerAdapterLayer
+from peerlm.surgery.adapter_layer import CANNOT_MERGE, PeerAdapterLayer, PeerAdapterLinear
 from peerlm.surgery.features import features_of
 
 _NAME = "peer_adapter"
@@ -146,7 +147,8 @@ class PeerAdapterModel(BaseTuner):
         if isinstance(target, PeerAdapterLayer):
             target.add_pool(adapter_name, inference_mode=peft_config.inference_mode, **settings)
             return
-        layer = PeerAdapterLayer(target, *features_of(target, peft_config.module_dim))
+        over = PeerAdapterLinear if isinstance(target, (nn.Linear, Conv1D)) else PeerAdapterLayer
+        layer = over(target, *features_of(target, peft_config.module_dim))
         layer.set_adapter(self.active_adapters)
         layer.add_pool(adapter_name, inference_mode=peft_config.inference_mode, **settings)
         if adapter_name not in self.active_adapters:

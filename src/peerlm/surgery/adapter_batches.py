@@ -27,7 +27,7 @@ def adapters_by_row(model: nn.Module, adapter_names: Sequence[str], options: Map
             batch has another number of rows.
     """
     if model.training:
-        raise ValueError("adapter_names is for inference alone, and the model is in training mode: call model.eval()")
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval()")
     layers = [each for each in model.modules() if isinstance(each, (PeerAdapterLayer, AuxiliaryTrainingWrapper))]
     known = {name for layer in layers if isinstance(layer, PeerAdapterLayer) for name in layer.peer_adapter_pools}
     unknown = sorted(set(adapter_names) - known - {BASE})

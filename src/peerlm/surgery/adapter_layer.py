@@ -102,11 +102,16 @@ class PeerAdapterLayer(nn.Module, BaseTunerLayer):
         """Nothing is ever merged."""
 
 
+class PeerAdapterLinear(PeerAdapterLayer):
+    """Over a linear layer: by "Linear" in the name peft finds what "all-linear" means for a second adapter."""
+
+
 def check_number_of_names(adapter_names: Sequence[str], x: Tensor) -> None:
-    """Raise a ValueError where there is not one name for each row of x."""
+    """Raise a ValueError, in the words of peft, where there is not one name for each row of x."""
     if len(adapter_names) != len(x):
         raise ValueError(
-            f"adapter_names has {len(adapter_names)} names for {len(x)} rows; name an adapter for each row"
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {len(x)} respectively."
         )
 
 
