@@ -9,8 +9,8 @@ import pytest
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peerlm.convert.folder import convert_folder
 from peerlm.hf import PeerAdapterConfig, PeerConfig, PeerForCausalLM
-from peerlm.surgery.convert_folder import convert_folder
 
 PEER = {"num_experts": 16, "heads": 2, "experts_per_head": 2, "key_dim": 4}
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -82,7 +82,7 @@ def test_transformers_alone_refuses_a_converted_folder_and_says_why(folder: Path
 
 
 def test_a_peft_that_does_not_take_our_adapters_is_imported_with_a_warning(folder: Path) -> None:
-    code = "import sys; sys.modules['peerlm.surgery.adapter'] = None; import peerlm, peft; print(peft.LoraConfig())"
+    code = "import sys; sys.modules['peerlm.adapters.config'] = None; import peerlm, peft; print(peft.LoraConfig())"
     outcome = python(code, folder)
     assert "LoraConfig(" in outcome.stdout
     assert "peerlm cannot add its adapters to peft 0.21" in outcome.stderr

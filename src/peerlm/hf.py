@@ -6,12 +6,12 @@ that what is missing shows at once.
 
 import importlib.util
 
-import peerlm.surgery.record  # noqa: F401, what rebuilds converted models
+import peerlm.convert.record  # noqa: F401, what rebuilds converted models
 from peerlm.model import PeerConfig, PeerForCausalLM, PeerModel
 
 __all__ = ["PeerConfig", "PeerForCausalLM", "PeerModel"]
 
 if importlib.util.find_spec("peft") is not None:
-    from peerlm.surgery.adapter import PeerAdapterConfig, PeerAdapterModel
+    from peerlm.adapters.config import PeerAdapterConfig, PeerAdapterModel
 
     __all__ += ["PeerAdapterConfig", "PeerAdapterModel"]

@@ -43,7 +43,7 @@ def _name_models(module: Any) -> None:
 
 def _name_converted(module: Any) -> None:
     def load() -> Any:
-        return importlib.import_module("peerlm.surgery.record")
+        return importlib.import_module("peerlm.convert.record")
 
     module.AUTO_QUANTIZATION_CONFIG_MAPPING[CONVERTED] = SimpleNamespace(
         from_dict=lambda record: load().ConversionConfig.from_dict(record)
@@ -53,7 +53,7 @@ def _name_converted(module: Any) -> None:
 
 def _load_adapters(peft: ModuleType) -> None:
     try:
-        importlib.import_module("peerlm.surgery.adapter")
+        importlib.import_module("peerlm.adapters.config")
     except Exception as error:
         version = getattr(peft, "__version__", "of an unknown version")
         warnings.warn(f"peerlm cannot add its adapters to peft {version}: {error}; install peerlm[peft]", stacklevel=2)

@@ -7,7 +7,7 @@ from typing import Any
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peerlm.surgery.adapter_layer import PeerAdapterLayer
+from peerlm.adapters.layer import PeerAdapterLayer
 
 BASE = "__base__"
 """The name of no adapter."""

@@ -3,7 +3,7 @@
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from peerlm.surgery.record import ConversionConfig
+from peerlm.convert.record import ConversionConfig
 
 _CARD = """---
 {metadata}

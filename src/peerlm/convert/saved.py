@@ -1,0 +1,97 @@
+"""Models as `save_pretrained` writes them: read by the class that they name, written to another folder."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from peerlm.convert.record import conversion_of, refuse_without_peerlm
+from peerlm.errors import UserError
+from peerlm.files import atomic_folder
+from peerlm.surgery.card import conversion_card
+
+_COMPANIONS = (
+    "added_tokens.json",
+    "chat_template*",
+    "merges.txt",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "*.model",
+    "tokenizer*",
+    "vocab*",
+)
+"""Files beside a model that a change of it leaves as they are: its tokenizer, or what prepares its images."""
+
+
+def check_seed(seed: int) -> None:
+    """Raise a UserError where torch takes no such seed."""
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"seed is {seed}; it must fit into 64 bits")
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Within this context what goes wrong is put down to the saved model in a folder, in one UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (SafetensorError, StrictDataclassError, OSError, ValueError, RuntimeError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{folder} holds no model that can be read ({detail}); restore it") from error
+
+
+def load_saved(folder: Path) -> PreTrainedModel:
+    """The model that `save_pretrained` wrote, of the class that its configuration names.
+
+    Raises:
+        UserError: there is none, or it cannot be read, or has other weights than its configuration says.
+    """
+    with reading(folder):
+        config = AutoConfig.from_pretrained(folder)
+        loaded: Any = _class_of(config, folder).from_pretrained(folder, output_loading_info=True)
+    model, report = loaded
+    for keys, what in ((report["missing_keys"], "lacks"), (report["unexpected_keys"], "has unknown")):
+        if keys:
+            raise UserError(f"{folder} {what} weights, such as {min(keys)}; restore it")
+    return cast("PreTrainedModel", model)
+
+
+def save_changed(model: PreTrainedModel, source: Path, output: Path) -> None:
+    """Write a model that was loaded from `source` to the folder `output`, whole or not at all, with its tokenizer.
+
+    A converted model gets a card, and transformers alone refuses to open it.
+    """
+    record = conversion_of(model)
+    with atomic_folder(output) as folder:
+        model.save_pretrained(folder)
+        if record is not None:
+            refuse_without_peerlm(folder)
+            conversion_card(model, record, name=output.name, source=source.name).save(folder / "README.md")
+        for path in sorted(source.iterdir()):
+            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COMPANIONS):
+                shutil.copyfile(path, folder / path.name)
+
+
+def _class_of(config: Any, folder: Path) -> type[PreTrainedModel]:
+    """The class that a configuration names, of transformers or registered with its Auto classes."""
+    name = (config.architectures or [""])[0]
+    registered = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    for candidate in (registered, getattr(transformers, name, None)):
+        if isinstance(candidate, type) and candidate.__name__ == name:
+            return candidate
+    raise UserError(f"{folder} is of the architecture {name!r}, which this version of transformers does not have")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
