@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from .models import Build, build
+
 torch.set_num_threads(1)
 
 # Examples share the cores with other tests, so that a slow one is no failure.
@@ -45,3 +47,9 @@ def own_heap() -> Iterator[None]:
         for module in ("peerlm.cli", "peerlm_studies.script"):
             patch.setattr(f"{module}.keep_freed_memory", lambda: False)
         yield
+
+
+@pytest.fixture
+def new_model() -> Build:
+    """A function: the name of an architecture, and settings that differ -> a new model."""
+    return build

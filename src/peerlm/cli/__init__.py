@@ -14,7 +14,7 @@ from peerlm.errors import UserError
 from peerlm.malloc import keep_freed_memory
 
 # Each adds its commands to `app`; help lists them in this order.
-from peerlm.cli import training, surgery, learning, looking, studies  # noqa: F401  isort: skip
+from peerlm.cli import training, changing, learning, looking, studies  # noqa: F401  isort: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
