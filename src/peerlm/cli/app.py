@@ -30,6 +30,10 @@ Settings = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option(help="Folder to write; the same as --set run=FOLDER.")]
 Run = Annotated[Path, typer.Argument(help="Run folder, or folder of a saved model.")]
+DocumentStart = Annotated[
+    str,
+    typer.Option(metavar="auto|none|TOKEN", help="What stands before each document; auto: as tokenizer and model say."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table, and no progress.")]
 Packs = Annotated[
     list[Path], typer.Option("--pack", metavar="FOLDER", help="A pack to load into the model first; repeatable.")

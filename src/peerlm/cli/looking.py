@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from peerlm import __version__
-from peerlm.cli.app import Json, Run, app
+from peerlm.cli.app import DocumentStart, Json, Run, app
 from peerlm.cli.show import print_json, print_table, transposed
 from peerlm.errors import UserError
 
@@ -23,6 +23,7 @@ def inspect(
     limit: Annotated[int, typer.Option(help="Read only the start: tokens.")] = 65536,
     shown: Annotated[int, typer.Option(help="Tokens at the start that the page shows one by one.")] = 512,
     context: Annotated[int | None, typer.Option(help="Tokens read at once; default: as trained.")] = None,
+    document_start: DocumentStart = "auto",
     experts: Annotated[int, typer.Option(help="Experts of each layer that the page holds, those that write most.")] = (
         16384
     ),
@@ -53,7 +54,15 @@ def inspect(
         raise UserError("--knock-out and --boost print and write no page; leave --output out")
     output = output or Path("inspect.html")
     if wanted:
-        figures = change_of_edits(run, text, wanted, limit=limit, context=context, progress=not to_stdout)
+        figures = change_of_edits(
+            run,
+            text,
+            wanted,
+            limit=limit,
+            context=context,
+            document_start=document_start,
+            progress=not to_stdout,
+        )
     else:
         figures = inspect(
             run,
@@ -62,6 +71,7 @@ def inspect(
             limit=limit,
             shown=shown,
             context=context,
+            document_start=document_start,
             experts=experts,
             edits=edits,
             progress=not to_stdout,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peerlm.cli.app import Json, app
+from peerlm.cli.app import DocumentStart, Json, app
 from peerlm.cli.show import advance, print_json, print_table
 
 
@@ -30,6 +30,7 @@ def convert(
     settings: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of the new layers; repeatable.")
     ] = [],  # noqa: B006
+    document_start: DocumentStart = "auto",
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
     undo: Annotated[bool, typer.Option("--undo", help="Take away what was added beside.")] = False,
     as_json: Json = False,
@@ -41,7 +42,7 @@ def convert(
     from peerlm.surgery.settings import read_layers, read_settings
 
     folder = model_folder(model)
-    samples = samples_of(folder, text)
+    samples = samples_of(folder, text, document_start)
     with progress_bar(shown=not as_json) as bar:
         row = convert_folder(
             folder,
@@ -74,6 +75,7 @@ def grow(
     renumber: Annotated[
         bool, typer.Option("--renumber", help='Renumber a model of pairing "row-major" first.')
     ] = False,
+    document_start: DocumentStart = "auto",
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -87,7 +89,7 @@ def grow(
         output,
         num_experts,
         keys=keys,
-        samples=samples_of(folder, text),
+        samples=samples_of(folder, text, document_start),
         opening=opening,
         renumber=renumber,
         seed=seed,
@@ -103,6 +105,7 @@ def shrink(
     num_experts: Annotated[
         int | None, typer.Option(help="Of every PEER layer: a square; default: all that the text uses stay.")
     ] = None,
+    document_start: DocumentStart = "auto",
     as_json: Json = False,
 ) -> None:
     """Take away the experts of a trained model that it does not use."""
@@ -110,17 +113,22 @@ def shrink(
     from peerlm.surgery.resize_folder import shrink_folder
 
     folder = model_folder(model)
-    samples = samples_of(folder, text)
+    samples = samples_of(folder, text, document_start)
     assert samples is not None
     _print_change(output, shrink_folder(folder, output, num_experts, samples), as_json)
 
 
-def samples_of(folder: Path, text: list[Path]) -> Iterable[dict[str, Any]] | None:
+def samples_of(folder: Path, text: list[Path], document_start: str) -> Iterable[dict[str, Any]] | None:
     """What a model reads of these files, as keyword arguments of forward passes; None without files."""
     from peerlm.data.tokenizer import open_tokenizer
     from peerlm.evaluate.windows import batches_of, text_windows
+    from peerlm.marks import marks_in
 
-    return batches_of(text_windows(open_tokenizer(folder), text, context=256)) if text else None
+    if not text:
+        return None
+    tokenizer = open_tokenizer(folder)
+    marks = marks_in(folder, tokenizer, document_start)
+    return batches_of(text_windows(tokenizer, text, 256, marks))
 
 
 def _print_change(output: Path, row: dict[str, Any], as_json: bool) -> None:

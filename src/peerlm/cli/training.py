@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peerlm.cli.app import Json, Output, Packs, Recipe, Run, Settings, app, overrides
+from peerlm.cli.app import DocumentStart, Json, Output, Packs, Recipe, Run, Settings, app, overrides
 from peerlm.cli.show import print_json, print_table
 from peerlm.errors import UserError
 
@@ -30,6 +30,7 @@ def prepare(
     holdout: Annotated[float, typer.Option(help="Share of the text, by bytes, to hold out in whole documents.")] = 0.02,
     seed: Annotated[int, typer.Option(help="Chooses the documents that are held out.")] = 0,
     text_field: Annotated[str, typer.Option(help="Field of JSONL, parquet or data sets that is the text.")] = "text",
+    document_start: DocumentStart = "auto",
     as_json: Json = False,
 ) -> None:
     """Turn text into tokens: train a tokenizer, hold out documents, write shards and their hashes."""
@@ -43,6 +44,7 @@ def prepare(
         holdout=holdout,
         seed=seed,
         text_field=text_field,
+        document_start=document_start,
         progress=not as_json,
     )
     if as_json:
@@ -102,6 +104,7 @@ def evaluate(
     detokenize: Annotated[
         bool, typer.Option("--detokenize", help="Put tokenised text (WikiText's ` @-@ `) back first.")
     ] = False,
+    document_start: DocumentStart = "auto",
     pack: Packs = [],  # noqa: B006
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE; - prints it, no table.")
@@ -122,19 +125,25 @@ def evaluate(
             stride=stride,
             limit=limit,
             detokenized=detokenize,
+            document_start=document_start,
             packs=pack,
             progress=not to_stdout,
         )
     if tasks:
         from peerlm.evaluate.harness import evaluate_tasks
 
-        rows |= evaluate_tasks(run, tasks, context=context, limit=limit, packs=pack)
+        rows |= evaluate_tasks(run, tasks, context=context, limit=limit, packs=pack, document_start=document_start)
+    for note in dict.fromkeys(note for row in rows.values() for note in row.get("notes", [])):
+        typer.echo(f"note: {note}", err=True)
     if to_stdout:
         print_json(rows)
         return
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    print_table(str(run), rows)
+    print_table(
+        str(run),
+        {name: {key: value for key, value in row.items() if key != "notes"} for name, row in rows.items()},
+    )
 
 
 @app.command(
@@ -146,14 +155,33 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at the most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Draw from this many likeliest tokens; default: from all.")
+    ] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the fewest tokens that together are at least this probable, 0 to 1.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    document_start: DocumentStart = "auto",
     pack: Packs = [],  # noqa: B006
 ) -> None:
     """Let a trained model go on from a prompt, printed while it is written."""
     from transformers import TextStreamer
 
-    from peerlm.evaluate import load_model, sample_text
+    from peerlm.evaluate import load_model, notes_on_generation, sample_text
 
     model, tokenizer = load_model(run, pack)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    sample_text(model, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed, streamer=streamer)
+    for note in notes_on_generation(model, tokenizer, document_start):
+        typer.echo(f"note: {note}", err=True)
+    sample_text(
+        model,
+        tokenizer,
+        prompt,
+        tokens=tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        document_start=document_start,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )

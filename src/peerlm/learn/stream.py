@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from peerlm.data.tokenizer import keep_start
 from peerlm.errors import UserError
 from peerlm.evaluate import held_out_loss
 from peerlm.evaluate.held_out import Windows
@@ -23,6 +24,7 @@ from peerlm.learn.memory import Memory
 from peerlm.learn.method import Stage
 from peerlm.learn.methods import method_of
 from peerlm.learn.text import Text, read_text
+from peerlm.marks import marks_in
 from peerlm.train.config import CheckpointConfig, DataConfig, TrainConfig
 from peerlm.train.ranks import Ranks
 
@@ -116,6 +118,8 @@ class _Stream:
             remove_partials(place)
         config = self.config
         model, tokenizer = self.method.load(self.base, done)
+        usual = marks_in(self.base, self.tokenizer)
+        keep_start(tokenizer, marks_in(self.base, self.tokenizer, config.document_start), usual)
         before = None
         if config.memory.kl:
             before, _ = self.method.load(self.base, done)
@@ -172,6 +176,7 @@ class _Stream:
                 tokenizer=self.tokenizer,
                 tokenizer_folder=self.base,
                 context=self.context,
+                document_start=self.config.document_start,
                 progress=self.progress,
             )
             for name, (files, heldout) in sources.items()
