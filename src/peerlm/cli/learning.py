@@ -103,6 +103,8 @@ def learn(
         seed=seed,
     )
     rows = learn(config, resume=resume, progress=not as_json)
+    if begins := rows[0].get("document_start"):
+        typer.echo(f"note: each document and window begins with {begins}", err=True)
     if as_json:
         print_json(rows)
         return

@@ -81,7 +81,7 @@ def inspect(
     if to_stdout:
         print_json(figures)
     elif wanted:
-        shown_figures = ["tokens", "loss", "edited_loss", "change", "perplexity", "edited_perplexity"]
+        shown_figures = ["document_start", "tokens", "loss", "edited_loss", "change", "perplexity", "edited_perplexity"]
         print_table(str(run), {"value": {name: figures[name] for name in shown_figures}})
         for place in figures["places"]:
             columns = {"as it is": place["before_edit"], "edited": place["after_edit"]}
@@ -93,7 +93,8 @@ def inspect(
     else:
         layers = {f"layer {layer['number']}": layer for layer in figures["layers"]}
         columns = transposed(layers, ["num_experts", "usage", "unevenness", "dead", "crowded"])
-        print_table(f"{output}: loss {figures['loss']:.4f} over {figures['tokens']:,} tokens", columns)
+        begins = f"documents begin with {figures['document_start'] or 'nothing'}"
+        print_table(f"{output}: loss {figures['loss']:.4f} over {figures['tokens']:,} tokens, {begins}", columns)
 
 
 @app.command(epilog="Example: peerlm info --json")

@@ -122,12 +122,15 @@ def samples_of(folder: Path, text: list[Path], document_start: str) -> Iterable[
     """What a model reads of these files, as keyword arguments of forward passes; None without files."""
     from peerlm.data.tokenizer import open_tokenizer
     from peerlm.evaluate.windows import batches_of, text_windows
-    from peerlm.marks import marks_in
+    from peerlm.marks import marked, marks_in
 
     if not text:
         return None
     tokenizer = open_tokenizer(folder)
     marks = marks_in(folder, tokenizer, document_start)
+    if marks.window_start:
+        begins = marked(marks.window_start, tokenizer)
+        typer.echo(f"note: each document and window begins with {begins} ({marks.source})", err=True)
     return batches_of(text_windows(tokenizer, text, 256, marks))
 
 

@@ -34,7 +34,8 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Turn text into tokens: train a tokenizer, hold out documents, write shards and their hashes."""
-    from peerlm.data import prepare
+    from peerlm.data import load_tokenizer, prepare
+    from peerlm.marks import marked
 
     manifest = prepare(
         sources,
@@ -47,6 +48,9 @@ def prepare(
         document_start=document_start,
         progress=not as_json,
     )
+    if manifest.document_start:
+        begins = marked(manifest.document_start, load_tokenizer(output))
+        typer.echo(f"note: each document and window begins with {begins}", err=True)
     if as_json:
         print_json(asdict(manifest))
     else:

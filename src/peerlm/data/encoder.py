@@ -53,7 +53,7 @@ class TextEncoder:
             decoded = engine.decode_batch([ids[place] for place in places], skip_special_tokens=True)
             for place, back in zip(places, decoded, strict=True):
                 text = texts[place]
-                if back == text:
+                if text in (back, f" {back}"):  # decoders take a space off that many tokenizers put before a text
                     self.loss.read += len(text.encode())
                     continue
                 unknown = self._unknown in ids[place]

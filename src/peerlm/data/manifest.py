@@ -114,7 +114,9 @@ class Manifest:
             )
             for name, split in fields["splits"].items()
         }
-        marks = {name: tuple(fields[name]) for name in ("document_start", "document_end") if fields.get(name)}
+        marks = {
+            name: tuple(fields[name]) for name in ("document_start", "document_end") if fields.get(name) is not None
+        }
         manifest = cls(**{**fields, "splits": splits, **marks})
         if tuple(splits) != SPLITS:
             raise ValueError(f"splits are {tuple(splits)}, not {SPLITS}")

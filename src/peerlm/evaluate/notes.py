@@ -30,7 +30,7 @@ def notes_on_generation(
         notes.append(f"the model's generation_config.json asks for {given}; not used: the options alone decide")
     if _chooses_among_tokens(model):
         notes.append(
-            "experts choose among all tokens of a forward pass: written token by token, text is not as the model was trained"
+            "experts choose among all tokens of a forward pass: the model was not trained to write token by token"
         )
     return notes
 

@@ -24,7 +24,7 @@ from peerlm.learn.memory import Memory
 from peerlm.learn.method import Stage
 from peerlm.learn.methods import method_of
 from peerlm.learn.text import Text, read_text
-from peerlm.marks import marks_in
+from peerlm.marks import Marks, marked, marks_in
 from peerlm.train.config import CheckpointConfig, DataConfig, TrainConfig
 from peerlm.train.ranks import Ranks
 
@@ -55,8 +55,8 @@ def learn(
             join the row.
 
     Returns:
-        The rows: that of the model before ("stage" is None), then one for each stage, with "perplexity" by domain, and
-        what it took: "steps", "tokens" (of new text), "flops", "seconds", "trained_parameters".
+        The rows: that of the model before ("stage" is None, "document_start" what begins each document and window, None
+        for nothing of its own), then one for each stage, with "perplexity" by domain, and what it took: "steps", "tokens" (of new text), "flops", "seconds", "trained_parameters".
 
     Raises:
         UserError: a setting, text, model or folder that cannot be used; a new folder is removed where no stage has
@@ -96,7 +96,10 @@ class _Stream:
         remove_partials(self.folder)
         write_json(self.folder / "config.json", asdict(config))
         self.texts = self._read_texts()
-        self.first = self._read_or_make(self.folder / "before.json", lambda: {"stage": None, **self._measure(model)})
+        begins = marked(self._marks().window_start, self.tokenizer)
+        self.first = self._read_or_make(
+            self.folder / "before.json", lambda: {"stage": None, "document_start": begins, **self._measure(model)}
+        )
 
     def run(self) -> list[dict[str, Any]]:
         """All stages; see `learn`."""
@@ -118,8 +121,7 @@ class _Stream:
             remove_partials(place)
         config = self.config
         model, tokenizer = self.method.load(self.base, done)
-        usual = marks_in(self.base, self.tokenizer)
-        keep_start(tokenizer, marks_in(self.base, self.tokenizer, config.document_start), usual)
+        keep_start(tokenizer, self._marks(), marks_in(self.base, self.tokenizer))
         before = None
         if config.memory.kl:
             before, _ = self.method.load(self.base, done)
@@ -139,6 +141,10 @@ class _Stream:
         model.eval()
         self.method.save(model, tokenizer, where)
         return {"stage": stage.name, **self._measure(model), **took}
+
+    def _marks(self) -> Marks:
+        """What begins and ends a document of the texts."""
+        return marks_in(self.base, self.tokenizer, self.config.document_start)
 
     def _train_config(self, folder: Path) -> TrainConfig:
         config = self.config
