@@ -56,7 +56,8 @@ def learn(
 
     Returns:
         The rows: that of the model before ("stage" is None, "document_start" what begins each document and window, None
-        for nothing of its own), then one for each stage, with "perplexity" by domain, and what it took: "steps", "tokens" (of new text), "flops", "seconds", "trained_parameters".
+        for nothing of its own), then one for each stage, with "perplexity" by domain, and what it took: "steps",
+        "tokens" (of new text), "flops", "seconds", "trained_parameters".
 
     Raises:
         UserError: a setting, text, model or folder that cannot be used; a new folder is removed where no stage has

@@ -10,7 +10,7 @@ from peerlm.data import TokenShards, TokenWindows, prepare
 from peerlm.errors import UserError
 from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.windows import text_windows
-from peerlm.marks import marks_in
+from peerlm.marks import AUTO, marks_in
 
 SHARE = 0.02
 """Share of a text to hold out."""
@@ -34,7 +34,7 @@ def read_text(
     tokenizer: PreTrainedTokenizerFast,
     tokenizer_folder: Path,
     context: int,
-    document_start: str,
+    document_start: str = AUTO,
     progress: bool,
 ) -> Text:
     """Prepare files into `folder`, unless that has happened, and open them; a held-out file is read whole.
