@@ -45,7 +45,7 @@ class PeerHarness(HFLM):
     Args:
         pretrained: the folder of a run or a saved model.
         max_length: tokens read at once; default: as trained.
-        packs: folders of packs to load into it (`peerlm.surgery.pack`).
+        packs: folders of packs to load into it (`peerlm.packs.api`).
         document_start: what stands before each text: "auto", "none" or a token.
         options: as of `HFLM`, such as batch_size.
 

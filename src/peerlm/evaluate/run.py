@@ -20,7 +20,7 @@ from peerlm.evaluate.notes import notes_on
 from peerlm.evaluate.perplexity import check_windows, score_text
 from peerlm.evaluate.progress import progress_bar
 from peerlm.marks import AUTO, Marks, marked, marks_of
-from peerlm.metrics import record_usage
+from peerlm.usage import record_usage
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 """Tokens read in one forward pass, by device: few, so that on a CPU activations stay in its caches."""
@@ -50,7 +50,7 @@ def evaluate(
         detokenized: read tokenised text, such as WikiText's, as people write it (see `evaluate.detokenize`); its bytes
             and words, which bits_per_byte and word_perplexity divide by, are still those of the file. Passages stay.
         document_start: what stands before each document: "auto", "none" or a token (see `peerlm.marks`).
-        packs: folders of packs to load into the model (`peerlm.surgery.pack`).
+        packs: folders of packs to load into the model (`peerlm.packs.api`).
         progress: whether to show a bar on stderr, when that is a terminal.
 
     Returns:
