@@ -5,19 +5,16 @@ A mistake that the user can mend is one line on stderr and exit code 2; a bug sh
 
 import os
 import sys
-import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import typer
 
 from peerlm.cli.root import app
-from peerlm.errors import PeerlmWarning, UserError
+from peerlm.errors import UserError
 from peerlm.malloc import keep_freed_memory
 
 # Each adds its commands to `app`; help lists them in this order.
-from peerlm.cli import training, surgery, learning, looking, studies  # noqa: F401  isort: skip
+from peerlm.cli import training, changing, learning, looking, studies  # noqa: F401  isort: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     keep_freed_memory()
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = partial(_show_warning, warnings.showwarning)
-            app(arguments)
+        app(arguments)
     except Exception as error:
         is_mistake = isinstance(error, UserError | OSError)
         exit_code = 2 if is_mistake else getattr(error, "exit_code", None)
@@ -39,16 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         typer.echo(f"error: {_sentence(error)}" if is_mistake else str(error), err=True)
         sys.exit(exit_code)
-
-
-def _show_warning(
-    otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *details: Any
-) -> None:
-    """Print our own warnings as one sentence; others as Python does."""
-    if issubclass(category, PeerlmWarning):
-        typer.echo(f"warning: {message}", err=True)
-    else:
-        otherwise(message, category, *details)
 
 
 def _sentence(error: Exception) -> str:
