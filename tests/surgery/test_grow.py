@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peerlm.layers import PEER, ProductKeyMemory
 from peerlm.metrics import record_usage
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.ops import native
+from peerlm.ops.cpu import native
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.optim.replace import replace_parameter
 from peerlm.surgery import convert, grow, set_opening, shrink, to_shells

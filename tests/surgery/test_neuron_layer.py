@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from peerlm.accounting import model_cost
 from peerlm.layers import DenseFFW
 from peerlm.metrics import record_usage
-from peerlm.ops.reference import ACTIVATIONS
+from peerlm.ops.functions import ACTIVATIONS
 from peerlm.optim import parameter_groups
 from peerlm.surgery.neurons.layer import NeuronLayer, neuron_layer, neuron_layer_skeleton, pool_tables
 from peerlm.surgery.neurons.neurons import Neurons, neurons_of

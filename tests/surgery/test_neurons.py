@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peerlm.layers import DenseFFW
-from peerlm.ops.reference import ACTIVATIONS
+from peerlm.ops.functions import ACTIVATIONS
 from peerlm.surgery.neurons.neurons import neurons_of
 
 

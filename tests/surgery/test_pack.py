@@ -18,7 +18,7 @@ from peerlm.accounting import model_cost
 from peerlm.layers import PEER, ProductKeys
 from peerlm.metrics import record_usage
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.ops import native
+from peerlm.ops.cpu import native
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.surgery import convert, grow, observe, set_opening, shrink
 from peerlm.surgery.base_hash import base_hash

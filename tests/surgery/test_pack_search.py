@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from peerlm.layers import PEER
-from peerlm.ops import native
-from peerlm.ops.reference import ACTIVATIONS, WEIGHTINGS
+from peerlm.ops.cpu import native
+from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.surgery import grow, set_opening
 from peerlm.surgery.pack import choose_packs, new_pack, pack_parameters

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peerlm.layers import PEER, ProductKeyMemory
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.ops import native
+from peerlm.ops.cpu import native
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.surgery import grow, observe, set_opening, shrink
 from peerlm.testing import expert_pairs

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from peerlm.errors import UserError
 from peerlm.layers import PEER, ProductKeyMemory, ProductKeys
+from peerlm.ops.functions import ACTIVATIONS
 from peerlm.ops.pairing import PAIRINGS
-from peerlm.ops.reference import ACTIVATIONS
 from peerlm.ops.rows import prepare_rows
 
 GATHERED_NUMBERS = 2**24

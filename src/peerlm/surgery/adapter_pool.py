@@ -10,7 +10,7 @@ from peerlm.layers.inputs import check_dropout, check_sizes, check_weight_scale,
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.layers.row_table import RowTable, empty_rows
 from peerlm.ops import api
-from peerlm.ops.reference import ACTIVATIONS
+from peerlm.ops.functions import ACTIVATIONS
 from peerlm.ops.rows import prepare_rows, wants_row_gradients
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peerlm.layers.modes import evaluating
-from peerlm.ops.reference import ACTIVATIONS
+from peerlm.ops.functions import ACTIVATIONS
 from peerlm.surgery.neurons.neurons import Neurons
 
 

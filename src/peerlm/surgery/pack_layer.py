@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peerlm.layers import ExpertTable, ProductKeys
 from peerlm.layers.row_table import RowTable, empty_rows
 from peerlm.ops import api
-from peerlm.ops.reference import WEIGHTINGS
+from peerlm.ops.functions import WEIGHTINGS
 from peerlm.ops.rows import prepare_rows, wants_row_gradients
 from peerlm.surgery.pack_search import Candidates, Searched, best_of_union, search_packs
 

@@ -77,7 +77,7 @@ def chosen(dim: int, ids: Tensor) -> Carry:
 def appended(rows: Tensor, length: int) -> Tensor:
     """Room for `length` rows, the first of which are these; the others are not initialised.
 
-    Where nobody else has the memory of `rows`, it is given back while they move (`ops.native.move_to_start`).
+    Where nobody else has the memory of `rows`, it is given back while they move (`ops.api.move_to_start`).
     """
     longer = empty_rows(length, *rows.shape[1:], dtype=rows.dtype)
     if longer.device != rows.device:

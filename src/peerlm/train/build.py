@@ -13,7 +13,7 @@ from peerlm.data import TokenShards, TokenWindows, prepare
 from peerlm.errors import UserError
 from peerlm.layers import ExpertTable, ProductKeys
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.ops import native
+from peerlm.ops import api
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.optim.catch_up import check_betas
 from peerlm.train.config import DataConfig, OptimConfig, TrainConfig
@@ -158,7 +158,7 @@ def _need_of_rows(model: nn.Module, config: OptimConfig) -> str:
 
 
 def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether native kernels are there, rows can catch up exactly, and some table's step by rows is the quicker."""
+    """Whether there are kernels for rows, these can catch up exactly, and some table's step by rows is the quicker."""
     try:
         check_betas(config.optim.beta1, config.optim.beta2)
     except ValueError:
@@ -166,13 +166,9 @@ def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
     tokens = config.data.batch_size * config.data.context
     layers = [module for module in model.modules() if isinstance(module, ProductKeys)]
     largest = max((growth.sub_keys**2 for growth in read_growths(config.grow)), default=0)
-    return (
-        ranks.device.type == "cpu"
-        and not native.unavailable()
-        and any(
-            tokens * keys.heads * keys.experts_per_head <= _QUICKER_BY_ROWS * max(keys.num_experts, largest)
-            for keys in layers
-        )
+    return api.updates_rows_on(ranks.device) and any(
+        tokens * keys.heads * keys.experts_per_head <= _QUICKER_BY_ROWS * max(keys.num_experts, largest)
+        for keys in layers
     )
 
 

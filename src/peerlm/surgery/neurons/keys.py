@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peerlm.layers.inputs import check_sizes, flatten_tokens
 from peerlm.ops import api
-from peerlm.ops.reference import half_scores, top_k
+from peerlm.ops.scoring import half_scores, top_k
 
 
 class NeuronKeys(nn.Module):

@@ -1,13 +1,26 @@
 """Native AdamW on chosen rows of a table: what `optim/row_step.py` defines, for float32 and bfloat16 on a CPU."""
 
+import sys
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from peerlm.ops import native
-from peerlm.ops.native import group_by_row
+from peerlm.ops.cpu import native
+from peerlm.ops.cpu.native import group_by_row
 from peerlm.ops.rows import CatchUpRules, RowStep, RowTable
 
 _DTYPES = (torch.float32, torch.bfloat16)
+
+
+def updates_rows_on(device: torch.device) -> bool:
+    """Whether there are kernels for tables on this device."""
+    return device.type == "cpu" and not native.unavailable()
+
+
+def row_kernels(table: RowTable) -> ModuleType | None:
+    """This module, where its kernels work on this table."""
+    return sys.modules[__name__] if supports(table) else None
 
 
 def supports(table: RowTable) -> bool:
@@ -26,7 +39,7 @@ def rows_behind(table: RowTable, ids: Tensor | None, now: int) -> Tensor:
     assert table.weights_step is not None
     asked = None if ids is None else ids.flatten().contiguous()
     found = torch.empty(len(table.rows) if asked is None else len(asked), dtype=torch.int64)
-    count = native.module.rows_behind(table.weights_step, asked, now, torch.get_num_threads(), found)
+    count = native.module.stale_rows(table.weights_step, asked, now, torch.get_num_threads(), found)
     return found[:count]
 
 
@@ -56,8 +69,10 @@ def catch_up_rows(table: RowTable, ids: Tensor, rules: CatchUpRules, step: RowSt
 
 def fit_rules(
     a_SK: Tensor, c_SK: Tensor, tolerance: float, spreads: Tensor, num_probes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `optim.catch_up.fit_rules`, to whose rules it comes within rounding."""
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As `optim.catch_up.fit_rules`, to whose rules it comes within rounding; None without native kernels."""
+    if native.unavailable():
+        return None
     count, most = len(a_SK), len(spreads) + 1
     num_nodes_S = torch.empty(count, dtype=torch.int32)
     weights_SJ, nodes_SJ = a_SK.new_empty(count, most), a_SK.new_empty(count, most)
