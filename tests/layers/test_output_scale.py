@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from peerlm.growth import grow
 from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.layers.output_scale import ACTIVATION_POWER, INPUT_STD, OUTPUT_POWER, output_std
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.scoring import half_scores
-from peerlm.surgery import grow
 
 # The draw of weights and tokens moves the mean square by several percent: sub-keys and large experts are few.
 TOLERANCE = 0.15
