@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peerlm import PEER, PeerConfig, PeerForCausalLM, ProductKeyMemory
 from peerlm.layers.expert_table import ROW_FORMATS, ExpertTable, quantise
-from peerlm.ops.rows import watch_rows
+from peerlm.ops.row_updates import watch_rows
 from peerlm.testing import relative_error
 
 PAIRS = list(itertools.product(ROW_FORMATS, ROW_FORMATS))

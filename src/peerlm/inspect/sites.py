@@ -14,7 +14,7 @@ from peerlm.errors import UserError
 from peerlm.layers import PEER, ProductKeyMemory, ProductKeys
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.ops.reference import ACTIVATIONS
-from peerlm.ops.rows import prepare_rows
+from peerlm.ops.row_updates import prepare_rows
 
 GATHERED_NUMBERS = 2**24
 """Entries of rows that are gathered at a time: 64 MiB in float32."""

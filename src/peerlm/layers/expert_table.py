@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from peerlm.layers.output_scale import input_std
 from peerlm.layers.row_table import RowTable, empty_rows
 from peerlm.ops import api
-from peerlm.ops.rows import prepare_rows, wants_row_gradients
+from peerlm.ops.row_updates import prepare_rows, wants_row_gradients
 
 ROW_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 

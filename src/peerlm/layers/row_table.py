@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peerlm.ops import api
-from peerlm.ops.rows import prepare_rows
+from peerlm.ops.row_updates import prepare_rows
 
 
 def empty_rows(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -17,7 +17,7 @@ def empty_rows(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 class RowTable(nn.Module):
-    """A module with a parameter of rows that an optimizer may watch (`ops/rows.py`).
+    """A module with a parameter of rows that an optimizer may watch (`ops/row_updates.py`).
 
     Before it evaluates, is saved or is loaded, all rows are brought up to date. Subclasses name the parameter, and call
     `prepare_rows` for those that they are about to read.

@@ -11,7 +11,7 @@ from peerlm.layers.product_keys import ProductKeys
 from peerlm.layers.row_table import RowTable, empty_rows
 from peerlm.ops import api
 from peerlm.ops.reference import ACTIVATIONS
-from peerlm.ops.rows import prepare_rows, wants_row_gradients
+from peerlm.ops.row_updates import prepare_rows, wants_row_gradients
 
 
 class VectorTable(RowTable):

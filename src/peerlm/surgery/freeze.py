@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from peerlm.ops.rows import prepare_rows
+from peerlm.ops.row_updates import prepare_rows
 from peerlm.optim.replace import holds
 from peerlm.optim.restrict import restrict_gradient
 from peerlm.surgery.pools import find_pools

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from peerlm.layers import ExpertTable
 from peerlm.layers.product_keys import sub_keys_per_half
 from peerlm.ops.pairing import PAIRINGS
-from peerlm.ops.rows import prepare_rows
+from peerlm.ops.row_updates import prepare_rows
 from peerlm.surgery.new_experts import check_new_sub_keys, fill_new_rows, new_sub_keys
 from peerlm.surgery.pools import Pool, check_not_shared, find_pools, record_settings
 from peerlm.surgery.swap import appended, check_optimizer, padded, swap, take_rows

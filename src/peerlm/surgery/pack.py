@@ -13,7 +13,7 @@ from peerlm.errors import UserError
 from peerlm.layers import PEER
 from peerlm.layers.product_keys import sub_keys_per_half
 from peerlm.layers.row_table import empty_rows
-from peerlm.ops.rows import prepare_rows
+from peerlm.ops.row_updates import prepare_rows
 from peerlm.surgery.base_hash import base_hash
 from peerlm.surgery.new_experts import check_new_sub_keys, fill_new_rows, new_sub_keys
 from peerlm.surgery.pack_files import PackManifest, check_pack_name, read_manifest, read_tensors, write_pack

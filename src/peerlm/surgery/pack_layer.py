@@ -12,7 +12,7 @@ from peerlm.layers import ExpertTable, ProductKeys
 from peerlm.layers.row_table import RowTable, empty_rows
 from peerlm.ops import api
 from peerlm.ops.reference import WEIGHTINGS
-from peerlm.ops.rows import prepare_rows, wants_row_gradients
+from peerlm.ops.row_updates import prepare_rows, wants_row_gradients
 from peerlm.surgery.pack_search import Candidates, Searched, best_of_union, search_packs
 
 Choice = tuple[tuple[str, ...], ...]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from peerlm.layers import ExpertTable
 from peerlm.layers.row_table import empty_rows
 from peerlm.ops import api
-from peerlm.ops.rows import prepare_rows
+from peerlm.ops.row_updates import prepare_rows
 from peerlm.optim.replace import check_between_steps, holds, replace_parameter
 from peerlm.surgery.pools import Pool
 

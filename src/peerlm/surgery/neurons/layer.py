@@ -16,7 +16,7 @@ from peerlm.layers import ExpertTable
 from peerlm.layers.inputs import check_settings, check_sizes, flatten_tokens
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.row_table import empty_rows
-from peerlm.ops.rows import prepare_rows
+from peerlm.ops.row_updates import prepare_rows
 from peerlm.surgery.neurons.keys import NeuronKeys
 from peerlm.surgery.neurons.neurons import Neurons
 
