@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlm.layers.inputs import check_dropout, check_sizes, check_weight_scale, flatten_tokens
+from peerlm.layers.checks import check_dropout, check_sizes, check_weight_scale, flatten_tokens
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.layers.row_table import RowTable, empty_rows
 from peerlm.ops import api

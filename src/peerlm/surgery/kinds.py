@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from peerlm.layers import PEER
-from peerlm.layers.inputs import check_settings
+from peerlm.layers.checks import check_settings
 from peerlm.layers.modes import evaluating
 from peerlm.surgery.ffw import FFW
 from peerlm.surgery.neurons import neuron_layer, neuron_layer_skeleton, pool_tables

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peerlm.layers.inputs import check_sizes
+from peerlm.layers.checks import check_sizes
 from peerlm.surgery.neurons.keys import NeuronKeys
 from peerlm.surgery.neurons.layer import NeuronLayer
 from peerlm.surgery.neurons.placement import grid_means, misfit, place_neurons

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerlm.layers import ExpertTable
-from peerlm.layers.inputs import check_settings, check_sizes, flatten_tokens
+from peerlm.layers.checks import check_settings, check_sizes, flatten_tokens
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.row_table import empty_rows
 from peerlm.ops.row_updates import prepare_rows
