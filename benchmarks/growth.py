@@ -15,7 +15,7 @@ import torch
 from measure import report
 
 from peerlm.layers import PEER
-from peerlm.layers.row_table import empty_rows
+from peerlm.layers.row_memory import empty_rows
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.surgery import grow
 

@@ -7,6 +7,7 @@ from peerlm.layers.peer import PEER
 from peerlm.layers.product_key_memory import ProductKeyMemory
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.layers.query_norm import QueryBatchNorm
+from peerlm.layers.table import Table
 
 __all__ = [
     "PEER",
@@ -16,5 +17,6 @@ __all__ = [
     "ProductKeyMemory",
     "ProductKeys",
     "QueryBatchNorm",
+    "Table",
     "TokenChoiceMoE",
 ]

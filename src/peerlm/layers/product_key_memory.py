@@ -1,18 +1,14 @@
 """Product-key memory: PEER's index, but what it retrieves are vectors."""
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from peerlm.layers.checks import check_weight_scale
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys, sub_keys_per_half
-from peerlm.layers.row_table import RowTable, empty_rows
-from peerlm.ops import api
-from peerlm.ops.row_updates import prepare_rows, wants_row_gradients
+from peerlm.layers.table import Table
 
 
-class ProductKeyMemory(RowTable):
+class ProductKeyMemory(nn.Module):
     """Product-key memory (Lample 2019, arXiv 1907.05242): PEER's index, but what it retrieves are vectors.
 
     Args:
@@ -31,11 +27,8 @@ class ProductKeyMemory(RowTable):
 
     Attributes:
         product_keys: the index, `ProductKeys`.
-        values: (num_values, dim).
+        values: the rows, a `Table` of (dim,).
     """
-
-    parameter_roles: ClassVar[dict[str, str]] = {"values": "table"}
-    rows_name: ClassVar[str] = "values"
 
     def __init__(
         self,
@@ -55,11 +48,9 @@ class ProductKeyMemory(RowTable):
         grown_from: int | None = None,
     ):
         super().__init__()
-        api.check_backend(backend)
         sub_keys_per_half(num_values, values_per_head, names=("num_values", "values_per_head"))
         self.dim = dim
         check_weight_scale(weight_scale)
-        self.backend = backend
         self.weight_scale = weight_scale
         self.product_keys = ProductKeys(
             dim,
@@ -75,28 +66,21 @@ class ProductKeyMemory(RowTable):
             grown_from=grown_from,
             backend=backend,
         )
-        self.values = nn.Parameter(empty_rows(num_values, dim))
+        self.values = Table(num_values, dim, backend=backend)
         self.reset_parameters()
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
         """The index by its own rule, the values by `output_scale.py`, times `output_scale`."""
         self.product_keys.reset_parameters()
         std = output_std(self.product_keys.initial_weight_power()) / self.weight_scale
-        nn.init.normal_(self.values, std=output_scale * std)
+        self.values.fill(lambda rows: rows.normal_(std=output_scale * std))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map x (..., dim) to (..., dim); padding (mask False) does not enter the query norm's statistics."""
         weights, ids = self.product_keys(x, mask)
         per_token = self.product_keys.heads * self.product_keys.experts_per_head
         value_ids = ids.reshape(-1, per_token)
-        prepare_rows(self.values, value_ids)
-        y = api.mix_values(
-            self.weight_scale * weights.reshape(-1, per_token),
-            value_ids,
-            self.values,
-            backend=self.backend,
-            row_gradients=wants_row_gradients(self.values),
-        )
+        y = self.values.mix(self.weight_scale * weights.reshape(-1, per_token), value_ids)
         return y.to(x.dtype).view(x.shape)
 
     def extra_flops_per_token(self, context: int) -> int:
