@@ -82,6 +82,6 @@ def poisoned_memory() -> Iterator[None]:
 def own_heap() -> Iterator[None]:
     """Commands that a test calls keep freed memory in a process of theirs; this one gives it back, as tests expect."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("peerlm.cli", "peerlm.experiments.script"):
+        for module in ("peerlm.cli", "peerlm_studies.script"):
             patch.setattr(f"{module}.keep_freed_memory", lambda: False)
         yield

@@ -242,14 +242,14 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         )
 
     def load_pack(self, folder: str | Path, name: str | None = None) -> str:
-        """`peerlm.surgery.pack.load_pack` of this model."""
-        from peerlm.surgery.pack import load_pack
+        """`peerlm.packs.api.load_pack` of this model."""
+        from peerlm.packs.api import load_pack
 
         return load_pack(self, folder, name)
 
     def unload_pack(self, name: str) -> None:
-        """`peerlm.surgery.pack.unload_pack` of this model."""
-        from peerlm.surgery.pack import unload_pack
+        """`peerlm.packs.api.unload_pack` of this model."""
+        from peerlm.packs.api import unload_pack
 
         unload_pack(self, name)
 
