@@ -18,6 +18,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from .models import Build, build
+
 torch.set_num_threads(1)
 
 
@@ -85,3 +87,9 @@ def own_heap() -> Iterator[None]:
         for module in ("peerlm.cli", "peerlm_studies.script"):
             patch.setattr(f"{module}.keep_freed_memory", lambda: False)
         yield
+
+
+@pytest.fixture
+def new_model() -> Build:
+    """A function: the name of an architecture, and settings that differ -> a new model."""
+    return build
