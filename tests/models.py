@@ -1,4 +1,4 @@
-"""Small random models of many architectures."""
+"""Small random models of many architectures, and what tests of changed models ask of them."""
 
 import hashlib
 from collections.abc import Callable
@@ -107,9 +107,3 @@ def contents(folder: Path) -> dict[str, str]:
     """Digests of all files below a folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@pytest.fixture
-def new_model() -> Build:
-    """A function: the name of an architecture, and settings that differ -> a new model."""
-    return build

@@ -197,7 +197,7 @@ def test_the_configuration_records_the_conversion(tmp_path: Path) -> None:
     convert(build("opt"), layers=0, **PEER_SETTINGS).save_pretrained(tmp_path)
     record = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert record == {
-        "quant_method": "peerlm.surgery",
+        "quant_method": "peerlm",
         "mode": "beside",
         "init": "random",
         "settings": PEER_SETTINGS,
@@ -263,7 +263,7 @@ def test_without_our_package_transformers_says_what_it_leaves_out(mode: str, sai
     environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     output = run.stdout + run.stderr
-    assert "Unknown quantization type, got peerlm.surgery" in output
+    assert "Unknown quantization type, got peerlm" in output
     assert "mlp.peer.experts.rows" in output
     assert said in output
 
@@ -379,3 +379,14 @@ def test_adding_a_zero_of_either_sign_keeps_every_bit(output: float, zero: float
     put_beside(model, {site: Constant(zero)})
     found = model.model.layers[0].mlp(torch.randn(2, 5, 16))
     assert torch.equal(found.view(torch.int32), torch.full((2, 5, 16), output).view(torch.int32))
+
+
+def test_a_folder_saved_with_the_earlier_mark_gives_the_same_logits() -> None:
+    folder = Path(__file__).parent / "saved"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["quant_method"] == "peerlm.surgery"
+    expected = json.loads((folder / "logits.json").read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        found = model(torch.tensor(expected["input_ids"])).logits[0]
+    torch.testing.assert_close(found, torch.tensor(expected["logits"]), rtol=0, atol=1e-6)

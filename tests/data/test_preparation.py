@@ -23,7 +23,7 @@ from peerlm.data.tokenizer import train_tokenizer
 from peerlm.data.writer import SplitWriter
 from peerlm.errors import UserError
 
-prepare_module = importlib.import_module("peerlm.data.prepare")
+prepare_module = importlib.import_module("peerlm.data.preparation")
 
 
 def small(source: Path, output: Path, **changes: Any) -> Manifest:
@@ -234,7 +234,7 @@ def test_killed_preparation_does_not_look_complete(text_file: Path, tmp_path: Pa
     program = (
         "import importlib, sys, time\n"
         "from peerlm.data.writer import SplitWriter\n"
-        "prepare = importlib.import_module('peerlm.data.prepare')\n"
+        "prepare = importlib.import_module('peerlm.data.preparation')\n"
         "SplitWriter.end_document = lambda self, num_bytes: (print('writing', flush=True), time.sleep(60))\n"
         "prepare.prepare([sys.argv[1]], sys.argv[2], vocab_size=300, holdout=0.2, progress=False)\n"
     )

@@ -41,7 +41,7 @@ def small(kind: str = "peer", n: int = 7, **changes: Any) -> Reader:
 
 def table(model: Reader) -> Tensor:
     layer = model.layer
-    return layer.experts.rows if isinstance(layer, PEER) else layer.values
+    return layer.experts.rows if isinstance(layer, PEER) else layer.values.rows
 
 
 @pytest.mark.parametrize("row_format", ["float32", "bfloat16", "int8", "values"])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peerlm.layers.expert_table import quantise
+from peerlm.layers.table import quantise
 from peerlm.ops import api
 from peerlm.ops.cpu import native
 from peerlm.ops.functions import ACTIVATIONS

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peerlm import PEER, PeerConfig, PeerForCausalLM, ProductKeyMemory
-from peerlm.layers.expert_table import quantise
+from peerlm.layers.table import quantise
 from peerlm.ops import api
 from peerlm.ops.cpu import native
 from peerlm.ops.functions import WEIGHTINGS

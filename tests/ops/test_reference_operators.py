@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peerlm import PEER
-from peerlm.layers.expert_table import quantise
+from peerlm.layers.table import quantise
 from peerlm.ops import api, reference
 from peerlm.ops.cpu import native
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS

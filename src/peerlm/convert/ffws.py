@@ -53,7 +53,7 @@ class FFW:
     hidden: int
     """Neurons."""
     activation: str
-    """A name in `peerlm.ops.reference.ACTIVATIONS`, or the class of an activation that is none of these."""
+    """A name in `peerlm.ops.functions.ACTIVATIONS`, or the class of an activation that is none of these."""
     gated: bool
     activation_path: str | None
     """Of the module that applies the activation; None where a function does."""

@@ -5,8 +5,8 @@ quantizer. That is what `RebuildConverted` is to transformers, by the configurat
 quantised, so that a loaded model keeps none of the marks of a quantised one: it trains, compiles and changes its dtype
 as any other.
 
-Where `peerlm.surgery` was not imported, transformers warns of the unknown quantization type "peerlm.surgery" and goes
-on without; its report on loading then names each weight of a PEER layer as unexpected, and each of a replaced layer as
+Where `peerlm.convert` was not imported, transformers warns of the unknown quantization type "peerlm" and continues
+without; its report on loading then names each weight of a PEER layer as unexpected, and each of a replaced layer as
 missing.
 """
 
@@ -20,7 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from peerlm.convert.insertion import Site, put_beside, put_in_place
 from peerlm.convert.kinds import KINDS
 
-QUANT_METHOD = "peerlm.surgery"
+QUANT_METHOD = "peerlm"
+EARLIER_QUANT_METHOD = "peerlm.surgery"
+"""The mark of folders saved before version 0.2, which load as well."""
 
 
 MODES = ("beside", "replace")
@@ -33,6 +35,7 @@ def _unreadable(reason: str) -> ValueError:
     )
 
 
+@register_quantization_config(EARLIER_QUANT_METHOD)
 @register_quantization_config(QUANT_METHOD)
 class ConversionConfig(QuantizationConfigMixin):
     """What was done to a model: plain values, saved in its config.json as `quantization_config`."""
@@ -73,6 +76,7 @@ def conversion_of(model: PreTrainedModel) -> ConversionConfig | None:
     return record if isinstance(record, ConversionConfig) else None
 
 
+@register_quantizer(EARLIER_QUANT_METHOD)
 @register_quantizer(QUANT_METHOD)
 class RebuildConverted(HfQuantizer):
     """Puts the layers of a converted model into it before the weights are loaded."""

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-import peerlm.model
-import peerlm.surgery  # noqa: F401, the two register our models, and converted ones, with transformers
 from peerlm.convert.saved import reading
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError

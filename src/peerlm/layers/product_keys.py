@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlm.layers.inputs import check_sizes, flatten_tokens
+from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.layers.query_norm import QueryBatchNorm
 from peerlm.ops import api
 from peerlm.ops.functions import WEIGHTINGS

@@ -16,7 +16,7 @@ from torch import Tensor
 from peerlm.ops.backend import Backend
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
-from peerlm.ops.rows import RowTable
+from peerlm.ops.row_updates import RowState
 
 _BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("peerlm.ops.cpu.kernels",),
@@ -116,7 +116,7 @@ def updates_rows_on(device: torch.device) -> bool:
     return bool(_offer("updates_rows_on", device))
 
 
-def row_kernels(table: RowTable) -> ModuleType | None:
+def row_kernels(table: RowState) -> ModuleType | None:
     """The module that has kernels for `optim.row_step`'s functions on this table; None where there is none."""
     return cast("ModuleType | None", _offer("row_kernels", table))
 

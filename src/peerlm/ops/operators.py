@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peerlm.ops.rows import RowStep, RowTable, fused_row_update
+from peerlm.ops.row_updates import RowState, RowStep, fused_row_update
 from peerlm.ops.tensors import has_values
 
-FusedUpdate = Callable[[RowTable, RowStep, Tensor | None, Tensor, Tensor, Tensor], None]
+FusedUpdate = Callable[[RowState, RowStep, Tensor | None, Tensor, Tensor, Tensor], None]
 """Takes a table, its step, and x, grad_y, ids and coefficients as `row_gradients` does; updates the rows that occur."""
 
 _LIBRARY = torch.library.Library("peerlm", "DEF")
