@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models
 
 from peerlm.data import Manifest, TokenShards, load_tokenizer, prepare, read_documents
 from peerlm.data.manifest import SplitRecord
+from peerlm.data.split import copy_key, document_key
 from peerlm.data.tokenizer import train_tokenizer
 from peerlm.data.writer import SplitWriter
 from peerlm.errors import UserError
@@ -94,7 +95,8 @@ def test_sample_for_the_tokenizer_is_bounded(text_file: Path, tmp_path: Path) ->
         scan = prepare_module._scan([text_file], "text", 0, 1000, None, bar)
     sizes = [len(text.encode()) for _, text in scan.sample]
     assert 500 < sum(sizes) <= 1000
-    assert [key for key, _ in scan.sample] == sorted(scan.keys)[: len(sizes)]
+    assert [document_key(text.encode(), 0) for _, text in scan.sample] == sorted(scan.order)[: len(sizes)]
+    assert all(key == copy_key(text, 0) for key, text in scan.sample)
 
 
 def test_long_documents_are_tokenized_in_pieces(tmp_path: Path, documents: list[str]) -> None:

@@ -62,6 +62,8 @@ class TokenShards:
             raise UserError(f"{path} has {found} bytes, not the {expected} that the manifest says: {mend}")
         if verify and file_sha256(path) != record.sha256:
             raise UserError(f"{path} does not have the hash that the manifest says, so its content has changed: {mend}")
+        if not record.items:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
         return np.memmap(path, dtype=dtype, mode="r")
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger]:
