@@ -204,7 +204,18 @@ def _existing(output: Path, request: dict[str, Any]) -> Manifest | None:
     for split in SPLITS:
         TokenShards(output, split)
     load_tokenizer(output)
+    say_old_split(output, manifest)
     return manifest
+
+
+def say_old_split(folder: str | Path, manifest: Manifest) -> None:
+    """Say so where the split of a prepared folder is of an older version."""
+    if manifest.copies is None:
+        log.warning(
+            "%s was prepared by an older version: held-out documents may have copies in the training text that differ "
+            "in white space or line ends. Delete the folder to prepare it anew.",
+            folder,
+        )
 
 
 @contextmanager

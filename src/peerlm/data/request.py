@@ -48,16 +48,17 @@ def sources_said(sources: Sequence[Mapping[str, Any]]) -> str:
     if not sources:
         return "nothing"
     more = f" and {len(sources) - 1:,} more" if len(sources) > 1 else ""
-    return _name(sources[0]) + more
+    return source_name(sources[0]) + more
 
 
 def _source_difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:
-    if list(map(_name, before)) == list(map(_name, now)):
+    if list(map(source_name, before)) == list(map(source_name, now)):
         changed = next(new for old, new in zip(before, now, strict=True) if old != new)
-        return f"sources = {sources_said(before)}, of which {_name(changed)} has changed since"
+        return f"sources = {sources_said(before)}, of which {source_name(changed)} has changed since"
     return f"sources = {sources_said(before)}, not {sources_said(now)}"
 
 
-def _name(source: Mapping[str, Any]) -> str:
+def source_name(source: Mapping[str, Any]) -> str:
+    """The path of a source of a request, or hf:NAME:CONFIG:SPLIT."""
     parts = (source.get(part) or "" for part in ("dataset", "config", "split"))
     return shortened(str(source.get("path") or "hf:" + ":".join(parts)))

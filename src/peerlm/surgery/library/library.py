@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.layers.modes import evaluating
 from peerlm.surgery.features import features_of
 from peerlm.surgery.library.cache import AdapterCache
@@ -463,7 +463,7 @@ class AdapterLibrary:
     def _check_known(self, names: Sequence[str] | Mapping[str, Any]) -> None:
         for name in names:
             if name not in self.names:
-                raise UserError(f"the library has no adapter {name!r}; it has {', '.join(self.names[:10]) or 'none'}")
+                raise UserError(f"the library has no adapter {name!r}; it has {listed(self.names)}")
 
 
 def _blocks(model: PreTrainedModel) -> nn.ModuleList:
