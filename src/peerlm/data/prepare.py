@@ -38,7 +38,7 @@ from peerlm.data.manifest import (
 from peerlm.data.request import difference, request_of
 from peerlm.data.shards import TokenShards
 from peerlm.data.sources import HubDataset, Survey, read_documents, survey
-from peerlm.data.split import choose_heldout, copy_key, cut_tail, document_key
+from peerlm.data.split import TAIL_SHARE, choose_heldout, copy_key, cut_tail, document_key
 from peerlm.data.text_files import check_name, tally
 from peerlm.data.tokenizer import (
     MIN_VOCAB_SIZE,
@@ -71,6 +71,7 @@ def prepare(
     tokenizer: str | Path | None = None,
     vocab_size: int = 4096,
     holdout: float | None = 0.02,
+    heldout_bytes: int = 0,
     seed: int = 0,
     text_field: str = "text",
     shard_tokens: int = 2**26,
@@ -94,6 +95,7 @@ def prepare(
         tokenizer: a tokenizer.json or a folder with one; None learns one from the training documents.
         vocab_size: tokens of the vocabulary to learn, at least 257; of no effect with `tokenizer`.
         holdout: share of the text to hold out, within (0, 1); see `split.choose_heldout`. None holds nothing out.
+        heldout_bytes: hold out at least this much of a text, however short, but not more than a fifth of it.
         seed: key of the choice of held-out documents, 0 or more.
         text_field: the JSON field or parquet column that holds the text.
         shard_tokens: most tokens in one shard.
@@ -114,6 +116,7 @@ def prepare(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         holdout=holdout,
+        heldout_bytes=heldout_bytes,
         seed=seed,
         text_field=text_field,
         shard_tokens=shard_tokens,
@@ -132,14 +135,15 @@ def prepare(
         distinct = len(np.unique(np.asarray(scan.keys)))
         copies = len(scan.keys) - distinct
         heldout: frozenset[int] = frozenset()
+        share = 0.0 if holdout is None else max(holdout, min(heldout_bytes / sum(scan.sizes), TAIL_SHARE))
         if holdout is not None and distinct == 1:
-            documents = partial(_halves, documents, holdout)
+            documents = partial(_halves, documents, share)
             scan = _scan_documents(documents(), seed, sample_bytes)
             heldout = frozenset(scan.keys[1:])
             _say_cut(scan, copies)
             copies = 0
         elif holdout is not None:
-            heldout = choose_heldout(scan.keys, scan.sizes, holdout, order=scan.order)
+            heldout = choose_heldout(scan.keys, scan.sizes, share, order=scan.order)
             _say_split(scan, heldout, holdout, copies)
         used = given or _learn(scan, heldout, vocab_size, tokenizer_bytes, bar)
         used.save_pretrained(folder / TOKENIZER_FOLDER)
@@ -195,8 +199,9 @@ def _existing(output: Path, request: dict[str, Any]) -> Manifest | None:
     if not (output / MANIFEST_FILE).is_file():
         raise UserError(f"{output} exists and holds something else than prepared data: choose another output")
     manifest = Manifest.read(output)
-    for name, value in request.items():
-        if (before := manifest.request.get(name)) != value:
+    for name in {**manifest.request, **request}:
+        before, value = manifest.request.get(name), request.get(name)
+        if before != value:
             raise UserError(
                 f"{output} was prepared with {difference(name, before, value)}: choose another output, or delete it to "
                 "prepare it anew"
@@ -265,7 +270,8 @@ def _say_split(scan: _Scan, heldout: frozenset[int], holdout: float, copies: int
     share = sum(size for key, size in zip(scan.keys, scan.sizes, strict=True) if key in heldout) / sum(scan.sizes)
     if not holdout / 2 <= share <= 2 * holdout:
         log.warning(
-            "Held out are %.2g%% of the text, for documents are held out whole; asked for were %.2g%%.",
+            "%.2g%% of the text is held out where %.2g%% was asked for: documents are held out whole, and more of a "
+            "short text.",
             100 * share,
             100 * holdout,
         )

@@ -18,13 +18,14 @@ def request_of(
     tokenizer: str | Path | None,
     vocab_size: int,
     holdout: float | None,
+    heldout_bytes: int,
     seed: int,
     text_field: str,
     shard_tokens: int,
     tokenizer_bytes: int,
 ) -> dict[str, Any]:
     """The arguments of `prepare` as JSON values: equal requests make equal folders."""
-    return {
+    request = {
         "sources": [fingerprint(source) for source in found],
         "text_field": text_field,
         "holdout": holdout,
@@ -34,6 +35,7 @@ def request_of(
         "vocab_size": vocab_size if tokenizer is None else None,
         "tokenizer_bytes": tokenizer_bytes if tokenizer is None else None,
     }
+    return request | ({"heldout_bytes": heldout_bytes} if heldout_bytes else {})
 
 
 def difference(name: str, before: object, now: object) -> str:
