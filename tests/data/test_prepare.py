@@ -219,8 +219,8 @@ def test_a_document_and_its_copies_lie_in_one_split(
     assert manifest.copies == len(documents)
     assert Manifest.read(tmp_path / "out").copies == len(documents)
     assert caplog.messages == [
-        "40 of the 80 documents are copies of others, white space and line ends aside; a document and its copies lie in "
-        "one split."
+        "40 of the 80 documents are copies of others, white space and line ends aside; a document and its copies lie "
+        "in one split."
     ]
 
 
