@@ -28,7 +28,10 @@ def prepare(
         Path | None, typer.Option(help="Take the tokenizer in this file or folder; train none.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary to train.")] = 4096,
-    holdout: Annotated[float, typer.Option(help="Share of the text, by bytes, to hold out in whole documents.")] = 0.02,
+    holdout: Annotated[
+        float,
+        typer.Option(help="Share of the text, by bytes, to hold out in whole documents; of a single one, its end."),
+    ] = 0.02,
     seed: Annotated[int, typer.Option(help="Chooses the documents that are held out.")] = 0,
     text_field: Annotated[str, typer.Option(help="Field of JSONL, parquet or data sets that is the text.")] = "text",
     as_json: Json = False,
