@@ -23,8 +23,8 @@ lint: setup  ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: setup  ## that every link and file named in the documents exists
-	$(BIN)/python -m pytest -q tests/test_docs.py
+docs: setup  ## the documentation as a site, built without a network: site/index.html
+	$(BIN)/python docs/build.py
 
 bench: setup  ## the layer and its kernels against other implementations and the limits of memory; a quarter of an hour, 20 GB
 	$(PIP) install -c constraints.txt --no-build-isolation ".[bench]"
@@ -44,7 +44,7 @@ sanitize: setup  ## the kernels' tests under the address and undefined-behaviour
 	    tests/optim/test_row_kernels.py
 
 clean:  ## remove the environment and all caches; runs and prepared data stay
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site docs/index.md .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Dependencies and package have a stamp each, so that an edit below src/ reinstalls the wheel alone.

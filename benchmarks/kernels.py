@@ -19,7 +19,7 @@ from measure import interleave, report
 from torch import Tensor
 
 from peerlm.layers.expert_table import quantise
-from peerlm.layers.row_table import empty_rows
+from peerlm.layers.row_memory import empty_rows
 from peerlm.ops import api, native, reference
 
 HEADS, EXPERTS_PER_HEAD, HALF_KEY = 8, 16, 128

@@ -183,9 +183,9 @@ def test_product_key_memory_equals_exhaustive_search(
         for head in scores[t].tolist():
             best = sorted(range(16), key=lambda i: -head[i])[:3]
             for weight, i in zip(weigh_floats([head[i] for i in best], weighting), best, strict=True):
-                expected[t] += weight * layer.values[i]
+                expected[t] += weight * layer.values.rows[i]
     torch.testing.assert_close(layer(x), expected)
-    assert layer.parameter_roles == {"values": "table"}
+    assert layer.values.parameter_roles == {"rows": "table"}
 
 
 def test_product_key_memory_leaves_padding_out_of_the_query_norm() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from peerlm.ops import cpu_rows, native
-from peerlm.ops.rows import RowStep, RowTable
+from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.optim import RowAdamW, row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules
 
@@ -33,7 +33,7 @@ def random_table(
     lazy: bool = False,
     rows: torch.dtype = torch.float32,
     moments: torch.dtype = torch.float32,
-) -> RowTable:
+) -> RowState:
     num_rows = 40
     shape = (num_rows, *row_shape)
     moments_step = torch.randint(0, NOW - 1, (num_rows,), dtype=torch.int32)
@@ -47,7 +47,7 @@ def random_table(
     exp_avg.view(num_rows, -1)[:, ::2] *= 1e-8
     if not row_wise:
         exp_avg_sq.view(num_rows, -1)[:, ::2] *= 1e-16
-    return RowTable(
+    return RowState(
         rows=torch.randn(shape).to(rows),
         exp_avg=exp_avg.to(moments) if first else None,
         exp_avg_sq=exp_avg_sq if row_wise else exp_avg_sq.to(moments),
@@ -56,26 +56,26 @@ def random_table(
     )
 
 
-def tensors(table: RowTable) -> dict[str, Tensor]:
+def tensors(table: RowState) -> dict[str, Tensor]:
     return {name: value for name, value in vars(table).items() if value is not None}
 
 
-def twins(table: RowTable) -> tuple[RowTable, RowTable]:
-    def clone() -> RowTable:
+def twins(table: RowState) -> tuple[RowState, RowState]:
+    def clone() -> RowState:
         copies = {name: value.clone() for name, value in tensors(table).items()}
-        return RowTable(**{name: copies.get(name) for name in vars(table)})
+        return RowState(**{name: copies.get(name) for name in vars(table)})
 
     return clone(), clone()
 
 
-def step_of(table: RowTable, *, seed: int | None = 5, learning_rate: float = 1e-2) -> RowStep:
+def step_of(table: RowState, *, seed: int | None = 5, learning_rate: float = 1e-2) -> RowStep:
     beta1 = 0.0 if table.exp_avg is None else 0.9
     return RowStep(
         step=NOW, learning_rate=learning_rate, weight_decay=0.1, beta1=beta1, beta2=0.95, eps=1e-8, seed=seed
     )
 
 
-def assert_alike(found: RowTable, expected: RowTable) -> None:
+def assert_alike(found: RowState, expected: RowState) -> None:
     """Equal up to float rounding; in bfloat16 up to one unit, where rounding tips a random decision."""
     for name, value in tensors(expected).items():
         ours = tensors(found)[name]
@@ -160,7 +160,7 @@ def test_rows_out_of_range_change_nothing(row: int) -> None:
 @pytest.mark.parametrize(("num_rows", "count"), [(40, 7), (40, 300), (64, 64), (20_001, 50), (20_001, 9_000), (5, 0)])
 def test_rows_behind_are_found(num_rows: int, count: int, threads: int) -> None:
     steps = torch.randint(NOW - 2, NOW + 1, (num_rows,), dtype=torch.int32)
-    table = RowTable(
+    table = RowState(
         rows=torch.empty(num_rows, 1), exp_avg=None, exp_avg_sq=torch.empty(0), moments_step=None, weights_step=steps
     )
     ids = torch.randint(num_rows, (count, 1))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peerlm.cli.app import Json, Output, Packs, Run, Settings, app, overrides
+from peerlm.cli.root import Json, Output, Packs, Run, Settings, app, overrides
 from peerlm.cli.show import print_json, print_table
 from peerlm.errors import UserError
 

@@ -117,7 +117,7 @@ def _values(path: Path, advance: Advance) -> Generator[tuple[str, Any], None, No
             reason = str(error)
             if isinstance(error, json.JSONDecodeError):
                 reason = f"{error.msg} at column {error.colno}"
-            raise UserError(f"{where}: the line is not JSON ({reason}): mend or remove it") from error
+            raise UserError(f"{where}: the line is not JSON ({reason}): fix or remove it") from error
         yield where, row
 
 
@@ -181,12 +181,12 @@ def _missing_field(where: str, kind: str, text_field: str, found: list[str]) -> 
 
 def _as_text(value: object, text_field: str, where: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where}: {text_field!r} is a {type(value).__name__}, no string: mend or drop the row")
+        raise UserError(f"{where}: {text_field!r} is a {type(value).__name__}, no string: fix or drop the row")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where}: {text_field!r} has half a surrogate pair at character {error.start}, that is no text: "
-            "mend or drop the row"
+            "fix or drop the row"
         ) from error
     return value

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peerlm.ops import bag, cpu, cpu_rows, native, onednn, reference
 from peerlm.ops.pairing import PAIRINGS
-from peerlm.ops.rows import RowTable
+from peerlm.ops.row_updates import RowState
 
 _MODULES: dict[str, ModuleType] = {"reference": reference, "bag": bag, "cpu": cpu}
 
@@ -66,7 +66,7 @@ def move_to_start(source: Tensor, target: Tensor) -> bool:
     return native.move_to_start(source, target)
 
 
-def row_kernels(table: RowTable) -> ModuleType | None:
+def row_kernels(table: RowState) -> ModuleType | None:
     """The native module with `optim.row_step`'s functions for this table; None where there is none."""
     return cpu_rows if cpu_rows.supports(table) else None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from peerlm.errors import UserError
 from peerlm.ops import cpu_rows, native
 from peerlm.ops.native import group_by_row
-from peerlm.ops.rows import fused_row_update
+from peerlm.ops.row_updates import fused_row_update
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

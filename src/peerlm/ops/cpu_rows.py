@@ -5,12 +5,12 @@ from torch import Tensor
 
 from peerlm.ops import native
 from peerlm.ops.native import group_by_row
-from peerlm.ops.rows import CatchUpRules, RowStep, RowTable
+from peerlm.ops.row_updates import CatchUpRules, RowState, RowStep
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def supports(table: RowTable) -> bool:
+def supports(table: RowState) -> bool:
     """Whether the native kernels work on this table."""
     tensors = [tensor for tensor in (table.rows, table.exp_avg, table.exp_avg_sq) if tensor is not None]
     moments = {tensor.dtype for tensor in tensors[1:]} if table.exp_avg_sq.ndim > 1 else {torch.float32}
@@ -21,7 +21,7 @@ def supports(table: RowTable) -> bool:
     )
 
 
-def rows_behind(table: RowTable, ids: Tensor | None, now: int) -> Tensor:
+def rows_behind(table: RowState, ids: Tensor | None, now: int) -> Tensor:
     """As `row_step.rows_behind`."""
     assert table.weights_step is not None
     asked = None if ids is None else ids.flatten().contiguous()
@@ -30,7 +30,7 @@ def rows_behind(table: RowTable, ids: Tensor | None, now: int) -> Tensor:
     return found[:count]
 
 
-def update_rows(table: RowTable, ids: Tensor | None, gradient_UX: Tensor, step: RowStep) -> None:
+def update_rows(table: RowState, ids: Tensor | None, gradient_UX: Tensor, step: RowStep) -> None:
     """As `row_step.update_rows`."""
     if ids is None:
         ids = torch.arange(len(table.rows))
@@ -38,7 +38,7 @@ def update_rows(table: RowTable, ids: Tensor | None, gradient_UX: Tensor, step: 
     native.module.update_rows(_state(table), ids.contiguous(), gradient, _step(step), torch.get_num_threads())
 
 
-def catch_up_rows(table: RowTable, ids: Tensor, rules: CatchUpRules, step: RowStep) -> None:
+def catch_up_rows(table: RowState, ids: Tensor, rules: CatchUpRules, step: RowStep) -> None:
     """As `row_step.catch_up_rows`."""
     native.module.catch_up_rows(
         _state(table),
@@ -76,7 +76,7 @@ def fit_rules(
 
 
 def update_by_gradients(
-    table: RowTable, step: RowStep, x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor
+    table: RowState, step: RowStep, x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor
 ) -> None:
     """Give every row that occurs in ids (T, P) its gradient's AdamW step, without storing the gradient.
 
@@ -94,7 +94,7 @@ def update_by_gradients(
     )
 
 
-def _state(table: RowTable) -> object:
+def _state(table: RowState) -> object:
     count = len(table.rows)
     return native.module.RowState(
         table.rows.detach().view(count, -1),

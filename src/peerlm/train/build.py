@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from peerlm.data import Manifest, TokenShards, TokenWindows, prepare
 from peerlm.data.manifest import MANIFEST_FILE
-from peerlm.data.prepare import say_old_split
+from peerlm.data.preparation import say_old_split
 from peerlm.data.request import difference, sources_said
 from peerlm.data.sources import fingerprint, resolve
 from peerlm.errors import UserError
@@ -22,9 +22,9 @@ from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import native
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.optim.catch_up import check_betas
+from peerlm.ranks import Ranks
 from peerlm.train.config import DataConfig, OptimConfig, TrainConfig
 from peerlm.train.growth import read_growths, with_shells
-from peerlm.train.ranks import Ranks
 from peerlm.train.recipe import unknown_key
 
 log = logging.getLogger(__name__)
