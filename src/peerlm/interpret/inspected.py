@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.layers import PEER, ProductKeyMemory, ProductKeys
 from peerlm.ops.functions import ACTIVATIONS
 from peerlm.ops.pairing import PAIRINGS
@@ -123,7 +123,7 @@ def find_site(sites: list[Site], layer: int | str, expert: int) -> Site:
             if not 0 <= expert < site.num_experts:
                 raise UserError(f"expert is {expert}; layer {layer} has experts 0 to {site.num_experts - 1}")
             return site
-    known = ", ".join(f"{site.number} ({site.name})" for site in sites)
+    known = listed(f"{site.number} ({site.name})" for site in sites)
     raise UserError(f"layer is {layer!r}; the layers with experts are {known}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.growth.indexed import Pool
 from peerlm.growth.new_experts import check_new_sub_keys, new_sub_keys
 from peerlm.layers import PEER
@@ -261,7 +261,7 @@ def _layers_named(model: nn.Module, paths: Sequence[str] | None) -> dict[str, PE
         raise ValueError(f"layers is {paths!r}; give a list of paths of PEER layers, or None for all")
     for path in paths:
         if path not in layers:
-            raise ValueError(f"layers has {path!r}, but the PEER layers are {', '.join(map(repr, layers))}")
+            raise ValueError(f"layers has {path!r}, but the PEER layers are {listed(map(repr, layers))}")
     return {path: layer for path, layer in layers.items() if path in paths}
 
 
@@ -278,7 +278,7 @@ def _packs(model: nn.Module, name: str) -> dict[str, Pack]:
 
 
 def _not_loaded(name: str, known: Sequence[str]) -> str:
-    return f"no pack {name!r} is loaded; there is {', '.join(known) or 'none'}"
+    return f"no pack {name!r} is loaded; there is {listed(known)}"
 
 
 def _check_free(model: nn.Module, name: str) -> None:
