@@ -31,7 +31,8 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
     split = SimpleNamespace(documents=3, tokens=12_345, bytes=67, shards=(), ends=None)
     stub: Mock = create_autospec(
-        peerlm.data.prepare, return_value=SimpleNamespace(vocab_size=512, splits={"train": split}, document_start=())
+        peerlm.data.prepare,
+        return_value=SimpleNamespace(vocab_size=512, splits={"train": split}, document_start=(), files=None),
     )
     monkeypatch.setattr(peerlm.data, "prepare", stub)
     return stub

@@ -80,6 +80,11 @@ class Manifest:
     """Tokens after each document; None: the end-of-text token."""
     lost: dict[str, float] = field(default_factory=dict)
     """Share of the text's bytes that tokens do not stand for, by reason; see `data.text_loss`."""
+    files: dict[str, dict[str, int]] | None = None
+    """Numbers of files by suffix or reason: those "read", and those of folders "passed_over"; see `sources.Survey`."""
+    copies: int | None = None
+    """Documents that are copies of another but for white space and the like (see `split.copy_key`); all copies of a
+    document lie in one split. None in a folder of an older version, which knew only copies of equal bytes."""
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into the folder."""

@@ -14,7 +14,7 @@ import torch
 
 from peerlm.data.encoder import TextEncoder
 from peerlm.data.tokenizer import begin_with
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.evaluate.likelihood import check_context
 from peerlm.evaluate.loading import default_context, load_model
 from peerlm.evaluate.notes import notes_on
@@ -152,13 +152,13 @@ def evaluate_tasks(
             )
         except OverflowError as error:
             raise UserError(
-                f"a perplexity of {', '.join(names)} is too large to write; ask for bits_per_byte instead"
+                f"a perplexity of {listed(names)} is too large to write; ask for bits_per_byte instead"
             ) from error
         except (UserError, OSError):
             raise
         except Exception as error:  # whatever templates, metrics and data raise
-            raise UserError(f"lm-eval cannot run {', '.join(names)} ({_short(error)}); mend the task file") from error
-    model.encoder.warn(f"the texts of {', '.join(names)}")
+            raise UserError(f"lm-eval cannot run {listed(names)} ({_short(error)}); mend the task file") from error
+    model.encoder.warn(f"the texts of {listed(names)}")
     more: dict[str, Any] = {
         "document_start": marked(model.marks.start, model.tokenizer),
         "start_from": model.marks.source,
@@ -191,9 +191,7 @@ def _find_tasks(tasks: Sequence[str | Path]) -> tuple[TaskManager, list[str]]:
     try:
         manager = TaskManager(include_path=folders, include_defaults=bool(names))
     except Exception as error:  # whatever a YAML reader raises
-        raise UserError(
-            f"the task files of {', '.join(folders)} cannot be read ({_short(error)}); mend them"
-        ) from error
+        raise UserError(f"the task files of {listed(folders)} cannot be read ({_short(error)}); mend them") from error
     by_file = {Path(entry.yaml_path).resolve(): name for name, entry in manager.task_index.items() if entry.yaml_path}
     for file in files:
         if file.resolve() not in by_file:
