@@ -49,7 +49,10 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `path`, replacing it in one step."""
+    """Write `path`, replacing it in one step; what is there and no file, as a device is, is written into."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(content)
+        return
     partial = path.with_name(PARTIAL + path.name)
     try:
         partial.write_bytes(content)

@@ -1,21 +1,24 @@
 """Commands from text to a trained model, and what it is worth: prepare, train, eval, generate."""
 
-import json
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from peerlm.cli.app import Json, Output, Packs, Recipe, Run, Settings, app, overrides
-from peerlm.cli.show import print_json, print_table
+from peerlm.cli.show import STDOUT, show
 from peerlm.errors import UserError
+from peerlm.terminal import VALUE, print_table
 
 
 @app.command(
-    epilog="Examples: peerlm prepare demo --output data/demo\n\n"
-    "peerlm prepare books/ more.jsonl.xz --output data/books --vocab-size 16384"
+    examples=[
+        "peerlm prepare demo --output data/demo",
+        "peerlm prepare books/ more.jsonl.xz --output data/books --vocab-size 16384",
+    ]
 )
 def prepare(
     sources: Annotated[
@@ -30,7 +33,7 @@ def prepare(
     holdout: Annotated[float, typer.Option(help="Share of the text, by bytes, to hold out in whole documents.")] = 0.02,
     seed: Annotated[int, typer.Option(help="Chooses the documents that are held out.")] = 0,
     text_field: Annotated[str, typer.Option(help="Field of JSONL, parquet or data sets that is the text.")] = "text",
-    as_json: Json = False,
+    json_file: Json = None,
 ) -> None:
     """Turn text into tokens: train a tokenizer, hold out documents, write shards and their hashes."""
     from peerlm.data import prepare
@@ -43,19 +46,20 @@ def prepare(
         holdout=holdout,
         seed=seed,
         text_field=text_field,
-        progress=not as_json,
+        progress=json_file != STDOUT,
     )
-    if as_json:
-        print_json(asdict(manifest))
-    else:
-        sizes = ("documents", "tokens", "bytes")
-        splits = {name: {size: vars(split)[size] for size in sizes} for name, split in manifest.splits.items()}
-        print_table(f"{output}: {manifest.vocab_size:,} tokens in the vocabulary", splits)
+    sizes = ("documents", "tokens", "bytes")
+    splits = {name: {size: vars(split)[size] for size in sizes} for name, split in manifest.splits.items()}
+    title = f"{output}: {manifest.vocab_size:,} tokens in the vocabulary"
+    show(asdict(manifest), json_file, partial(print_table, title, splits))
 
 
 @app.command(
-    epilog="Examples: peerlm train recipes/demo.toml --set optim.learning_rate=2e-3 --output runs/a\n\n"
-    "peerlm train runs/a/config.json --resume"
+    examples=[
+        "peerlm train recipes/train-demo.toml --output runs/a",
+        "peerlm train recipes/train-demo.toml --set budget.minutes=1",
+        "peerlm train runs/a --resume",
+    ]
 )
 def train(
     recipe: Recipe,
@@ -65,27 +69,30 @@ def train(
         str | None,
         typer.Option(metavar="N@SHARE,...", help="Grow to N sub-keys, N² experts, at a share of the run: 256@50%."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
-    as_json: Json = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    json_file: Json = None,
 ) -> None:
     """Train a model by a recipe; --resume takes a stopped run to the weights it would have had."""
     from peerlm.train import load_recipe, train
 
     growth = [] if grow is None else [f'grow.at="{grow}"']
     config = load_recipe(recipe, [*growth, *overrides(settings, output)])
-    result = train(config, resume=resume, progress=not as_json)
+    result = train(config, resume=resume, progress=json_file != STDOUT)
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process alone prints
         return
-    if as_json:
-        print_json({"run": str(result.run), **result.summary})
-    else:
-        print_table(str(result.run), {"value": result.summary})
+    figures = {"run": str(result.run), **result.summary}
+    show(figures, json_file, partial(print_table, str(result.run), {VALUE: result.summary}))
 
 
 @app.command(
     "eval",
-    epilog="Examples: peerlm eval runs/a book.txt lambada.jsonl\n\npeerlm eval runs/a book.txt --limit 100000 --json -"
-    "\n\npeerlm eval runs/a wiki.test.tokens --detokenize\n\npeerlm eval runs/a --tasks recipes/tasks/copa.yaml",
+    examples=[
+        "peerlm eval runs/a",
+        "peerlm eval runs/a book.txt lambada.jsonl",
+        "peerlm eval runs/a book.txt --limit 100000 --json -",
+        "peerlm eval runs/a wiki.test.tokens --detokenize",
+        "peerlm eval runs/a --tasks recipes/tasks/copa.yaml",
+    ],
 )
 def evaluate(
     run: Run,
@@ -103,16 +110,13 @@ def evaluate(
         bool, typer.Option("--detokenize", help="Put tokenised text (WikiText's ` @-@ `) back first.")
     ] = False,
     pack: Packs = [],  # noqa: B006
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE; - prints it, no table.")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Measure perplexity, bits per byte, accuracy of last words (LAMBADA), use of the experts, and lm-eval's tasks."""
     from peerlm.evaluate import evaluate
 
     if tasks and not files and (detokenize or stride is not None):
         raise UserError("--stride and --detokenize are for files, and there are none; name one, or leave them out")
-    to_stdout = json_file == Path("-")
     rows: dict[str, dict[str, Any]] = {}
     if files or not tasks:
         rows |= evaluate(
@@ -123,33 +127,30 @@ def evaluate(
             limit=limit,
             detokenized=detokenize,
             packs=pack,
-            progress=not to_stdout,
+            progress=json_file != STDOUT,
         )
     if tasks:
         from peerlm.evaluate.harness import evaluate_tasks
 
         rows |= evaluate_tasks(run, tasks, context=context, limit=limit, packs=pack)
-    if to_stdout:
-        print_json(rows)
-        return
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    print_table(str(run), rows)
+    show(rows, json_file, partial(print_table, str(run), rows))
 
 
 @app.command(
-    epilog="Examples: peerlm generate runs/a 'Once upon a time'\n\n"
-    "peerlm generate runs/a 'The capital of' --temperature 0 --tokens 20"
+    examples=[
+        "peerlm generate runs/a 'Once upon a time'",
+        "peerlm generate runs/a 'The capital of' --temperature 0 --tokens 20",
+    ]
 )
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at the most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     pack: Packs = [],  # noqa: B006
 ) -> None:
-    """Let a trained model go on from a prompt, printed while it is written."""
+    """Let a trained model continue a prompt, printed while it is written."""
     from transformers import TextStreamer
 
     from peerlm.evaluate import load_model, sample_text

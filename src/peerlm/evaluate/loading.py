@@ -74,6 +74,12 @@ def trained_context(path: str | Path) -> int | None:
     return None
 
 
+def trained_on(path: str | Path) -> Path | None:
+    """The data folder that a run was trained on, as its configuration has it; None where `path` is no run."""
+    data = _read_config(Path(path)).get("data")
+    return Path(data["folder"]) if isinstance(data, dict) and isinstance(data.get("folder"), str) else None
+
+
 def default_context(path: str | Path, model: PreTrainedModel) -> int:
     """Tokens to read at once: what a run was trained with, else 2,048 or the most that the model reads."""
     return trained_context(path) or min(
