@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from .models import Build, build
+
 torch.set_num_threads(1)
 
 # Examples share the cores with other tests, so that a slow one is no failure.
@@ -42,6 +44,12 @@ def poisoned_memory() -> Iterator[None]:
 def own_heap() -> Iterator[None]:
     """Commands that a test calls keep freed memory in a process of theirs; this one gives it back, as tests expect."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("peerlm.cli", "peerlm.experiments.script"):
+        for module in ("peerlm.cli", "peerlm_studies.script"):
             patch.setattr(f"{module}.keep_freed_memory", lambda: False)
         yield
+
+
+@pytest.fixture
+def new_model() -> Build:
+    """A function: the name of an architecture, and settings that differ -> a new model."""
+    return build

@@ -36,11 +36,3 @@ def test_document_names_only_what_exists(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     assert dead_links(text, document.parent) == []
     assert missing_files(text) == []
-
-
-def test_every_source_file_has_a_caption_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    package = ROOT / "src/peerlm"
-    sources = [*package.glob("**/*.py"), *(path for path in package.glob("csrc/*") if path.is_file())]
-    names = [path.relative_to(package).as_posix() for path in sources]
-    assert [name for name in names if f"`{name}`" not in readme] == []

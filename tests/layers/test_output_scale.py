@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from peerlm.growth import grow
 from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.layers.output_scale import ACTIVATION_POWER, INPUT_STD, OUTPUT_POWER, output_std
 from peerlm.ops.reference import ACTIVATIONS, WEIGHTINGS, half_scores
-from peerlm.surgery import grow
 
 # The draw of weights and tokens moves the mean square by several percent: sub-keys and large experts are few.
 TOLERANCE = 0.15

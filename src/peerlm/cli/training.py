@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peerlm.cli.app import Json, Output, Packs, Recipe, Run, Settings, app, overrides
+from peerlm.cli.root import Json, Output, Packs, Recipe, Run, Settings, app, overrides
 from peerlm.cli.show import STDOUT, show
 from peerlm.errors import UserError
 from peerlm.terminal import VALUE, print_table

@@ -31,7 +31,7 @@ class PeerHarness(HFLM):
     Args:
         pretrained: the folder of a run or a saved model.
         max_length: tokens read at once; default: as trained.
-        packs: folders of packs to load into it (`peerlm.surgery.pack`).
+        packs: folders of packs to load into it (`peerlm.packs.api`).
         options: as of `HFLM`, such as batch_size.
     """
 

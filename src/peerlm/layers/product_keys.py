@@ -79,7 +79,7 @@ class ProductKeys(nn.Module):
         weighting: "softmax" over a head's k scores, "sigmoid", "relu", or "none" (the raw score).
         pairing: the id of expert (i, j): "row-major", i * n + j, or "shells", in which more sub-keys only append ids.
         grown_from: how many experts there were before the last growth, while those that it added are being opened
-            (`peerlm.surgery.grow`); None for a layer like any other.
+            (`peerlm.growth.grow`); None for a layer like any other.
         backend: a name in `peerlm.ops.api.BACKENDS`.
 
     Attributes:

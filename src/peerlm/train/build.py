@@ -16,9 +16,9 @@ from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import native
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.optim.catch_up import check_betas
+from peerlm.ranks import Ranks
 from peerlm.train.config import DataConfig, OptimConfig, TrainConfig
 from peerlm.train.growth import read_growths, with_shells
-from peerlm.train.ranks import Ranks
 from peerlm.train.recipe import unknown_key
 
 _QUICKER_BY_ROWS = 4
