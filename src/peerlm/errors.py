@@ -1,5 +1,7 @@
 """What ends a command early: a mistake that the user can fix, and a training run that stopped."""
 
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """A mistake the user can fix: one sentence with what was wrong, the value, and the fix.
@@ -19,3 +21,8 @@ class TrainingStopped(Exception):  # noqa: N818  # an outcome, not a mistake: th
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def quoted(names: Iterable[object]) -> str:
+    """Names that users chose, in a message: each in quotes, since it may hold a comma; "none" where there are none."""
+    return ", ".join(repr(str(name)) for name in names) or "none"

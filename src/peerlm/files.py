@@ -6,10 +6,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 PARTIAL = ".partial-"
 """Prefix of what is being written; a leftover of it is rubbish."""
@@ -43,7 +42,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: object) -> None:
     """Write `path` as indented JSON, replacing it in one step."""
     write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
 

@@ -40,7 +40,7 @@ class Commands(typer.Typer):
     def __init__(self, **options: Any) -> None:
         super().__init__(cls=_Group, no_args_is_help=True, **options)
 
-    def command(self, name: str | None = None, *, examples: Sequence[str] = (), **options: Any) -> Callable[..., Any]:  # type: ignore[override]
+    def command(self, name: str | None = None, *, examples: Sequence[str] = (), **options: Any) -> Callable[..., Any]:
         """As of typer, with commands to show at the end of the help."""
         title = "Example:" if len(examples) == 1 else "Examples:"
         return super().command(name, cls=_Command, epilog="\n\n".join([title, *examples]), **options)

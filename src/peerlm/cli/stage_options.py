@@ -7,7 +7,7 @@ from typing import Any
 from peerlm.cli.conversion_options import read_settings
 from peerlm.continual.config import LearnConfig
 from peerlm.continual.stream import BACKGROUND
-from peerlm.errors import UserError
+from peerlm.errors import UserError, quoted
 from peerlm.train.recipe import from_dict
 
 DEFAULT_BUDGET = {"tokens": 120_000}
@@ -40,8 +40,8 @@ def learn_config(
     for each in heldout:
         name, equals, file = each.partition("=")
         if not equals or name not in [BACKGROUND, *(stage for stage, _ in files)]:
-            names = ", ".join([*(stage for stage, _ in files), BACKGROUND])
-            raise UserError(f"--heldout {each}: write NAME=FILE, with a NAME of {names}")
+            names = quoted([*(stage for stage, _ in files), BACKGROUND])
+            raise UserError(f"--heldout {each}: write NAME=FILE, with one of these names: {names}")
         measured[name] = file
     given = {name: value for name, value in budget.items() if value is not None}
     return from_dict(

@@ -76,12 +76,21 @@ def train(
     from peerlm.train import load_recipe, train
 
     growth = [] if grow is None else [f'grow.at="{grow}"']
-    config = load_recipe(recipe, [*growth, *overrides(settings, output)])
+    config = load_recipe(recipe_file(recipe), [*growth, *overrides(settings, output)])
     result = train(config, resume=resume, progress=json_file != STDOUT)
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process alone prints
         return
     figures = {"run": str(result.run), **result.summary}
     show(figures, json_file, partial(print_table, str(result.run), {VALUE: result.summary}))
+
+
+def recipe_file(path: Path) -> Path:
+    """The recipe that a path means: of a run's folder its config.json, else the file itself."""
+    if not path.is_dir():
+        return path
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is no run, for it has no config.json: name a recipe or the folder of a run")
+    return path / "config.json"
 
 
 @app.command(
@@ -96,7 +105,10 @@ def train(
 )
 def evaluate(
     run: Run,
-    files: Annotated[list[Path], typer.Argument(help="Text, or JSONL of documents or of LAMBADA's layout.")] = [],  # noqa: B006
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Text, or JSONL of documents or of LAMBADA's layout; default: what was held out."),
+    ] = [],  # noqa: B006
     tasks: Annotated[
         list[str],
         typer.Option(metavar="TASK", help="A task file of lm-eval's, a folder of them, or its own task; repeatable."),

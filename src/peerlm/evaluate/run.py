@@ -1,7 +1,7 @@
 """Evaluate a run or a saved model on files: one row of figures for each."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from peerlm.data.shards import TokenShards
 from peerlm.errors import UserError
 from peerlm.evaluate.detokenize import detokenize
 from peerlm.evaluate.files import PASSAGE, fields_of, read_documents, read_passages
@@ -18,6 +19,7 @@ from peerlm.evaluate.likelihood import Report
 from peerlm.evaluate.loading import default_context, load_model
 from peerlm.evaluate.perplexity import check_windows, score_text
 from peerlm.evaluate.progress import progress_bar
+from peerlm.evaluate.split import held_out_split, split_documents
 from peerlm.usage import record_usage
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
@@ -39,7 +41,8 @@ def evaluate(
 
     Args:
         path: as `load_model`.
-        files: text, JSONL or parquet files, as `evaluate.files` reads them.
+        files: text, JSONL or parquet files, as `evaluate.files` reads them; none: the documents that were held out of
+            the data that the run was trained on.
         context: tokens read at once; default: those of the run's training, else 2,048 or the most
             that the model reads, whichever is less.
         stride: tokens that each window scores of text; default: half the context.
@@ -57,15 +60,17 @@ def evaluate(
         over all tokens read of that file, as often as they were read.
 
     Raises:
-        UserError: a model or file that cannot be used, no files, or an impossible context, stride or limit.
+        UserError: a model or file that cannot be used, no files for a model that is no run's, or an impossible context,
+            stride or limit.
     """
-    if not files:
-        raise UserError("there are no files to evaluate on; name at least one")
+    split = None if files else held_out_split(path)
     if detokenized and limit is not None:
         raise UserError(
             f"the limit is {limit} tokens, but the words of detokenized text are known of whole files alone"
         )
     fields_by_file = {str(file): fields_of(Path(file)) for file in files}
+    if split is not None:
+        fields_by_file = {f"held out of {split.folder}": ()}
     model, tokenizer = load_model(path, packs)
     if context is None:
         context = default_context(path, model)
@@ -78,7 +83,7 @@ def evaluate(
             rows[file] = _evaluate_file(
                 model,
                 tokenizer,
-                Path(file),
+                Path(file) if split is None else split,
                 fields,
                 context=context,
                 stride=stride,
@@ -92,7 +97,7 @@ def evaluate(
 def _evaluate_file(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    file: Path,
+    file: Path | TokenShards,
     fields: tuple[str, ...],
     *,
     context: int,
@@ -101,11 +106,11 @@ def _evaluate_file(
     detokenized: bool,
     report: Report,
 ) -> dict[str, Any]:
-    """The row of one file."""
+    """The row of one file, or of a split."""
     batch_size = max(1, TOKENS_PER_PASS[model.device.type] // context)
     row: dict[str, Any] = {"context": context}
     with record_usage(model) as usage:
-        if fields == PASSAGE:
+        if isinstance(file, Path) and fields == PASSAGE:
             last_words = score_last_words(
                 model,
                 tokenizer,
@@ -122,7 +127,9 @@ def _evaluate_file(
                 "accuracy": last_words.accuracy,
             }
         else:
-            documents: Iterable[str] = read_documents(file, fields)
+            documents: Iterable[str] = (
+                split_documents(file) if isinstance(file, TokenShards) else read_documents(file, fields)
+            )
             if detokenized:
                 documents = list(documents)
                 row["detokenized"] = True

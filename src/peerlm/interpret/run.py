@@ -45,6 +45,7 @@ def inspect(
     context: int | None = None,
     experts: int = 16384,
     edits: int = 64,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Read a text with the model of a run or a saved model, and write a page about its experts.
@@ -58,7 +59,8 @@ def inspect(
         context: tokens of a window, each read on its own; default: as trained.
         experts: how many of each layer the page holds one by one, those that write most.
         edits: experts, over all layers, that are knocked out and doubled in the shown tokens; 0 leaves that out.
-        progress: whether to show a bar on stderr, when that is a terminal.
+        overwrite: whether a page that is there is replaced.
+        progress: whether to show on stderr how far it is.
 
     Returns:
         The page's figures, ready for JSON: file, tokens, loss (nats per token), perplexity, layers (a list: figures of
@@ -72,6 +74,8 @@ def inspect(
             raise UserError(f"{name} is {value}; it must be at least {least}")
     if output is not None and (Path(output).is_dir() or not Path(output).parent.is_dir()):
         raise UserError(f"{output} cannot be written: name a file in a folder that exists")
+    if output is not None and Path(output).exists() and not overwrite:
+        raise UserError(f"{output} exists already: name another file with --output, or replace it with --overwrite")
     model, tokenizer, sites, tokens, context = _open(path, text, context, limit)
     readout = find_readout(model)
     shown = min(shown, len(tokens))
@@ -88,11 +92,17 @@ def inspect(
         if not math.isfinite(exp(collected.loss)):
             raise UserError(f"{path} has a loss of {collected.loss} on {text}; name a model whose weights are whole")
         listed = [listed_experts(record, experts) for record in collected.layers]
-        lens_report = _reporter(bar, "lens")
-        pushed = []
-        for number, (site, ids) in enumerate(zip(sites, listed, strict=True)):
-            pushed.append(pushes(readout, site, ids, kept=_LENS_TOKENS, inverse_scale=collected.inverse_scale))
-            lens_report(number + 1, len(sites))
+        pushed = [
+            pushes(
+                readout,
+                site,
+                ids,
+                kept=_LENS_TOKENS,
+                inverse_scale=collected.inverse_scale,
+                report=_reporter(bar, f"lens of layer {site.number}"),
+            )
+            for site, ids in zip(sites, listed, strict=True)
+        ]
         chosen = _most_important(sites, collected, edits)
         wanted = [Edit(site.number, expert, factor) for site, expert in chosen for factor in FACTORS]
         effects = edit_effects(

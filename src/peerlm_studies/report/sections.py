@@ -22,7 +22,8 @@ from peerlm_studies.isoflop.tables import equal_loss_markdown, equal_seconds_mar
 from peerlm_studies.markdown import markdown_rows
 from peerlm_studies.report.plan import PlotConfig, SectionConfig
 from peerlm_studies.rows import read_rows, read_runs
-from peerlm_studies.scaling.laws import law_markdown, plot_law, read_law, rows_digest
+from peerlm_studies.scaling.law_file import read_law, rows_digest
+from peerlm_studies.scaling.laws import law_markdown, plot_law
 
 Row = Mapping[str, Any]
 
