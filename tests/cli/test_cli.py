@@ -82,7 +82,7 @@ def test_train_loads_the_recipe_with_its_settings(capsys: pytest.CaptureFixture[
 
 
 def test_train_prints_json_alone(capsys: pytest.CaptureFixture[str], train: Mock) -> None:
-    code, out, err = run(capsys, "train", "r.toml", "--json")
+    code, out, err = run(capsys, "train", "r.toml", "--json=-")
     assert (code, err) == (0, "")
     assert json.loads(out) == {"run": "runs/a", "steps": 1000, "train_loss": 1.25}
     train.assert_called_once_with("config", resume=False, progress=False)
@@ -140,7 +140,7 @@ def test_compare_passes_the_recipe_and_its_settings(
 
     compare = create_autospec(module.compare, return_value=[{"method": "peer"}])
     monkeypatch.setattr(module, "compare", compare)
-    code, out, _ = run(capsys, "compare", "r.toml", "--set", "seed=1", "--output", "runs/c", "--json")
+    code, out, _ = run(capsys, "compare", "r.toml", "--set", "seed=1", "--output", "runs/c", "--json=-")
     assert code == 0
     compare.assert_called_once_with(Path("r.toml"), ["seed=1", 'run="runs/c"'], progress=False)
     assert json.loads(out) == [{"method": "peer"}]
@@ -191,7 +191,7 @@ def test_generate_prints_the_same_text_again(saved_model: Path, capsys: pytest.C
 
 
 def test_info_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "info", "--json")
+    code, out, _ = run(capsys, "info", "--json=-")
     facts = json.loads(out)
     assert code == 0
     assert facts["peerlm"] == peerlm.__version__
@@ -240,9 +240,17 @@ def test_wrong_usage_is_told_with_exit_code_2(
         (UserError("seed = -1: must be 0 or more"), 2, "error: seed = -1: must be 0 or more\n"),
         (UserError("two\n  lines"), 2, "error: two lines\n"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.toml"), 2, "error: No such file: a.toml\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "error: the disk is full: free some space, then run this again\n",
+        ),
         (OSError("no model in this folder"), 2, "error: no model in this folder\n"),
-        (TrainingStopped("stopped at step 7", exit_code=143), 143, "stopped at step 7\n"),
+        (
+            TrainingStopped("stopped at step 7", exit_code=143),
+            143,
+            "stopped at step 7\nResume with: peerlm prepare demo --output data\n",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
 )

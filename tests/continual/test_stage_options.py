@@ -40,8 +40,8 @@ def test_texts_are_named_by_their_files_unless_told() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heldout": ["h.txt"]}, r"--heldout h\.txt: write NAME=FILE, with a NAME of code, law, background"),
-        ({"heldout": ["laws=h.txt"]}, "with a NAME of code, law"),
+        ({"heldout": ["h.txt"]}, r"--heldout h\.txt: write NAME=FILE, with a NAME of 'code', 'law', 'background'"),
+        ({"heldout": ["laws=h.txt"]}, "with a NAME of 'code', 'law'"),
         ({"budget": {"tokens": 5, "steps": 7}}, "budget sets steps, tokens"),
         ({"settings": ["rank"]}, "cannot read the setting 'rank'"),
         ({"method": "magic"}, "method = 'magic': expected one of 'full', 'lora'"),
@@ -61,7 +61,7 @@ def test_the_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
             main([*fixed, *arguments])
         return int(stop.value.code or 0)
 
-    assert run("--json") == 0
+    assert run("--json=-") == 0
     before, after = json.loads(capsys.readouterr().out)
     assert before["stage"] is None
     assert after["stage"] == "code"

@@ -160,7 +160,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--mode=replace", "--init=neurons", "--set=share=0.5", "--set=heads=2", "--set=key_dim=8", "--json"]
+    arguments = ["--mode=replace", "--init=neurons", "--set=share=0.5", "--set=heads=2", "--set=key_dim=8", "--json=-"]
     text = f"--text={folder / 'text.txt'}"
     assert run("convert", folder / "llama", folder / "out", *arguments, text) == 0
     assert json.loads(capfd.readouterr().out)["init"] == "neurons"

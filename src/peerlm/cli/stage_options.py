@@ -41,7 +41,7 @@ def learn_config(
         name, equals, file = each.partition("=")
         if not equals or name not in [BACKGROUND, *(stage for stage, _ in files)]:
             names = quoted([*(stage for stage, _ in files), BACKGROUND])
-            raise UserError(f"--heldout {each}: write NAME=FILE, with one of these names: {names}")
+            raise UserError(f"--heldout {each}: write NAME=FILE, with a NAME of {names}")
         measured[name] = file
     given = {name: value for name, value in budget.items() if value is not None}
     return from_dict(

@@ -51,7 +51,7 @@ def prepare(
     sizes = ("documents", "tokens", "bytes")
     splits = {name: {size: vars(split)[size] for size in sizes} for name, split in manifest.splits.items()}
     title = f"{output}: {manifest.vocab_size:,} tokens in the vocabulary"
-    show(asdict(manifest), json_file, partial(print_table, title, splits))
+    show(asdict(manifest) if json_file else None, json_file, partial(print_table, title, splits))
 
 
 @app.command(
@@ -100,7 +100,7 @@ def recipe_file(path: Path) -> Path:
         "peerlm eval runs/a book.txt lambada.jsonl",
         "peerlm eval runs/a book.txt --limit 100000 --json -",
         "peerlm eval runs/a wiki.test.tokens --detokenize",
-        "peerlm eval runs/a --tasks recipes/tasks/copa.yaml",
+        "peerlm eval runs/a --tasks recipes/tasks/copa.yaml --task-data tasks/",
     ],
 )
 def evaluate(
@@ -113,6 +113,9 @@ def evaluate(
         list[str],
         typer.Option(metavar="TASK", help="A task file of lm-eval's, a folder of them, or its own task; repeatable."),
     ] = [],  # noqa: B006
+    task_data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the data of --tasks are; default: here.")
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens read at once; default: as trained.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens by which the window moves.")] = None,
     limit: Annotated[
@@ -144,7 +147,7 @@ def evaluate(
     if tasks:
         from peerlm.evaluate.harness import evaluate_tasks
 
-        rows |= evaluate_tasks(run, tasks, context=context, limit=limit, packs=pack)
+        rows |= evaluate_tasks(run, tasks, context=context, limit=limit, packs=pack, task_data=task_data)
     show(rows, json_file, partial(print_table, str(run), rows))
 
 

@@ -4,10 +4,13 @@
 """
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]
 
 from peerlm.errors import UserError
 from peerlm.evaluate.likelihood import check_context
@@ -58,6 +61,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     fewshot: int | None = None,
     packs: Sequence[str | Path] = (),
+    task_data: str | Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run lm-eval's tasks with the model of a run or a saved model.
 
@@ -70,6 +74,7 @@ def evaluate_tasks(
         batch_size: requests in a forward pass.
         fewshot: examples before each question; default: as the task says.
         packs: as `load_model`.
+        task_data: folder that relative names of data in task files start at; default: the working directory.
 
     Returns:
         By task, a row ready for JSON: documents, and each metric of the task with its standard error where it has one.
@@ -82,11 +87,14 @@ def evaluate_tasks(
             raise UserError(f"{name} is {value}; it must be at least 1")
     with _errors_alone():
         manager, names = _find_tasks(tasks)
+        folder = Path.cwd() if task_data is None else Path(task_data)
+        check_task_data([Path(file) for name in names if (file := manager.task_index[name].yaml_path)], folder)
         model = PeerHarness(path, max_length=context, batch_size=batch_size, packs=packs)
         try:
-            results = simple_evaluate(
-                model=model, tasks=names, task_manager=manager, limit=limit, num_fewshot=fewshot, log_samples=False
-            )
+            with _within(folder):
+                results = simple_evaluate(
+                    model=model, tasks=names, task_manager=manager, limit=limit, num_fewshot=fewshot, log_samples=False
+                )
         except OverflowError as error:
             raise UserError(
                 f"a perplexity of {', '.join(names)} is too large to write; ask for bits_per_byte instead"
@@ -133,6 +141,42 @@ def _find_tasks(tasks: Sequence[str | Path]) -> tuple[TaskManager, list[str]]:
         if name not in manager.task_index:
             raise UserError(f"lm-eval knows no task {name!r}; name one of its own or a .yaml file")
     return manager, names
+
+
+def check_task_data(files: Sequence[Path], folder: Path) -> None:
+    """Raise UserError where a task file names data that are not in a folder; URLs and patterns are not looked for."""
+    if not folder.is_dir():
+        raise UserError(f"--task-data {folder} is not a folder: name the one with the data of the tasks")
+    for file in files:
+        try:
+            config = yaml.load(file.read_text(encoding="utf-8"), Loader=_TaskLoader)
+        except yaml.YAMLError:
+            continue  # lm-eval says what is wrong
+        named = ((config if isinstance(config, dict) else {}).get("dataset_kwargs") or {}).get("data_files") or []
+        names = named.values() if isinstance(named, dict) else [named] if isinstance(named, str) else named
+        for name in map(str, names):
+            if "://" not in name and "*" not in name and not (folder / name).is_file():
+                raise UserError(
+                    f"{file} reads {name}, which is not in {folder}: name the folder that has it with --task-data"
+                )
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """Reads task files, whose functions do not matter here."""
+
+
+_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+@contextmanager
+def _within(folder: Path) -> Iterator[None]:
+    """Within this context relative names start at the folder."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _row(results: Any, name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Evaluate a run or a saved model on files: one row of figures for each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

@@ -6,7 +6,7 @@ from pathlib import Path
 from peerlm.data.shards import TokenShards
 from peerlm.data.tokenizer import load_tokenizer
 from peerlm.errors import UserError
-from peerlm.evaluate.loading import trained_on
+from peerlm.evaluate.loading import model_folder, trained_on
 
 
 def held_out_split(path: str | Path) -> TokenShards:
@@ -15,6 +15,7 @@ def held_out_split(path: str | Path) -> TokenShards:
     Raises:
         UserError: `path` is no run, so that nothing says what it was trained on, or the folder is not there.
     """
+    model_folder(path)  # says what is wrong where there is no model at all
     folder = trained_on(path)
     if folder is None:
         raise UserError(f"{path} does not say which data it was trained on: name a file to evaluate on")

@@ -213,7 +213,7 @@ def test_speeds_say_what_runs_cost_wherever_they_were_made(study: Any) -> None:
         ("isoflop.sizes.small=3", 'isoflop.sizes.small = 3: write { "model.hidden_size" = 128 }'),
         ("isoflop.budgets.many=['small']", "isoflop.budgets has 'many': name a number of FLOPs"),
         ("isoflop.budgets.1e9='small'", "isoflop.budgets.1e9 = 'small': give a list of names of sizes"),
-        ("isoflop.budgets.1e9=['tiny']", "isoflop.budgets.1e9 names 'tiny': choose from small, middle, large"),
+        ("isoflop.budgets.1e9=['tiny']", "isoflop.budgets.1e9 names 'tiny': choose from 'small', 'middle', 'large'"),
         ("isoflop.budgets={}", "isoflop.budgets is empty"),
         ("isoflop.bugets.x=1", "unknown key 'isoflop.bugets'"),
         ("isoflop={}", "is no isoFLOP recipe: add a section [isoflop]"),
@@ -246,7 +246,7 @@ def test_rows_of_a_stranger_do_not_count(study: Any) -> None:
 
 
 def test_the_command_passes_its_part_on(study: Any, made: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    part = ["--method", "dense", "--budget", "4e9", "--size", "large", "--seed", "3", "--json"]
+    part = ["--method", "dense", "--budget", "4e9", "--size", "large", "--seed", "3", "--json=-"]
     with pytest.raises(SystemExit) as end:
         main(["isoflop", str(study.path), *part])
     assert end.value.code == 0
