@@ -37,7 +37,8 @@ class Shown:
     @property
     def is_whole(self) -> bool:
         """Whether it is to be typed as it is: a span of text may also just name a command or an option of it."""
-        return not self.where.endswith("span") or any("/" in word or re.search(r"\w\.\w\w", word) for word in self.words[2:])
+        names_a_file = any("/" in word or re.search(r"\w\.\w\w", word) for word in self.words[2:])
+        return names_a_file or not self.where.endswith("span")
 
 
 def commands(group: Any, name: str = "peerlm") -> Iterator[tuple[str, Any]]:
@@ -70,9 +71,7 @@ def shown_commands() -> list[Shown]:
     for source in sorted(ROOT.glob("src/**/*.py")):
         spans = SPAN.findall(source.read_text(encoding="utf-8"))
         found += [Shown(line, f"{source.relative_to(ROOT)} span") for line in spans if "{" not in line]
-    found = [
-        Shown(line.strip(), each.where) for each in found for line in each.line.partition("  #")[0].split("; ")
-    ]
+    found = [Shown(line.strip(), each.where) for each in found for line in each.line.partition("  #")[0].split("; ")]
     return [each for each in {each.line: each for each in found[::-1]}.values() if each.words[1] != "..."]
 
 
@@ -102,7 +101,8 @@ def options_of(words: list[str]) -> set[str]:
     return {word.partition("=")[0] for word in words if word.startswith("--")} - known
 
 
-TEXT = "\n<|endoftext|>\n".join(f"Document {n} tells of {n * n} ships, {n} harbours and one sea." * 12 for n in range(60))
+SENTENCE = "Document {n} tells of {n} ships, of their {n} harbours and of one sea. "
+TEXT = "\n<|endoftext|>\n".join(SENTENCE.format(n=number) * 2 for number in range(60))
 
 
 def provide_text(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Commands that help texts, documents and recipes show work as they stand: parsed, planned, and the quick ones run."""
 
 import importlib.util
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from peerlm.cli import main
 from peerlm.cli.root import overrides
 from peerlm.cli.training import recipe_file
+from peerlm_studies.scaling.law_file import DEFAULT_LAW, read_law
 
 from .shown import DOCUMENTS, OURS, ROOT, Shown, copy, options_of, parse, provide_text, shown_commands
 
@@ -140,8 +142,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder / "gpt2")
     small = ["--set=num_experts=16", "--set=heads=1", "--set=experts_per_head=2", "--set=key_dim=4"]
     run(["convert", f"{folder}/gpt2", f"{folder}/gpt2-peer", *small])
-    run(["learn", f"{folder}/peer", "--text", f"law={folder}/book.txt", *LEARN, "--output", f"{folder}/learned"])
-    copy(next(folder.glob("learned/stages/*/pack")), folder / "pack")
+    texts = [word for name in ("law", "code") for word in ("--text", f"{name}={folder}/book.txt")]
+    run(["learn", f"{folder}/peer", *texts, *LEARN, "--output", f"{folder}/learned"])
     return folder
 
 
@@ -150,7 +152,7 @@ TINY: dict[str, Any] = {
     "data.context": 32,
     "data.batch_size": 2,
     "eval.final_windows": 2,
-    "budget.steps": 2,
+    "budget.steps": 4,
     "model.peer.key_dim": 8,
 }
 LEARN = ["--method", "pack", "--set=experts=16", "--steps", "1", "--batch-size", "2"]
@@ -171,26 +173,35 @@ def provide(parameters: dict[str, Any], world: Path) -> None:
     """What a command reads, in the working directory."""
     for name in ("run", "model"):
         if isinstance(path := parameters.get(name), Path) and not path.exists():
+            path = path.parent if path.name == "model" else path
             copy(world / MODELS.get(path.name, "peer"), path)
+    if (recipe := parameters.get("recipe")) is not None and str(recipe).startswith("runs/"):
+        copy(world / "peer", recipe.parent if recipe.suffix else recipe)
     for name in TEXTS:
         for text in [parameters.get(name)] if isinstance(parameters.get(name), Path) else parameters.get(name) or []:
             provide_text(Path(str(text).rpartition("=")[2]))
     for pack in [*parameters.get("pack", []), *([parameters["folder"]] if "folder" in parameters else [])]:
-        copy(world / "pack", pack)
+        copy(next(world.glob(f"learned/stages/*-{pack.name}/pack")), pack)
     if (law := parameters.get("law")) is not None:
         law.parent.mkdir(parents=True, exist_ok=True)
-        law.write_bytes((ROOT / "src/peerlm_studies/scaling/law.json").read_bytes())
+        whole = read_law(DEFAULT_LAW)
+        law.write_text(json.dumps({**whole, "methods": {name: whole["methods"][name] for name in ("dense", "PEER")}}))
 
 
+@pytest.mark.filterwarnings("default")  # others' packages warn of their own affairs
 @pytest.mark.parametrize("shown", RUN, ids=lambda shown: shown.line)
 def test_a_shown_command_runs(
     shown: Shown, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In an empty folder with what the command reads; trainings are cut to two steps of a tiny model."""
+    """In an empty folder with what the command reads; trainings are cut to a few steps of a tiny model.
+
+    What it prints fits a terminal of 80 columns, but for the text of a model.
+    """
     import peerlm.cli.stage_options
     import peerlm.train
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
     for folder in OURS:
         Path(folder.rstrip("/")).symlink_to(ROOT / folder)
     train, load = peerlm.train.train, peerlm.train.load_recipe
@@ -199,7 +210,8 @@ def test_a_shown_command_runs(
 
     def load_tiny(path: Path, settings: Sequence[str]) -> Any:
         whole = load(path, settings)  # as shown
-        return whole if path.name == "config.json" else load(path, [*settings, *changes])
+        kept = [setting for setting in settings if not setting.startswith("budget.")]
+        return whole if path.name == "config.json" else load(path, [*kept, *changes])
 
     monkeypatch.setattr(peerlm.train, "load_recipe", load_tiny)
     monkeypatch.setattr(peerlm.train, "train", lambda config, **options: train(config, **options))
@@ -208,7 +220,12 @@ def test_a_shown_command_runs(
     provide(parameters, world)
     if "--resume" in shown.words and name == "learn":
         run([word for word in shown.words[1:] if word != "--resume"])
+    capsys.readouterr()
     run(shown.words[1:])
+    out = capsys.readouterr().out
+    if name != "generate" and "-" not in shown.words:
+        assert "…" not in out
+        assert max(map(len, ["", *out.splitlines()])) <= 80
 
 
 def test_each_reason_not_to_run_is_needed() -> None:

@@ -125,8 +125,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
         lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=crowded"],
         "--keys crowded depends on what the model reads; give --text FILE too",
     ),
-    "no such keys": (lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=old"], "keys is 'old'; choose one of random, crowded, data"),
-    "keys without text": (lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=data"], "--keys data depends"),
+    "no such keys": (
+        lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=old"],
+        "keys is 'old'; choose one of random, crowded, data",
+    ),
+    "keys without text": (
+        lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=data"],
+        "--keys data depends",
+    ),
     "no PEER layer": (lambda f: [f / "llama", f / "new", "--num-experts=36"], "LlamaForCausalLM has no PEER layer"),
 }
 

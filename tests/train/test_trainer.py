@@ -233,7 +233,7 @@ def test_cuda_is_refused_where_there_is_none(configure: Configure, monkeypatch: 
 
 def test_nothing_is_overwritten(configure: Configure, straight: Path) -> None:
     before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="straight already exists: resume it with `peerlm train .*straight --resume`, or choose"):
+    with pytest.raises(UserError, match=r"straight already exists: resume it with `peerlm train .*straight --resume`"):
         train(configure(run=str(straight)), progress=False)
     assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
 

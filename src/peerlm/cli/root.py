@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -16,12 +17,15 @@ def _with_plain_types(parameters: list[Any]) -> list[Any]:
     """Parameters that help shows without the types that mean something in Python alone: of flags, and of lists."""
     for parameter in parameters:
         kind = parameter.type_descriptor.annotation
-        if parameter.metavar is None and parameter.param_type_name == "option":
-            if getattr(parameter, "is_bool_flag", False):
-                parameter.metavar = ""
-            elif get_origin(kind) is list:
-                parameter.metavar = f"<{get_args(kind)[0].__name__.lower()}>"
+        if getattr(parameter, "is_bool_flag", False):
+            parameter.metavar = ""
+        elif get_origin(kind) is list:
+            parameter.display_type = partial(_element_type, get_args(kind)[0].__name__)
     return parameters
+
+
+def _element_type(name: str, ctx: object) -> str:
+    return f"<{name.lower()}>"
 
 
 class _Command(TyperCommand):

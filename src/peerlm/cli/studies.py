@@ -157,7 +157,7 @@ def plan(
     examples=[
         "peerlm neurons runs/dense --text book.txt --output runs/neurons",
         "peerlm neurons runs/dense --data data/demo --output runs/neurons",
-        "peerlm neurons runs/dense --data data/demo --output runs/neurons --finetune 0.2",
+        "peerlm neurons runs/dense --data data/demo --output runs/b --finetune 0.2",
     ]
 )
 def neurons(
@@ -211,7 +211,7 @@ def neurons(
 @app.command(
     examples=[
         "peerlm lifelong recipes/lifelong.toml",
-        "peerlm lifelong recipes/lifelong.toml --set lifelong.seeds=[0] --output runs/one",
+        "peerlm lifelong recipes/lifelong.toml --set lifelong.seeds=[0]",
     ]
 )
 def lifelong(
