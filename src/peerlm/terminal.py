@@ -92,7 +92,8 @@ def _text(text: str) -> Text:
 
 
 def _label(key: str) -> str:
-    return key.replace("_", " ")
+    """A key in words; other text, such as one with the name of a file, stays."""
+    return key.replace("_", " ") if key.isidentifier() else key
 
 
 def _cell(value: object) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         changes += [f"--set=data.folder={folder}/data", "--set=data.sources=[]"]
         output = ["--output", f"{folder}/{name}", "--json", "/dev/null"]
         run(["train", f"{ROOT}/recipes/train-demo.toml", *changes, *output])
+        shutil.rmtree(folder / name / "checkpoints")  # nothing shown reads them, and each test copies a run
     tokenizer = load_tokenizer(folder / "data")
     config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=len(tokenizer), n_positions=256, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")

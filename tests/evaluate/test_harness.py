@@ -244,3 +244,22 @@ def test_errors(saved, tasks, tmp_path, monkeypatch, tasks_given, options, messa
     _write_task(tasks, "bad", [{"context": "a", "continuation": "b"}], "loglikelihood", "{{context}}", "x", "no_metric")
     with pytest.raises(UserError, match=message):
         harness.evaluate_tasks(saved, tasks_given, **options)
+
+
+def test_data_of_tasks_are_looked_for_where_the_user_says(saved, tasks, tmp_path, capsys, monkeypatch) -> None:
+    file = tasks / "words.yaml"
+    whole = harness.evaluate_tasks(saved, [file])
+    file.write_text(file.read_text().replace(json.dumps(str(tasks / "words.jsonl")), "words.jsonl"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    message = r"words\.yaml reads words\.jsonl, which is not in .*elsewhere: name the folder that has it"
+    with pytest.raises(UserError, match=message):
+        harness.evaluate_tasks(saved, [file])
+    with pytest.raises(UserError, match=r"--task-data none is not a folder"):
+        harness.evaluate_tasks(saved, [file], task_data="none")
+    assert harness.evaluate_tasks(saved, [file], task_data=tasks) == whole
+    assert Path.cwd() == tmp_path / "elsewhere"
+    main_exits(["eval", str(saved), "--tasks", str(file), "--task-data", str(tasks), "--json", "-"])
+    assert json.loads(capsys.readouterr().out) == whole
+    with pytest.raises(UserError, match=r"copa\.yaml reads copa\.jsonl, which is not in .*elsewhere"):
+        harness.evaluate_tasks(saved, [Path(__file__).parents[2] / "recipes/tasks/copa.yaml"])

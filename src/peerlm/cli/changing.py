@@ -58,7 +58,7 @@ def convert(
 
     folder = model_folder(model)
     windows = windows_of(folder, text)
-    held_out = 0 if windows is None else len(windows) // HELD_OUT
+    held_out = 0 if windows is None or len(windows) < 2 else max(1, len(windows) // HELD_OUT)
     with progress_bar(shown=json_file != STDOUT) as bar:
         row = convert_folder(
             folder,

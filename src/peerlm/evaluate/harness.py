@@ -5,8 +5,9 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -197,12 +198,13 @@ def _short(error: Exception) -> str:
 
 @contextmanager
 def _errors_alone() -> Iterator[None]:
-    """Within this context lm-eval's log has errors alone."""
+    """Within this context lm-eval's log has errors alone, and what it prints goes to stderr, beside our figures."""
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         log.setLevel(level)
 
