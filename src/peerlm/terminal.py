@@ -43,44 +43,45 @@ def print_markdown(text: str, console: Console | None = None) -> None:
 
 
 def _print(title: str, subjects: Sequence[Subject], console: Console, *, rows: bool) -> None:
+    if title:
+        console.print(Text(title))
     if [name for name, _ in subjects] == [VALUE]:
-        console.print(_list_of(title, subjects[0][1]))
+        console.print(_list_of(subjects[0][1]))
         return
     unlimited = console.options.update(max_width=10_000)
-    for table in (_table(title, subjects, rows=rows), _table(title, subjects, rows=not rows)):
+    for table in (_table(subjects, rows=rows), _table(subjects, rows=not rows)):
         if Measurement.get(console, unlimited, table).maximum <= console.width:
             console.print(table)
             return
-    if title:
-        console.print(Text(title))
     for name, quantities in subjects:
-        console.print(_list_of(name, {key: value for key, value in quantities.items() if value != ""}))
+        console.print(Text(name))
+        console.print(_list_of({key: value for key, value in quantities.items() if value != ""}))
 
 
-def _table(title: str, subjects: Sequence[Subject], *, rows: bool) -> Table:
+def _table(subjects: Sequence[Subject], *, rows: bool) -> Table:
     keys = list(dict.fromkeys(key for _, quantities in subjects for key in quantities))
     if rows:
-        table = _empty(title, ["", *map(_label, keys)])
+        table = _empty(["", *map(_label, keys)])
         for name, quantities in subjects:
             table.add_row(_text(name), *(_text(_cell(quantities.get(key, ""))) for key in keys))
     else:
-        table = _empty(title, ["", *(name for name, _ in subjects)])
+        table = _empty(["", *(name for name, _ in subjects)])
         for key in keys:
             table.add_row(_text(_label(key)), *(_text(_cell(each.get(key, ""))) for _, each in subjects))
     return table
 
 
-def _list_of(title: str, quantities: Mapping[str, Any]) -> Table:
+def _list_of(quantities: Mapping[str, Any]) -> Table:
     """A block: quantities one below another."""
-    table = _empty(title, ["", ""])
+    table = _empty(["", ""])
     table.show_header = False
     for key, value in quantities.items():
         table.add_row(_text(_label(key)), _text(_cell(value)))
     return table
 
 
-def _empty(title: str, headers: Sequence[str]) -> Table:
-    table = Table(title=Text(title) if title else None, title_justify="left")
+def _empty(headers: Sequence[str]) -> Table:
+    table = Table()
     for header in headers:
         table.add_column(_text(header), overflow="fold")
     return table
