@@ -38,7 +38,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
     split = SimpleNamespace(documents=3, tokens=12_345, bytes=67, shards=(), ends=None)
     stub: Mock = create_autospec(
-        peerlm.data.prepare, return_value=SimpleNamespace(vocab_size=512, splits={"train": split})
+        peerlm.data.prepare, return_value=SimpleNamespace(vocab_size=512, splits={"train": split}, files=None)
     )
     monkeypatch.setattr(peerlm.data, "prepare", stub)
     return stub
@@ -341,18 +341,6 @@ def test_json_that_cannot_be_written_is_said_before_the_work(
     assert "--json" in err
     assert "name a file in a folder that exists" in err
     evaluate.assert_not_called()
-
-
-def test_a_run_is_resumed_by_its_folder(capsys: pytest.CaptureFixture[str], train: Mock, tmp_path: Path) -> None:
-    from peerlm.train import load_recipe
-
-    code, _, err = run(capsys, "train", str(tmp_path), "--resume")
-    assert code == 2
-    assert f"{tmp_path} is no run, for it has no config.json" in err
-    (tmp_path / "config.json").write_text("{}")
-    assert run(capsys, "train", str(tmp_path), "--resume")[0] == 0
-    load_recipe.assert_called_once_with(tmp_path / "config.json", [])  # type: ignore[attr-defined]
-    assert train.call_args.kwargs["resume"] is True
 
 
 def test_a_stopped_command_says_what_to_type(capsys: pytest.CaptureFixture[str], train: Mock) -> None:

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ import pytest
 
 from peerlm.cli import main
 from peerlm.cli.root import overrides
-from peerlm.cli.training import recipe_file
 from peerlm_studies.scaling.law_file import DEFAULT_LAW, read_law
 
 from .shown import DOCUMENTS, OURS, ROOT, Shown, copy, options_of, parse, provide_text, shown_commands
@@ -24,7 +25,7 @@ WHOLE = [shown for shown in SHOWN if shown.is_whole]
 def load_train(path: Path, settings: Sequence[str], parameters: dict[str, Any]) -> None:
     from peerlm.train import load_recipe
 
-    load_recipe(recipe_file(path), settings)
+    load_recipe(path, settings)
 
 
 def load_comparison(path: Path, settings: Sequence[str], parameters: dict[str, Any]) -> None:
@@ -228,6 +229,17 @@ def test_a_shown_command_runs(
     if name != "generate" and "-" not in shown.words:
         assert "…" not in out
         assert max(map(len, ["", *out.splitlines()])) <= 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [["generate", "peer", "One", "--tokens", "1"], ["shrink", "peer", "out", "--text", "book.txt"]]
+)
+def test_a_command_needs_nothing_that_another_one_imported(world: Path, tmp_path: Path, words: list[str]) -> None:
+    """Tests share a process, where whatever registers models with transformers has been imported."""
+    there = [str(world / word) if (world / word).exists() else word for word in words]
+    done = subprocess.run([sys.executable, "-m", "peerlm", *there], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_each_reason_not_to_run_is_needed() -> None:

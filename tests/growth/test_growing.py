@@ -16,10 +16,10 @@ from peerlm.convert import convert
 from peerlm.growth import grow, set_opening, shrink, to_shells
 from peerlm.layers import PEER, ProductKeyMemory
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.ops import native
+from peerlm.ops.cpu import native
 from peerlm.optim import RowAdamW, parameter_groups
-from peerlm.optim.replace import replace_parameter
-from peerlm.testing import exhaustive_scores, expert_pairs
+from peerlm.optim.replace import replace_parameters
+from peerlm.testing import exhaustive_scores, expert_pairs, gradient_of
 from peerlm.usage import record_usage
 
 DIM = 8
@@ -84,7 +84,7 @@ def test_growth_is_a_function_of_its_seed_alone() -> None:
     grown = [grow(copy.deepcopy(layer), 64, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(torch.random.get_rng_state(), state)
     for name in ("experts.rows", "product_keys.sub_keys"):
-        first, same, other = (layer.get_parameter(name) for layer in grown)
+        first, same, other = (layer.state_dict()[name] for layer in grown)
         assert torch.equal(first, same)
         assert not torch.equal(first, other)
 
@@ -116,7 +116,7 @@ def test_a_partly_open_layer_weighs_new_halves_by_its_opening(
 
 def test_opening_is_continuous_at_both_ends() -> None:
     layer, x = grow(small_peer(), 49).eval(), tokens()
-    nn.init.normal_(layer.experts.rows)
+    layer.experts.fill(nn.init.normal_)
     closed = layer(x)
     assert torch.equal(set_opening(layer, 1e-30)(x), closed)
     half = set_opening(layer, 0.5)(x)
@@ -130,11 +130,11 @@ def test_opening_is_continuous_at_both_ends() -> None:
 def test_new_experts_learn_once_they_are_open() -> None:
     layer, x = grow(small_peer(), 49), tokens(200)
     layer(x).square().sum().backward()
-    assert layer.experts.rows.grad[16:].count_nonzero() == 0
+    assert gradient_of(layer.experts)[16:].count_nonzero() == 0
     assert layer.product_keys.sub_keys.grad[:, :, 4:].count_nonzero() == 0
     layer.zero_grad()
     set_opening(layer, 0.5)(x).square().sum().backward()
-    assert layer.experts.rows.grad[16:, 1].count_nonzero() > 0
+    assert gradient_of(layer.experts)[16:, 1].count_nonzero() > 0
     assert layer.product_keys.sub_keys.grad[:, :, 4:].count_nonzero() > 0
 
 
@@ -237,15 +237,15 @@ def test_a_memory_grows_as_a_layer_of_experts_does(backend: str) -> None:
     )
     optimizer = RowAdamW(parameter_groups(memory), lr=0.01)
     train(memory, optimizer, [tokens(5)])
-    before, values = copy.deepcopy(memory.eval()), memory.values.detach().clone()
+    before, values = copy.deepcopy(memory.eval()), memory.values.rows.detach().clone()
     x = tokens()
     grow(memory, 49, optimizer=optimizer)
     assert same_bits(memory(x), before(x))
-    assert torch.equal(memory.values[:16], values)
-    assert memory.values[16:].count_nonzero() == 0
+    assert torch.equal(memory.values.rows[:16], values)
+    assert memory.values.rows[16:].count_nonzero() == 0
     set_opening(memory, 0.5)
     train(memory.train(), optimizer, [tokens(40)])
-    assert memory.eval().values[16:].count_nonzero() > 0
+    assert memory.eval().values.rows[16:].count_nonzero() > 0
     fresh = ProductKeyMemory(
         DIM, num_values=49, heads=3, values_per_head=3, key_dim=6, pairing="shells", backend=backend, grown_from=16
     )
@@ -342,8 +342,8 @@ def test_rows_that_grow_are_those_of_dense_adamw(fused: bool) -> None:
         torch.optim.AdamW(dense.parameters(), lr=0.01, weight_decay=0.1),
         RowAdamW(
             [
-                {"params": [rows.experts.rows], "rows": True},
-                {"params": [p for name, p in rows.named_parameters() if name != "experts.rows"]},
+                {"params": rows.experts.row_parameters(), "rows": True},
+                {"params": [p for name, p in rows.named_parameters() if not name.startswith("experts")]},
             ],
             lr=0.01,
             weight_decay=0.1,
@@ -413,7 +413,7 @@ def test_a_parameter_that_the_optimizer_does_not_train_is_not_replaced() -> None
     with pytest.raises(
         ValueError, match=r"the optimizer does not train this parameter \(2, 3\); pass the one that does"
     ):
-        replace_parameter(optimizer, parameter, nn.Parameter(torch.ones(3, 3)), lambda old, value: old)
+        replace_parameters(optimizer, [parameter], [nn.Parameter(torch.ones(3, 3))], lambda old, value: old)
 
 
 def tiny_model(**peer: Any) -> PeerForCausalLM:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peerlm.growth import grow, observe, set_opening, shrink
 from peerlm.layers import PEER, ProductKeyMemory
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.ops import native
+from peerlm.ops.cpu import native
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.testing import expert_pairs
 
@@ -41,7 +41,7 @@ def small(kind: str = "peer", n: int = 7, **changes: Any) -> Reader:
 
 def table(model: Reader) -> Tensor:
     layer = model.layer
-    return layer.experts.rows if isinstance(layer, PEER) else layer.values
+    return layer.experts.rows if isinstance(layer, PEER) else layer.values.rows
 
 
 @pytest.mark.parametrize("row_format", ["float32", "bfloat16", "int8", "values"])

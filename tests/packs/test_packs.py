@@ -19,7 +19,7 @@ from peerlm.convert import convert
 from peerlm.growth import grow, observe, set_opening, shrink
 from peerlm.layers import PEER, ProductKeys
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.ops import native
+from peerlm.ops.cpu import native
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.packs.api import choose_packs, load_pack, loaded_packs, new_pack, pack_parameters, save_pack, unload_pack
 from peerlm.packs.base_hash import base_hash

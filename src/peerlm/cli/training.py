@@ -1,6 +1,7 @@
 """Commands from text to a trained model, and what it is worth: prepare, train, eval, generate."""
 
 import os
+import shlex
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peerlm.cli.root import Json, Output, Packs, Recipe, Run, Settings, app, overrides
+from peerlm.cli.root import Json, Output, Packs, Run, Settings, app, overrides
 from peerlm.cli.show import STDOUT, show
 from peerlm.errors import UserError
 from peerlm.terminal import VALUE, print_table
@@ -30,13 +31,21 @@ def prepare(
         Path | None, typer.Option(help="Take the tokenizer in this file or folder; train none.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary to train.")] = 4096,
-    holdout: Annotated[float, typer.Option(help="Share of the text, by bytes, to hold out in whole documents.")] = 0.02,
+    holdout: Annotated[
+        float,
+        typer.Option(help="Share of the text, by bytes, to hold out in whole documents; of a single one, its end."),
+    ] = 0.02,
     seed: Annotated[int, typer.Option(help="Chooses the documents that are held out.")] = 0,
     text_field: Annotated[str, typer.Option(help="Field of JSONL, parquet or data sets that is the text.")] = "text",
     json_file: Json = None,
 ) -> None:
-    """Turn text into tokens: train a tokenizer, hold out documents, write shards and their hashes."""
+    """Turn text into tokens: train a tokenizer, hold out documents, write shards and their hashes.
+
+    Files of a folder are read where their names end in .txt, .md, .rst, .jsonl, .parquet and the like; the others are
+    passed over, and counted. Of a single document the end is held out. `peerlm train FOLDER` trains on the result.
+    """
     from peerlm.data import prepare
+    from peerlm.data.text_files import tally
 
     manifest = prepare(
         sources,
@@ -48,10 +57,16 @@ def prepare(
         text_field=text_field,
         progress=json_file != STDOUT,
     )
-    sizes = ("documents", "tokens", "bytes")
-    splits = {name: {size: vars(split)[size] for size in sizes} for name, split in manifest.splits.items()}
-    title = f"{output}: {manifest.vocab_size:,} tokens in the vocabulary"
-    show(asdict(manifest) if json_file else None, json_file, partial(print_table, title, splits))
+
+    def tables() -> None:
+        sizes = ("documents", "tokens", "bytes")
+        splits = {name: {size: vars(split)[size] for size in sizes} for name, split in manifest.splits.items()}
+        print_table(f"{output}: {manifest.vocab_size:,} tokens in the vocabulary", splits)
+        for what, counts in (manifest.files or {}).items():
+            typer.echo(f"{what.replace('_', ' ')}: {tally(counts)}")
+        typer.echo(f"Train on it: peerlm train {shlex.quote(str(output))}")
+
+    show(asdict(manifest) if json_file else None, json_file, tables)
 
 
 @app.command(
@@ -62,7 +77,9 @@ def prepare(
     ]
 )
 def train(
-    recipe: Recipe,
+    recipe: Annotated[
+        Path, typer.Argument(help="TOML file, a run or its config.json, or a folder that peerlm prepare wrote.")
+    ],
     settings: Settings = [],  # noqa: B006, typer makes a new list for each call
     output: Output = None,
     grow: Annotated[
@@ -76,21 +93,12 @@ def train(
     from peerlm.train import load_recipe, train
 
     growth = [] if grow is None else [f'grow.at="{grow}"']
-    config = load_recipe(recipe_file(recipe), [*growth, *overrides(settings, output)])
+    config = load_recipe(recipe, [*growth, *overrides(settings, output)])
     result = train(config, resume=resume, progress=json_file != STDOUT)
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process alone prints
         return
     figures = {"run": str(result.run), **result.summary}
     show(figures, json_file, partial(print_table, str(result.run), {VALUE: result.summary}))
-
-
-def recipe_file(path: Path) -> Path:
-    """The recipe that a path means: of a run's folder its config.json, else the file itself."""
-    if not path.is_dir():
-        return path
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} is no run, for it has no config.json: name a recipe or the folder of a run")
-    return path / "config.json"
 
 
 @app.command(

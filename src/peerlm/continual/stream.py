@@ -17,7 +17,7 @@ from peerlm.continual.memory import Memory
 from peerlm.continual.method import Stage
 from peerlm.continual.methods import method_of
 from peerlm.continual.text import Text, read_text
-from peerlm.errors import UserError
+from peerlm.errors import UserError, shortened
 from peerlm.evaluate import held_out_loss
 from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.likelihood import check_context, device_of
@@ -228,6 +228,6 @@ def _check_folder(config: LearnConfig, folder: Path, *, resume: bool) -> None:
     for key in now:
         if key not in FREE and before.get(key) != now[key]:
             raise UserError(
-                f"cannot resume {folder}, for {key} was {before.get(key)!r}, now {now[key]!r}: give what it was "
-                "started with, or choose another --output"
+                f"cannot resume {folder}, for {key} was {shortened(repr(before.get(key)))}, now "
+                f"{shortened(repr(now[key]))}: give what it was started with, or choose another --output"
             )

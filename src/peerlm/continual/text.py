@@ -12,9 +12,9 @@ from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.windows import text_windows
 
 SHARE = 0.02
-"""Share of a text to hold out."""
-LEAST = 1e-9
-"""Share of a text to hold out where another file is measured on: its smallest document."""
+"""Share of a text to hold out, where no other file is measured on."""
+LEAST_BYTES = 16
+"""Bytes to hold out of a short text, times the context: about four windows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,15 @@ def read_text(
     Raises:
         UserError: files that cannot be read, or hold less than one window.
     """
-    holdout = SHARE if heldout is None else LEAST
-    prepare(files, folder, tokenizer=tokenizer_folder, holdout=holdout, progress=progress)
+    holdout = SHARE if heldout is None else None
+    prepare(
+        files,
+        folder,
+        tokenizer=tokenizer_folder,
+        holdout=holdout,
+        heldout_bytes=LEAST_BYTES * context,
+        progress=progress,
+    )
     train = TokenWindows(TokenShards(folder, "train"), context)
     if heldout is None:
         return Text(train=train, heldout=TokenWindows(TokenShards(folder, "heldout"), context))

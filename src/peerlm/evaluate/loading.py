@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import peerlm.model  # noqa: F401, registers our models with transformers
 from peerlm.convert.saved import reading
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError

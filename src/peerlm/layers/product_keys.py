@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlm.layers.inputs import check_sizes, flatten_tokens
+from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.layers.query_norm import QueryBatchNorm
 from peerlm.ops import api
-from peerlm.ops.reference import WEIGHTINGS
+from peerlm.ops.functions import WEIGHTINGS
 
 _KEY_LENGTH = 3**-0.5
 """Root mean square of a sub-key's length at the start."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from peerlm.errors import UserError, quoted
+from peerlm.errors import UserError, listed
 from peerlm.files import write_bytes
 from peerlm_studies.figures import finish
 from peerlm_studies.markdown import markdown_rows
@@ -64,7 +64,7 @@ def scaling(
     groups = {group.name: group for group in groups_of(rows)}
     for method in methods:
         if method not in groups:
-            raise UserError(f"there is no method {method!r} in the rows: choose from {quoted(groups)}")
+            raise UserError(f"there is no method {method!r} in the rows: choose from {listed(groups)}")
     needed = {name: constants(group.points) + 3 for name, group in groups.items()}
     fitted = {name: group for name, group in groups.items() if len(set(group.points)) >= needed[name]}
     for method in methods:

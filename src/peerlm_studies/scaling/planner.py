@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from peerlm.accounting import Cost, model_cost
-from peerlm.errors import UserError, quoted
+from peerlm.errors import UserError, listed
 from peerlm.evaluate.likelihood import Report, silent
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, INNER, kinds_of_blocks
@@ -115,7 +115,7 @@ def chosen_fits(law: Mapping[str, Any], method: str | None) -> dict[str, Mapping
     """The fits of a law by method, or that of one; raises UserError where it lacks that."""
     fits: dict[str, Mapping[str, Any]] = law["methods"]
     if method is not None and method not in fits:
-        raise UserError(f"the law has no method {method!r}: choose from {quoted(fits)}")
+        raise UserError(f"the law has no method {method!r}: choose from {listed(fits)}")
     return fits if method is None else {method: fits[method]}
 
 

@@ -213,7 +213,7 @@ def test_speeds_say_what_runs_cost_wherever_they_were_made(study: Any) -> None:
         ("isoflop.sizes.small=3", 'isoflop.sizes.small = 3: write { "model.hidden_size" = 128 }'),
         ("isoflop.budgets.many=['small']", "isoflop.budgets has 'many': name a number of FLOPs"),
         ("isoflop.budgets.1e9='small'", "isoflop.budgets.1e9 = 'small': give a list of names of sizes"),
-        ("isoflop.budgets.1e9=['tiny']", "isoflop.budgets.1e9 names 'tiny': choose from 'small', 'middle', 'large'"),
+        ("isoflop.budgets.1e9=['tiny']", "isoflop.budgets.1e9 names 'tiny': choose from small, middle, large"),
         ("isoflop.budgets={}", "isoflop.budgets is empty"),
         ("isoflop.bugets.x=1", "unknown key 'isoflop.bugets'"),
         ("isoflop={}", "is no isoFLOP recipe: add a section [isoflop]"),

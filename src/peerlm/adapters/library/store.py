@@ -19,7 +19,7 @@ from peerlm.adapters.library.keys import Keys
 from peerlm.adapters.library.lora_files import CONFIG_NAME, WEIGHTS_NAME, LoraWeights, read_lora
 from peerlm.adapters.library.manifest import MANIFEST, Manifest, check_name, read_manifest, write_manifest
 from peerlm.adapters.library.mix import Mix
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.layers.modes import evaluating
 
 ROUTES = ("sequence", "token")
@@ -463,7 +463,7 @@ class AdapterLibrary:
     def _check_known(self, names: Sequence[str] | Mapping[str, Any]) -> None:
         for name in names:
             if name not in self.names:
-                raise UserError(f"the library has no adapter {name!r}; it has {', '.join(self.names[:10]) or 'none'}")
+                raise UserError(f"the library has no adapter {name!r}; it has {listed(self.names)}")
 
 
 def _blocks(model: PreTrainedModel) -> nn.ModuleList:

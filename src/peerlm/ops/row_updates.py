@@ -18,7 +18,7 @@ _as_they_are: ContextVar[bool] = ContextVar("rows_as_they_are", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowTable:
+class RowState:
     """A table and what AdamW remembers of its rows; its tensors are updated in place."""
 
     rows: Tensor
@@ -74,7 +74,7 @@ class RowWatcher(Protocol):
     def takes_row_gradients(self, parameter: Tensor) -> bool:
         """Whether a sparse gradient is welcome."""
 
-    def fused_update(self, parameter: Tensor) -> tuple[RowTable, RowStep] | None:
+    def fused_update(self, parameter: Tensor) -> tuple[RowState, RowStep] | None:
         """The update that a backward pass shall apply in place of giving a gradient; None if it shall give one."""
 
     def release(self, parameter: Tensor) -> None:
@@ -132,7 +132,7 @@ def wants_row_gradients(parameter: Tensor) -> bool:
     return watcher is not None and watcher.takes_row_gradients(parameter)
 
 
-def fused_row_update(parameter: Tensor) -> tuple[RowTable, RowStep] | None:
+def fused_row_update(parameter: Tensor) -> tuple[RowState, RowStep] | None:
     """The update that a backward pass shall apply to the rows of `parameter`, giving no gradient.
 
     Whoever gets one must apply it, once, to every row that has a gradient. None where nobody asks for that.

@@ -1,4 +1,4 @@
-"""The compiled module: whether it is there, what it runs on, and what both users of it need."""
+"""The compiled module: whether it is there, what it runs on, and what the files of this backend need of it."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from peerlm.errors import UserError
 _WORTH_KEEPING = 2**22  # bytes; torch keeps smaller ones itself
 
 try:
-    import peerlm.ops._native as module
+    import peerlm.ops.cpu._native as module
 
     _reason = ""
 except ImportError as error:  # pure-Python installation, or a machine other than the one it was built for
