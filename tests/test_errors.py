@@ -26,3 +26,7 @@ def test_lists_say_how_much_they_leave_out() -> None:
     assert listed(range(8)) == "0, 1, 2, 3, 4, 5, 6, 7"
     assert listed(range(5000), most=2) == "0, 1, and 4,998 more"
     assert len(listed(["x" * 10**6])) <= 200
+
+
+def test_names_with_commas_are_told_apart() -> None:
+    assert listed(["PEER, every block", "dense"]) == "'PEER, every block', 'dense'"

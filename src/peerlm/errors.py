@@ -45,8 +45,13 @@ def shortened(text: str, most: int = 200) -> str:
 
 
 def listed(names: Iterable[object], most: int = 8) -> str:
-    """The names with commas between them: the first `most`, then how many more there are; "none" without any."""
+    """The names with commas between them: the first `most`, then how many more there are; "none" without any.
+
+    Where one of them has a comma of its own, all are in quotes.
+    """
     words = [shortened(str(name)) for name in names]
+    if any("," in word for word in words):
+        words = [repr(word) for word in words]
     if len(words) > most:
         words[most:] = [f"and {len(words) - most:,} more"]
     return ", ".join(words) or "none"

@@ -42,8 +42,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "books.txt").write_text("\n<|endoftext|>\n".join(documents))
     (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
     for command in (
-        ["prepare", f"{folder}/books.txt", "--output", f"{folder}/tokens", "--vocab-size", "300", "--json"],
-        ["train", f"{folder}/recipe.toml", "--json"],
+        ["prepare", f"{folder}/books.txt", "--output", f"{folder}/tokens", "--vocab-size", "300", "--json=-"],
+        ["train", f"{folder}/recipe.toml", "--json=-"],
     ):
         with pytest.raises(SystemExit) as stop:
             main(command)

@@ -1,19 +1,27 @@
 """The command line: what each command passes on, what it prints, and the exit code of every way to end."""
 
 import errno
+import io
 import json
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import ANY, Mock, create_autospec
 
 import pytest
 import torch
+import typer
+from safetensors import SafetensorError
 
 import peerlm
 from peerlm import UserError
 from peerlm.cli import main
+from peerlm.cli.root import app
 from peerlm.errors import PeerlmWarning, TrainingStopped
+
+from .shown import commands
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -85,7 +93,7 @@ def test_train_loads_the_recipe_with_its_settings(capsys: pytest.CaptureFixture[
 
 
 def test_train_prints_json_alone(capsys: pytest.CaptureFixture[str], train: Mock) -> None:
-    code, out, err = run(capsys, "train", "r.toml", "--json")
+    code, out, err = run(capsys, "train", "r.toml", "--json=-")
     assert (code, err) == (0, "")
     assert json.loads(out) == {"run": "runs/a", "steps": 1000, "train_loss": 1.25}
     train.assert_called_once_with("config", resume=False, progress=False)
@@ -178,7 +186,7 @@ def test_compare_passes_the_recipe_and_its_settings(
 
     compare = create_autospec(module.compare, return_value=[{"method": "peer"}])
     monkeypatch.setattr(module, "compare", compare)
-    code, out, _ = run(capsys, "compare", "r.toml", "--set", "seed=1", "--output", "runs/c", "--json")
+    code, out, _ = run(capsys, "compare", "r.toml", "--set", "seed=1", "--output", "runs/c", "--json=-")
     assert code == 0
     compare.assert_called_once_with(Path("r.toml"), ["seed=1", 'run="runs/c"'], progress=False)
     assert json.loads(out) == [{"method": "peer"}]
@@ -245,7 +253,7 @@ def test_generate_prints_the_same_text_again(saved_model: Path, capsys: pytest.C
 
 
 def test_info_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "info", "--json")
+    code, out, _ = run(capsys, "info", "--json=-")
     facts = json.loads(out)
     assert code == 0
     assert facts["peerlm"] == peerlm.__version__
@@ -294,9 +302,17 @@ def test_wrong_usage_is_told_with_exit_code_2(
         (UserError("seed = -1: must be 0 or more"), 2, "error: seed = -1: must be 0 or more\n"),
         (UserError("two\n  lines"), 2, "error: two lines\n"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.toml"), 2, "error: No such file: a.toml\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "error: the disk is full: free some space, then run this again\n",
+        ),
         (OSError("no model in this folder"), 2, "error: no model in this folder\n"),
-        (TrainingStopped("stopped at step 7", exit_code=143), 143, "stopped at step 7\n"),
+        (
+            TrainingStopped("stopped at step 7", exit_code=143),
+            143,
+            "stopped at step 7\nResume with: peerlm prepare demo --output data\n",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
@@ -311,3 +327,91 @@ def test_a_bug_keeps_its_traceback(prepare: Mock) -> None:
     prepare.side_effect = ZeroDivisionError("a bug")
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main(["prepare", "demo", "--output", "data"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "runs/a", "caf\udce9"],
+        ["eval", "runs/caf\udce9"],
+        ["train", "recipe\udce9.toml"],
+        ["prepare", "demo", "--output", "\udce9"],
+        ["caf\udce9"],
+    ],
+)
+def test_an_argument_that_is_not_utf8_is_one_sentence(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith(f"error: argument {len(words)}, ")
+    assert "\\xe9" in err
+
+
+def test_what_the_terminal_cannot_show_is_escaped(evaluate: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate.return_value = {"caf\xe9.txt": {"name": "\u2603"}}
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with pytest.raises(SystemExit) as exit_:
+        main(["eval", "run", "a.txt"])
+    assert exit_.value.code == 0
+    sys.stdout.flush()
+    assert rb"caf\xe9.txt" in written.getvalue()
+    assert rb"\u2603" in written.getvalue()
+
+
+def all_commands() -> list[tuple[str, Any]]:
+    return [pair for pair in commands(typer.main.get_command(app)) if not hasattr(pair[1], "commands")]
+
+
+@pytest.mark.parametrize(("name", "command"), all_commands(), ids=lambda value: value if isinstance(value, str) else "")
+def test_help_fits_the_terminal_and_its_examples_can_be_copied(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, command: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, *name.split()[1:], "--help")
+    lines = out.splitlines()
+    assert code == 0
+    assert max(map(len, lines)) <= 80
+    assert "<bool>" not in out
+    assert "list[" not in out
+    examples = [line for line in command.epilog.split("\n\n") if line.startswith("peerlm ")]
+    assert examples
+    for example in examples:
+        assert example in [line.strip() for line in lines]
+
+
+def test_every_command_writes_json_to_a_file_or_to_stdout() -> None:
+    without = {"peerlm generate", "peerlm report"}  # which print a text, and the files that they wrote
+    for name, command in all_commands():
+        options = [parameter for parameter in command.params if "--json" in parameter.opts]
+        assert [(option.metavar, option.is_flag) for option in options] == [("FILE", False)] * (name not in without)
+
+
+def test_json_that_cannot_be_written_is_said_before_the_work(
+    capsys: pytest.CaptureFixture[str], evaluate: Mock, tmp_path: Path
+) -> None:
+    code, _, err = run(capsys, "eval", "run", "a.txt", "--json", str(tmp_path / "none" / "rows.json"))
+    assert code == 2
+    assert "--json" in err
+    assert "name a file in a folder that exists" in err
+    evaluate.assert_not_called()
+
+
+def test_a_stopped_command_says_what_to_type(capsys: pytest.CaptureFixture[str], train: Mock) -> None:
+    train.side_effect = TrainingStopped("stopped by SIGINT after step 7", exit_code=130)
+    code, _, err = run(capsys, "train", "r.toml", "--output", "my run")
+    assert code == 130
+    assert err.endswith("Resume with: peerlm train r.toml --output 'my run' --resume\n")
+    assert run(capsys, "train", "r.toml", "--resume")[2].endswith("Resume with: peerlm train r.toml --resume\n")
+    train.side_effect = TrainingStopped("the loss is nan", exit_code=3)
+    assert run(capsys, "train", "r.toml") == (3, "", "the loss is nan\n")
+
+
+def test_a_full_disk_that_native_code_reports_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], prepare: Mock
+) -> None:
+    prepare.side_effect = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    sentence = "error: the disk is full: free some space, then run this again\n"
+    assert run(capsys, "prepare", "demo", "--output", "data") == (2, "", sentence)
+    prepare.side_effect = OSError(errno.ENOSPC, "No space left on device", "data/a.bin")
+    assert "the disk of data/a.bin is full" in run(capsys, "prepare", "demo", "--output", "data")[2]

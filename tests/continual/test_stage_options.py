@@ -85,7 +85,7 @@ def test_the_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
             main([*fixed, *arguments])
         return int(stop.value.code or 0)
 
-    assert run("--json") == 0
+    assert run("--json=-") == 0
     before, after = json.loads(capsys.readouterr().out)
     assert before["stage"] is None
     assert after["stage"] == "code"

@@ -89,7 +89,7 @@ def test_told_to_stop_it_saves_and_says_so(
 
     monkeypatch.setattr(loop, "clip_gradients", clip)
     with pytest.raises(
-        TrainingStopped, match=r"stopped by SIGTERM after step 1 of code; .* go on with --resume"
+        TrainingStopped, match=r"stopped by SIGTERM after step 1 of code; the last good checkpoint is .*"
     ) as stop:
         learn(config, progress=False)
     assert stop.value.exit_code == 143

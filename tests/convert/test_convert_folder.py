@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["llama", "bert", "peer"])
 def test_there_and_back(name: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("convert", folder / name, tmp_path / "there", *SETTINGS, "--layers", "0,-1", "--json") == 0
+    assert run("convert", folder / name, tmp_path / "there", *SETTINGS, "--layers", "0,-1", "--json=-") == 0
     row = json.loads(capfd.readouterr().out)
     assert len(row["layers"]) == 2
     assert (row["mode"], row["init"]) == ("beside", "random")

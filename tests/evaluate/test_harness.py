@@ -329,3 +329,22 @@ def test_text_that_tasks_lose_is_said(make_tokenizer, tmp_path) -> None:
     with pytest.warns(PeerlmWarning, match="no token for 40% of the texts of pages"):
         row = harness.evaluate_tasks(tmp_path / "model", [tmp_path / "pages.yaml"])["pages"]
     assert row["lost"] == {"dropped": 6 / 15}
+
+
+def test_data_of_tasks_are_looked_for_where_the_user_says(saved, tasks, tmp_path, capsys, monkeypatch) -> None:
+    file = tasks / "words.yaml"
+    whole = harness.evaluate_tasks(saved, [file])
+    file.write_text(file.read_text().replace(json.dumps(str(tasks / "words.jsonl")), "words.jsonl"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    message = r"words\.yaml reads words\.jsonl, which is not in .*elsewhere: name the folder that has it"
+    with pytest.raises(UserError, match=message):
+        harness.evaluate_tasks(saved, [file])
+    with pytest.raises(UserError, match=r"--task-data none is not a folder"):
+        harness.evaluate_tasks(saved, [file], task_data="none")
+    assert harness.evaluate_tasks(saved, [file], task_data=tasks) == whole
+    assert Path.cwd() == tmp_path / "elsewhere"
+    main_exits(["eval", str(saved), "--tasks", str(file), "--task-data", str(tasks), "--json", "-"])
+    assert json.loads(capsys.readouterr().out) == whole
+    with pytest.raises(UserError, match=r"copa\.yaml reads copa\.jsonl, which is not in .*elsewhere"):
+        harness.evaluate_tasks(saved, [Path(__file__).parents[2] / "recipes/tasks/copa.yaml"])

@@ -110,7 +110,7 @@ def test_impossible_settings_are_named(saved, text, options, message):
 
 
 def test_files_are_looked_at_before_the_model_is_loaded(tmp_path, text):
-    with pytest.raises(UserError, match="no files to evaluate on"):
+    with pytest.raises(UserError, match="absent is not a folder"):
         evaluate(tmp_path / "absent", [], progress=False)
     with pytest.raises(UserError, match=r"absent\.txt is not a file"):
         evaluate(tmp_path / "absent", [text, tmp_path / "absent.txt"], progress=False)

@@ -59,7 +59,7 @@ def test_a_grown_folder_gives_the_same_logits(
     pairing: str, options: list[str], folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(folder)
-    assert run("grow", folder / pairing, tmp_path / "out", "--num-experts=49", "--json", *options) == 0
+    assert run("grow", folder / pairing, tmp_path / "out", "--num-experts=49", "--json=-", *options) == 0
     row = json.loads(capfd.readouterr().out)
     assert row["layers"] == ["model.layers.0.ffw", "model.layers.2.ffw"]
     assert (row["experts_before"], row["experts_after"], row["opening"]) == (16, 49, 0)
@@ -125,7 +125,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
         lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=crowded"],
         "--keys crowded depends on what the model reads; give --text FILE too",
     ),
-    "no such keys": (lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=old"], "--keys old depends"),
+    "no such keys": (
+        lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=old"],
+        "keys is 'old'; choose one of random, crowded, data",
+    ),
+    "keys without text": (
+        lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=data"],
+        "--keys data depends",
+    ),
     "no PEER layer": (lambda f: [f / "llama", f / "new", "--num-experts=36"], "LlamaForCausalLM has no PEER layer"),
 }
 
@@ -173,7 +180,7 @@ def test_a_folder_shrinks_by_what_a_text_uses(
     readable: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model, text = readable
-    assert run("shrink", model, tmp_path / "a", "--text", text, "--json") == 0
+    assert run("shrink", model, tmp_path / "a", "--text", text, "--json=-") == 0
     row = json.loads(capfd.readouterr().out)
     assert row["experts_before"] == 400
     assert row["experts_after"] < 400

@@ -122,7 +122,7 @@ def test_without_kernels_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert available["auto"] == "the first that can compute with the tensors, of bag, reference"
     assert not api.use_huge_pages(torch.empty(2**22))
     with pytest.raises(SystemExit) as ended:
-        main(["info", "--json"])
+        main(["info", "--json=-"])
     assert ended.value.code in (None, 0)
     assert json.loads(capsys.readouterr().out)["backends"] == available
 

@@ -281,7 +281,7 @@ def test_cuda_is_refused_where_there_is_none(configure: Configure, monkeypatch: 
 
 def test_nothing_is_overwritten(configure: Configure, straight: Path) -> None:
     before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="straight already exists: --resume it, or choose another with --set run="):
+    with pytest.raises(UserError, match=r"straight already exists: resume it with `peerlm train .*straight --resume`"):
         train(configure(run=str(straight)), progress=False)
     assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
 
@@ -340,9 +340,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(
     assert stopped.value.exit_code == code
     newest = list_checkpoints(Path(config.run))[-1]
     assert newest.name == "step-00000005"
-    assert str(stopped.value) == (
-        f"stopped by {number.name} after step 5; the last good checkpoint is {newest}; go on with --resume"
-    )
+    assert str(stopped.value) == (f"stopped by {number.name} after step 5; the last good checkpoint is {newest}")
     train(config, resume=True, progress=False)
     assert weights(Path(config.run)) == weights(straight)
     assert untimed(Path(config.run)) == untimed(straight)
@@ -409,7 +407,7 @@ def test_a_damaged_checkpoint_is_stepped_over_by_hand(configure: Configure, stra
     expected = weights(straight)
     newest = list_checkpoints(straight)[-1]
     (newest / "optimizer.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"step-00000008 is damaged .* the run goes on from step-00000006"):
+    with pytest.raises(UserError, match=r"step-00000008 is damaged .* the run then resumes from step-00000006"):
         train(config, resume=True, progress=False)
     for path in newest.iterdir():
         path.unlink()

@@ -5,12 +5,15 @@
 
 import copy
 import logging
+import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 
 from peerlm.data.encoder import TextEncoder
 from peerlm.data.tokenizer import begin_with
@@ -118,6 +121,7 @@ def evaluate_tasks(
     fewshot: int | None = None,
     packs: Sequence[str | Path] = (),
     document_start: str = AUTO,
+    task_data: str | Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run lm-eval's tasks with the model of a run or a saved model.
 
@@ -131,6 +135,7 @@ def evaluate_tasks(
         fewshot: examples before each question; default: as the task says.
         packs: as `load_model`.
         document_start: what stands before each text: "auto", "none" or a token (see `peerlm.marks`).
+        task_data: folder that relative names of data in task files start at; default: the working directory.
 
     Returns:
         By task, a row ready for JSON: documents, and each metric of the task with its standard error where it has one;
@@ -145,11 +150,14 @@ def evaluate_tasks(
             raise UserError(f"{name} is {value}; it must be at least 1")
     with _errors_alone():
         manager, names = _find_tasks(tasks)
+        folder = Path.cwd() if task_data is None else Path(task_data)
+        check_task_data([Path(file) for name in names if (file := manager.task_index[name].yaml_path)], folder)
         model = PeerHarness(path, max_length=context, batch_size=batch_size, packs=packs, document_start=document_start)
         try:
-            results = simple_evaluate(
-                model=model, tasks=names, task_manager=manager, limit=limit, num_fewshot=fewshot, log_samples=False
-            )
+            with _within(folder):
+                results = simple_evaluate(
+                    model=model, tasks=names, task_manager=manager, limit=limit, num_fewshot=fewshot, log_samples=False
+                )
         except OverflowError as error:
             raise UserError(
                 f"a perplexity of {listed(names)} is too large to write; ask for bits_per_byte instead"
@@ -205,6 +213,42 @@ def _find_tasks(tasks: Sequence[str | Path]) -> tuple[TaskManager, list[str]]:
     return manager, names
 
 
+def check_task_data(files: Sequence[Path], folder: Path) -> None:
+    """Raise UserError where a task file names data that are not in a folder; URLs and patterns are not looked for."""
+    if not folder.is_dir():
+        raise UserError(f"--task-data {folder} is not a folder: name the one with the data of the tasks")
+    for file in files:
+        try:
+            config = yaml.load(file.read_text(encoding="utf-8"), Loader=_TaskLoader)
+        except yaml.YAMLError:
+            continue  # lm-eval says what is wrong
+        named = ((config if isinstance(config, dict) else {}).get("dataset_kwargs") or {}).get("data_files") or []
+        names = named.values() if isinstance(named, dict) else [named] if isinstance(named, str) else named
+        for name in map(str, names):
+            if "://" not in name and "*" not in name and not (folder / name).is_file():
+                raise UserError(
+                    f"{file} reads {name}, which is not in {folder}: name the folder that has it with --task-data"
+                )
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """Reads task files, whose functions do not matter here."""
+
+
+_TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+@contextmanager
+def _within(folder: Path) -> Iterator[None]:
+    """Within this context relative names start at the folder."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def _row(results: Any, name: str) -> dict[str, Any]:
     """Metrics of one task: lm-eval's "acc,none" is "acc" here."""
     row: dict[str, Any] = {}
@@ -223,12 +267,13 @@ def _short(error: Exception) -> str:
 
 @contextmanager
 def _errors_alone() -> Iterator[None]:
-    """Within this context lm-eval's log has errors alone."""
+    """Within this context lm-eval's log has errors alone, and what it prints goes to stderr, beside our figures."""
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         log.setLevel(level)
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from peerlm.data.shards import TokenShards
 from peerlm.errors import UserError
 from peerlm.evaluate.detokenize import detokenize
 from peerlm.evaluate.files import PASSAGE, fields_of, read_documents, read_passages
@@ -19,6 +20,7 @@ from peerlm.evaluate.loading import default_context, load_model
 from peerlm.evaluate.notes import notes_on
 from peerlm.evaluate.perplexity import check_windows, score_text
 from peerlm.evaluate.progress import progress_bar
+from peerlm.evaluate.split import held_out_split, split_documents
 from peerlm.marks import AUTO, Marks, marked, marks_of
 from peerlm.usage import record_usage
 
@@ -42,7 +44,8 @@ def evaluate(
 
     Args:
         path: as `load_model`.
-        files: text, JSONL or parquet files, as `evaluate.files` reads them.
+        files: text, JSONL or parquet files, as `evaluate.files` reads them; none: the documents that were held out of
+            the data that the run was trained on.
         context: tokens read at once; default: those of the run's training, else 2,048 or the most
             that the model reads, whichever is less.
         stride: tokens that each window scores of text; default: half the context.
@@ -63,15 +66,17 @@ def evaluate(
         as often as they were read. Where figures need a word of warning, also notes: a list of sentences.
 
     Raises:
-        UserError: a model or file that cannot be used, no files, or an impossible context, stride or limit.
+        UserError: a model or file that cannot be used, no files for a model that is no run's, or an impossible context,
+            stride or limit.
     """
-    if not files:
-        raise UserError("there are no files to evaluate on; name at least one")
+    split = None if files else held_out_split(path)
     if detokenized and limit is not None:
         raise UserError(
             f"the limit is {limit} tokens, but the words of detokenized text are known of whole files alone"
         )
     fields_by_file = {str(file): fields_of(Path(file)) for file in files}
+    if split is not None:
+        fields_by_file = {f"held out of {split.folder}": ()}
     model, tokenizer = load_model(path, packs)
     if context is None:
         context = default_context(path, model)
@@ -85,13 +90,14 @@ def evaluate(
             rows[file] = _evaluate_file(
                 model,
                 tokenizer,
-                Path(file),
+                Path(file) if split is None else split,
                 fields,
                 marks,
                 context=context,
                 stride=stride,
                 limit=limit,
                 detokenized=detokenized,
+                name=Path(file).name,
                 report=partial(_advance, bar, task),
             )
     return rows
@@ -100,7 +106,7 @@ def evaluate(
 def _evaluate_file(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    file: Path,
+    file: Path | TokenShards,
     fields: tuple[str, ...],
     marks: Marks,
     *,
@@ -108,9 +114,10 @@ def _evaluate_file(
     stride: int,
     limit: int | None,
     detokenized: bool,
+    name: str,
     report: Report,
 ) -> dict[str, Any]:
-    """The row of one file."""
+    """The row of one file, or of a split."""
     batch_size = max(1, TOKENS_PER_PASS[model.device.type] // context)
     row: dict[str, Any] = {
         "context": context,
@@ -118,7 +125,7 @@ def _evaluate_file(
         "start_from": marks.source,
     }
     with record_usage(model) as usage:
-        if fields == PASSAGE:
+        if isinstance(file, Path) and fields == PASSAGE:
             last_words = score_last_words(
                 model,
                 tokenizer,
@@ -127,7 +134,7 @@ def _evaluate_file(
                 batch_size=batch_size,
                 limit=limit,
                 marks=marks,
-                name=file.name,
+                name=name,
                 report=report,
             )
             lost = last_words.loss.shares
@@ -138,7 +145,9 @@ def _evaluate_file(
                 "accuracy": last_words.accuracy,
             }
         else:
-            documents: Iterable[str] = read_documents(file, fields)
+            documents: Iterable[str] = (
+                split_documents(file) if isinstance(file, TokenShards) else read_documents(file, fields)
+            )
             if detokenized:
                 documents = list(documents)
                 row["detokenized"] = True
@@ -151,7 +160,7 @@ def _evaluate_file(
                 batch_size=batch_size,
                 limit=limit,
                 marks=marks,
-                name=file.name,
+                name=name,
                 report=report,
             )
             lost = text.loss.shares

@@ -63,6 +63,12 @@ def usage_of_sub_keys(pool: Pool, usage: Tensor) -> Tensor:
     return torch.stack([used.new_zeros(len(used), n).index_add_(1, sub_keys, used) for sub_keys in halves])
 
 
+def check_keys(how: str) -> None:
+    """Raise a ValueError where there is no such way to choose new sub-keys."""
+    if how not in KEYS:
+        raise ValueError(f"keys is {how!r}; choose one of {', '.join(KEYS)}")
+
+
 def check_new_sub_keys(
     pool: Pool,
     how: str,
@@ -71,8 +77,7 @@ def check_new_sub_keys(
     noise: float,
 ) -> None:
     """Raise a ValueError where `new_sub_keys` cannot do this."""
-    if how not in KEYS:
-        raise ValueError(f"keys is {how!r}; choose one of {', '.join(KEYS)}")
+    check_keys(how)
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise is {noise}; take a number of at least 0")
     if how == "crowded":

@@ -48,6 +48,7 @@ def inspect(
     experts: int = 16384,
     edits: int = 64,
     document_start: str = AUTO,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Read a text with the model of a run or a saved model, and write a page about its experts.
@@ -62,7 +63,8 @@ def inspect(
         experts: how many of each layer the page holds one by one, those that write most.
         edits: experts, over all layers, that are knocked out and doubled in the shown tokens; 0 leaves that out.
         document_start: what stands before each document: "auto", "none" or a token (see `peerlm.marks`).
-        progress: whether to show a bar on stderr, when that is a terminal.
+        overwrite: whether a page that is there is replaced.
+        progress: whether to show on stderr how far it is.
 
     Returns:
         The page's figures, ready for JSON: file, tokens, loss (nats per token), perplexity, layers (a list: figures of
@@ -76,6 +78,8 @@ def inspect(
             raise UserError(f"{name} is {value}; it must be at least {least}")
     if output is not None and (Path(output).is_dir() or not Path(output).parent.is_dir()):
         raise UserError(f"{output} cannot be written: name a file in a folder that exists")
+    if output is not None and Path(output).exists() and not overwrite:
+        raise UserError(f"{output} exists already: name another file with --output, or replace it with --overwrite")
     model, tokenizer, sites, tokens, context, begins = _open(path, text, context, limit, document_start)
     readout = find_readout(model)
     shown = min(shown, len(tokens))
@@ -92,11 +96,17 @@ def inspect(
         if not math.isfinite(exp(collected.loss)):
             raise UserError(f"{path} has a loss of {collected.loss} on {text}; name a model whose weights are whole")
         listed = [listed_experts(record, experts) for record in collected.layers]
-        lens_report = _reporter(bar, "lens")
-        pushed = []
-        for number, (site, ids) in enumerate(zip(sites, listed, strict=True)):
-            pushed.append(pushes(readout, site, ids, kept=_LENS_TOKENS, inverse_scale=collected.inverse_scale))
-            lens_report(number + 1, len(sites))
+        pushed = [
+            pushes(
+                readout,
+                site,
+                ids,
+                kept=_LENS_TOKENS,
+                inverse_scale=collected.inverse_scale,
+                report=_reporter(bar, f"lens of layer {site.number}"),
+            )
+            for site, ids in zip(sites, listed, strict=True)
+        ]
         chosen = _most_important(sites, collected, edits)
         wanted = [Edit(site.number, expert, factor) for site, expert in chosen for factor in FACTORS]
         effects = edit_effects(

@@ -169,7 +169,7 @@ def _quiet() -> Iterator[None]:
 
 def _corrupt(folder: Path, name: str) -> UserError:
     older = [each for each in list_checkpoints(folder.parents[1]) if int(_number(each)) < int(_number(folder))]
-    then = f"the run goes on from {older[-1].name}" if older else "the run begins anew, for no older one is left"
+    then = f"the run then resumes from {older[-1].name}" if older else "it starts again, for no older one is left"
     return UserError(
         f"the checkpoint {folder} is damaged ({name} is missing or changed): delete it and --resume again; {then}"
     )

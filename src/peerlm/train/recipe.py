@@ -24,7 +24,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a recipe (TOML), or the resolved config.json of a run, and change it by `overrides`.
+    """Read a recipe (TOML), or the resolved config.json of a run or in its folder, and change it by `overrides`.
 
     A folder that `peerlm prepare` wrote stands for a recipe too, of a small model (see `starter_recipe`).
     An override is `section.key=value`; they apply in order. A value is written as in TOML; a bare word
@@ -114,6 +114,10 @@ def first_difference(old: TrainConfig, new: TrainConfig) -> str | None:
 def _read(path: Path) -> dict[str, Any]:
     if (path / MANIFEST_FILE).is_file():
         return starter_recipe(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} is no run and no prepared folder: name one of these, or a recipe")
+        path = path / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -35,7 +35,7 @@ def starter_recipe(folder: Path) -> dict[str, Any]:
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "ffw_layers": "peer",
-            "peer": {"num_experts": 16384, "heads": 4, "experts_per_head": 16, "key_dim": 64},
+            "peer": {"num_experts": 16384, "heads": 4, "experts_per_head": 16, "key_dim": 64, "pairing": "shells"},
         },
         "optim": {"learning_rate": 6e-3},
         "budget": {"minutes": 4},
