@@ -10,6 +10,7 @@ import typer
 
 from peerlm.cli.app import DocumentStart, Json, app
 from peerlm.cli.show import advance, print_json, print_table
+from peerlm.errors import UserError
 
 
 @app.command(
@@ -122,8 +123,10 @@ def samples_of(folder: Path, text: list[Path], document_start: str) -> Iterable[
     """What a model reads of these files, as keyword arguments of forward passes; None without files."""
     from peerlm.data.tokenizer import open_tokenizer
     from peerlm.evaluate.windows import batches_of, text_windows
-    from peerlm.marks import marked, marks_in
+    from peerlm.marks import AUTO, marked, marks_in
 
+    if not text and document_start != AUTO:
+        raise UserError(f"--document-start is {document_start!r}, but no text is read; name one with --text")
     if not text:
         return None
     tokenizer = open_tokenizer(folder)
