@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 _WATCHER = "_peerlm_row_watcher"
@@ -104,7 +105,16 @@ def prepare_rows(parameter: Tensor, ids: Tensor | None) -> None:
         ids: int64 row numbers of any shape, repetitions allowed; None for all N rows.
     """
     watcher = _watcher(parameter)
-    if watcher is not None and not _as_they_are.get():
+    if watcher is not None:
+        _tell(watcher, parameter, ids)
+
+
+@torch.compiler.disable(
+    reason="RowAdamW brings rows up to date before they are read, which a compiled graph cannot do: "
+    "compile without fullgraph=True, or train the table with another optimizer"
+)
+def _tell(watcher: RowWatcher, parameter: Tensor, ids: Tensor | None) -> None:
+    if not _as_they_are.get():
         watcher.before_read(parameter, ids)
 
 
