@@ -94,6 +94,10 @@ class RowHolder(Protocol):
 
 
 _holders: WeakSet[RowHolder] = WeakSet()
+_OUTSIDE = (
+    "RowAdamW brings rows up to date before they are read, which a compiled graph cannot do: "
+    "compile without fullgraph=True, or train the table with another optimizer"
+)
 
 
 def watch_rows(parameter: Tensor, watcher: RowWatcher) -> None:
@@ -109,7 +113,7 @@ def watch_rows(parameter: Tensor, watcher: RowWatcher) -> None:
         earlier.release(parameter)
     watch_reads(parameter, partial(prepare_rows, parameter, None))
     setattr(parameter, _WATCHER, watcher)
-    _read_watched = torch.compiler.disable(_read)  # not above: this imports the compiler, as any optimizer does
+    _read_watched = torch.compiler.disable(_read, reason=_OUTSIDE)  # not above: this imports the compiler
 
 
 def look_up(parameter: Tensor, ids: Tensor | None, compute: Callable[[Tensor, bool], Tensor]) -> Tensor:
