@@ -8,10 +8,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import importlib.util
+import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,3 +95,70 @@ def own_heap() -> Iterator[None]:
 def new_model() -> Build:
     """A function: the name of an architecture, and settings that differ -> a new model."""
     return build
+
+
+WORDS = "river lantern moss quiet copper ladder winter orchard signal paper harbour tin violet"
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., Any]:
+    """A function: kind of tokenizer -> a small one of that kind, whose documents begin and end as `template` says.
+
+    "bytes": byte-level BPE. "spaces": BPE of the characters of WORDS with "▁" before words, as sentencepiece writes
+    them; with `unk` or `byte_fallback` for others, else without either. "llama": the same by a normaliser that puts
+    "▁" before a text. "bert": lower-cased pieces of words.
+    """
+    return _make_tokenizer
+
+
+def _make_tokenizer(
+    kind: str = "bytes",
+    *,
+    template: str | None = None,
+    unk: str | None = None,
+    byte_fallback: bool = False,
+    bos: str | None = None,
+    eos: str = "</s>",
+) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<pad>", *([unk] if unk else [])]
+    if kind == "bert":
+        engine = Tokenizer(models.WordPiece(unk_token=unk))
+        engine.normalizer = normalizers.BertNormalizer()
+        engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        engine.decoder = decoders.WordPiece()
+        trainer: Any = trainers.WordPieceTrainer(vocab_size=150, special_tokens=special, show_progress=False)
+    else:
+        engine = Tokenizer(models.BPE(unk_token=unk, byte_fallback=byte_fallback))
+        fallback = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else []
+        alphabet: list[str] = []
+        if kind == "bytes":
+            engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            engine.decoder = decoders.ByteLevel()
+            alphabet = pre_tokenizers.ByteLevel.alphabet()
+        elif kind == "spaces":
+            engine.pre_tokenizer = pre_tokenizers.Metaspace()
+            engine.decoder = decoders.Metaspace()
+        else:
+            engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            engine.decoder = decoders.Sequence(
+                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            )
+        size = 330 if kind == "bytes" else 130 + len(fallback)
+        trainer = trainers.BpeTrainer(
+            vocab_size=size, special_tokens=[*special, *fallback], initial_alphabet=alphabet, show_progress=False
+        )
+    engine.train_from_iterator(([WORDS] if kind != "llama" else WORDS.split()) * 3, trainer)
+    if byte_fallback:  # the trainer makes tokens of text of these, which would be read as such in a text
+        state = json.loads(engine.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in special]
+        engine = Tokenizer.from_str(json.dumps(state))
+    if template:
+        ids = [(token, engine.token_to_id(token)) for token in special]
+        engine.post_processor = TemplateProcessing(single=template, pair=f"{template} $B", special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=engine, bos_token=bos, eos_token=eos, unk_token=unk, pad_token="<pad>"
+    )

@@ -1,4 +1,4 @@
-"""What ends a command early, and how much its message repeats."""
+"""What ends a command early, what it warns of, and how much a message repeats."""
 
 from collections.abc import Iterable
 
@@ -14,6 +14,13 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(shortened(message, MOST_CHARACTERS))
+
+
+class PeerlmWarning(UserWarning):
+    """A result is given, but there is something about it that the user should know: one sentence.
+
+    The command line prints the sentence on stderr.
+    """
 
 
 class TrainingStopped(Exception):  # noqa: N818  # an outcome, not a mistake: the run is safe

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import peerlm
 from peerlm import UserError
 from peerlm.cli import main
 from peerlm.cli.root import app
-from peerlm.errors import TrainingStopped
+from peerlm.errors import PeerlmWarning, TrainingStopped
 
 from .shown import commands
 
@@ -38,7 +39,8 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
     split = SimpleNamespace(documents=3, tokens=12_345, bytes=67, shards=(), ends=None)
     stub: Mock = create_autospec(
-        peerlm.data.prepare, return_value=SimpleNamespace(vocab_size=512, splits={"train": split}, files=None)
+        peerlm.data.prepare,
+        return_value=SimpleNamespace(vocab_size=512, splits={"train": split}, document_start=(), files=None),
     )
     monkeypatch.setattr(peerlm.data, "prepare", stub)
     return stub
@@ -61,7 +63,7 @@ def test_prepare_passes_every_option(capsys: pytest.CaptureFixture[str], prepare
     code, out, _ = run(
         capsys,
         *("prepare", "demo", "more.jsonl", "--output", "data", "--tokenizer", "tok", "--vocab-size", "300"),
-        *("--holdout", "0.1", "--seed", "7", "--text-field", "body"),
+        *("--holdout", "0.1", "--seed", "7", "--text-field", "body", "--document-start", "<s>"),
     )
     assert code == 0
     prepare.assert_called_once_with(
@@ -72,6 +74,7 @@ def test_prepare_passes_every_option(capsys: pytest.CaptureFixture[str], prepare
         holdout=0.1,
         seed=7,
         text_field="body",
+        document_start="<s>",
         progress=True,
     )
     assert "12,345" in out
@@ -117,11 +120,20 @@ def evaluate(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
 
 def test_eval_prints_a_table_of_every_measure(capsys: pytest.CaptureFixture[str], evaluate: Mock) -> None:
-    code, out, _ = run(capsys, "eval", "run", "a.txt", "b.jsonl", "--context", "64", "--stride", "32", "--limit", "9")
+    options = ("--context", "64", "--stride", "32", "--limit", "9", "--document-start", "none")
+    code, out, _ = run(capsys, "eval", "run", "a.txt", "b.jsonl", *options)
     assert code == 0
     files = [Path("a.txt"), Path("b.jsonl")]
     evaluate.assert_called_once_with(
-        Path("run"), files, context=64, stride=32, limit=9, detokenized=False, packs=[], progress=True
+        Path("run"),
+        files,
+        context=64,
+        stride=32,
+        limit=9,
+        detokenized=False,
+        document_start="none",
+        packs=[],
+        progress=True,
     )
     for text in ("a.txt", "12,345", "20.12", "accuracy", "0.25"):
         assert text in out
@@ -139,6 +151,32 @@ def test_eval_writes_json_beside_the_table(capsys: pytest.CaptureFixture[str], e
     assert code == 0
     assert "20.12" in out
     assert json.loads((tmp_path / "rows.json").read_text()) == ROWS
+
+
+def test_eval_prints_notes_beside_the_table_and_leaves_them_in_json(
+    capsys: pytest.CaptureFixture[str], evaluate: Mock
+) -> None:
+    noted = {name: {**row, "notes": ["mind the gap"]} for name, row in ROWS.items()}
+    evaluate.return_value = noted
+    _, out, err = run(capsys, "eval", "run", "a.txt", "b.jsonl")
+    assert (err, "mind the gap" in out) == ("note: mind the gap\n", False)
+    _, out, err = run(capsys, "eval", "run", "a.txt", "--json", "-")
+    assert (err, json.loads(out)) == ("note: mind the gap\n", noted)
+
+
+def test_a_warning_of_ours_is_one_line_and_others_are_as_python_prints_them(
+    capsys: pytest.CaptureFixture[str], evaluate: Mock
+) -> None:
+    def warn(*_: object, **__: object) -> dict[str, dict[str, object]]:
+        warnings.warn("half of it is lost", PeerlmWarning, stacklevel=2)
+        warnings.warn("something else", RuntimeWarning, stacklevel=2)
+        return ROWS
+
+    evaluate.side_effect = warn
+    with pytest.warns(RuntimeWarning, match="something else") as caught:
+        _, _, err = run(capsys, "eval", "run", "a.txt")
+    assert err == "warning: half of it is lost\n"
+    assert len(caught) == 1
 
 
 def test_compare_passes_the_recipe_and_its_settings(
@@ -160,10 +198,26 @@ def test_generate_asks_for_a_sample(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(module, "load_model", create_autospec(module.load_model, return_value=("model", "tokenizer")))
     sample_text = create_autospec(module.sample_text)
     monkeypatch.setattr(module, "sample_text", sample_text)
-    options = ("--tokens", "3", "--temperature", "0", "--seed", "7")
-    assert run(capsys, "generate", "runs/a", "Once", *options) == (0, "", "")
+    notes = create_autospec(module.notes_on_generation, return_value=["the prompt begins with <s>"])
+    monkeypatch.setattr(module, "notes_on_generation", notes)
+    options = ("--tokens", "3", "--temperature", "0.5", "--seed", "7", "--top-k", "9", "--top-p", "0.9")
+    begins = ("--document-start", "<s>")
+    printed = (0, "", "note: the prompt begins with <s>\n")
+    assert run(capsys, "generate", "runs/a", "Once", *options, *begins) == printed
+    notes.assert_called_once_with("model", "tokenizer", "<s>")
     module.load_model.assert_called_once_with(Path("runs/a"), [])  # type: ignore[attr-defined]
-    sample_text.assert_called_once_with("model", "tokenizer", "Once", tokens=3, temperature=0.0, seed=7, streamer=ANY)
+    sample_text.assert_called_once_with(
+        "model",
+        "tokenizer",
+        "Once",
+        tokens=3,
+        temperature=0.5,
+        top_k=9,
+        top_p=0.9,
+        seed=7,
+        document_start="<s>",
+        streamer=ANY,
+    )
 
 
 @pytest.fixture

@@ -180,6 +180,8 @@ def provide(parameters: dict[str, Any], world: Path) -> None:
             copy(world / MODELS.get(path.name, "peer"), path)
     if (recipe := parameters.get("recipe")) is not None and str(recipe).startswith("runs/"):
         copy(world / "peer", recipe.parent if recipe.suffix else recipe)
+    elif recipe is not None and not recipe.suffix:
+        copy(world / "data", recipe)
     for name in TEXTS:
         for text in [parameters.get(name)] if isinstance(parameters.get(name), Path) else parameters.get(name) or []:
             provide_text(Path(str(text).rpartition("=")[2]))

@@ -22,7 +22,7 @@ from peerlm.data.manifest import SplitRecord
 from peerlm.data.split import choose_heldout, copy_key, document_key
 from peerlm.data.tokenizer import train_tokenizer
 from peerlm.data.writer import SplitWriter
-from peerlm.errors import UserError
+from peerlm.errors import PeerlmWarning, UserError
 
 prepare_module = importlib.import_module("peerlm.data.preparation")
 
@@ -126,7 +126,12 @@ def test_a_large_vocabulary_takes_four_bytes(text_file: Path, tmp_path: Path) ->
     words = {"<|endoftext|>": 0, "a": 2**16}
     tokenizer = tmp_path / "tokenizer.json"
     Tokenizer(models.WordLevel(words, unk_token="a")).save(str(tokenizer))
-    manifest = small(text_file, tmp_path / "out", tokenizer=tokenizer)
+    with pytest.warns(PeerlmWarning) as caught:
+        manifest = small(text_file, tmp_path / "out", tokenizer=tokenizer)
+    assert [str(each.message).split("%")[0].rpartition(" ")[0] for each in caught] == [
+        "the tokenizer does not know",
+        "the tokenizer does not keep",
+    ]
     assert (manifest.dtype, manifest.vocab_size) == ("<u4", 2**16 + 1)
     assert TokenShards(tmp_path / "out", "train").tokens(0, 2).tolist() == [2**16, 0]
 

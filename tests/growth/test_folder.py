@@ -210,3 +210,28 @@ def test_a_folder_grows_where_a_text_has_its_queries(keys: str, readable: tuple[
     a, b = (load_file(tmp_path / each / "model.safetensors")[name] for each in "ab")
     assert torch.equal(a[:, :, :20], b[:, :, :20])
     assert not torch.allclose(a[:, :, 20:], b[:, :, 20:])
+
+
+def test_text_begins_as_the_models_documents_do(
+    readable: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peerlm.growth.folder as module
+
+    _, text = readable
+    tokenizer = train_tokenizer([text.read_text()], vocab_size=300)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "peer"}')
+    seen: dict[str, list[int]] = {}
+    for start in ("auto", "<|endoftext|>"):
+        monkeypatch.setattr(
+            module,
+            "shrink_folder",
+            lambda folder, output, number, samples, start=start: (
+                seen.update({start: [window[0].item() for batch in samples for window in batch["input_ids"]]})
+                or {"layers": []}
+            ),
+        )
+        assert run("shrink", tmp_path, tmp_path / "out", "--text", text, f"--document-start={start}", "--json") == 0
+    assert set(seen["auto"]) == {tokenizer.bos_token_id}
+    assert len(set(seen["<|endoftext|>"])) > 1  # one end-of-text token, before the first window

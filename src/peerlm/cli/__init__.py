@@ -1,19 +1,22 @@
 """The command `peerlm`: each function parses, imports lazily, and calls.
 
-A mistake that the user can mend is one line on stderr and exit code 2; a bug shows its traceback.
+A mistake that the user can fix is one line on stderr and exit code 2; a bug shows its traceback.
 """
 
 import io
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import typer
 
 from peerlm.cli.extras import offer_studies
 from peerlm.cli.root import app
-from peerlm.errors import TrainingStopped, UserError
+from peerlm.errors import PeerlmWarning, TrainingStopped, UserError
 from peerlm.files import is_disk_full
 from peerlm.malloc import keep_freed_memory
 
@@ -37,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     try:
         _require_utf8(arguments)
-        app(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            app(arguments)
     except Exception as error:
         is_mistake = isinstance(error, UserError | OSError) or is_disk_full(error)
         exit_code = 2 if is_mistake else getattr(error, "exit_code", None)
@@ -47,6 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, TrainingStopped) and exit_code > 128:
             typer.echo(f"Resume with: {_again(arguments)}", err=True)
         sys.exit(exit_code)
+
+
+def _show_warning(
+    otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *details: Any
+) -> None:
+    """Print our own warnings as one sentence; others as Python does."""
+    if issubclass(category, PeerlmWarning):
+        typer.echo(f"warning: {message}", err=True)
+    else:
+        otherwise(message, category, *details)
 
 
 def _require_utf8(arguments: Sequence[str]) -> None:

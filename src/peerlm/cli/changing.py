@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peerlm.cli.root import Commands, Json, app
+from peerlm.cli.root import Commands, DocumentStart, Json, app
 from peerlm.cli.show import STDOUT, advance, show
 from peerlm.terminal import VALUE, print_table
 
@@ -45,6 +45,7 @@ def convert(
     settings: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of the new layers; repeatable.")
     ] = [],  # noqa: B006
+    document_start: DocumentStart = "auto",
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
     undo: Annotated[bool, typer.Option("--undo", help="Take away what was added beside.")] = False,
     json_file: Json = None,
@@ -57,7 +58,7 @@ def convert(
     from peerlm.evaluate.windows import batches_of
 
     folder = model_folder(model)
-    windows = windows_of(folder, text)
+    windows = windows_of(folder, text, document_start)
     held_out = 0 if windows is None or len(windows) < 2 else max(1, len(windows) // HELD_OUT)
     with progress_bar(shown=json_file != STDOUT) as bar:
         row = convert_folder(
@@ -94,6 +95,7 @@ def grow(
     renumber: Annotated[
         bool, typer.Option("--renumber", help='Renumber a model of pairing "row-major" first.')
     ] = False,
+    document_start: DocumentStart = "auto",
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
     json_file: Json = None,
 ) -> None:
@@ -107,7 +109,7 @@ def grow(
         output,
         num_experts,
         keys=keys,
-        samples=samples_of(folder, text),
+        samples=samples_of(folder, text, document_start),
         opening=opening,
         renumber=renumber,
         seed=seed,
@@ -123,6 +125,7 @@ def shrink(
     num_experts: Annotated[
         int | None, typer.Option(help="Of every PEER layer: a square; default: all that the text uses stay.")
     ] = None,
+    document_start: DocumentStart = "auto",
     json_file: Json = None,
 ) -> None:
     """Take away the experts of a trained model that it does not use."""
@@ -130,24 +133,32 @@ def shrink(
     from peerlm.growth.folder import shrink_folder
 
     folder = model_folder(model)
-    samples = samples_of(folder, text)
+    samples = samples_of(folder, text, document_start)
     assert samples is not None
     _show_change(output, shrink_folder(folder, output, num_experts, samples), json_file)
 
 
-def windows_of(folder: Path, text: list[Path]) -> "Tensor | None":
-    """Windows of these files, for the model in a folder; None without files."""
+def windows_of(folder: Path, text: list[Path], document_start: str) -> "Tensor | None":
+    """Windows of these files, for the model in a folder; None without files. Says what begins them."""
     from peerlm.data.tokenizer import open_tokenizer
     from peerlm.evaluate.windows import text_windows
+    from peerlm.marks import marked, marks_in
 
-    return text_windows(open_tokenizer(folder), text, context=256) if text else None
+    if not text:
+        return None
+    tokenizer = open_tokenizer(folder)
+    marks = marks_in(folder, tokenizer, document_start)
+    if marks.window_start:
+        begins = marked(marks.window_start, tokenizer)
+        typer.echo(f"note: each document and window begins with {begins} ({marks.source})", err=True)
+    return text_windows(tokenizer, text, 256, marks)
 
 
-def samples_of(folder: Path, text: list[Path]) -> Iterable[dict[str, Any]] | None:
+def samples_of(folder: Path, text: list[Path], document_start: str) -> Iterable[dict[str, Any]] | None:
     """What a model reads of these files, as keyword arguments of forward passes; None without files."""
     from peerlm.evaluate.windows import batches_of
 
-    windows = windows_of(folder, text)
+    windows = windows_of(folder, text, document_start)
     return None if windows is None else batches_of(windows)
 
 

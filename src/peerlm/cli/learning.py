@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from peerlm.cli.root import Json, Run, app
+from peerlm.cli.root import DocumentStart, Json, Run, app
 from peerlm.cli.show import STDOUT, show
 from peerlm.terminal import print_table
 
@@ -65,6 +65,7 @@ def learn(
     table_lr_multiplier: Annotated[float, typer.Option(help="Learning rate of experts over that of the rest.")] = 1.0,
     keys_lr_multiplier: Annotated[float, typer.Option(help="Learning rate of sub-keys over that of the rest.")] = 1.0,
     context: Annotated[int | None, typer.Option(help="Tokens in a window; default: as trained.")] = None,
+    document_start: DocumentStart = "auto",
     batch_size: Annotated[int, typer.Option(help="Windows of new text in a step.")] = 8,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only when stopped.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the order of the text and of new weights.")] = 0,
@@ -101,10 +102,13 @@ def learn(
             "keys_lr_multiplier": keys_lr_multiplier,
         },
         context=context,
+        document_start=document_start,
         batch_size=batch_size,
         checkpoint_every=checkpoint_every,
         seed=seed,
     )
     rows = learn(config, resume=resume, progress=json_file != STDOUT)
+    if begins := rows[0].get("document_start"):
+        typer.echo(f"note: each document and window begins with {begins}", err=True)
     stages = {f"after {row['stage'] or 'nothing'}": row["perplexity"] for row in rows}
     show(rows, json_file, partial(print_table, str(output), stages, rows=True))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from peerlm import __version__
-from peerlm.cli.root import Json, Run, app
+from peerlm.cli.root import DocumentStart, Json, Run, app
 from peerlm.cli.show import STDOUT, show
 from peerlm.errors import UserError
 from peerlm.terminal import VALUE, print_table
@@ -28,6 +28,7 @@ def inspect(
     limit: Annotated[int, typer.Option(help="Read only the start: tokens.")] = 65536,
     shown: Annotated[int, typer.Option(help="Tokens at the start that the page shows one by one.")] = 512,
     context: Annotated[int | None, typer.Option(help="Tokens read at once; default: as trained.")] = None,
+    document_start: DocumentStart = "auto",
     experts: Annotated[int, typer.Option(help="Experts of each layer that the page holds, those that write most.")] = (
         16384
     ),
@@ -56,7 +57,9 @@ def inspect(
         raise UserError("--knock-out and --boost print and write no page; leave --output out")
     output = output or Path("inspect.html")
     if wanted:
-        figures = change_of_edits(run, text, wanted, limit=limit, context=context, progress=progress)
+        figures = change_of_edits(
+            run, text, wanted, limit=limit, context=context, document_start=document_start, progress=progress
+        )
     else:
         figures = inspect(
             run,
@@ -66,6 +69,7 @@ def inspect(
             limit=limit,
             shown=shown,
             context=context,
+            document_start=document_start,
             experts=experts,
             edits=edits,
             progress=progress,
@@ -76,7 +80,7 @@ def inspect(
 
 def _print_change(run: str, figures: Mapping[str, Any]) -> None:
     """What edits change: the loss, and the next tokens where they change most."""
-    shown = ["tokens", "loss", "edited_loss", "change", "perplexity", "edited_perplexity"]
+    shown = ["document_start", "tokens", "loss", "edited_loss", "change", "perplexity", "edited_perplexity"]
     print_table(run, {VALUE: {name: figures[name] for name in shown}})
     for place in figures["places"]:
         columns = {"as it is": place["before_edit"], "edited": place["after_edit"]}
@@ -91,7 +95,9 @@ def _print_layers(page: str, figures: Mapping[str, Any]) -> None:
     """How each layer uses its experts."""
     names = ["num_experts", "usage", "unevenness", "dead", "crowded"]
     layers = {f"layer {layer['number']}": {name: layer[name] for name in names} for layer in figures["layers"]}
-    print_table(f"{page}: loss {figures['loss']:.4f} over {figures['tokens']:,} tokens", layers, rows=True)
+    begins = f"documents begin with {figures['document_start'] or 'nothing'}"
+    title = f"{page}: loss {figures['loss']:.4f} over {figures['tokens']:,} tokens, {begins}"
+    print_table(title, layers, rows=True)
 
 
 @app.command(examples=["peerlm info", "peerlm info --json -"])

@@ -70,6 +70,10 @@ Settings = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option(help="Folder to write; the same as --set run=FOLDER.")]
 Run = Annotated[Path, typer.Argument(help="Run folder, or folder of a saved model.")]
+DocumentStart = Annotated[
+    str,
+    typer.Option(metavar="auto|none|TOKEN", help="What stands before each document; auto: as tokenizer and model say."),
+]
 Json = Annotated[
     Path | None,
     typer.Option(

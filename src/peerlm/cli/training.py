@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peerlm.cli.root import Json, Output, Packs, Run, Settings, app, overrides
+from peerlm.cli.root import DocumentStart, Json, Output, Packs, Run, Settings, app, overrides
 from peerlm.cli.show import STDOUT, show
 from peerlm.errors import UserError
 from peerlm.terminal import VALUE, print_table
@@ -37,6 +37,7 @@ def prepare(
     ] = 0.02,
     seed: Annotated[int, typer.Option(help="Chooses the documents that are held out.")] = 0,
     text_field: Annotated[str, typer.Option(help="Field of JSONL, parquet or data sets that is the text.")] = "text",
+    document_start: DocumentStart = "auto",
     json_file: Json = None,
 ) -> None:
     """Turn text into tokens: train a tokenizer, hold out documents, write shards and their hashes.
@@ -44,8 +45,9 @@ def prepare(
     Files of a folder are read where their names end in .txt, .md, .rst, .jsonl, .parquet and the like; the others are
     passed over, and counted. Of a single document the end is held out. `peerlm train FOLDER` trains on the result.
     """
-    from peerlm.data import prepare
+    from peerlm.data import load_tokenizer, prepare
     from peerlm.data.text_files import tally
+    from peerlm.marks import marked
 
     manifest = prepare(
         sources,
@@ -55,8 +57,12 @@ def prepare(
         holdout=holdout,
         seed=seed,
         text_field=text_field,
+        document_start=document_start,
         progress=json_file != STDOUT,
     )
+    if manifest.document_start:
+        begins = marked(manifest.document_start, load_tokenizer(output))
+        typer.echo(f"note: each document and window begins with {begins}", err=True)
 
     def tables() -> None:
         sizes = ("documents", "tokens", "bytes")
@@ -132,6 +138,7 @@ def evaluate(
     detokenize: Annotated[
         bool, typer.Option("--detokenize", help="Put tokenised text (WikiText's ` @-@ `) back first.")
     ] = False,
+    document_start: DocumentStart = "auto",
     pack: Packs = [],  # noqa: B006
     json_file: Json = None,
 ) -> None:
@@ -149,14 +156,26 @@ def evaluate(
             stride=stride,
             limit=limit,
             detokenized=detokenize,
+            document_start=document_start,
             packs=pack,
             progress=json_file != STDOUT,
         )
     if tasks:
         from peerlm.evaluate.harness import evaluate_tasks
 
-        rows |= evaluate_tasks(run, tasks, context=context, limit=limit, packs=pack, task_data=task_data)
-    show(rows, json_file, partial(print_table, str(run), rows))
+        rows |= evaluate_tasks(
+            run,
+            tasks,
+            context=context,
+            limit=limit,
+            packs=pack,
+            document_start=document_start,
+            task_data=task_data,
+        )
+    for note in dict.fromkeys(note for row in rows.values() for note in row.get("notes", [])):
+        typer.echo(f"note: {note}", err=True)
+    shown = {name: {key: value for key, value in row.items() if key != "notes"} for name, row in rows.items()}
+    show(rows, json_file, partial(print_table, str(run), shown))
 
 
 @app.command(
@@ -170,14 +189,33 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at the most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Draw from this many likeliest tokens; default: from all.")
+    ] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the fewest tokens that together are at least this probable, 0 to 1.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    document_start: DocumentStart = "auto",
     pack: Packs = [],  # noqa: B006
 ) -> None:
     """Let a trained model continue a prompt, printed while it is written."""
     from transformers import TextStreamer
 
-    from peerlm.evaluate import load_model, sample_text
+    from peerlm.evaluate import load_model, notes_on_generation, sample_text
 
     model, tokenizer = load_model(run, pack)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    sample_text(model, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed, streamer=streamer)
+    for note in notes_on_generation(model, tokenizer, document_start):
+        typer.echo(f"note: {note}", err=True)
+    sample_text(
+        model,
+        tokenizer,
+        prompt,
+        tokens=tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        document_start=document_start,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )

@@ -10,6 +10,7 @@ from peerlm.data import TokenShards, TokenWindows, prepare
 from peerlm.errors import UserError
 from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.windows import text_windows
+from peerlm.marks import AUTO, marks_in
 
 SHARE = 0.02
 """Share of a text to hold out, where no other file is measured on."""
@@ -33,6 +34,7 @@ def read_text(
     tokenizer: PreTrainedTokenizerFast,
     tokenizer_folder: Path,
     context: int,
+    document_start: str = AUTO,
     progress: bool,
 ) -> Text:
     """Prepare files into `folder`, unless that has happened, and open them; a held-out file is read whole.
@@ -46,13 +48,14 @@ def read_text(
         folder,
         tokenizer=tokenizer_folder,
         holdout=holdout,
+        document_start=document_start,
         heldout_bytes=LEAST_BYTES * context,
         progress=progress,
     )
     train = TokenWindows(TokenShards(folder, "train"), context)
     if heldout is None:
         return Text(train=train, heldout=TokenWindows(TokenShards(folder, "heldout"), context))
-    windows = text_windows(tokenizer, [heldout], context)
+    windows = text_windows(tokenizer, [heldout], context, marks_in(tokenizer_folder, tokenizer, document_start))
     if not len(windows):
         raise UserError(f"{heldout} has less than one window of {context} tokens: name more text")
     return Text(train=train, heldout=windows)

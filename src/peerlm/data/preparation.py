@@ -9,7 +9,7 @@ import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from peerlm.data.encoder import TextEncoder, warn_of_loss
 from peerlm.data.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -40,9 +41,10 @@ from peerlm.data.shards import TokenShards
 from peerlm.data.sources import HubDataset, Survey, read_documents, survey
 from peerlm.data.split import TAIL_SHARE, choose_heldout, copy_key, cut_tail, document_key
 from peerlm.data.text_files import check_name, tally
+from peerlm.data.text_loss import TextLoss
 from peerlm.data.tokenizer import (
     MIN_VOCAB_SIZE,
-    encoder,
+    keep_start,
     load_tokenizer,
     open_tokenizer,
     pieces,
@@ -51,6 +53,7 @@ from peerlm.data.tokenizer import (
 )
 from peerlm.data.writer import SplitWriter
 from peerlm.errors import UserError
+from peerlm.marks import AUTO, NONE, Marks, document_marks, marks_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -76,6 +79,7 @@ def prepare(
     text_field: str = "text",
     shard_tokens: int = 2**26,
     tokenizer_bytes: int = 2**26,
+    document_start: str = AUTO,
     progress: bool = True,
 ) -> Manifest:
     """Turn text into a folder of token shards with a tokenizer, a held-out split and a manifest.
@@ -101,15 +105,26 @@ def prepare(
         shard_tokens: most tokens in one shard.
         tokenizer_bytes: UTF-8 bytes of text to learn the tokenizer from, a random sample of documents; of no
             effect with `tokenizer`.
+        document_start: what stands before each document, "auto", "none" or a token (see `peerlm.marks`), and begins
+            every window; nothing where it is the token that ends documents. Where it is not what the tokenizer and its
+            model say, the tokenizer saved with the shards gets it as its template, so that all who read with it follow.
         progress: show progress, speed and time left on stderr.
 
     Raises:
         UserError: a source that cannot be read or holds no text (with file and line), a single document that is too
             short to hold out its end, an argument out of range, a tokenizer that cannot be read, or an `output` that
             exists and is something else.
+
+    Warns:
+        PeerlmWarning: part of the text does not come back from its tokens; the manifest has the shares.
     """
     _check_ranges(vocab_size if tokenizer is None else None, holdout, seed, shard_tokens, tokenizer_bytes)
     given = None if tokenizer is None else open_tokenizer(tokenizer)
+    if given is None and document_start != AUTO:
+        raise UserError(
+            f"document_start is {document_start!r}, but a tokenizer that is learned has one mark: leave it out"
+        )
+    marks = None if given is None else _marks(given, Path(str(tokenizer)), document_start)
     surveyed = survey(sources)
     request = request_of(
         surveyed.found,
@@ -121,6 +136,7 @@ def prepare(
         text_field=text_field,
         shard_tokens=shard_tokens,
         tokenizer_bytes=tokenizer_bytes,
+        document_start=list(marks.window_start) or None if marks else None,
     )
     output = Path(output).resolve()
     check_name(output)
@@ -146,6 +162,7 @@ def prepare(
             heldout = choose_heldout(scan.keys, scan.sizes, share, order=scan.order)
             _say_split(scan, heldout, holdout, copies)
         used = given or _learn(scan, heldout, vocab_size, tokenizer_bytes, bar)
+        marks = marks or document_marks(used)
         used.save_pretrained(folder / TOKENIZER_FOLDER)
         largest_id = max(used.get_vocab().values())
         dtype = TOKEN_DTYPES[0] if largest_id < 2**16 else TOKEN_DTYPES[1]
@@ -153,15 +170,16 @@ def prepare(
             writers = {
                 split: open_files.enter_context(SplitWriter(folder, split, dtype, shard_tokens)) for split in SPLITS
             }
-            _encode(
+            lost = _encode(
                 _pieces(documents(), seed, heldout),
                 used,
+                marks,
                 writers,
                 scan,
                 bar,
             )
             splits = {split: writer.finish() for split, writer in writers.items()}
-        _check_unchanged(splits, scan, heldout)
+        _check_unchanged(splits, scan, heldout, lost)
         manifest = Manifest(
             format=FORMAT,
             request=request,
@@ -170,10 +188,14 @@ def prepare(
             dtype=dtype,
             tokenizer_sha256=file_sha256(tokenizer_file(folder / TOKENIZER_FOLDER)),
             splits=splits,
+            document_start=marks.window_start,
+            document_end=marks.end,
+            lost=lost.shares,
             files={"read": dict(surveyed.read), "passed_over": dict(surveyed.passed_over)},
             copies=copies,
         )
         manifest.write(folder)
+    warn_of_loss(lost, "the text")
     return manifest
 
 
@@ -190,6 +212,15 @@ def _check_ranges(
         raise UserError(f"seed is {seed}: it must be 0 or more and below 2**64")
     if shard_tokens < 1 or tokenizer_bytes < 1:
         raise UserError(f"shard_tokens and tokenizer_bytes must be 1 or more, got {shard_tokens} and {tokenizer_bytes}")
+
+
+def _marks(tokenizer: PreTrainedTokenizerFast, source: Path, document_start: str) -> Marks:
+    """What begins and ends documents; a start that is asked for, and not what `source` says, becomes the template."""
+    usual, marks = (marks_in(source, tokenizer, each) for each in (AUTO, document_start))
+    if document_start == NONE:
+        marks = replace(marks, start=marks.end)
+    keep_start(tokenizer, marks, usual)
+    return marks
 
 
 def _existing(output: Path, request: dict[str, Any]) -> Manifest | None:
@@ -369,6 +400,8 @@ class _Piece:
 
     split: str
     text: str
+    first: bool
+    """Whether the document begins with it."""
     document_bytes: int | None
     """UTF-8 bytes of the whole document, in its last piece alone."""
 
@@ -377,32 +410,40 @@ def _pieces(documents: Iterator[str], seed: int, heldout: frozenset[int]) -> Ite
     for text in documents:
         data = text.encode()
         split = "heldout" if copy_key(text, seed) in heldout else "train"
-        *firsts, last = pieces(text)
-        for first in firsts:
-            yield _Piece(split, first, None)
-        yield _Piece(split, last, len(data))
+        *others, last = pieces(text)
+        for number, other in enumerate(others):
+            yield _Piece(split, other, number == 0, None)
+        yield _Piece(split, last, not others, len(data))
 
 
 def _encode(
     stream: Iterator[_Piece],
     tokenizer: PreTrainedTokenizerFast,
+    marks: Marks,
     writers: dict[str, SplitWriter],
     scan: _Scan,
     bar: Progress,
-) -> None:
-    """Tokenize on all cores, by the tokenizer's own parallelism, and write; each document ends in a token."""
+) -> TextLoss:
+    """Tokenize on all cores, by the tokenizer's own parallelism, and write, with marks; returns what was lost."""
     task = bar.add_task("tokenizing", total=sum(scan.sizes))
-    engine = encoder(tokenizer)
-    end_of_text = np.array([tokenizer.eos_token_id])
+    encoder = TextEncoder(tokenizer)
+    start, end = (np.array(mark, np.int64) for mark in (marks.window_start, marks.end))
+    document_dropped = 0
     for batch in _batched(stream):
-        encodings = engine.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
-        for piece, encoding in zip(batch, encodings, strict=True):
+        texts, continues = [piece.text for piece in batch], [not piece.first for piece in batch]
+        ids = encoder.encode(texts, continues)
+        for piece, tokens, dropped in zip(batch, ids, encoder.account(texts, ids, continues), strict=True):
             writer = writers[piece.split]
-            writer.append(np.array(encoding.ids, np.int64))
+            if piece.first:
+                writer.append(start)
+            writer.append(np.array(tokens, np.int64))
+            document_dropped += dropped
             if piece.document_bytes is not None:
-                writer.append(end_of_text)
-                writer.end_document(piece.document_bytes)
+                writer.append(end)
+                writer.end_document(piece.document_bytes - document_dropped)
+                document_dropped = 0
                 bar.advance(task, piece.document_bytes)
+    return encoder.loss
 
 
 def _batched(stream: Iterator[_Piece]) -> Iterator[list[_Piece]]:
@@ -418,9 +459,9 @@ def _batched(stream: Iterator[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _check_unchanged(splits: dict[str, SplitRecord], scan: _Scan, heldout: frozenset[int]) -> None:
+def _check_unchanged(splits: dict[str, SplitRecord], scan: _Scan, heldout: frozenset[int], lost: TextLoss) -> None:
     documents = sum(split.documents for split in splits.values())
-    num_bytes = sum(split.bytes for split in splits.values())
+    num_bytes = sum(split.bytes for split in splits.values()) + lost.dropped
     if (documents, num_bytes) != (len(scan.sizes), sum(scan.sizes)) or bool(heldout) != bool(
         splits["heldout"].documents
     ):

@@ -23,6 +23,7 @@ def request_of(
     text_field: str,
     shard_tokens: int,
     tokenizer_bytes: int,
+    document_start: list[int] | None = None,
 ) -> dict[str, Any]:
     """The arguments of `prepare` as JSON values: equal requests make equal folders."""
     request = {
@@ -35,7 +36,8 @@ def request_of(
         "vocab_size": vocab_size if tokenizer is None else None,
         "tokenizer_bytes": tokenizer_bytes if tokenizer is None else None,
     }
-    return request | ({"heldout_bytes": heldout_bytes} if heldout_bytes else {})
+    added_later = {"heldout_bytes": heldout_bytes, "document_start": document_start}
+    return request | {name: value for name, value in added_later.items() if value}
 
 
 def difference(name: str, before: object, now: object) -> str:

@@ -17,9 +17,11 @@ from peerlm.evaluate.files import PASSAGE, fields_of, read_documents, read_passa
 from peerlm.evaluate.lambada import score_last_words
 from peerlm.evaluate.likelihood import Report
 from peerlm.evaluate.loading import default_context, load_model
+from peerlm.evaluate.notes import notes_on
 from peerlm.evaluate.perplexity import check_windows, score_text
 from peerlm.evaluate.progress import progress_bar
 from peerlm.evaluate.split import held_out_split, split_documents
+from peerlm.marks import AUTO, Marks, marked, marks_of
 from peerlm.usage import record_usage
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
@@ -34,6 +36,7 @@ def evaluate(
     stride: int | None = None,
     limit: int | None = None,
     detokenized: bool = False,
+    document_start: str = AUTO,
     packs: Sequence[str | Path] = (),
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
@@ -49,15 +52,18 @@ def evaluate(
         limit: tokens of each file that are read; default: all.
         detokenized: read tokenised text, such as WikiText's, as people write it (see `evaluate.detokenize`); its bytes
             and words, which bits_per_byte and word_perplexity divide by, are still those of the file. Passages stay.
+        document_start: what stands before each document: "auto", "none" or a token (see `peerlm.marks`).
         packs: folders of packs to load into the model (`peerlm.packs.api`).
         progress: whether to show a bar on stderr, when that is a terminal.
 
     Returns:
-        By file name as given, a row ready for JSON (an infinite figure is None). Text: context, stride,
-        tokens, bytes, words, perplexity, word_perplexity, bits_per_byte. Passages: context, passages,
-        truncated, perplexity (of the last word), accuracy. Where the model has layers that retrieve, also
-        usage (share of their experts, 0 to 1) and unevenness (nats): lists, a number for each such layer,
-        over all tokens read of that file, as often as they were read.
+        By file name as given, a row ready for JSON (an infinite figure is None). Text: context, document_start (the
+        tokens as text, None for none), start_from (who says so), stride, reading (how documents are read), tokens,
+        bytes, words, perplexity, word_perplexity, bits_per_byte. Passages: context, document_start, start_from,
+        passages, truncated, perplexity (of the last word), accuracy. Where the tokenizer loses text, also lost: shares
+        of its bytes by reason (`data.text_loss`). Where the model has layers that retrieve, also usage (share of their
+        experts, 0 to 1) and unevenness (nats): lists, a number for each such layer, over all tokens read of that file,
+        as often as they were read. Where figures need a word of warning, also notes: a list of sentences.
 
     Raises:
         UserError: a model or file that cannot be used, no files for a model that is no run's, or an impossible context,
@@ -75,7 +81,8 @@ def evaluate(
     if context is None:
         context = default_context(path, model)
     stride = context // 2 if stride is None else stride
-    check_windows(model, context, stride)
+    marks = marks_of(model, tokenizer, document_start)
+    check_windows(model, context, stride, marks)
     rows = {}
     with progress_bar(shown=progress) as bar:
         for file, fields in fields_by_file.items():
@@ -85,10 +92,12 @@ def evaluate(
                 tokenizer,
                 Path(file) if split is None else split,
                 fields,
+                marks,
                 context=context,
                 stride=stride,
                 limit=limit,
                 detokenized=detokenized,
+                name=Path(file).name,
                 report=partial(_advance, bar, task),
             )
     return rows
@@ -99,16 +108,22 @@ def _evaluate_file(
     tokenizer: PreTrainedTokenizerFast,
     file: Path | TokenShards,
     fields: tuple[str, ...],
+    marks: Marks,
     *,
     context: int,
     stride: int,
     limit: int | None,
     detokenized: bool,
+    name: str,
     report: Report,
 ) -> dict[str, Any]:
     """The row of one file, or of a split."""
     batch_size = max(1, TOKENS_PER_PASS[model.device.type] // context)
-    row: dict[str, Any] = {"context": context}
+    row: dict[str, Any] = {
+        "context": context,
+        "document_start": marked(marks.start, tokenizer),
+        "start_from": marks.source,
+    }
     with record_usage(model) as usage:
         if isinstance(file, Path) and fields == PASSAGE:
             last_words = score_last_words(
@@ -118,8 +133,11 @@ def _evaluate_file(
                 context=context,
                 batch_size=batch_size,
                 limit=limit,
+                marks=marks,
+                name=name,
                 report=report,
             )
+            lost = last_words.loss.shares
             row |= {
                 "passages": last_words.passages,
                 "truncated": last_words.truncated,
@@ -141,13 +159,17 @@ def _evaluate_file(
                 stride=stride,
                 batch_size=batch_size,
                 limit=limit,
+                marks=marks,
+                name=name,
                 report=report,
             )
+            lost = text.loss.shares
             if detokenized:
                 words, num_bytes = (sum(map(size, documents)) for size in (_words, _bytes))
-                text = replace(text, words=words, bytes=num_bytes)
+                text = replace(text, words=words, bytes=num_bytes - text.loss.dropped)
             row |= {
                 "stride": stride,
+                "reading": marks.reading,
                 "tokens": text.tokens,
                 "bytes": text.bytes,
                 "words": text.words,
@@ -155,9 +177,13 @@ def _evaluate_file(
                 "word_perplexity": _finite(text.word_perplexity),
                 "bits_per_byte": _finite(text.bits_per_byte),
             }
+    if lost:
+        row["lost"] = lost
     if usage:
         row["usage"] = [layer.share for layer in usage.values()]
         row["unevenness"] = [layer.unevenness for layer in usage.values()]
+    if notes := notes_on(model, windows_per_pass=batch_size):
+        row["notes"] = notes
     return row
 
 

@@ -70,6 +70,9 @@ class ExpertChoiceMoE(_LargeExperts):
         activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
     """
 
+    chooses_among_tokens = True
+    """What is true of no causal layer; evaluation says so beside its figures."""
+
     def __init__(
         self,
         dim: int,

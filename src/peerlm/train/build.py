@@ -86,7 +86,9 @@ def open_data(config: DataConfig, ranks: Ranks, *, progress: bool) -> tuple[Toke
     return train, heldout
 
 
-def new_model(config: TrainConfig, *, vocab_size: int, eos_token_id: int | None = None) -> PeerForCausalLM:
+def new_model(
+    config: TrainConfig, *, vocab_size: int, eos_token_id: int | None = None, bos_token_id: int | None = None
+) -> PeerForCausalLM:
     """The model of a recipe's [model], for a vocabulary, with weights from torch's generator; on the default device.
 
     Raises UserError where [model] is none that can be built.
@@ -96,6 +98,7 @@ def new_model(config: TrainConfig, *, vocab_size: int, eos_token_id: int | None 
         if key not in known:
             raise unknown_key(f"model.{key}", [f"model.{name}" for name in known])
     settings: dict[str, Any] = {
+        "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "vocab_size": vocab_size,
         **(with_shells(config.model) if config.grow.at else config.model),
@@ -118,7 +121,12 @@ def build_model(config: TrainConfig, shards: TokenShards, device: torch.device) 
     Raises UserError where the recipe's [model] is none that can be built.
     """
     torch.manual_seed(config.seed)
-    model = new_model(config, vocab_size=shards.vocab_size, eos_token_id=shards.eos_token_id)
+    model = new_model(
+        config,
+        vocab_size=shards.vocab_size,
+        eos_token_id=shards.eos_token_id,
+        bos_token_id=shards.window_start[-1] if shards.window_start else None,
+    )
     if config.data.context > model.config.max_position_embeddings:
         raise UserError(
             f"data.context = {config.data.context} is more than model.max_position_embeddings = "
