@@ -16,8 +16,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 MODEL_TYPE = "peer"
-CONVERTED = "peerlm.surgery"
+CONVERTED = "peerlm"
 """What a converted model's configuration has as its `quant_method`."""
+CONVERTED_EARLIER = "peerlm.surgery"
+"""The same in folders of the first commits, which load as well."""
 
 _MODEL_MODULE = f"transformers.models.{MODEL_TYPE}"
 
@@ -45,10 +47,11 @@ def _name_converted(module: Any) -> None:
     def load() -> Any:
         return importlib.import_module("peerlm.convert.record")
 
-    module.AUTO_QUANTIZATION_CONFIG_MAPPING[CONVERTED] = SimpleNamespace(
-        from_dict=lambda record: load().ConversionConfig.from_dict(record)
-    )
-    module.AUTO_QUANTIZER_MAPPING[CONVERTED] = lambda config, **options: load().RebuildConverted(config, **options)
+    for mark in (CONVERTED, CONVERTED_EARLIER):
+        module.AUTO_QUANTIZATION_CONFIG_MAPPING[mark] = SimpleNamespace(
+            from_dict=lambda record: load().ConversionConfig.from_dict(record)
+        )
+        module.AUTO_QUANTIZER_MAPPING[mark] = lambda config, **options: load().RebuildConverted(config, **options)
 
 
 def _load_adapters(peft: ModuleType) -> None:

@@ -21,10 +21,10 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftT
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peerlm.adapters.batches import adapters_by_row
 from peerlm.adapters.features import features_of
 from peerlm.adapters.layer import CANNOT_MERGE, PeerAdapterLayer, PeerAdapterLinear
 from peerlm.registration import MODEL_TYPE
-from peerlm.surgery.adapter_batches import adapters_by_row
 
 _NAME = "peer_adapter"
 _POOL_SETTINGS = (

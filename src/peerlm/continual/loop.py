@@ -29,6 +29,7 @@ from peerlm.train.config import TrainConfig
 from peerlm.train.interrupts import Interrupts
 from peerlm.train.run_folder import last_good
 from peerlm.train.runlog import Display, RunLog
+from peerlm.train.space import check_space
 from peerlm.train.step import accumulate_gradients
 from peerlm.train.trainer import learning_rate, seed_step
 
@@ -87,6 +88,8 @@ class _Loop:
         """All steps; see `learn_stage`."""
         folder = self.lesson.stage.folder
         checkpoints = list_checkpoints(folder)
+        warn = Display(folder, wanted=self.progress).note
+        check_space(folder, self.optimizer, checkpoints=max(1, 2 - len(checkpoints)), warn=warn)
         state = load_checkpoint(checkpoints[-1], self.weights, self.optimizer) if checkpoints else TrainState()
         stream = batches(
             self.lesson.text.train,
@@ -116,7 +119,7 @@ class _Loop:
                     number = interrupts.received
                     raise TrainingStopped(
                         f"stopped by {number.name} after step {state.step} of {self.lesson.stage.name}; "
-                        f"{last_good(folder)}; go on with --resume",
+                        f"{last_good(folder)}",
                         exit_code=128 + number,
                     )
         catch_up = getattr(self.optimizer, "catch_up", None)

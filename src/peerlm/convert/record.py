@@ -5,7 +5,7 @@ quantizer. That is what `RebuildConverted` is to transformers, by the configurat
 quantised, so that a loaded model keeps none of the marks of a quantised one: it trains, compiles and changes its dtype
 as any other.
 
-Where peerlm was not imported, transformers warns of the unknown quantization type "peerlm.surgery" and goes on without;
+Where peerlm was not imported, transformers warns of the unknown quantization type "peerlm" and continues without;
 its report on loading then names each weight of a PEER layer as unexpected, and each of a replaced layer as missing.
 `refuse_without_peerlm` turns that into an error.
 """

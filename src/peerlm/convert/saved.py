@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+import peerlm.model  # noqa: F401, registers our models with transformers
+from peerlm.convert.card import conversion_card
 from peerlm.convert.record import conversion_of, refuse_without_peerlm
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder
-from peerlm.surgery.card import conversion_card
 
 _COMPANIONS = (
     "added_tokens.json",

@@ -6,7 +6,6 @@ its feed-forward layer the mask of real tokens, and the initialisation.
 
 # ruff: noqa: RUF012, transformers declares its class settings as instance variables
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -260,18 +259,6 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def load_pack(self, folder: str | Path, name: str | None = None) -> str:
-        """`peerlm.packs.api.load_pack` of this model."""
-        from peerlm.packs.api import load_pack
-
-        return load_pack(self, folder, name)
-
-    def unload_pack(self, name: str) -> None:
-        """`peerlm.packs.api.unload_pack` of this model."""
-        from peerlm.packs.api import unload_pack
-
-        unload_pack(self, name)
 
     def _balance_loss(self) -> Tensor | None:
         """The mean over token-choice layers times its coefficient; None where there is none to train with."""

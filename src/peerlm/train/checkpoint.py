@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder, write_json
-from peerlm.ops.rows import rows_as_they_are
+from peerlm.ops.row_updates import rows_as_they_are
 
 PREFIX = "step-"
 _CHUNK_BYTES = 2**22
@@ -100,7 +100,7 @@ def save_checkpoint(
     with atomic_folder(folder) as partial:
         with rows_as_they_are():  # what the optimizer left behind catches up in the resumed run as it would here
             save_model(partial, model, tokenizer)
-        tensors, values = _flatten(optimizer.state_dict()["state"])
+            tensors, values = _flatten(optimizer.state_dict()["state"])
         save_file(tensors, partial / "optimizer.safetensors", metadata={"values": json.dumps(values)})
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         values = {**asdict(state), "files": files}
@@ -169,7 +169,7 @@ def _quiet() -> Iterator[None]:
 
 def _corrupt(folder: Path, name: str) -> UserError:
     older = [each for each in list_checkpoints(folder.parents[1]) if int(_number(each)) < int(_number(folder))]
-    then = f"the run goes on from {older[-1].name}" if older else "the run begins anew, for no older one is left"
+    then = f"the run then resumes from {older[-1].name}" if older else "it starts again, for no older one is left"
     return UserError(
         f"the checkpoint {folder} is damaged ({name} is missing or changed): delete it and --resume again; {then}"
     )

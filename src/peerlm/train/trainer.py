@@ -37,6 +37,7 @@ from peerlm.train.growth import check_growths, flops_after, grow_once, hold_stil
 from peerlm.train.interrupts import Interrupts
 from peerlm.train.run_folder import check_run, last_good, open_run
 from peerlm.train.runlog import Display, RunLog
+from peerlm.train.space import check_space
 from peerlm.train.step import accumulate_gradients
 from peerlm.usage import ExpertUsage, record_usage
 
@@ -143,6 +144,8 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """From the newest checkpoint, or the start, to the end; returns the summary."""
         if self.ranks.is_main:
+            coming = self.config.checkpoint.keep + 1 - len(list_checkpoints(self.run))
+            check_space(self.run, self.optimizer, checkpoints=max(1, coming), warn=self.display.note)
             open_run(self.config)
         self.ranks.wait()
         checkpoints = list_checkpoints(self.run)
@@ -360,7 +363,7 @@ class Trainer:
         """The outcome of a run that was told to stop, after its checkpoint."""
         number = interrupts.received or signal.SIGTERM
         return TrainingStopped(
-            f"stopped by {number.name} after step {state.step}; {last_good(self.run)}; go on with --resume",
+            f"stopped by {number.name} after step {state.step}; {last_good(self.run)}",
             exit_code=128 + number,
         )
 
