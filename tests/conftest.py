@@ -49,11 +49,17 @@ def tables(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.config.getoption("--tables") == "whole":
         yield
         return
-    with tables_as(two_pieces()):
+    with tables_as(class_of_two_pieces()):
         yield
 
 
+@pytest.fixture
 def two_pieces() -> type:
+    """A class of tables whose rows lie in two pieces."""
+    return class_of_two_pieces()
+
+
+def class_of_two_pieces() -> type:
     if "two_pieces" not in sys.modules:
         spec = importlib.util.spec_from_file_location("two_pieces", Path(__file__).with_name("two_pieces.py"))
         sys.modules["two_pieces"] = importlib.util.module_from_spec(spec)

@@ -7,44 +7,57 @@ import torch
 from torch import Tensor, nn
 
 from peerlm.layers.table import Index, Replaced, Table
-from peerlm.ops.row_updates import prepare_rows, wants_row_gradients
+from peerlm.ops.row_updates import look_up
 
 
 class TwoPieces(Table):
     """The first half of the rows is one parameter, the second another; state dicts have them as one."""
 
-    parameter_roles: ClassVar[dict[str, str]] = {"first": "table", "second": "table"}
-    first: nn.Parameter
-    second: nn.Parameter
+    parameter_roles: ClassVar[dict[str, str]] = {"first_rows": "table", "last_rows": "table"}
+    first_rows: nn.Parameter
+    last_rows: nn.Parameter
 
     def _keep(self, rows: Tensor, *, trained: bool = True) -> None:
         cut = (len(rows) + 1) // 2
-        for name, piece in (("first", rows[:cut]), ("second", rows[cut:])):
+        for name, piece in (("first_rows", rows[:cut]), ("last_rows", rows[cut:])):
             setattr(self, name, nn.Parameter(piece.clone(), requires_grad=trained and rows.is_floating_point()))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of `nn.Module`; transformers sets what it has loaded by the names of the state dict."""
+        if name != "rows" or param is None:
+            super().register_parameter(name, param)
+            return
+        self._keep(param.detach(), trained=param.requires_grad)
+        for piece in self.row_parameters():
+            piece._is_hf_initialized = getattr(param, "_is_hf_initialized", False)
 
     @property
     def rows(self) -> Tensor:  # type: ignore[override]
         """The whole, for tests that look at it."""
-        return self.read()
+        return torch.cat(self.row_parameters())
 
     def parts(self) -> list[tuple[nn.Parameter, Index]]:
-        cut = len(self.first)
-        return [(self.first, slice(0, cut)), (self.second, slice(cut, cut + len(self.second)))]
+        cut = len(self.first_rows)
+        return [(self.first_rows, slice(0, cut)), (self.last_rows, slice(cut, cut + len(self.last_rows)))]
 
     def _looked_up(self, ids: Tensor | None, compute: Callable[[Tensor, bool], Tensor]) -> Tensor:
-        cut = len(self.first)
-        if ids is None:
-            self.catch_up()
-        else:
-            prepare_rows(self.first, ids[ids < cut])
-            prepare_rows(self.second, ids[ids >= cut] - cut)
-        sparse = wants_row_gradients(self.first)
-        join = _Joined.apply if sparse else lambda *pieces: torch.cat(pieces)
-        return compute(join(self.first, self.second), sparse)
+        cut = len(self.first_rows)
+        first_ids, last_ids = (None, None) if ids is None else (ids[ids < cut], ids[ids >= cut] - cut)
+
+        def join(first: Tensor, last: Tensor, row_gradients: bool) -> Tensor:
+            return compute(_Joined.apply(first, last) if row_gradients else torch.cat([first, last]), row_gradients)
+
+        return look_up(
+            self.first_rows,
+            first_ids,
+            lambda first, row_gradients: look_up(
+                self.last_rows, last_ids, lambda last, _: join(first, last, row_gradients)
+            ),
+        )
 
     def _overwrite(self, first: int, vector: int | None, values: Tensor) -> None:
-        cut, last = len(self.first), first + len(values)
-        for piece, start in ((self.first, 0), (self.second, cut)):
+        cut, last = len(self.first_rows), first + len(values)
+        for piece, start in ((self.first_rows, 0), (self.last_rows, cut)):
             begin, end = max(first, start), min(last, start + len(piece))
             if begin < end:
                 target = piece[begin - start : end - start]
@@ -66,13 +79,13 @@ class TwoPieces(Table):
             return [whole[:cut].clone(), whole[cut:].clone()]
 
         first, second = carry(list(old), 0.0)
-        self.first = nn.Parameter(first, requires_grad=old[0].requires_grad)
-        self.second = nn.Parameter(second, requires_grad=old[0].requires_grad)
+        self.first_rows = nn.Parameter(first, requires_grad=old[0].requires_grad)
+        self.last_rows = nn.Parameter(second, requires_grad=old[0].requires_grad)
         return Replaced(old=old, new=self.row_parameters(), carry=carry)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        pieces = [destination.pop(prefix + name, None) for name in ("first", "second")]
+        pieces = [destination.pop(prefix + name, None) for name in self.parameter_roles]
         if pieces[0] is not None:
             others = {name: destination.pop(name) for name in (prefix + "scales",) if name in destination}
             destination[prefix + "rows"] = torch.cat(pieces)
@@ -89,10 +102,10 @@ class TwoPieces(Table):
             )
             return
         else:
-            cut = len(self.first)
-            state_dict[prefix + "first"], state_dict[prefix + "second"] = rows[:cut], rows[cut:]
+            cut = len(self.first_rows)
+            state_dict[prefix + "first_rows"], state_dict[prefix + "last_rows"] = rows[:cut], rows[cut:]
         super()._load_rows(state_dict, prefix, *arguments)
-        for name in ("first", "second"):
+        for name in self.parameter_roles:
             state_dict.pop(prefix + name, None)
 
 

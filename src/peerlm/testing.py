@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -177,6 +178,23 @@ def gradient_of(table: Table) -> Tensor:
         if parameter.grad is not None:
             whole[rows] = parameter.grad.to_dense()
     return whole
+
+
+def state_of(optimizer: torch.optim.Optimizer, table: Table) -> dict[str, Any]:
+    """What an optimizer remembers of a table's rows, that of all its parameters as one; of numbers the first's."""
+    states = [optimizer.state.get(parameter, {}) for parameter in table.row_parameters()]
+    assert all(state.keys() == states[0].keys() for state in states)
+
+    def joined(name: str) -> Any:
+        values = [state[name] for state in states]
+        sizes = [len(parameter) for parameter in table.row_parameters()]
+        if all(
+            isinstance(value, Tensor) and value.shape[:1] == (size,) for value, size in zip(values, sizes, strict=True)
+        ):
+            return torch.cat(values)
+        return values[0]
+
+    return {name: joined(name) for name in states[0]}
 
 
 @torch.no_grad()

@@ -248,13 +248,13 @@ def test_gradients_of_tables_are_sparse_under_row_adamw_and_equal_dense_ones() -
     model = adapted(num_experts=64).train()
     wake(model)
     model(input_ids=IDS, labels=IDS).loss.backward()
-    dense = [table.rows.grad for pool in pools(model) for table in (pool.down, pool.up)]
+    dense = [p.grad for pool in pools(model) for table in (pool.down, pool.up) for p in table.row_parameters()]
     model.zero_grad()
     groups = parameter_groups(model)
     assert {group["name"] for group in groups} == {"matrix", "vector", "table", "keys"}
     optimizer = RowAdamW(groups)
     model(input_ids=IDS, labels=IDS).loss.backward()
-    sparse = [table.rows.grad for pool in pools(model) for table in (pool.down, pool.up)]
+    sparse = [p.grad for pool in pools(model) for table in (pool.down, pool.up) for p in table.row_parameters()]
     assert optimizer.param_groups
     assert all(grad is not None and grad.is_sparse for grad in sparse)
     assert any(len(grad.coalesce().values()) < 64 for grad in sparse)
@@ -372,6 +372,7 @@ def test_a_wrong_module_dim_is_named_when_the_module_runs() -> None:
         logits(model)
 
 
+@pytest.mark.whole_tables("names its parameters")
 def test_names_that_are_parts_of_adapters_are_refused() -> None:
     model = adapted()
     with pytest.raises(ValueError, match="an adapter cannot be named 'rows'"):

@@ -102,6 +102,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "dropout no number": (lambda f: [f / "bert", f / "new", "--set=dropout=much"], "dropout is 'much'; it must be a n"),
     "norm no name": (lambda f: [f / "bert", f / "new", "--set=query_norm=[1]"], "query_norm is [1]; it must be a word"),
     "mixture of experts": (lambda f: [f / "mixtral", f / "new"], "mixtures of experts"),
+    "a start of no text": (lambda f: [f / "bert", f / "new", "--document-start=none"], "but no text is read; name one"),
     "nothing to undo": (lambda f: [f / "bert", f / "new", "--undo"], "is not converted"),
 }
 

@@ -19,7 +19,12 @@ def unavailable() -> str:
 
 
 def unsupported(
-    op: str, *inputs: Tensor, rows: Tensor | None = None, scales: Tensor | None = None, row_gradients: bool = False
+    op: str,
+    *inputs: Tensor,
+    ids: Tensor | None = None,
+    rows: Tensor | None = None,
+    scales: Tensor | None = None,
+    row_gradients: bool = False,
 ) -> str:
     if row_gradients or scales is not None:
         return "loops have no row gradients and no scales"

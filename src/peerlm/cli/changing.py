@@ -10,6 +10,7 @@ import typer
 
 from peerlm.cli.root import Commands, DocumentStart, Json, app
 from peerlm.cli.show import STDOUT, advance, show
+from peerlm.errors import UserError
 from peerlm.terminal import VALUE, print_table
 
 if TYPE_CHECKING:
@@ -142,8 +143,10 @@ def windows_of(folder: Path, text: list[Path], document_start: str) -> "Tensor |
     """Windows of these files, for the model in a folder; None without files. Says what begins them."""
     from peerlm.data.tokenizer import open_tokenizer
     from peerlm.evaluate.windows import text_windows
-    from peerlm.marks import marked, marks_in
+    from peerlm.marks import AUTO, marked, marks_in
 
+    if not text and document_start != AUTO:
+        raise UserError(f"--document-start is {document_start!r}, but no text is read; name one with --text")
     if not text:
         return None
     tokenizer = open_tokenizer(folder)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peerlm.layers.row_memory import chosen_rows, empty_rows, longer_rows
 from peerlm.ops import api
-from peerlm.ops.row_updates import prepare_rows, wants_row_gradients
+from peerlm.ops.row_updates import keep_rows, look_up, prepare_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,7 +65,9 @@ class Table(nn.Module):
     def __new__(cls, *arguments: Any, **settings: Any) -> "Table":
         """A table of this class, in `tables_as` also of that subclass."""
         implementation = _implementation.get()
-        return super().__new__(cls if implementation is None else _class_of(implementation, cls))
+        table = super().__new__(cls if implementation is None else _class_of(implementation, cls))
+        keep_rows(table)
+        return table
 
     def __init__(self, num_rows: int, *row_shape: int, backend: str = "auto", row_format: str = "float32"):
         super().__init__()
@@ -93,8 +95,7 @@ class Table(nn.Module):
 
         It is also told whether the gradient of the table should be a sparse tensor.
         """
-        prepare_rows(self.rows, ids)
-        return compute(self.rows, wants_row_gradients(self.rows))
+        return look_up(self.rows, ids, compute)
 
     def _overwrite(self, first: int, vector: int | None, values: Tensor) -> None:
         """Store values in the dtype of the rows in rows first, first + 1, ..., or in one vector of each."""
@@ -413,7 +414,9 @@ def _class_of(implementation: type[Table], kind: type[Table]) -> type[Table]:
 
 
 def _unpickled(implementation: type[Table], kind: type[Table] = Table) -> Table:
-    return object.__new__(_class_of(implementation, kind))
+    table = object.__new__(_class_of(implementation, kind))
+    keep_rows(table)
+    return table
 
 
 def _row_dtype(row_format: str) -> torch.dtype:

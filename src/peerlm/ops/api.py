@@ -132,6 +132,7 @@ def _choose(
     op: str,
     backend: str,
     *inputs: Tensor,
+    ids: Tensor | None = None,
     rows: Tensor | None = None,
     scales: Tensor | None = None,
     row_gradients: bool = False,
@@ -145,11 +146,22 @@ def _choose(
     for name in _BACKENDS if backend == "auto" else (backend,):
         first = _backend(name)
         reason = first.unavailable() or first.unsupported(
-            op, *inputs, rows=rows, scales=scales, row_gradients=row_gradients
+            op, *inputs, ids=ids, rows=rows, scales=scales, row_gradients=row_gradients
         )
         if not reason:
             return first if hasattr(first, op) else next(m for m in map(_module, _BACKENDS[name][1:]) if hasattr(m, op))
     raise ValueError(f"backend is {backend!r}, but {reason}; choose 'auto', or convert the tensors")
+
+
+def _refuse_shapes(**tensors: Tensor) -> None:
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    raise ValueError(f"shapes do not fit each other: {shapes}; T tokens, width D and entries P must be the same in all")
+
+
+def _check_floats(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}; it must have a float dtype")
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -161,6 +173,11 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 
 def linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     """The product x W^T of x (T, D) and weight (O, D), for queries; autocast applies, as to any linear layer."""
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"shapes do not fit each other: x {tuple(x.shape)}, weight {tuple(weight.shape)}; "
+            "they must be (T, D) and (O, D)"
+        )
     return _choose("linear", backend, x, weight).linear(x, weight)
 
 
@@ -193,6 +210,16 @@ def retrieve(
         ValueError: an unknown name, or a backend that cannot compute with these tensors.
     """
     check_pairing(pairing)
+    check_weighting(weighting)
+    _check_floats(query=query, sub_keys=sub_keys)
+    halves, sets, n, half_dim = sub_keys.shape
+    if halves != 2 or query.ndim != 3 or sets not in (1, query.shape[1]) or query.shape[2] != 2 * half_dim:
+        raise ValueError(
+            f"shapes do not fit each other: query {tuple(query.shape)}, sub_keys {tuple(sub_keys.shape)}; "
+            "they must be (T, H, 2 C) and (2, H or 1, n, C)"
+        )
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k}; with {n} sub-keys in each half it must be in 1 .. {n}")
     module = _choose("retrieve", backend, query, sub_keys)
     with _without_autocast(query):
         return module.retrieve(query, sub_keys, k, weighting, pairing)
@@ -227,7 +254,22 @@ def mix_experts(
     Raises:
         ValueError: an unknown name, or a backend that cannot compute with these arguments.
     """
-    module = _choose("mix_experts", backend, x, weights, rows=rows, scales=scales, row_gradients=row_gradients)
+    check_activation(activation)
+    _check_floats(x=x, weights=weights)
+    if (rows.dtype == torch.int8) != (scales is not None):
+        given = "no scales" if scales is None else "scales"
+        raise ValueError(f"rows have dtype {rows.dtype} and {given} are given; int8 rows need scales, others have none")
+    if scales is None:
+        _check_floats(rows=rows)
+    elif scales.shape != rows.shape[:2]:
+        _refuse_shapes(rows=rows, scales=scales)
+    if rows.ndim != 3 or rows.shape[1] not in (2, 3):
+        raise ValueError(f"rows have shape {tuple(rows.shape)}; it must be (N, 2, D), or (N, 3, D) for gated experts")
+    if weights.shape != expert_ids.shape or x.shape != (weights.shape[0], rows.shape[2]):
+        _refuse_shapes(x=x, weights=weights, expert_ids=expert_ids, rows=rows)
+    module = _choose(
+        "mix_experts", backend, x, weights, ids=expert_ids, rows=rows, scales=scales, row_gradients=row_gradients
+    )
     with _without_autocast(x):
         if row_gradients:
             return _uncompiled(module, "mix_experts", x, weights, expert_ids, rows, scales, activation)
@@ -238,7 +280,10 @@ def mix_values(
     weights: Tensor, value_ids: Tensor, values: Tensor, *, backend: str = "auto", row_gradients: bool = False
 ) -> Tensor:
     """Sum each token's retrieved values: weights, value_ids (T, P), values (N, D) -> (T, D)."""
-    module = _choose("mix_values", backend, weights, rows=values, row_gradients=row_gradients)
+    _check_floats(weights=weights, values=values)
+    if weights.ndim != 2 or weights.shape != value_ids.shape or values.ndim != 2:
+        _refuse_shapes(weights=weights, value_ids=value_ids, values=values)
+    module = _choose("mix_values", backend, weights, ids=value_ids, rows=values, row_gradients=row_gradients)
     with _without_autocast(weights):
         if row_gradients:
             return _uncompiled(module, "mix_values", weights, value_ids, values)
@@ -253,7 +298,10 @@ def dot_values(
     In float32 at least, or in the dtype of the values. With `mix_values` it makes experts that write another
     width than they read: mix_values(weights * act(dot_values(x, ids, down)), ids, up).
     """
-    module = _choose("dot_values", backend, x, rows=values, row_gradients=row_gradients)
+    _check_floats(x=x, values=values)
+    if value_ids.ndim != 2 or values.ndim != 2 or x.shape != (value_ids.shape[0], values.shape[1]):
+        _refuse_shapes(x=x, value_ids=value_ids, values=values)
+    module = _choose("dot_values", backend, x, ids=value_ids, rows=values, row_gradients=row_gradients)
     with _without_autocast(x):
         if row_gradients:
             return _uncompiled(module, "dot_values", x, value_ids, values)

@@ -21,9 +21,17 @@ class Backend(Protocol):
 
     @staticmethod
     def unsupported(
-        op: str, *inputs: Tensor, rows: Tensor | None = None, scales: Tensor | None = None, row_gradients: bool = False
+        op: str,
+        *inputs: Tensor,
+        ids: Tensor | None = None,
+        rows: Tensor | None = None,
+        scales: Tensor | None = None,
+        row_gradients: bool = False,
     ) -> str:
-        """Why it cannot compute `op` (an operation's name) of these arguments; empty where it can."""
+        """Why it cannot compute `op` (an operation's name) of these arguments; empty where it can.
+
+        inputs are x and weights, or query and sub-keys.
+        """
 
     @staticmethod
     def linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peerlm.ops.functions import ACTIVATIONS
-from peerlm.ops.tensors import not_plain
+from peerlm.ops.tensors import has_values, not_plain
 
 _SUM = 0  # the code of mode="sum" in the ATen operators
 
@@ -29,7 +29,12 @@ def unavailable() -> str:
 
 
 def unsupported(
-    op: str, *inputs: Tensor, rows: Tensor | None = None, scales: Tensor | None = None, row_gradients: bool = False
+    op: str,
+    *inputs: Tensor,
+    ids: Tensor | None = None,
+    rows: Tensor | None = None,
+    scales: Tensor | None = None,
+    row_gradients: bool = False,
 ) -> str:
     """Why these arguments cannot be computed here; empty where they can."""
     if op in ("linear", "retrieve"):
@@ -38,7 +43,7 @@ def unsupported(
         return "embedding bags have no sparse row gradients"
     if scales is not None or (rows is not None and not rows.is_floating_point()):
         return "embedding bags take no int8 rows"
-    return not_plain(*inputs, *(() if rows is None else (rows,)))
+    return not_plain(*inputs, ids, rows)
 
 
 class _RowDots(torch.autograd.Function):
@@ -47,6 +52,7 @@ class _RowDots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, table_ND: Tensor, ids_TP: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, table_ND, ids_TP)
+        _check_ids(ids_TP, len(table_ND))
         token_of_entry, offsets = _bags(ids_TP)
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             x_TD, table_ND, ids_TP.reshape(-1), offsets, token_of_entry, _SUM
@@ -60,6 +66,14 @@ class _RowDots(torch.autograd.Function):
         needs_x, needs_table, _ = ctx.needs_input_grad
         grad_x = mix_values(grad_TP, ids_TP, table_ND) if needs_x else None
         return grad_x, _table_gradient(grad_TP, x_TD, ids_TP, table_ND) if needs_table else None, None
+
+
+def _check_ids(ids_TP: Tensor, num_rows: int) -> None:
+    """Raise an IndexError where a row does not exist: PyTorch's operator would read beyond the table."""
+    if ids_TP.device.type == "cpu" and has_values(ids_TP) and ids_TP.numel():
+        lowest, highest = (int(bound) for bound in ids_TP.aminmax())
+        if lowest < 0 or highest >= num_rows:
+            raise IndexError(f"ids are in {lowest} .. {highest}, but the table has rows 0 .. {num_rows - 1}")
 
 
 def _bags(ids_TP: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,10 +29,15 @@ def unavailable() -> str:
 
 
 def unsupported(
-    op: str, *inputs: Tensor, rows: Tensor | None = None, scales: Tensor | None = None, row_gradients: bool = False
+    op: str,
+    *inputs: Tensor,
+    ids: Tensor | None = None,
+    rows: Tensor | None = None,
+    scales: Tensor | None = None,
+    row_gradients: bool = False,
 ) -> str:
     """Why these arguments cannot be computed here: never, but for row gradients of tensors that are not plain."""
-    return not_plain(*inputs, rows) if row_gradients and rows is not None else ""
+    return not_plain(*inputs, ids, rows) if row_gradients else ""
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
@@ -62,7 +67,7 @@ def retrieve_ids(scores_2THn: Tensor, k: int, pairing: str = "row-major") -> Ten
 def _retrieve_pairs(scores_2THn: Tensor, k: int, pairing: str) -> tuple[Tensor, Tensor]:
     """The sub-keys i and j of `retrieve_ids`, each (..., k) int64."""
     n = scores_2THn.shape[-1]
-    rank_a, rank_b = torch.tensor(_candidate_ranks(k), device=scores_2THn.device).T
+    rank_a, rank_b = torch.tensor(_candidate_ranks(k), device=scores_2THn.device).unbind(-1)
     (best_i, index_i), (best_j, index_j) = (top_k(half, k) for half in scores_2THn)
     score_i, score_j = best_i.index_select(-1, rank_a), best_j.index_select(-1, rank_b)
     total = score_i + score_j
@@ -106,6 +111,10 @@ def retrieve(
     return WEIGHTINGS[weighting](scores_THK), ids_THK
 
 
+def _select(rows: Tensor, ids_TP: Tensor) -> Tensor:
+    return rows.index_select(0, ids_TP.reshape(-1)).unflatten(0, ids_TP.shape)
+
+
 class _SelectRows(torch.autograd.Function):
     """rows[ids] whose gradient is sparse: the ids, with repetitions, and the gradients of their rows."""
 
@@ -113,7 +122,7 @@ class _SelectRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, ids_TP: Tensor) -> Tensor:
         ctx.save_for_backward(ids_TP)
         ctx.shape = rows.shape
-        return rows[ids_TP]
+        return _select(rows, ids_TP)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -124,7 +133,8 @@ class _SelectRows(torch.autograd.Function):
 
 def _gather_rows(rows: Tensor, ids_TP: Tensor, scales: Tensor | None, *, row_gradients: bool) -> Tensor:
     """rows[ids], in float32 at least; int8 rows (N, ..., D) are multiplied by their scales (N, ...)."""
-    gathered = _SelectRows.apply(rows, ids_TP) if row_gradients else rows[ids_TP]
+    # index_select refuses negative ids, which indexing would count from the end
+    gathered = _SelectRows.apply(rows, ids_TP) if row_gradients else _select(rows, ids_TP)
     if scales is not None:
         return gathered.to(scales.dtype) * scales[ids_TP][..., None]
     return gathered.to(torch.promote_types(rows.dtype, torch.float32))

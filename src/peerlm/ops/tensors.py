@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def not_plain(*tensors: Tensor) -> str:
+def not_plain(*maybe_tensors: Tensor | None) -> str:
     """Why kernels and autograd functions of ours cannot take these tensors; empty where they can.
 
     They read memory and have a gradient. A subclass that keeps its values elsewhere, `torch.func`'s transforms and
@@ -16,6 +16,7 @@ def not_plain(*tensors: Tensor) -> str:
     """
     if torch.compiler.is_compiling():
         return ""  # what is traced was looked at by the tracer
+    tensors = [tensor for tensor in maybe_tensors if tensor is not None]
     for tensor in tensors:
         if type(tensor) not in _PLAIN and _has_its_own_operations(tensor):
             return f"a tensor is a {type(tensor).__name__}, which is not a plain torch.Tensor"

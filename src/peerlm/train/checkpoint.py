@@ -100,7 +100,7 @@ def save_checkpoint(
     with atomic_folder(folder) as partial:
         with rows_as_they_are():  # what the optimizer left behind catches up in the resumed run as it would here
             save_model(partial, model, tokenizer)
-        tensors, values = _flatten(optimizer.state_dict()["state"])
+            tensors, values = _flatten(optimizer.state_dict()["state"])
         save_file(tensors, partial / "optimizer.safetensors", metadata={"values": json.dumps(values)})
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         values = {**asdict(state), "files": files}

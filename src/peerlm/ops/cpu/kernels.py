@@ -41,14 +41,19 @@ _INT8_FROM = 1 << 16
 
 
 def unsupported(
-    op: str, *inputs: Tensor, rows: Tensor | None = None, scales: Tensor | None = None, row_gradients: bool = False
+    op: str,
+    *inputs: Tensor,
+    ids: Tensor | None = None,
+    rows: Tensor | None = None,
+    scales: Tensor | None = None,
+    row_gradients: bool = False,
 ) -> str:
     """Why these arguments cannot be computed here; empty where they can."""
     if op == "linear":
         return ""  # what oneDNN cannot multiply, PyTorch does
-    tensors = inputs if rows is None else (*inputs, rows)
+    tensors = (*inputs, ids, rows, scales)
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if tensor is not None and tensor.device.type != "cpu":
             return f"a tensor is on {tensor.device}, and the native kernels run on the CPU"
     for tensor in inputs:
         if tensor.dtype not in _INPUT_DTYPES:

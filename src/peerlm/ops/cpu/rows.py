@@ -9,6 +9,7 @@ from torch import Tensor
 from peerlm.ops.cpu import native
 from peerlm.ops.cpu.native import group_by_row
 from peerlm.ops.row_updates import CatchUpRules, RowState, RowStep
+from peerlm.ops.tensors import has_values
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -31,6 +32,7 @@ def supports(table: RowState) -> bool:
         len(moments) == 1
         and (table.exp_avg_sq.ndim > 1 or table.exp_avg_sq.dtype == torch.float32)
         and all(t.device.type == "cpu" and t.dtype in _DTYPES and t.is_contiguous() for t in tensors)
+        and all(map(has_values, tensors))
     )
 
 
