@@ -90,6 +90,8 @@ class PlannedStream:
         values = asdict(self.learn)
         for name in ("run", "model", "data", "checkpoint_every"):
             del values[name]
+        if values["document_start"] == "auto":
+            del values["document_start"]  # rows are older than this setting, and were made so
         content = json.dumps([bound_values(self.base), values, number], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -353,7 +353,7 @@ def test_far_from_the_fit_a_plan_says_so_first_and_gives_ranges(
     assert "which is best here is not known" in shown
     for candidate in plan_model(law, flops=1e21):
         assert f"{candidate.tokens:,}" not in shown
-        assert f"{candidate.tokens:.3g} " not in shown
+        assert f"{candidate.loss:.3f}" not in shown
 
 
 def test_methods_that_were_fitted_to_less_are_named(law_file: Path) -> None:
