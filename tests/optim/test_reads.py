@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.utils import get_total_norm, parameters_to_vector, prune, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from peerlm import PEER
+from peerlm import PEER, PeerConfig, PeerForCausalLM
 from peerlm.ops.row_updates import rows_as_they_are
 from peerlm.optim import RowAdamW, clip_gradients, parameter_groups
 from peerlm.optim.row_adamw import _Watcher
@@ -305,20 +305,30 @@ def test_a_norm_is_that_of_rows_that_have_caught_up(right: Tensor) -> None:
     assert torch.equal(get_total_norm([layer.experts.rows]), right.norm())
 
 
-def test_views_that_were_taken_before_show_what_a_row_became() -> None:
-    layer, optimizer = trained(6)
-    twin, other = trained(6)
-    rows = layer.experts.rows
-    views = [rows.detach(), rows.data, layer.state_dict()["experts.rows"], rows[:], rows.view(EXPERTS, 2, DIM)]
-    halves, one = layer.experts.up, rows[3]
+VIEWS: dict[str, Callable[[PEER], Tensor]] = {
+    "detach": lambda layer: layer.experts.rows.detach(),
+    "data": lambda layer: layer.experts.rows.data,
+    "state_dict": lambda layer: layer.state_dict()["experts.rows"],
+    "slice": lambda layer: layer.experts.rows[:],
+    "view of a view": lambda layer: layer.experts.rows.flatten(1).view(EXPERTS, 2, DIM),
+    "unbind": lambda layer: layer.experts.rows.unbind(1)[1],
+    "read": lambda layer: layer.experts.read(),
+    "up": lambda layer: layer.experts.up,
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_that_was_taken_before_shows_what_rows_became(view: str) -> None:
+    (layer, optimizer), (twin, other) = trained(6), trained(6)
+    taken = VIEWS[view](layer)
     twin.state_dict()
     train(layer, optimizer, BATCHES[6:18])
     train(twin, other, BATCHES[6:18])
+    behind = as_stored(taken)
     other.catch_up()
-    assert torch.equal(one, twin.experts.rows[3])
-    for view in views:
-        assert torch.equal(view, twin.experts.rows)
-    assert torch.equal(halves, twin.experts.up)
+    expected = VIEWS[view](twin).clone()
+    assert not torch.equal(behind, expected)
+    assert torch.equal(taken, expected)
 
 
 @pytest.mark.parametrize("order", [("model", "optimizer"), ("optimizer", "model")], ids=" first, ".join)
@@ -367,6 +377,28 @@ def test_rows_and_state_that_are_saved_as_they_are_belong_together() -> None:
         train(each, its, BATCHES[12:])
         its.catch_up()
     assert torch.equal(layer.experts.rows, other.experts.rows)
+
+
+def test_a_language_model_is_saved_with_rows_that_have_caught_up(tmp_path: Path) -> None:
+    peer = {"num_experts": 64, "heads": 1, "experts_per_head": 3, "key_dim": 4, "query_norm": "layer"}
+    model = PeerForCausalLM(
+        PeerConfig(
+            vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, ffw_layers="peer", peer=peer
+        )
+    )
+    optimizer = RowAdamW(model.parameters(), lr=0.01)
+    for seed in range(6):
+        ids = torch.randint(32, (1, 4), generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    rows = model.model.layers[0].ffw.experts.rows
+    behind = as_stored(rows)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")["model.layers.0.ffw.experts.rows"]
+    assert not torch.equal(saved, behind)
+    optimizer.catch_up()
+    assert torch.equal(saved, rows)
 
 
 def test_copies_are_plain_and_not_watched() -> None:

@@ -65,9 +65,7 @@ class Table(nn.Module):
     def __new__(cls, *arguments: Any, **settings: Any) -> "Table":
         """A table of this class, in `tables_as` also of that subclass."""
         implementation = _implementation.get()
-        table = super().__new__(cls if implementation is None else _class_of(implementation, cls))
-        keep_rows(table)
-        return table
+        return super().__new__(cls if implementation is None else _class_of(implementation, cls))
 
     def __init__(self, num_rows: int, *row_shape: int, backend: str = "auto", row_format: str = "float32"):
         super().__init__()
@@ -80,6 +78,7 @@ class Table(nn.Module):
         self.watched = False
         self._keep(empty_rows(num_rows, *row_shape, dtype=None if dtype == torch.float32 else dtype))
         self.register_buffer("scales", None if dtype.is_floating_point else torch.empty(num_rows, *row_shape[:-1]))
+        keep_rows(self)
 
     # What a subclass that keeps rows elsewhere replaces.
 
@@ -388,6 +387,10 @@ class Table(nn.Module):
         shape = " x ".join(map(str, (self.num_rows, *self.row_shape)))
         return f"{shape}, row_format={self.row_format!r}, backend={self.backend!r}"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        keep_rows(self)
+
     def __reduce__(self) -> Any:
         """Tables that `tables_as` made have a class of no module's, which is made again; copies are not watched."""
         return _unpickled, type(self).__dict__.get("_made_of", (type(self),)), {**self.__dict__, "watched": False}
@@ -426,9 +429,7 @@ def _class_of(implementation: type[Table], kind: type[Table]) -> type[Table]:
 
 
 def _unpickled(implementation: type[Table], kind: type[Table] = Table) -> Table:
-    table = object.__new__(_class_of(implementation, kind))
-    keep_rows(table)
-    return table
+    return object.__new__(_class_of(implementation, kind))
 
 
 def _row_dtype(row_format: str) -> torch.dtype:

@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from peerlm.ops.watched import watch_reads
+from peerlm.ops.watched import watch_reads, with_views
 
 _WATCHER = "_peerlm_row_watcher"
 _as_they_are: ContextVar[bool] = ContextVar("rows_as_they_are", default=False)
@@ -130,7 +130,7 @@ def look_up(parameter: Tensor, ids: Tensor | None, compute: Callable[[Tensor, bo
         return compute(parameter, False)
     prepare_rows(parameter, ids)
     with torch._C.DisableTorchFunctionSubclass():
-        return compute(parameter, wants_row_gradients(parameter))
+        return with_views(compute(parameter, wants_row_gradients(parameter)), [parameter])
 
 
 def _check_transforms(parameter: Tensor) -> None:

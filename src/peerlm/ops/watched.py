@@ -7,7 +7,7 @@ tensor are of such a class too. Copies and pickles are of the class that the ten
 
 import copy
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing.reduction import ForkingPickler
@@ -80,7 +80,7 @@ class Watched:
             sources = [*_watched_among(arguments), *_watched_among(options.values())]
             for source in sources:
                 source.__dict__[_CATCH_UP]()
-            return _with_views(function(*arguments, **options), sources)
+            return with_views(function(*arguments, **options), sources)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         with _as_before(self) as tensor:
@@ -133,11 +133,11 @@ def _watched_among(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _watched_among(value)
 
 
-def _with_views(result: Any, sources: list[Tensor]) -> Any:
-    """The result, in which tensors that share memory with a source are watched as that is."""
+def with_views(result: Any, sources: Sequence[Tensor]) -> Any:
+    """The result, in which tensors that share memory with a watched source are watched as that is."""
     if isinstance(result, (list, tuple)):
         for each in result:
-            _with_views(each, sources)
+            with_views(each, sources)
     elif type(result) is Tensor and result.layout == torch.strided:
         for source in sources:
             if result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():

@@ -27,13 +27,15 @@ class RowAdamW(torch.optim.Optimizer):
 
     Groups named "table" (those of `parameter_groups`), or with `rows=True`, hold tables (N, *row_shape): their
     gradients may be sparse COO tensors with indices (1, U) and values (U, *row_shape), coalesced or not, and only
-    those rows are visited. Every other parameter is updated by torch's own AdamW.
+    those rows are visited. Every other parameter is updated by torch's own AdamW. Tables of peerlm's layers in other
+    groups, as of `model.parameters()`, are found: they get a group "table" with the settings of theirs. With
+    `rows=False` a group keeps them as dense weights.
 
     By default the weights are those of `torch.optim.AdamW`. A row without a gradient would move there too, by
-    momentum and by weight decay: here it catches up when it is next read. Tables are watched through
-    `peerlm.ops.row_updates` for that; who reads rows without saying so there, or saves or evaluates the model, calls
-    `catch_up()` first. Decaying learning rates, weight decay, and changing betas and eps are all right, though
-    a change of betas or eps costs a sweep over the tables.
+    momentum and by weight decay: here it catches up when it is next read. Layers say which rows they look up; whoever
+    reads a table's parameter in another way, copies or saves it, has all its rows brought up to date before. Decaying
+    learning rates, weight decay, and changing betas and eps are all right, though a change of betas or eps costs a
+    sweep over the tables.
 
     Args:
         params: parameters or groups.
@@ -62,7 +64,8 @@ class RowAdamW(torch.optim.Optimizer):
 
     State: dense parameters have torch's "step", "exp_avg", "exp_avg_sq". Tables have these ("step" an int), in
     exact mode also "moments_step" and "weights_step", (N,) int32, and the learning rates of the steps since the
-    row longest left behind. Saving does not change weights: a resumed run has the bits of an unbroken one.
+    row longest left behind. Saving lets all rows catch up, which changes weights within rounding: a resumed run has
+    the bits of the one that saved. See `state_dict`.
 
     Raises:
         ValueError: for settings out of range, combinations that do not exist, and gradients of another shape.
