@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from peerlm.continual import LearnConfig, learn, loop, markdown_matrix, stream
+from peerlm.continual import LearnConfig, learn, markdown_matrix, stream
 from peerlm.continual.methods import METHODS
 from peerlm.errors import TrainingStopped, UserError
 from peerlm.evaluate import held_out_loss, load_model
 from peerlm.files import PARTIAL
 from peerlm.optim import clip_gradients
+from peerlm.train import loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -88,7 +89,7 @@ def test_told_to_stop_it_saves_and_says_so(
 
     monkeypatch.setattr(loop, "clip_gradients", clip)
     with pytest.raises(
-        TrainingStopped, match=r"stopped by SIGTERM after step 1 of code; .* go on with --resume"
+        TrainingStopped, match=r"stopped by SIGTERM after step 1 of code; the last good checkpoint is .*"
     ) as stop:
         learn(config, progress=False)
     assert stop.value.exit_code == 143

@@ -61,7 +61,8 @@ def learn(
     keys_lr_multiplier: Annotated[float, typer.Option(help="Learning rate of sub-keys over that of the rest.")] = 1.0,
     context: Annotated[int | None, typer.Option(help="Tokens in a window; default: as trained.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows of new text in a step.")] = 8,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only when stopped.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: none by steps.")] = 0,
+    checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints; 0: none by time.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Of the order of the text and of new weights.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     as_json: Json = False,
@@ -98,6 +99,7 @@ def learn(
         context=context,
         batch_size=batch_size,
         checkpoint_every=checkpoint_every,
+        checkpoint_minutes=checkpoint_minutes,
         seed=seed,
     )
     rows = learn(config, resume=resume, progress=not as_json)

@@ -33,7 +33,7 @@ class MethodConfig:
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the method."""
     memory: dict[str, Any] = field(default_factory=dict)
-    """Of `MemoryConfig`."""
+    """Of `RetentionConfig`."""
     optim: dict[str, Any] = field(default_factory=dict)
     """Of `OptimConfig`."""
     once: bool = False
@@ -88,7 +88,7 @@ class PlannedStream:
     def key(self, number: int) -> str:
         """Digest of all that the row after `number` stages depends on."""
         values = asdict(self.learn)
-        for name in ("run", "model", "data", "checkpoint_every"):
+        for name in ("run", "model", "data", "checkpoint_every", "checkpoint_minutes"):
             del values[name]
         content = json.dumps([bound_values(self.base), values, number], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
