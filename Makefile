@@ -37,7 +37,7 @@ sanitize: setup  ## the kernels' tests under the address and undefined-behaviour
 	rm -rf $(SANITIZED)
 	$(PIP) install --no-deps --no-build-isolation --target $(SANITIZED)/package \
 	    -C cmake.define.PEERLM_SANITIZE=ON -C build-dir=$(SANITIZED)/cmake .
-	ls $(SANITIZED)/package/peerlm/ops/_native*
+	ls $(SANITIZED)/package/peerlm/ops/cpu/_native*
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED)/package \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/ops/test_cpu_*.py \
@@ -58,5 +58,5 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt
 
 $(VENV)/.package: $(VENV)/.dependencies README.md $(shell find src -not -name '*.pyc' -not -name __pycache__)
 	$(PIP) install --no-deps --no-build-isolation --force-reinstall .
-	@$(BIN)/python -c 'from peerlm.ops import native; print("peerlm:", native.description())'
+	@$(BIN)/python -c 'from peerlm.ops.cpu import native; print("peerlm:", native.description())'
 	@touch $@

@@ -16,7 +16,7 @@ from measure import report
 
 from peerlm.growth import grow
 from peerlm.layers import PEER
-from peerlm.layers.row_table import empty_rows
+from peerlm.layers.row_memory import empty_rows
 from peerlm.optim import RowAdamW, parameter_groups
 
 

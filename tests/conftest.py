@@ -7,8 +7,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import importlib.util
+import json
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +23,49 @@ from hypothesis import settings
 from .models import Build, build
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--tables", choices=("whole", "two-pieces"), default="whole", help="the class of which tests make tables"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "whole_tables(reason): looks at how `Table` itself keeps its rows")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    marker = item.get_closest_marker("whole_tables")
+    if marker is not None and item.config.getoption("--tables") != "whole":
+        pytest.skip(marker.args[0])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def tables(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With `--tables two-pieces` every layer of a test has tables of another class, `two_pieces.py`."""
+    from peerlm.layers.table import tables_as
+
+    if request.config.getoption("--tables") == "whole":
+        yield
+        return
+    with tables_as(class_of_two_pieces()):
+        yield
+
+
+@pytest.fixture
+def two_pieces() -> type:
+    """A class of tables whose rows lie in two pieces."""
+    return class_of_two_pieces()
+
+
+def class_of_two_pieces() -> type:
+    if "two_pieces" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("two_pieces", Path(__file__).with_name("two_pieces.py"))
+        sys.modules["two_pieces"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["two_pieces"])
+    return sys.modules["two_pieces"].TwoPieces
+
 
 # Examples share the cores with other tests, so that a slow one is no failure.
 settings.register_profile("peerlm", deadline=None)
@@ -53,3 +101,70 @@ def own_heap() -> Iterator[None]:
 def new_model() -> Build:
     """A function: the name of an architecture, and settings that differ -> a new model."""
     return build
+
+
+WORDS = "river lantern moss quiet copper ladder winter orchard signal paper harbour tin violet"
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., Any]:
+    """A function: kind of tokenizer -> a small one of that kind, whose documents begin and end as `template` says.
+
+    "bytes": byte-level BPE. "spaces": BPE of the characters of WORDS with "▁" before words, as sentencepiece writes
+    them; with `unk` or `byte_fallback` for others, else without either. "llama": the same by a normaliser that puts
+    "▁" before a text. "bert": lower-cased pieces of words.
+    """
+    return _make_tokenizer
+
+
+def _make_tokenizer(
+    kind: str = "bytes",
+    *,
+    template: str | None = None,
+    unk: str | None = None,
+    byte_fallback: bool = False,
+    bos: str | None = None,
+    eos: str = "</s>",
+) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<pad>", *([unk] if unk else [])]
+    if kind == "bert":
+        engine = Tokenizer(models.WordPiece(unk_token=unk))
+        engine.normalizer = normalizers.BertNormalizer()
+        engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        engine.decoder = decoders.WordPiece()
+        trainer: Any = trainers.WordPieceTrainer(vocab_size=150, special_tokens=special, show_progress=False)
+    else:
+        engine = Tokenizer(models.BPE(unk_token=unk, byte_fallback=byte_fallback))
+        fallback = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else []
+        alphabet: list[str] = []
+        if kind == "bytes":
+            engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            engine.decoder = decoders.ByteLevel()
+            alphabet = pre_tokenizers.ByteLevel.alphabet()
+        elif kind == "spaces":
+            engine.pre_tokenizer = pre_tokenizers.Metaspace()
+            engine.decoder = decoders.Metaspace()
+        else:
+            engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            engine.decoder = decoders.Sequence(
+                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            )
+        size = 330 if kind == "bytes" else 130 + len(fallback)
+        trainer = trainers.BpeTrainer(
+            vocab_size=size, special_tokens=[*special, *fallback], initial_alphabet=alphabet, show_progress=False
+        )
+    engine.train_from_iterator(([WORDS] if kind != "llama" else WORDS.split()) * 3, trainer)
+    if byte_fallback:  # the trainer makes tokens of text of these, which would be read as such in a text
+        state = json.loads(engine.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in special]
+        engine = Tokenizer.from_str(json.dumps(state))
+    if template:
+        ids = [(token, engine.token_to_id(token)) for token in special]
+        engine.post_processor = TemplateProcessing(single=template, pair=f"{template} $B", special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=engine, bos_token=bos, eos_token=eos, unk_token=unk, pad_token="<pad>"
+    )

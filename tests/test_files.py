@@ -3,13 +3,15 @@
 import errno
 import json
 import os
+import stat
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from peerlm.files import PARTIAL, atomic_folder, is_disk_full, remove_partials, write_json
+from peerlm.files import PARTIAL, atomic_folder, is_disk_full, remove_partials, write_bytes, write_json
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -119,3 +121,16 @@ def test_a_full_disk_is_told_from_other_errors(error: Exception, full: bool) -> 
     wrapped = RuntimeError("while saving")
     wrapped.__cause__ = error
     assert is_disk_full(wrapped) is full
+
+
+def test_a_device_is_written_into_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    write_bytes(pipe, b"content")
+    reader.join(10)
+    assert read == [b"content"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]

@@ -1,10 +1,25 @@
-"""What ends a command early: a mistake that the user can fix, and a training run that stopped."""
+"""What ends a command early, what it warns of, and how much a message repeats."""
+
+from collections.abc import Iterable
+
+MOST_CHARACTERS = 2000
+"""Longest message of a `UserError`; a longer one loses its middle."""
 
 
 class UserError(ValueError):
     """A mistake the user can fix: one sentence with what was wrong, the value, and the fix.
 
     The command line prints the sentence and exits with code 2; library users catch it as a `ValueError`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message, MOST_CHARACTERS))
+
+
+class PeerlmWarning(UserWarning):
+    """A result is given, but there is something about it that the user should know: one sentence.
+
+    The command line prints the sentence on stderr.
     """
 
 
@@ -19,3 +34,24 @@ class TrainingStopped(Exception):  # noqa: N818  # an outcome, not a mistake: th
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """The text, or its beginning and its end where it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    ending = most // 3
+    return f"{text[: most - ending - 5]} ... {text[-ending:]}"
+
+
+def listed(names: Iterable[object], most: int = 8) -> str:
+    """The names with commas between them: the first `most`, then how many more there are; "none" without any.
+
+    Where one of them has a comma of its own, all are in quotes.
+    """
+    words = [shortened(str(name)) for name in names]
+    if any("," in word for word in words):
+        words = [repr(word) for word in words]
+    if len(words) > most:
+        words[most:] = [f"and {len(words) - most:,} more"]
+    return ", ".join(words) or "none"

@@ -6,10 +6,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 PARTIAL = ".partial-"
 """Prefix of what is being written; a leftover of it is rubbish."""
@@ -43,13 +42,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: object) -> None:
     """Write `path` as indented JSON, replacing it in one step."""
     write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `path`, replacing it in one step."""
+    """Write `path`, replacing it in one step; what is there and no file, as a device is, is written into."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(content)
+        return
     partial = path.with_name(PARTIAL + path.name)
     try:
         partial.write_bytes(content)

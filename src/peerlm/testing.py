@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from peerlm.layers import PEER, QueryBatchNorm
+from peerlm.layers import PEER, QueryBatchNorm, Table
 
 ACTIVATION_OF_FLOAT: dict[str, Callable[[float], float]] = {
     "gelu": lambda z: z * 0.5 * (1 + math.erf(z / math.sqrt(2))),
@@ -170,6 +171,32 @@ def _dot(a: Sequence[float], b: Sequence[float]) -> float:
     return math.fsum(p * q for p, q in zip(a, b, strict=True))
 
 
+def gradient_of(table: Table) -> Tensor:
+    """The gradient of a table's rows, (N, *row_shape), dense, of all its parameters; zeros where they have none."""
+    whole = torch.zeros(table.num_rows, *table.row_shape, dtype=table.dtype)
+    for parameter, rows in table.parts():
+        if parameter.grad is not None:
+            whole[rows] = parameter.grad.to_dense()
+    return whole
+
+
+def state_of(optimizer: torch.optim.Optimizer, table: Table) -> dict[str, Any]:
+    """What an optimizer remembers of a table's rows, that of all its parameters as one; of numbers the first's."""
+    states = [optimizer.state.get(parameter, {}) for parameter in table.row_parameters()]
+    assert all(state.keys() == states[0].keys() for state in states)
+
+    def joined(name: str) -> Any:
+        values = [state[name] for state in states]
+        sizes = [len(parameter) for parameter in table.row_parameters()]
+        if all(
+            isinstance(value, Tensor) and value.shape[:1] == (size,) for value, size in zip(values, sizes, strict=True)
+        ):
+            return torch.cat(values)
+        return values[0]
+
+    return {name: joined(name) for name in states[0]}
+
+
 @torch.no_grad()
 def loop_peer(layer: PEER, x_TD: Tensor) -> Tensor:
     """A float64 PEER layer in evaluation mode by its equations, with a search of all N experts: (T, dim)."""
@@ -196,7 +223,7 @@ def loop_peer(layer: PEER, x_TD: Tensor) -> Tensor:
         x=x_TD,
         weights=torch.tensor(weights, dtype=torch.float64).flatten(1),
         ids=ids_THK.flatten(1),
-        rows=layer.experts.rows,
+        rows=layer.experts.read(),
     )
     return loop_mix_experts(inputs, layer.experts.activation)
 

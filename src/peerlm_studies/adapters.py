@@ -22,6 +22,8 @@ from peerlm.evaluate.encoding import encode
 from peerlm.evaluate.files import read_documents
 from peerlm.evaluate.loading import load_model, trained_context
 from peerlm.evaluate.perplexity import score_text
+from peerlm.evaluate.windows import begin_windows
+from peerlm.marks import marks_of
 from peerlm.optim import RowAdamW, clip_gradients, parameter_groups, set_learning_rates, wsd
 from peerlm.train.step import accumulate_gradients
 from peerlm_studies.rows import append_row, read_rows
@@ -114,7 +116,9 @@ def _tokens(
 ) -> Tensor:
     """As many tokens as the cheapest adapter could be trained on."""
     needed = int(flops / (2 * model_cost(base, context).forward_flops_per_token)) + context
-    found = encode(tokenizer, read_documents(file, ()), limit=needed).tokens
+    marks = marks_of(base, tokenizer)
+    found = encode(tokenizer, read_documents(file, ()), marks, limit=needed).tokens
+    found = begin_windows(found, context, marks.window_start)
     if len(found) < needed:
         raise UserError(f"{file} has {len(found)} tokens, fewer than the {needed} of {flops:g} FLOPs; take fewer")
     return found

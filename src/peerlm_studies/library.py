@@ -28,7 +28,9 @@ from peerlm.adapters.library.lora_files import WEIGHTS_NAME
 from peerlm.errors import UserError
 from peerlm.evaluate.files import read_documents
 from peerlm.evaluate.loading import load_model
+from peerlm.evaluate.windows import begin_windows
 from peerlm.layers.modes import evaluating
+from peerlm.marks import marks_of
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.train.step import accumulate_gradients
 from peerlm_studies.rows import append_row
@@ -51,9 +53,15 @@ class Document:
 
 
 def read_some(
-    files: Sequence[Path], tokenizer: Any, number: int, *, known_tokens: int = 2048, windows: int = 4
+    files: Sequence[Path],
+    tokenizer: Any,
+    number: int,
+    *,
+    known_tokens: int = 2048,
+    windows: int = 4,
+    start: Sequence[int] = (),
 ) -> list[Document]:
-    """`number` documents, evenly from the files as far as they have long enough ones."""
+    """`number` documents, evenly from the files as far as they have long enough ones; `start` begins every window."""
     found: list[list[Document]] = []
     for file in files:
         domain = file.name.partition(".")[0]
@@ -62,13 +70,16 @@ def read_some(
             if len(own) == number:
                 break
             cut = len(text) * 4 // 5
-            known = tokenizer(text[: min(cut, 8 * known_tokens)], add_special_tokens=False)["input_ids"][:known_tokens]
-            asked = tokenizer(text[cut:][: 8 * WINDOW * windows], add_special_tokens=False)["input_ids"]
+            known, asked = (
+                begin_windows(torch.tensor(tokenizer(part, add_special_tokens=False)["input_ids"]), WINDOW, start)
+                for part in (text[: min(cut, 8 * known_tokens)], text[cut:][: 8 * WINDOW * windows])
+            )
+            known = known[:known_tokens]
             if len(known) < known_tokens or len(asked) < WINDOW * windows:
                 continue
-            ends = torch.tensor(asked[: WINDOW * windows]).view(windows, WINDOW)
+            ends = asked[: WINDOW * windows].view(windows, WINDOW)
             name = f"{domain}-{position:04d}"
-            own.append(Document(name=name, domain=domain, known=torch.tensor(known), asked=ends))
+            own.append(Document(name=name, domain=domain, known=known, asked=ends))
         found.append(own)
     chosen: list[Document] = []
     while len(chosen) < number and any(found):
@@ -140,7 +151,7 @@ def measure_library(
     if folder.exists():
         raise UserError(f"{folder} is there already; name a new folder for the library")
     base, tokenizer = load_model(run)
-    documents = read_some(files, tokenizer, adapters)
+    documents = read_some(files, tokenizer, adapters, start=marks_of(base, tokenizer).window_start)
     folder.mkdir(parents=True)
     learned = write_adapters(lambda: load_model(run)[0], documents, folder, trained=trained)
     library = AdapterLibrary(base, folder, layer=layer, window=WINDOW, cache_bytes=64 * 2**20)

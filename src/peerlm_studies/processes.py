@@ -13,8 +13,8 @@ from peerlm.errors import TrainingStopped
 class Processes:
     """Runs `peerlm ...` in processes of their own, from any thread, until the context ends.
 
-    When it ends early the processes are told to stop, which has a training run save a checkpoint. SIGTERM ends it
-    early.
+    When it ends early the processes are told to stop, which has a training run save a checkpoint. SIGTERM and Ctrl-C
+    end it early.
 
     Args:
         jobs: how many run at a time, each with its share of the cores; with one, its progress is shown.
@@ -33,14 +33,15 @@ class Processes:
     def __enter__(self) -> "Processes":
         self._handles_sigterm = threading.current_thread() is threading.main_thread()
         if self._handles_sigterm:
-            self._before = signal.signal(signal.SIGTERM, _stop)
+            self._before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._handles_sigterm:
-            signal.signal(signal.SIGTERM, self._before)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
         with self._lock:
             self._ended = True
             for process in self._running:
@@ -66,6 +67,6 @@ class Processes:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise TrainingStopped(
-        "stopped by SIGTERM; finished runs are kept, and the same command goes on with the others",
+        f"stopped by {signal.Signals(number).name}; finished runs are kept",
         exit_code=128 + number,
     )

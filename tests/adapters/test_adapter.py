@@ -68,8 +68,7 @@ def wake(model: nn.Module, seed: int = 1, name: str = "default") -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in model.modules():
         if isinstance(layer, PeerAdapterLayer) and name in layer.peer_adapter_pools:
-            with torch.no_grad():
-                layer.peer_adapter_pools[name].up.rows.normal_(generator=generator)  # type: ignore[operator, union-attr]
+            layer.peer_adapter_pools[name].up.fill(lambda rows: rows.normal_(generator=generator))
 
 
 @torch.no_grad()
@@ -94,7 +93,7 @@ def test_pool_is_the_sum_of_retrieved_neurons(
     activation: str, act: Callable[[Tensor], Tensor], inside: int, outside: int, rank: int
 ) -> None:
     pool = AdapterPool(inside, outside, rank=rank, activation=activation, **SMALL).double()
-    nn.init.normal_(pool.up.rows)
+    pool.up.fill(nn.init.normal_)
     x = torch.randn(2, 3, inside, dtype=torch.float64)
     expected = loop_pool(pool, x.flatten(0, 1), act).view(2, 3, outside)
     torch.testing.assert_close(pool(x), expected)
@@ -102,7 +101,7 @@ def test_pool_is_the_sum_of_retrieved_neurons(
 
 def test_a_single_expert_that_is_always_retrieved_is_lora() -> None:
     pool = AdapterPool(6, 4, num_experts=1, heads=1, experts_per_head=1, key_dim=2, rank=3)
-    nn.init.normal_(pool.up.rows)
+    pool.up.fill(nn.init.normal_)
     x = torch.randn(5, 6)
     torch.testing.assert_close(pool(x), x @ pool.down.rows.T @ pool.up.rows)
 
@@ -249,13 +248,13 @@ def test_gradients_of_tables_are_sparse_under_row_adamw_and_equal_dense_ones() -
     model = adapted(num_experts=64).train()
     wake(model)
     model(input_ids=IDS, labels=IDS).loss.backward()
-    dense = [table.rows.grad for pool in pools(model) for table in (pool.down, pool.up)]
+    dense = [p.grad for pool in pools(model) for table in (pool.down, pool.up) for p in table.row_parameters()]
     model.zero_grad()
     groups = parameter_groups(model)
     assert {group["name"] for group in groups} == {"matrix", "vector", "table", "keys"}
     optimizer = RowAdamW(groups)
     model(input_ids=IDS, labels=IDS).loss.backward()
-    sparse = [table.rows.grad for pool in pools(model) for table in (pool.down, pool.up)]
+    sparse = [p.grad for pool in pools(model) for table in (pool.down, pool.up) for p in table.row_parameters()]
     assert optimizer.param_groups
     assert all(grad is not None and grad.is_sparse for grad in sparse)
     assert any(len(grad.coalesce().values()) < 64 for grad in sparse)
@@ -373,6 +372,7 @@ def test_a_wrong_module_dim_is_named_when_the_module_runs() -> None:
         logits(model)
 
 
+@pytest.mark.whole_tables("names its parameters")
 def test_names_that_are_parts_of_adapters_are_refused() -> None:
     model = adapted()
     with pytest.raises(ValueError, match="an adapter cannot be named 'rows'"):

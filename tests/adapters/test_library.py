@@ -501,3 +501,19 @@ def test_models_without_a_list_of_blocks_are_refused(tmp_path: Path) -> None:
     model.model.layers = nn.ModuleList(list(model.model.layers)[:2])
     with pytest.raises(ValueError, match="has no list of its 3 blocks"):
         AdapterLibrary(model, tmp_path)
+
+
+def test_pieces_of_strings_begin_as_prompts_do(make_tokenizer, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("spaces", template="<s> $A </s>", bos="<s>")
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": len(tokenizer)}, intermediate_size=24)).eval()
+    text = "river lantern moss quiet copper ladder winter"
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    options: dict[str, Any] = {"tokenizer": tokenizer, "window": 4}
+    made = AdapterLibrary(base, tmp_path / "library", **options)
+    pieces = [torch.cat([torch.tensor([0]), ids[:3]]), torch.cat([torch.tensor([0]), ids[3:6]])]
+    assert torch.equal(made.features([text]), made.features(pieces))
+    bare = AdapterLibrary(base, tmp_path / "bare", **options, document_start="none")
+    assert torch.equal(bare.features([text]), bare.features([ids[:4]]))
+    with pytest.raises(ValueError, match="window is 1, but 1 tokens begin each piece"):
+        AdapterLibrary(base, tmp_path / "narrow", tokenizer=tokenizer, window=1)

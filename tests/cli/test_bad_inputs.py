@@ -3,6 +3,7 @@
 import hashlib
 import json
 import lzma
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +42,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "books.txt").write_text("\n<|endoftext|>\n".join(documents))
     (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
     for command in (
-        ["prepare", f"{folder}/books.txt", "--output", f"{folder}/tokens", "--vocab-size", "300", "--json"],
-        ["train", f"{folder}/recipe.toml", "--json"],
+        ["prepare", f"{folder}/books.txt", "--output", f"{folder}/tokens", "--vocab-size", "300", "--json=-"],
+        ["train", f"{folder}/recipe.toml", "--json=-"],
     ):
         with pytest.raises(SystemExit) as stop:
             main(command)
@@ -121,6 +122,18 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "source not UTF-8": (lambda f: prepare(f, "latin.txt"), "latin.txt"),
     "source cut short": (lambda f: prepare(f, "cut.txt.xz"), "cut.txt.xz"),
     "suffix unknown": (lambda f: prepare(f, "picture.png"), "picture.png"),
+    "name not UTF-8": (
+        damaged(
+            lambda f: shutil.copy(f / "books.txt", os.fsencode(f / "mine") + b"/caf\xe9.txt"),
+            lambda f: prepare(f, "mine"),
+        ),
+        "caf\\xe9.txt",
+    ),
+    "link to nothing": (
+        damaged(lambda f: (f / "mine" / "more").symlink_to("../gone"), lambda f: prepare(f, "mine")),
+        "../gone",
+    ),
+    "source is a pipe": (damaged(lambda f: os.mkfifo(f / "p.txt"), lambda f: prepare(f, "p.txt")), "p.txt"),
     "folder empty": (lambda f: prepare(f, "nothing"), "nothing"),
     "JSONL line broken": (lambda f: prepare(f, "broken.jsonl"), "broken.jsonl:2:"),
     "JSONL field missing": (lambda f: prepare(f, "fields.jsonl"), "fields.jsonl:2:"),

@@ -1,18 +1,27 @@
 """The command line: what each command passes on, what it prints, and the exit code of every way to end."""
 
 import errno
+import io
 import json
+import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import ANY, Mock, create_autospec
 
 import pytest
 import torch
+import typer
+from safetensors import SafetensorError
 
 import peerlm
 from peerlm import UserError
 from peerlm.cli import main
-from peerlm.errors import TrainingStopped
+from peerlm.cli.root import app
+from peerlm.errors import PeerlmWarning, TrainingStopped
+
+from .shown import commands
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -30,7 +39,8 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
     split = SimpleNamespace(documents=3, tokens=12_345, bytes=67, shards=(), ends=None)
     stub: Mock = create_autospec(
-        peerlm.data.prepare, return_value=SimpleNamespace(vocab_size=512, splits={"train": split})
+        peerlm.data.prepare,
+        return_value=SimpleNamespace(vocab_size=512, splits={"train": split}, document_start=(), files=None),
     )
     monkeypatch.setattr(peerlm.data, "prepare", stub)
     return stub
@@ -53,7 +63,7 @@ def test_prepare_passes_every_option(capsys: pytest.CaptureFixture[str], prepare
     code, out, _ = run(
         capsys,
         *("prepare", "demo", "more.jsonl", "--output", "data", "--tokenizer", "tok", "--vocab-size", "300"),
-        *("--holdout", "0.1", "--seed", "7", "--text-field", "body"),
+        *("--holdout", "0.1", "--seed", "7", "--text-field", "body", "--document-start", "<s>"),
     )
     assert code == 0
     prepare.assert_called_once_with(
@@ -64,6 +74,7 @@ def test_prepare_passes_every_option(capsys: pytest.CaptureFixture[str], prepare
         holdout=0.1,
         seed=7,
         text_field="body",
+        document_start="<s>",
         progress=True,
     )
     assert "12,345" in out
@@ -82,7 +93,7 @@ def test_train_loads_the_recipe_with_its_settings(capsys: pytest.CaptureFixture[
 
 
 def test_train_prints_json_alone(capsys: pytest.CaptureFixture[str], train: Mock) -> None:
-    code, out, err = run(capsys, "train", "r.toml", "--json")
+    code, out, err = run(capsys, "train", "r.toml", "--json=-")
     assert (code, err) == (0, "")
     assert json.loads(out) == {"run": "runs/a", "steps": 1000, "train_loss": 1.25}
     train.assert_called_once_with("config", resume=False, progress=False)
@@ -109,11 +120,20 @@ def evaluate(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
 
 def test_eval_prints_a_table_of_every_measure(capsys: pytest.CaptureFixture[str], evaluate: Mock) -> None:
-    code, out, _ = run(capsys, "eval", "run", "a.txt", "b.jsonl", "--context", "64", "--stride", "32", "--limit", "9")
+    options = ("--context", "64", "--stride", "32", "--limit", "9", "--document-start", "none")
+    code, out, _ = run(capsys, "eval", "run", "a.txt", "b.jsonl", *options)
     assert code == 0
     files = [Path("a.txt"), Path("b.jsonl")]
     evaluate.assert_called_once_with(
-        Path("run"), files, context=64, stride=32, limit=9, detokenized=False, packs=[], progress=True
+        Path("run"),
+        files,
+        context=64,
+        stride=32,
+        limit=9,
+        detokenized=False,
+        document_start="none",
+        packs=[],
+        progress=True,
     )
     for text in ("a.txt", "12,345", "20.12", "accuracy", "0.25"):
         assert text in out
@@ -133,6 +153,32 @@ def test_eval_writes_json_beside_the_table(capsys: pytest.CaptureFixture[str], e
     assert json.loads((tmp_path / "rows.json").read_text()) == ROWS
 
 
+def test_eval_prints_notes_beside_the_table_and_leaves_them_in_json(
+    capsys: pytest.CaptureFixture[str], evaluate: Mock
+) -> None:
+    noted = {name: {**row, "notes": ["mind the gap"]} for name, row in ROWS.items()}
+    evaluate.return_value = noted
+    _, out, err = run(capsys, "eval", "run", "a.txt", "b.jsonl")
+    assert (err, "mind the gap" in out) == ("note: mind the gap\n", False)
+    _, out, err = run(capsys, "eval", "run", "a.txt", "--json", "-")
+    assert (err, json.loads(out)) == ("note: mind the gap\n", noted)
+
+
+def test_a_warning_of_ours_is_one_line_and_others_are_as_python_prints_them(
+    capsys: pytest.CaptureFixture[str], evaluate: Mock
+) -> None:
+    def warn(*_: object, **__: object) -> dict[str, dict[str, object]]:
+        warnings.warn("half of it is lost", PeerlmWarning, stacklevel=2)
+        warnings.warn("something else", RuntimeWarning, stacklevel=2)
+        return ROWS
+
+    evaluate.side_effect = warn
+    with pytest.warns(RuntimeWarning, match="something else") as caught:
+        _, _, err = run(capsys, "eval", "run", "a.txt")
+    assert err == "warning: half of it is lost\n"
+    assert len(caught) == 1
+
+
 def test_compare_passes_the_recipe_and_its_settings(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +186,7 @@ def test_compare_passes_the_recipe_and_its_settings(
 
     compare = create_autospec(module.compare, return_value=[{"method": "peer"}])
     monkeypatch.setattr(module, "compare", compare)
-    code, out, _ = run(capsys, "compare", "r.toml", "--set", "seed=1", "--output", "runs/c", "--json")
+    code, out, _ = run(capsys, "compare", "r.toml", "--set", "seed=1", "--output", "runs/c", "--json=-")
     assert code == 0
     compare.assert_called_once_with(Path("r.toml"), ["seed=1", 'run="runs/c"'], progress=False)
     assert json.loads(out) == [{"method": "peer"}]
@@ -152,10 +198,26 @@ def test_generate_asks_for_a_sample(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(module, "load_model", create_autospec(module.load_model, return_value=("model", "tokenizer")))
     sample_text = create_autospec(module.sample_text)
     monkeypatch.setattr(module, "sample_text", sample_text)
-    options = ("--tokens", "3", "--temperature", "0", "--seed", "7")
-    assert run(capsys, "generate", "runs/a", "Once", *options) == (0, "", "")
+    notes = create_autospec(module.notes_on_generation, return_value=["the prompt begins with <s>"])
+    monkeypatch.setattr(module, "notes_on_generation", notes)
+    options = ("--tokens", "3", "--temperature", "0.5", "--seed", "7", "--top-k", "9", "--top-p", "0.9")
+    begins = ("--document-start", "<s>")
+    printed = (0, "", "note: the prompt begins with <s>\n")
+    assert run(capsys, "generate", "runs/a", "Once", *options, *begins) == printed
+    notes.assert_called_once_with("model", "tokenizer", "<s>")
     module.load_model.assert_called_once_with(Path("runs/a"), [])  # type: ignore[attr-defined]
-    sample_text.assert_called_once_with("model", "tokenizer", "Once", tokens=3, temperature=0.0, seed=7, streamer=ANY)
+    sample_text.assert_called_once_with(
+        "model",
+        "tokenizer",
+        "Once",
+        tokens=3,
+        temperature=0.5,
+        top_k=9,
+        top_p=0.9,
+        seed=7,
+        document_start="<s>",
+        streamer=ANY,
+    )
 
 
 @pytest.fixture
@@ -191,7 +253,7 @@ def test_generate_prints_the_same_text_again(saved_model: Path, capsys: pytest.C
 
 
 def test_info_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "info", "--json")
+    code, out, _ = run(capsys, "info", "--json=-")
     facts = json.loads(out)
     assert code == 0
     assert facts["peerlm"] == peerlm.__version__
@@ -240,9 +302,17 @@ def test_wrong_usage_is_told_with_exit_code_2(
         (UserError("seed = -1: must be 0 or more"), 2, "error: seed = -1: must be 0 or more\n"),
         (UserError("two\n  lines"), 2, "error: two lines\n"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.toml"), 2, "error: No such file: a.toml\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "error: the disk is full: free some space, then run this again\n",
+        ),
         (OSError("no model in this folder"), 2, "error: no model in this folder\n"),
-        (TrainingStopped("stopped at step 7", exit_code=143), 143, "stopped at step 7\n"),
+        (
+            TrainingStopped("stopped at step 7", exit_code=143),
+            143,
+            "stopped at step 7\nResume with: peerlm prepare demo --output data\n",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
@@ -257,3 +327,91 @@ def test_a_bug_keeps_its_traceback(prepare: Mock) -> None:
     prepare.side_effect = ZeroDivisionError("a bug")
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main(["prepare", "demo", "--output", "data"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "runs/a", "caf\udce9"],
+        ["eval", "runs/caf\udce9"],
+        ["train", "recipe\udce9.toml"],
+        ["prepare", "demo", "--output", "\udce9"],
+        ["caf\udce9"],
+    ],
+)
+def test_an_argument_that_is_not_utf8_is_one_sentence(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith(f"error: argument {len(words)}, ")
+    assert "\\xe9" in err
+
+
+def test_what_the_terminal_cannot_show_is_escaped(evaluate: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate.return_value = {"caf\xe9.txt": {"name": "\u2603"}}
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with pytest.raises(SystemExit) as exit_:
+        main(["eval", "run", "a.txt"])
+    assert exit_.value.code == 0
+    sys.stdout.flush()
+    assert rb"caf\xe9.txt" in written.getvalue()
+    assert rb"\u2603" in written.getvalue()
+
+
+def all_commands() -> list[tuple[str, Any]]:
+    return [pair for pair in commands(typer.main.get_command(app)) if not hasattr(pair[1], "commands")]
+
+
+@pytest.mark.parametrize(("name", "command"), all_commands(), ids=lambda value: value if isinstance(value, str) else "")
+def test_help_fits_the_terminal_and_its_examples_can_be_copied(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, command: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, *name.split()[1:], "--help")
+    lines = out.splitlines()
+    assert code == 0
+    assert max(map(len, lines)) <= 80
+    assert "<bool>" not in out
+    assert "list[" not in out
+    examples = [line for line in command.epilog.split("\n\n") if line.startswith("peerlm ")]
+    assert examples
+    for example in examples:
+        assert example in [line.strip() for line in lines]
+
+
+def test_every_command_writes_json_to_a_file_or_to_stdout() -> None:
+    without = {"peerlm generate", "peerlm report"}  # which print a text, and the files that they wrote
+    for name, command in all_commands():
+        options = [parameter for parameter in command.params if "--json" in parameter.opts]
+        assert [(option.metavar, option.is_flag) for option in options] == [("FILE", False)] * (name not in without)
+
+
+def test_json_that_cannot_be_written_is_said_before_the_work(
+    capsys: pytest.CaptureFixture[str], evaluate: Mock, tmp_path: Path
+) -> None:
+    code, _, err = run(capsys, "eval", "run", "a.txt", "--json", str(tmp_path / "none" / "rows.json"))
+    assert code == 2
+    assert "--json" in err
+    assert "name a file in a folder that exists" in err
+    evaluate.assert_not_called()
+
+
+def test_a_stopped_command_says_what_to_type(capsys: pytest.CaptureFixture[str], train: Mock) -> None:
+    train.side_effect = TrainingStopped("stopped by SIGINT after step 7", exit_code=130)
+    code, _, err = run(capsys, "train", "r.toml", "--output", "my run")
+    assert code == 130
+    assert err.endswith("Resume with: peerlm train r.toml --output 'my run' --resume\n")
+    assert run(capsys, "train", "r.toml", "--resume")[2].endswith("Resume with: peerlm train r.toml --resume\n")
+    train.side_effect = TrainingStopped("the loss is nan", exit_code=3)
+    assert run(capsys, "train", "r.toml") == (3, "", "the loss is nan\n")
+
+
+def test_a_full_disk_that_native_code_reports_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], prepare: Mock
+) -> None:
+    prepare.side_effect = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    sentence = "error: the disk is full: free some space, then run this again\n"
+    assert run(capsys, "prepare", "demo", "--output", "data") == (2, "", sentence)
+    prepare.side_effect = OSError(errno.ENOSPC, "No space left on device", "data/a.bin")
+    assert "the disk of data/a.bin is full" in run(capsys, "prepare", "demo", "--output", "data")[2]

@@ -21,7 +21,7 @@ def test_frozen_weights_need_no_gradients(texts: Path) -> None:
     freeze(model)
     assert training_flops_per_token(model, 16) == 2 * forward + attention
     layer = peer_layers(model)["model.layers.0.ffw"]
-    layer.experts.rows.requires_grad_(True)
+    layer.experts.requires_grad_(True)
     experts = 2 * 2 * 16 * 2 * 4  # two tables, width 16, 2 heads of 4 experts
     assert training_flops_per_token(model, 16) == 2 * forward + attention + experts
     layer.product_keys.sub_keys.requires_grad_(True)

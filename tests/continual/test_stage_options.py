@@ -37,6 +37,30 @@ def test_texts_are_named_by_their_files_unless_told() -> None:
     assert config_of(budget={"tokens": None, "steps": 7}).budget.steps == 7
 
 
+def test_a_path_with_an_equals_sign_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("seed=0", "laws"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "new.txt").write_text("text")
+    (tmp_path / "a=b.txt").write_text("text")
+    texts = ["seed=0/new.txt", "law=laws/new.txt", "./x=1/y.txt", "a=b.txt", str(tmp_path / "seed=0")]
+    config = config_of(text=texts, heldout=["a=b=h=1.txt", "law=h.txt"])
+    assert config.stages == (
+        StageConfig(name="new", text=("seed=0/new.txt",)),
+        StageConfig(name="law", text=("laws/new.txt",), heldout="h.txt"),
+        StageConfig(name="y", text=("./x=1/y.txt",)),
+        StageConfig(name="a=b", text=("a=b.txt",), heldout="h=1.txt"),
+        StageConfig(name="seed=0", text=(texts[-1],)),
+    )
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(
+        UserError, match=r"--text a=b\.txt is a path, and so is b\.txt: write \./a=b\.txt, or a=\./b\.txt"
+    ):
+        config_of(text=["a=b.txt"])
+    assert config_of(text=["a=./b.txt"]).stages == (StageConfig(name="a", text=("./b.txt",)),)
+    assert config_of(text=["./a=b.txt"]).stages == (StageConfig(name="a=b", text=("./a=b.txt",)),)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -61,7 +85,7 @@ def test_the_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
             main([*fixed, *arguments])
         return int(stop.value.code or 0)
 
-    assert run("--json") == 0
+    assert run("--json=-") == 0
     before, after = json.loads(capsys.readouterr().out)
     assert before["stage"] is None
     assert after["stage"] == "code"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peerlm.continual import LearnConfig, learn, markdown_matrix, stream
 from peerlm.continual.methods import METHODS
+from peerlm.data import Manifest
 from peerlm.errors import TrainingStopped, UserError
 from peerlm.evaluate import held_out_loss, load_model
 from peerlm.files import PARTIAL
@@ -223,6 +224,32 @@ def test_text_that_is_too_short(configure: Callable[..., LearnConfig], tmp_path:
     stages = [{"name": "code", "text": list(configure().stages[0].text), "heldout": str(tmp_path / "short.txt")}]
     with pytest.raises(UserError, match=r"short\.txt has less than one window of 16 tokens"):
         learn(configure(stages=stages, run=str(tmp_path / "other")), progress=False)
+
+
+def test_one_document_is_learned_but_for_its_end(
+    configure: Callable[..., LearnConfig], texts: Path, tmp_path: Path
+) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text((texts / "code.txt").read_text().replace("\n<|endoftext|>\n", "\n"))
+    stages = [{"name": "book", "text": [str(book)]}]
+    learn(configure(stages=stages), progress=False)
+    splits = Manifest.read(tmp_path / "data" / "book").splits
+    assert 0.1 < splits["heldout"].bytes / book.stat().st_size < 0.4
+    stages[0]["heldout"] = str(texts / "code.txt")
+    learn(configure(stages=stages, run=str(tmp_path / "b"), data=str(tmp_path / "all")), progress=False)
+    splits = Manifest.read(tmp_path / "all" / "book").splits
+    assert splits["train"].bytes == len(book.read_text().strip())
+    assert splits["heldout"].bytes == 0
+
+
+def test_of_a_short_text_as_much_is_held_out_as_windows_take(
+    configure: Callable[..., LearnConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("\n<|endoftext|>\n".join(f"def x{number}: return" for number in range(60)))
+    learn(configure(stages=[{"name": "short", "text": [str(tmp_path / "short.txt")]}], only=1), progress=False)
+    heldout = Manifest.read(tmp_path / "data" / "short").splits["heldout"]
+    assert heldout.tokens >= 16
+    assert heldout.bytes > 150
 
 
 def test_folders_that_cannot_be_used(configure: Callable[..., LearnConfig]) -> None:

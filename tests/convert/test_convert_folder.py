@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["llama", "bert", "peer"])
 def test_there_and_back(name: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("convert", folder / name, tmp_path / "there", *SETTINGS, "--layers", "0,-1", "--json") == 0
+    assert run("convert", folder / name, tmp_path / "there", *SETTINGS, "--layers", "0,-1", "--json=-") == 0
     row = json.loads(capfd.readouterr().out)
     assert len(row["layers"]) == 2
     assert (row["mode"], row["init"]) == ("beside", "random")
@@ -102,6 +102,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "dropout no number": (lambda f: [f / "bert", f / "new", "--set=dropout=much"], "dropout is 'much'; it must be a n"),
     "norm no name": (lambda f: [f / "bert", f / "new", "--set=query_norm=[1]"], "query_norm is [1]; it must be a word"),
     "mixture of experts": (lambda f: [f / "mixtral", f / "new"], "mixtures of experts"),
+    "a start of no text": (lambda f: [f / "bert", f / "new", "--document-start=none"], "but no text is read; name one"),
     "nothing to undo": (lambda f: [f / "bert", f / "new", "--undo"], "is not converted"),
 }
 

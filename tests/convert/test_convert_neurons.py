@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from peerlm.convert import convert
 from peerlm.convert.neurons import NeuronLayer, fit_neurons
+from peerlm.data.tokenizer import open_tokenizer
+from peerlm.evaluate import held_out_loss, load_model
+from peerlm.evaluate.windows import text_windows
 
 from ..models import ARCHITECTURES, batch, build, logits, run
 
@@ -160,10 +164,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--mode=replace", "--init=neurons", "--set=share=0.5", "--set=heads=2", "--set=key_dim=8", "--json"]
+    arguments = ["--mode=replace", "--init=neurons", "--set=share=0.5", "--set=heads=2", "--set=key_dim=8", "--json=-"]
     text = f"--text={folder / 'text.txt'}"
     assert run("convert", folder / "llama", folder / "out", *arguments, text) == 0
-    assert json.loads(capfd.readouterr().out)["init"] == "neurons"
+    row = json.loads(capfd.readouterr().out)
+    assert row["init"] == "neurons"
+    windows = text_windows(open_tokenizer(folder / "llama"), [folder / "text.txt"], context=256)
+    for name, model in {"perplexity_before": "llama", "perplexity_after": "out"}.items():
+        loss = held_out_loss(load_model(folder / model)[0], windows[-1:], batch_size=8)
+        assert row[name] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert row["perplexity_after"] != row["perplexity_before"]
     assert run("generate", folder / "out", "w3 w4", "--tokens", "3") == 0
     assert run("convert", folder / "llama", folder / "again", *arguments) == 2
     assert "init='neurons' learns from samples" in capfd.readouterr().err

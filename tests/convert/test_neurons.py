@@ -5,7 +5,7 @@ import torch
 
 from peerlm.convert.neurons.weights import neurons_of
 from peerlm.layers import DenseFFW
-from peerlm.ops.reference import ACTIVATIONS
+from peerlm.ops.functions import ACTIVATIONS
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -19,9 +19,10 @@ from tokenizers import Tokenizer, models
 
 from peerlm.data import Manifest, TokenShards, load_tokenizer, prepare, read_documents
 from peerlm.data.manifest import SplitRecord
+from peerlm.data.split import choose_heldout, copy_key, document_key
 from peerlm.data.tokenizer import train_tokenizer
 from peerlm.data.writer import SplitWriter
-from peerlm.errors import UserError
+from peerlm.errors import PeerlmWarning, UserError
 
 prepare_module = importlib.import_module("peerlm.data.preparation")
 
@@ -94,7 +95,8 @@ def test_sample_for_the_tokenizer_is_bounded(text_file: Path, tmp_path: Path) ->
         scan = prepare_module._scan([text_file], "text", 0, 1000, None, bar)
     sizes = [len(text.encode()) for _, text in scan.sample]
     assert 500 < sum(sizes) <= 1000
-    assert [key for key, _ in scan.sample] == sorted(scan.keys)[: len(sizes)]
+    assert [document_key(text.encode(), 0) for _, text in scan.sample] == sorted(scan.order)[: len(sizes)]
+    assert all(key == copy_key(text, 0) for key, text in scan.sample)
 
 
 def test_long_documents_are_tokenized_in_pieces(tmp_path: Path, documents: list[str]) -> None:
@@ -124,7 +126,12 @@ def test_a_large_vocabulary_takes_four_bytes(text_file: Path, tmp_path: Path) ->
     words = {"<|endoftext|>": 0, "a": 2**16}
     tokenizer = tmp_path / "tokenizer.json"
     Tokenizer(models.WordLevel(words, unk_token="a")).save(str(tokenizer))
-    manifest = small(text_file, tmp_path / "out", tokenizer=tokenizer)
+    with pytest.warns(PeerlmWarning) as caught:
+        manifest = small(text_file, tmp_path / "out", tokenizer=tokenizer)
+    assert [str(each.message).split("%")[0].rpartition(" ")[0] for each in caught] == [
+        "the tokenizer does not know",
+        "the tokenizer does not keep",
+    ]
     assert (manifest.dtype, manifest.vocab_size) == ("<u4", 2**16 + 1)
     assert TokenShards(tmp_path / "out", "train").tokens(0, 2).tolist() == [2**16, 0]
 
@@ -191,6 +198,114 @@ def test_bad_arguments(changes: dict[str, Any], sentence: str, text_file: Path, 
     with pytest.raises(UserError, match=sentence):
         small(text_file, tmp_path / "out", **changes)
     assert list(tmp_path.iterdir()) == [text_file]
+
+
+def held_out_and_trained_on(folder: Path) -> tuple[set[str], set[str]]:
+    """The words of the documents of both splits, which is what copies have in common."""
+    heldout, train = (
+        {" ".join(text.replace("\ufeff", "").split()) for text in decoded(folder, split)}
+        for split in ("heldout", "train")
+    )
+    return heldout, train
+
+
+@pytest.mark.parametrize("ending", ["", "\n", " ", "\r\n"])
+def test_a_document_and_its_copies_lie_in_one_split(
+    ending: str, text_file: Path, tmp_path: Path, documents: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "copies.jsonl"
+    copies = [f"\ufeff{text}{ending}".replace("\n", "\r\n", 1) for text in documents]
+    source.write_text("\n".join(json.dumps({"text": text}) for text in copies))
+    manifest = prepare([text_file, source], tmp_path / "out", vocab_size=300, holdout=0.2, progress=False)
+    heldout, train = held_out_and_trained_on(tmp_path / "out")
+    assert len(heldout) > 3
+    assert not heldout & train
+    assert len(heldout) + len(train) == len(documents)
+    assert manifest.copies == len(documents)
+    assert Manifest.read(tmp_path / "out").copies == len(documents)
+    assert caplog.messages == [
+        "40 of the 80 documents are copies of others, white space and line ends aside; a document and its copies lie "
+        "in one split."
+    ]
+
+
+def test_without_copies_documents_are_held_out_in_the_order_of_their_bytes_hash(
+    prepared: Path, documents: list[str]
+) -> None:
+    keys = [document_key(text.encode(), 0) for text in documents]
+    chosen = choose_heldout(keys, [len(text.encode()) for text in documents], 0.2)
+    assert decoded(prepared, "heldout") == [text for key, text in zip(keys, documents, strict=True) if key in chosen]
+
+
+def test_the_end_of_a_single_document_is_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [f"Line {number} tells of {number * number} ships." for number in range(2000)]
+    source = tmp_path / "book.txt"
+    source.write_text("\n\n".join(lines) + "\n")
+    manifest = prepare([source, source], tmp_path / "out", vocab_size=300, holdout=0.1, progress=False)
+    [train], [heldout] = decoded(tmp_path / "out", "train"), decoded(tmp_path / "out", "heldout")
+    assert f"{train}\n\n{heldout}" == "\n\n".join(lines)
+    assert 0.09 < len(heldout) / len(train) < 0.12
+    assert manifest.copies == 0
+    [said] = caplog.messages
+    assert said.startswith("The text is one document, so its end is held out: ")
+    assert "Its other copies, 1 of them, are left out. Put lines <|endoftext|> between" in said
+
+
+def test_the_tokenizer_learns_from_a_document_longer_than_its_sample(tmp_path: Path) -> None:
+    source = tmp_path / "book.txt"
+    source.write_text("\n".join(f"Line {number} tells of {number * number} ships." for number in range(9000)))
+    assert source.stat().st_size > 3 * 2**16
+    manifest = prepare([source], tmp_path / "out", vocab_size=300, tokenizer_bytes=2**17, holdout=0.1, progress=False)
+    assert manifest.vocab_size == 300
+
+
+def test_nothing_is_held_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("just one")
+    manifest = small(source, tmp_path / "out", holdout=None)
+    assert decoded(tmp_path / "out", "train") == ["just one"]
+    assert TokenShards(tmp_path / "out", "heldout", verify=True).num_tokens == 0
+    assert small(source, tmp_path / "out", holdout=None) == manifest
+
+
+def test_more_is_held_out_of_a_short_text(text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    total = text_file.stat().st_size
+    manifest = small(text_file, tmp_path / "out", holdout=0.02, heldout_bytes=total // 6)
+    assert 0.13 < manifest.splits["heldout"].bytes / total < 0.17
+    assert "of the text is held out where 2% was asked for" in caplog.text
+    with pytest.raises(UserError, match=r"was prepared with heldout_bytes = \d+, not None"):
+        small(text_file, tmp_path / "out", holdout=0.02)
+
+
+def test_files_that_are_read_and_not_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.md").write_text(f"Document {number}.")
+    for name in ("a.html", "b.html", "c.png", ".hidden.txt"):
+        (folder / name).write_text("x")
+    manifest = small(folder, tmp_path / "out")
+    assert manifest.files == {"read": {".md": 12}, "passed_over": {"hidden": 1, ".html": 2, ".png": 1}}
+    assert "Of the files, 12 are read (12 .md) and 4 are passed over (2 .html, 1 hidden, 1 .png)." in caplog.messages
+
+
+def test_a_refusal_does_not_list_thousands_of_files(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(100):
+        (folder / f"{number}.txt").write_text(f"Document {number}.")
+    small(folder, tmp_path / "out")
+    with pytest.raises(UserError, match=r"sources = .*/0\.txt and 99 more, not .*/7\.txt: choose another") as caught:
+        small(folder / "7.txt", tmp_path / "out")
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_the_work(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "read_documents", None)
+    with pytest.raises(UserError, match=r"out\\xe9 is not UTF-8: rename"):
+        small(text_file, tmp_path / os.fsdecode(b"out\xe9"))
 
 
 def test_one_document_cannot_be_split(tmp_path: Path) -> None:

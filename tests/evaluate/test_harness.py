@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peerlm.cli import main
-from peerlm.errors import UserError
+from peerlm.errors import PeerlmWarning, UserError
+from peerlm.evaluate import evaluate
 from peerlm.model import PeerConfig, PeerForCausalLM
 
 harness = pytest.importorskip("peerlm.evaluate.harness")
@@ -244,3 +246,105 @@ def test_errors(saved, tasks, tmp_path, monkeypatch, tasks_given, options, messa
     _write_task(tasks, "bad", [{"context": "a", "continuation": "b"}], "loglikelihood", "{{context}}", "x", "no_metric")
     with pytest.raises(UserError, match=message):
         harness.evaluate_tasks(saved, tasks_given, **options)
+
+
+@pytest.fixture(scope="module")
+def llama(make_tokenizer, tmp_path_factory) -> Path:
+    """A saved model whose documents begin with <s> and, by its tokenizer, end with </s>."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(template="<s> $A </s>", bos="<s>")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), **sizes, max_position_embeddings=64, initializer_range=0.5, pad_token_id=2
+    )
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("start", ["auto", "none", "</s>"])
+def test_tasks_and_files_give_the_same_bits_per_byte(llama, tmp_path, start) -> None:
+    text = "river lantern moss quiet copper ladder winter orchard signal paper harbour tin violet"
+    pages = [(text[9 * number :] + " ") * (1 + number % 3) for number in range(6)]
+    _write_task(
+        tmp_path, "pages", [{"page": page} for page in pages], "loglikelihood_rolling", "", "{{page}}", "bits_per_byte"
+    )
+    tasks = harness.evaluate_tasks(llama, [tmp_path / "pages.yaml"], context=16, document_start=start)["pages"]
+    row: dict[str, float] = {"nats": 0.0, "bytes": 0}
+    for number, page in enumerate(pages):
+        file = tmp_path / f"{number}.txt"
+        file.write_text(page)
+        stride = 15 if start == "auto" else 16  # what lm-eval's windows advance by
+        (figures,) = evaluate(llama, [file], context=16, stride=stride, document_start=start, progress=False).values()
+        row["nats"] += figures["bits_per_byte"] * figures["bytes"]
+        row["bytes"] += len(page)
+    assert tasks["bits_per_byte"] == pytest.approx(row["nats"] / row["bytes"], rel=1e-5)
+    assert tasks["document_start"] == {"auto": "<s>", "none": None, "</s>": "</s>"}[start]
+
+
+def test_tasks_begin_texts_once_and_never_end_them(llama) -> None:
+    model = harness.PeerHarness(llama)
+    ids = model.tokenizer("tin", add_special_tokens=False).input_ids
+    assert model.tok_encode("tin") == [0, *ids]
+    assert model.tok_encode("<s>tin") == [0, *ids]
+    assert model.tok_batch_encode(["tin"])[0].tolist() == [[0, *ids]]
+    assert model.prefix_token_id == 0
+    assert harness.PeerHarness(llama, document_start="none").tok_encode("tin") == ids
+
+
+def test_choices_are_scored_after_the_beginning(llama, tmp_path) -> None:
+    from lm_eval.api.instance import Instance
+
+    model = harness.PeerHarness(llama)
+    (found,) = model.loglikelihood([Instance("loglikelihood", {}, ("river", " moss"), 0)], disable_tqdm=True)
+    before, whole = (model.tokenizer(text, add_special_tokens=False).input_ids for text in ("river", "river moss"))
+    ids = torch.tensor([[0, *whole]])
+    with torch.no_grad():
+        logits = model.model(ids).logits[0].log_softmax(-1)
+    expected = sum(logits[place, ids[0, place + 1]].item() for place in range(len(before), len(whole)))
+    assert found[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_generation_in_tasks_is_by_the_tasks_own_word(llama, monkeypatch) -> None:
+    model = harness.PeerHarness(llama)
+    assert model.model.generation_config.top_k is None
+    seen: list[dict[str, object]] = []
+    monkeypatch.setattr(harness.HFLM, "_model_generate", lambda self, **options: seen.append(options))
+    model._model_generate(context=None, max_length=1, stop=[], do_sample=True, temperature=1.0)
+    model._model_generate(context=None, max_length=1, stop=[], do_sample=True, top_k=5)
+    model._model_generate(context=None, max_length=1, stop=[], do_sample=False)
+    assert [options.get("top_k") for options in seen] == [0, 5, None]
+
+
+def test_text_that_tasks_lose_is_said(make_tokenizer, tmp_path) -> None:
+    tokenizer = make_tokenizer("spaces")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, max_position_embeddings=64, pad_token_id=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    _write_task(
+        tmp_path, "pages", [{"page": "moss 東京 tin"}], "loglikelihood_rolling", "", "{{page}}", "bits_per_byte"
+    )
+    with pytest.warns(PeerlmWarning, match="no token for 40% of the texts of pages"):
+        row = harness.evaluate_tasks(tmp_path / "model", [tmp_path / "pages.yaml"])["pages"]
+    assert row["lost"] == {"dropped": 6 / 15}
+
+
+def test_data_of_tasks_are_looked_for_where_the_user_says(saved, tasks, tmp_path, capsys, monkeypatch) -> None:
+    file = tasks / "words.yaml"
+    whole = harness.evaluate_tasks(saved, [file])
+    file.write_text(file.read_text().replace(json.dumps(str(tasks / "words.jsonl")), "words.jsonl"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    message = r"words\.yaml reads words\.jsonl, which is not in .*elsewhere: name the folder that has it"
+    with pytest.raises(UserError, match=message):
+        harness.evaluate_tasks(saved, [file])
+    with pytest.raises(UserError, match=r"--task-data none is not a folder"):
+        harness.evaluate_tasks(saved, [file], task_data="none")
+    assert harness.evaluate_tasks(saved, [file], task_data=tasks) == whole
+    assert Path.cwd() == tmp_path / "elsewhere"
+    main_exits(["eval", str(saved), "--tasks", str(file), "--task-data", str(tasks), "--json", "-"])
+    assert json.loads(capsys.readouterr().out) == whole
+    with pytest.raises(UserError, match=r"copa\.yaml reads copa\.jsonl, which is not in .*elsewhere"):
+        harness.evaluate_tasks(saved, [Path(__file__).parents[2] / "recipes/tasks/copa.yaml"])

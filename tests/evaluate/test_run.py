@@ -33,8 +33,11 @@ def test_a_row_for_each_file(saved, model, tokenizer, text, passages):
     with record_usage(model) as usage:
         score = score_text(model, tokenizer, DOCUMENTS, context=16, stride=8)
     (layer,) = usage.values()
+    begins = {"document_start": "<|endoftext|>", "start_from": "the tokenizer's bos_token"}
     assert rows[str(text)] == {
         "context": 16,
+        **begins,
+        "reading": "documents in sequence",
         "stride": 8,
         "tokens": score.tokens,
         "bytes": score.bytes,
@@ -51,6 +54,7 @@ def test_a_row_for_each_file(saved, model, tokenizer, text, passages):
     assert 0 < row.pop("unevenness")[0] < math.log(64)
     assert row == {
         "context": 16,
+        **begins,
         "passages": 2,
         "truncated": last_words.truncated,
         "perplexity": pytest.approx(last_words.perplexity),
@@ -106,7 +110,7 @@ def test_impossible_settings_are_named(saved, text, options, message):
 
 
 def test_files_are_looked_at_before_the_model_is_loaded(tmp_path, text):
-    with pytest.raises(UserError, match="no files to evaluate on"):
+    with pytest.raises(UserError, match="absent is not a folder"):
         evaluate(tmp_path / "absent", [], progress=False)
     with pytest.raises(UserError, match=r"absent\.txt is not a file"):
         evaluate(tmp_path / "absent", [text, tmp_path / "absent.txt"], progress=False)

@@ -59,7 +59,7 @@ def test_a_grown_folder_gives_the_same_logits(
     pairing: str, options: list[str], folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(folder)
-    assert run("grow", folder / pairing, tmp_path / "out", "--num-experts=49", "--json", *options) == 0
+    assert run("grow", folder / pairing, tmp_path / "out", "--num-experts=49", "--json=-", *options) == 0
     row = json.loads(capfd.readouterr().out)
     assert row["layers"] == ["model.layers.0.ffw", "model.layers.2.ffw"]
     assert (row["experts_before"], row["experts_after"], row["opening"]) == (16, 49, 0)
@@ -125,7 +125,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
         lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=crowded"],
         "--keys crowded depends on what the model reads; give --text FILE too",
     ),
-    "no such keys": (lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=old"], "--keys old depends"),
+    "no such keys": (
+        lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=old"],
+        "keys is 'old'; choose one of random, crowded, data",
+    ),
+    "keys without text": (
+        lambda f: [f / "shells", f / "new", "--num-experts=36", "--keys=data"],
+        "--keys data depends",
+    ),
     "no PEER layer": (lambda f: [f / "llama", f / "new", "--num-experts=36"], "LlamaForCausalLM has no PEER layer"),
 }
 
@@ -173,7 +180,7 @@ def test_a_folder_shrinks_by_what_a_text_uses(
     readable: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model, text = readable
-    assert run("shrink", model, tmp_path / "a", "--text", text, "--json") == 0
+    assert run("shrink", model, tmp_path / "a", "--text", text, "--json=-") == 0
     row = json.loads(capfd.readouterr().out)
     assert row["experts_before"] == 400
     assert row["experts_after"] < 400
@@ -203,3 +210,28 @@ def test_a_folder_grows_where_a_text_has_its_queries(keys: str, readable: tuple[
     a, b = (load_file(tmp_path / each / "model.safetensors")[name] for each in "ab")
     assert torch.equal(a[:, :, :20], b[:, :, :20])
     assert not torch.allclose(a[:, :, 20:], b[:, :, 20:])
+
+
+def test_text_begins_as_the_models_documents_do(
+    readable: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peerlm.growth.folder as module
+
+    _, text = readable
+    tokenizer = train_tokenizer([text.read_text()], vocab_size=300)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "peer"}')
+    seen: dict[str, list[int]] = {}
+    for start in ("auto", "<|endoftext|>"):
+        monkeypatch.setattr(
+            module,
+            "shrink_folder",
+            lambda folder, output, number, samples, start=start: (
+                seen.update({start: [window[0].item() for batch in samples for window in batch["input_ids"]]})
+                or {"layers": []}
+            ),
+        )
+        assert run("shrink", tmp_path, tmp_path / "out", "--text", text, f"--document-start={start}", "--json") == 0
+    assert set(seen["auto"]) == {tokenizer.bos_token_id}
+    assert len(set(seen["<|endoftext|>"])) > 1  # one end-of-text token, before the first window

@@ -39,7 +39,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) ->
 
 
 def parts_of(layer: nn.Module) -> dict[str, list[Tensor]]:
-    table = layer.experts.rows if isinstance(layer, PEER) else layer.values
+    table = layer.experts.rows if isinstance(layer, PEER) else layer.values.rows
     keys = layer.product_keys
     parts = {
         "rows": [table[:16]],
@@ -145,8 +145,8 @@ def test_what_cannot_be_frozen_is_refused(what: list[str], before: int | None, m
 def test_an_optimizer_that_would_move_what_is_held_is_refused(options: dict[str, Any], message: str) -> None:
     layer = grow(small("peer"), 49)
     groups = [
-        {"params": [layer.experts.rows], "rows": True},
-        {"params": [parameter for name, parameter in layer.named_parameters() if name != "experts.rows"]},
+        {"params": layer.experts.row_parameters(), "rows": True},
+        {"params": [parameter for name, parameter in layer.named_parameters() if not name.startswith("experts")]},
     ]
     optimizer = RowAdamW(groups, **{"weight_decay": 0.0, **options})
     with pytest.raises(ValueError, match=message):

@@ -16,10 +16,11 @@ from peerlm.convert import convert
 from peerlm.growth import grow, set_opening, shrink, to_shells
 from peerlm.layers import PEER, ProductKeyMemory
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.ops import native
+from peerlm.ops.cpu import native
+from peerlm.ops.row_updates import rows_as_they_are
 from peerlm.optim import RowAdamW, parameter_groups
-from peerlm.optim.replace import replace_parameter
-from peerlm.testing import exhaustive_scores, expert_pairs
+from peerlm.optim.replace import replace_parameters
+from peerlm.testing import exhaustive_scores, expert_pairs, gradient_of, state_of
 from peerlm.usage import record_usage
 
 DIM = 8
@@ -84,7 +85,7 @@ def test_growth_is_a_function_of_its_seed_alone() -> None:
     grown = [grow(copy.deepcopy(layer), 64, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(torch.random.get_rng_state(), state)
     for name in ("experts.rows", "product_keys.sub_keys"):
-        first, same, other = (layer.get_parameter(name) for layer in grown)
+        first, same, other = (layer.state_dict()[name] for layer in grown)
         assert torch.equal(first, same)
         assert not torch.equal(first, other)
 
@@ -116,7 +117,7 @@ def test_a_partly_open_layer_weighs_new_halves_by_its_opening(
 
 def test_opening_is_continuous_at_both_ends() -> None:
     layer, x = grow(small_peer(), 49).eval(), tokens()
-    nn.init.normal_(layer.experts.rows)
+    layer.experts.fill(nn.init.normal_)
     closed = layer(x)
     assert torch.equal(set_opening(layer, 1e-30)(x), closed)
     half = set_opening(layer, 0.5)(x)
@@ -130,11 +131,11 @@ def test_opening_is_continuous_at_both_ends() -> None:
 def test_new_experts_learn_once_they_are_open() -> None:
     layer, x = grow(small_peer(), 49), tokens(200)
     layer(x).square().sum().backward()
-    assert layer.experts.rows.grad[16:].count_nonzero() == 0
+    assert gradient_of(layer.experts)[16:].count_nonzero() == 0
     assert layer.product_keys.sub_keys.grad[:, :, 4:].count_nonzero() == 0
     layer.zero_grad()
     set_opening(layer, 0.5)(x).square().sum().backward()
-    assert layer.experts.rows.grad[16:, 1].count_nonzero() > 0
+    assert gradient_of(layer.experts)[16:, 1].count_nonzero() > 0
     assert layer.product_keys.sub_keys.grad[:, :, 4:].count_nonzero() > 0
 
 
@@ -237,15 +238,15 @@ def test_a_memory_grows_as_a_layer_of_experts_does(backend: str) -> None:
     )
     optimizer = RowAdamW(parameter_groups(memory), lr=0.01)
     train(memory, optimizer, [tokens(5)])
-    before, values = copy.deepcopy(memory.eval()), memory.values.detach().clone()
+    before, values = copy.deepcopy(memory.eval()), memory.values.rows.detach().clone()
     x = tokens()
     grow(memory, 49, optimizer=optimizer)
     assert same_bits(memory(x), before(x))
-    assert torch.equal(memory.values[:16], values)
-    assert memory.values[16:].count_nonzero() == 0
+    assert torch.equal(memory.values.rows[:16], values)
+    assert memory.values.rows[16:].count_nonzero() == 0
     set_opening(memory, 0.5)
     train(memory.train(), optimizer, [tokens(40)])
-    assert memory.eval().values[16:].count_nonzero() > 0
+    assert memory.eval().values.rows[16:].count_nonzero() > 0
     fresh = ProductKeyMemory(
         DIM, num_values=49, heads=3, values_per_head=3, key_dim=6, pairing="shells", backend=backend, grown_from=16
     )
@@ -304,20 +305,29 @@ def test_the_optimizer_goes_on_with_its_state(kind: str, trained: bool) -> None:
     if trained:
         train(layer, optimizer, [tokens(2) for _ in range(4)])
     layer.eval()
-    olds = {"experts.rows": layer.experts.rows, "product_keys.sub_keys": layer.product_keys.sub_keys}
-    shapes = {name: old.shape for name, old in olds.items()}
-    before = {name: copy.deepcopy(optimizer.state.get(old, {})) for name, old in olds.items()}
+    olds = [*layer.experts.row_parameters(), layer.product_keys.sub_keys]
+    shapes = {"experts.rows": (16, 2, DIM), "product_keys.sub_keys": layer.product_keys.sub_keys.shape}
+
+    def states() -> dict[str, dict[str, Any]]:
+        of_keys = optimizer.state.get(layer.product_keys.sub_keys, {})
+        return {"experts.rows": state_of(optimizer, layer.experts), "product_keys.sub_keys": of_keys}
+
+    before = copy.deepcopy(states())
     grow(layer, 49, optimizer=optimizer)
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert {id(parameter) for parameter in held} == {id(parameter) for parameter in layer.parameters()}
-    for name, old in olds.items():
+    for old in olds:
         assert old not in optimizer.state
         assert old.numel() == 0  # who still held it notices
-        new, after = layer.get_parameter(name), optimizer.state.get(layer.get_parameter(name), {})
+    for name, after in states().items():
+        new = layer.state_dict()[name]
         assert after.keys() == before[name].keys()
         assert bool(after) == trained
         for key, value in before[name].items():
-            if not isinstance(value, Tensor) or value.shape not in (shapes[name], shapes[name][:1]):
+            if not isinstance(value, Tensor) or tuple(value.shape) not in (
+                tuple(shapes[name]),
+                tuple(shapes[name][:1]),
+            ):
                 same = torch.equal(after[key], value) if isinstance(value, Tensor) else after[key] == value
                 assert same, key
                 continue
@@ -342,8 +352,8 @@ def test_rows_that_grow_are_those_of_dense_adamw(fused: bool) -> None:
         torch.optim.AdamW(dense.parameters(), lr=0.01, weight_decay=0.1),
         RowAdamW(
             [
-                {"params": [rows.experts.rows], "rows": True},
-                {"params": [p for name, p in rows.named_parameters() if name != "experts.rows"]},
+                {"params": rows.experts.row_parameters(), "rows": True},
+                {"params": [p for name, p in rows.named_parameters() if not name.startswith("experts")]},
             ],
             lr=0.01,
             weight_decay=0.1,
@@ -388,7 +398,8 @@ def test_without_the_optimizer_rows_left_behind_are_brought_up_to_date(change: s
     twin = copy.deepcopy(layer)
     for each in (layer, twin):
         train(each, OPTIMIZERS["RowAdamW"](each), batches)
-    left_behind = layer.experts.rows.detach().clone()
+    with rows_as_they_are():
+        left_behind = layer.experts.rows.detach().clone()
     changed = grow(layer, 49) if change == "grow" else to_shells(layer)
     up_to_date = twin.eval().experts.rows
     if change == "to_shells":
@@ -413,7 +424,7 @@ def test_a_parameter_that_the_optimizer_does_not_train_is_not_replaced() -> None
     with pytest.raises(
         ValueError, match=r"the optimizer does not train this parameter \(2, 3\); pass the one that does"
     ):
-        replace_parameter(optimizer, parameter, nn.Parameter(torch.ones(3, 3)), lambda old, value: old)
+        replace_parameters(optimizer, [parameter], [nn.Parameter(torch.ones(3, 3))], lambda old, value: old)
 
 
 def tiny_model(**peer: Any) -> PeerForCausalLM:
@@ -589,7 +600,9 @@ def test_what_layers_share_is_not_taken_from_one_of_them(change: Callable[..., A
     pairing = "row-major" if change is to_shells else "shells"
     model = nn.Sequential(small_peer(pairing=pairing), small_peer(pairing=pairing))
     path, _, name = part.rpartition(".")
-    setattr(model[1].get_submodule(path), name, getattr(model[0].get_submodule(path), name))
+    source, target = model[0].get_submodule(path), model[1].get_submodule(path)
+    for each in source.parameter_roles if name == "rows" else (name,):
+        setattr(target, each, getattr(source, each))
     x = tokens()
     before = model.eval()(x)
     options: dict[Any, dict[str, Any]] = {
@@ -614,9 +627,10 @@ def test_the_old_state_of_an_optimizer_is_seen_to_be_gone() -> None:
     layer = small_peer()
     optimizer = torch.optim.Adam(layer.parameters())
     train(layer, optimizer, [tokens()])
-    held = optimizer.state[layer.experts.rows]["exp_avg"]  # as `optimizer.state_dict()` has it
+    # As `optimizer.state_dict()` has it.
+    held = [optimizer.state[parameter]["exp_avg"] for parameter in layer.experts.row_parameters()]
     grow(layer, 49, optimizer=optimizer)
-    assert held.numel() == 0
+    assert all(moments.numel() == 0 for moments in held)
 
 
 def test_experts_and_memories_that_grow_together_remember_what_each_had(tmp_path: Path) -> None:

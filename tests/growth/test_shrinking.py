@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from peerlm.growth import grow, observe, set_opening, shrink
 from peerlm.layers import PEER, ProductKeyMemory
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.ops import native
+from peerlm.ops.cpu import native
 from peerlm.optim import RowAdamW, parameter_groups
-from peerlm.testing import expert_pairs
+from peerlm.testing import expert_pairs, state_of
 
 DIM = 8
 BACKENDS = ["reference", *([] if native._reason else ["cpu"])]
@@ -41,7 +41,7 @@ def small(kind: str = "peer", n: int = 7, **changes: Any) -> Reader:
 
 def table(model: Reader) -> Tensor:
     layer = model.layer
-    return layer.experts.rows if isinstance(layer, PEER) else layer.values
+    return layer.experts.rows if isinstance(layer, PEER) else layer.values.rows
 
 
 @pytest.mark.parametrize("row_format", ["float32", "bfloat16", "int8", "values"])
@@ -105,11 +105,11 @@ def test_the_optimizer_goes_on_with_its_state(optimizer: str) -> None:
     for _ in range(4):
         step(model, torch.randn(3, DIM), trains)
     model.eval()
-    moments = copy.deepcopy(trains.state[table(model)])
+    moments = copy.deepcopy(state_of(trains, model.layer.experts))
     keys_moments = copy.deepcopy(trains.state[model.layer.product_keys.sub_keys]["exp_avg"])
     usage = torch.arange(49.0)
     kept = shrink(model, 16, usage={"layer.product_keys": usage}, optimizer=trains)["layer.product_keys"]
-    after = trains.state[table(model)]
+    after = state_of(trains, model.layer.experts)
     for name in ("exp_avg", "exp_avg_sq", *(["weights_step"] if optimizer == "RowAdamW" else [])):
         assert torch.equal(after[name], moments[name][kept])
     half = trains.state[model.layer.product_keys.sub_keys]["exp_avg"][1]

@@ -18,11 +18,11 @@ def with_table(model, layer, expert, factor):
     target = {site.number: site for site in find_sites(changed)}[layer].layer
     with torch.no_grad():
         if hasattr(target, "values"):
-            target.values[expert] *= factor
+            target.values.write(target.values.rows[expert : expert + 1] * factor, expert)
         elif target.experts.scales is not None:
             target.experts.scales[expert, 1] *= factor
         else:
-            target.experts.rows[expert, 1] *= factor
+            target.experts.write(target.experts.up[expert : expert + 1] * factor, expert, vector=1)
     return changed
 
 

@@ -65,7 +65,7 @@ def test_the_page_is_not_written_half(saved, text, tmp_path, monkeypatch):
     page.write_text("before")
     monkeypatch.setattr("peerlm.interpret.run.render", lambda title, data: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        inspect(saved, text, output=page, limit=20, edits=0, progress=False)
+        inspect(saved, text, output=page, limit=20, edits=0, overwrite=True, progress=False)
     assert page.read_text() == "before"
     assert list(tmp_path.iterdir()) == [page]
 
@@ -129,6 +129,11 @@ def test_command_writes_the_page_and_json_beside_it(saved, text, tmp_path, capsy
     assert "layer 1" in out
     assert json.loads(figures.read_text())["tokens"] == 40
     assert page.stat().st_size > 10_000
+    before = page.read_bytes()
+    code, _, err = command(capsys, saved, "--text", text, "--output", page, *options)
+    assert (code, page.read_bytes()) == (2, before)
+    assert err == f"error: {page} exists already: name another file with --output, or replace it with --overwrite\n"
+    options = (*options, "--overwrite")
     code, out, _ = command(capsys, saved, "--text", text, "--output", page, "--json", "-", *options)
     assert json.loads(out) == json.loads(figures.read_text())
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peerlm import PEER
-from peerlm.ops.reference import ACTIVATIONS, WEIGHTINGS
+from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.testing import assert_within_budget, loop_peer
 
 DIM = 6
@@ -129,7 +129,7 @@ def test_permuting_experts_with_their_keys_changes_nothing(gated: bool, shared_k
         keys = layer.product_keys.sub_keys
         keys.copy_(torch.stack([keys[0][:, first], keys[1][:, second]]))
         rows = layer.experts.rows
-        rows.copy_(rows.unflatten(0, (4, 4))[first][:, second].flatten(0, 1))
+        layer.experts.write(rows.unflatten(0, (4, 4))[first][:, second].flatten(0, 1))
     weights_after, ids_after = layer.retrieve(x)
     torch.testing.assert_close(layer(x), before)
     torch.testing.assert_close(weights_after, weights)
@@ -172,10 +172,7 @@ def test_names_and_shapes_that_others_build_on() -> None:
         3,
     )
     assert PEER(8, num_experts=25, heads=3, experts_per_head=2, key_dim=6).experts.gate is None
-    assert {name: role for m in layer.modules() for name, role in getattr(m, "parameter_roles", {}).items()} == {
-        "sub_keys": "keys",
-        "rows": "table",
-    }
+    assert (keys.parameter_roles, set(experts.parameter_roles.values())) == ({"sub_keys": "keys"}, {"table"})
 
 
 def test_score_of_an_expert_is_its_key_against_the_query() -> None:
@@ -199,9 +196,8 @@ def test_paper_settings_are_the_defaults() -> None:
 
 def test_dropout_drops_whole_experts_and_scales_the_others() -> None:
     layer = PEER(16, num_experts=16, heads=1, experts_per_head=4, key_dim=4, dropout=0.25, activation="identity")
-    with torch.no_grad():
-        layer.experts.down.copy_(torch.eye(16)[:1].expand(16, -1))
-        layer.experts.up.copy_(torch.eye(16))  # y[id] = weight of expert id times x[0]
+    layer.experts.write(torch.eye(16)[:1].expand(16, -1), vector=0)
+    layer.experts.write(torch.eye(16), vector=1)  # y[id] = weight of expert id times x[0]
     x = torch.randn(2000, 16)
     x[:, 0] = 1
     twin = copy.deepcopy(layer)
@@ -301,7 +297,7 @@ def test_repr_shows_the_settings() -> None:
         ({"weighting": "softmx"}, "weighting is 'softmx'; choose one of softmax, sigmoid, relu, none"),
         ({"pairing": "diagonals"}, "pairing is 'diagonals'; choose one of row-major, shells"),
         ({"activation": "tanh"}, "activation is 'tanh'; choose one of gelu, gelu_tanh, relu, silu, identity"),
-        ({"backend": "cuda"}, "backend is 'cuda'; choose one of auto, reference, bag, cpu"),
+        ({"backend": "cuda"}, "backend is 'cuda'; choose one of auto, cpu, bag, reference"),
         ({"dropout": 1.0}, "dropout is 1.0; .* 0 <= dropout < 1"),
         ({"dropout": -0.1}, "dropout is -0.1; .* 0 <= dropout < 1"),
     ],

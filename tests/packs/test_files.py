@@ -299,7 +299,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_inspect_shows_the_manifest(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("pack", "inspect", saved / "law", "--json", "--for", saved / "model") == 0
+    assert run("pack", "inspect", saved / "law", "--json=-", "--for", saved / "model") == 0
     facts = json.loads(capfd.readouterr().out)
     assert facts.pop("fits") == str(saved / "model")
     assert facts == {

@@ -68,7 +68,9 @@ def test_library_is_measured(saved: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(library, "WINDOW", 16)
     plain = library.read_some
     monkeypatch.setattr(
-        library, "read_some", lambda files, tokenizer, number: plain(files, tokenizer, number, known_tokens=256)
+        library,
+        "read_some",
+        lambda files, tokenizer, number, **options: plain(files, tokenizer, number, known_tokens=256, **options),
     )
     options = [str(saved / "model"), str(saved / "letters.txt"), str(saved / "counting.txt")]
     options += ["--folder", str(saved / "library"), "--output", str(saved / "rows.jsonl")]

@@ -107,7 +107,7 @@ def test_the_command_takes_the_growth(configure: Callable[..., TrainConfig], tmp
     run = train(config, progress=False).run
     recipe.write_text((run / "config.json").read_text())
     with pytest.raises(SystemExit) as end:
-        main(["train", str(recipe), "--output", str(tmp_path / "grown"), "--grow", "10@50%", "--json"])
+        main(["train", str(recipe), "--output", str(tmp_path / "grown"), "--grow", "10@50%", "--json=-"])
     assert not end.value.code
     assert json.loads((tmp_path / "grown" / "config.json").read_text())["grow"]["at"] == "10@50%"
 

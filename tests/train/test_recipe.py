@@ -190,3 +190,12 @@ def test_the_recipes_of_the_repository_are_valid(path: Path) -> None:
     from peerlm.model import PeerConfig
 
     PeerConfig(**load_recipe(path).model)
+
+
+def test_the_folder_of_a_run_stands_for_its_configuration(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run and no prepared folder: name one of these, or a recipe"):
+        load_recipe(tmp_path)
+    config = load_recipe(next(Path(__file__).parents[2].glob("recipes/train-*.toml")))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    assert load_recipe(tmp_path) == config
+    assert load_recipe(tmp_path, ["seed=3"]).seed == 3

@@ -1,37 +1,14 @@
 """A pool of low-rank experts that each token retrieves by product keys: what a retrieved adapter adds to a module."""
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlm.layers.inputs import check_dropout, check_sizes, check_weight_scale, flatten_tokens
+from peerlm.layers.checks import check_dropout, check_sizes, check_weight_scale, flatten_tokens
 from peerlm.layers.product_keys import ProductKeys
-from peerlm.layers.row_table import RowTable, empty_rows
+from peerlm.layers.table import Table
 from peerlm.ops import api
-from peerlm.ops.reference import ACTIVATIONS
-from peerlm.ops.rows import prepare_rows, wants_row_gradients
-
-
-class VectorTable(RowTable):
-    """Vectors that tokens read with or write, one row each.
-
-    Args:
-        num_rows: rows.
-        dim: size of a row.
-        std: of the normal distribution that fills them; 0 fills them with zeros.
-
-    Attributes:
-        rows: (num_rows, dim).
-    """
-
-    parameter_roles: ClassVar[dict[str, str]] = {"rows": "table"}
-
-    def __init__(self, num_rows: int, dim: int, *, std: float):
-        super().__init__()
-        self.rows = nn.Parameter(empty_rows(num_rows, dim))
-        nn.init.normal_(self.rows, std=std) if std else nn.init.zeros_(self.rows)
+from peerlm.ops.functions import ACTIVATIONS
 
 
 class AdapterPool(nn.Module):
@@ -64,7 +41,7 @@ class AdapterPool(nn.Module):
 
     Attributes:
         product_keys: the index, `ProductKeys`.
-        down, up: u and v, `VectorTable`s of N * rank rows; expert i has rows i * rank up to (i + 1) * rank.
+        down, up: u and v, a `Table` each of N * rank rows; expert i has rows i * rank up to (i + 1) * rank.
 
     Raises:
         ValueError: a setting is impossible; the message has the setting, its value, and the mend.
@@ -99,7 +76,6 @@ class AdapterPool(nn.Module):
         self.activation = activation
         self.weight_scale = weight_scale
         self.dropout = dropout
-        self.backend = backend
         self.product_keys = ProductKeys(
             in_features,
             num_experts=num_experts,
@@ -111,8 +87,10 @@ class AdapterPool(nn.Module):
             weighting=weighting,
             backend=backend,
         )
-        self.down = VectorTable(num_experts * rank, in_features, std=in_features**-0.5)
-        self.up = VectorTable(num_experts * rank, out_features, std=0.0)
+        self.down = Table(num_experts * rank, in_features, backend=backend)
+        self.down.fill(lambda rows: rows.normal_(std=in_features**-0.5))
+        self.up = Table(num_experts * rank, out_features, backend=backend)
+        self.up.fill(lambda rows: rows.zero_())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) of any float dtype to (..., out_features), computed in the dtype of the pool."""
@@ -126,20 +104,8 @@ class AdapterPool(nn.Module):
             neurons = torch.arange(self.rank, device=x.device)
             row_ids_TP = (row_ids_TP[..., None] * self.rank + neurons).flatten(1)
             weights_TP = weights_TP.repeat_interleave(self.rank, dim=1)
-        down, up = self.down.rows, self.up.rows
-        prepare_rows(down, row_ids_TP)
-        hidden_TP = api.dot_values(
-            x_TD, row_ids_TP, down, backend=self.backend, row_gradients=wants_row_gradients(down)
-        )
-        hidden_TP = ACTIVATIONS[self.activation](hidden_TP)
-        prepare_rows(up, row_ids_TP)
-        y_TD = api.mix_values(
-            weights_TP.to(hidden_TP.dtype) * hidden_TP,
-            row_ids_TP,
-            up,
-            backend=self.backend,
-            row_gradients=wants_row_gradients(up),
-        )
+        hidden_TP = ACTIVATIONS[self.activation](self.down.dot(x_TD, row_ids_TP))
+        y_TD = self.up.mix(weights_TP.to(hidden_TP.dtype) * hidden_TP, row_ids_TP)
         return y_TD.view(*x.shape[:-1], self.out_features)
 
     def extra_flops_per_token(self, context: int) -> int:

@@ -1,17 +1,23 @@
 """The command `peerlm`: each function parses, imports lazily, and calls.
 
-A mistake that the user can mend is one line on stderr and exit code 2; a bug shows its traceback.
+A mistake that the user can fix is one line on stderr and exit code 2; a bug shows its traceback.
 """
 
+import io
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import typer
 
 from peerlm.cli.extras import offer_studies
 from peerlm.cli.root import app
-from peerlm.errors import UserError
+from peerlm.errors import PeerlmWarning, TrainingStopped, UserError
+from peerlm.files import is_disk_full
 from peerlm.malloc import keep_freed_memory
 
 # Each adds its commands to `app`; help lists them in this order.
@@ -25,22 +31,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     2 stands for a mistake of the user's, 130 for an interrupt; an exception's own `exit_code` is honoured.
     """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name or a sample may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own, between ours
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     keep_freed_memory()
     try:
-        app(arguments)
+        _require_utf8(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            app(arguments)
     except Exception as error:
-        is_mistake = isinstance(error, UserError | OSError)
+        is_mistake = isinstance(error, UserError | OSError) or is_disk_full(error)
         exit_code = 2 if is_mistake else getattr(error, "exit_code", None)
         if exit_code is None:
             raise
         typer.echo(f"error: {_sentence(error)}" if is_mistake else str(error), err=True)
+        if isinstance(error, TrainingStopped) and exit_code > 128:
+            typer.echo(f"Resume with: {_again(arguments)}", err=True)
         sys.exit(exit_code)
+
+
+def _show_warning(
+    otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *details: Any
+) -> None:
+    """Print our own warnings as one sentence; others as Python does."""
+    if issubclass(category, PeerlmWarning):
+        typer.echo(f"warning: {message}", err=True)
+    else:
+        otherwise(message, category, *details)
+
+
+def _require_utf8(arguments: Sequence[str]) -> None:
+    """Raise UserError where an argument's bytes are no UTF-8, which Python keeps as lone surrogates."""
+    for number, argument in enumerate(arguments, start=1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            readable = os.fsencode(argument).decode(errors="backslashreplace")
+            raise UserError(
+                f"argument {number}, {readable}, is not UTF-8: rename the file or write the text in UTF-8"
+            ) from None
+
+
+def _again(arguments: Sequence[str]) -> str:
+    """The command that continues what was stopped, for a shell: the same, with --resume where it has that option."""
+    command = typer.main.get_command(app).commands.get(arguments[0])  # type: ignore[attr-defined]
+    resumes = command is not None and any("--resume" in parameter.opts for parameter in command.params)
+    return shlex.join(["peerlm", *arguments, *(["--resume"] if resumes and "--resume" not in arguments else [])])
 
 
 def _sentence(error: Exception) -> str:
     """One line about an error, without the number that the system gives it."""
+    if is_disk_full(error) and not isinstance(error, UserError):
+        where = getattr(error, "filename", None)
+        return f"the disk{f' of {where}' if where else ''} is full: free some space, then run this again"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return " ".join(str(error).split())

@@ -4,17 +4,28 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peerlm.cli.root import Json, app
-from peerlm.cli.show import advance, print_json, print_table
+from peerlm.cli.root import Commands, DocumentStart, Json, app
+from peerlm.cli.show import STDOUT, advance, show
+from peerlm.errors import UserError
+from peerlm.terminal import VALUE, print_table
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+HELD_OUT = 5
+"""One window of the text in so many is not learned from, and measures what a conversion costs."""
 
 
 @app.command(
-    epilog="Examples: peerlm convert gpt2/ gpt2-peer/ --set num_experts=16384\n\n"
-    "peerlm convert runs/a b/ --mode replace --layers middle"
+    examples=[
+        "peerlm convert gpt2/ gpt2-peer/ --set num_experts=16384",
+        "peerlm convert runs/dense changed/ --mode replace --layers middle",
+        "peerlm convert gpt2-peer/ gpt2-again/ --undo",
+    ]
 )
 def convert(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model, of any architecture, or a run.")],
@@ -26,23 +37,31 @@ def convert(
     init: Annotated[
         str, typer.Option(help="random experts, or with --mode replace the layer's own neurons, retrieved.")
     ] = "random",
-    text: Annotated[list[Path], typer.Option(help="Text from which --init neurons learns its index; repeatable.")] = [],  # noqa: B006
+    text: Annotated[
+        list[Path],
+        typer.Option(
+            help="Text from which --init neurons learns its index; its last fifth tells what that costs. Repeatable."
+        ),
+    ] = [],  # noqa: B006
     settings: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of the new layers; repeatable.")
     ] = [],  # noqa: B006
+    document_start: DocumentStart = "auto",
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
     undo: Annotated[bool, typer.Option("--undo", help="Take away what was added beside.")] = False,
-    as_json: Json = False,
+    json_file: Json = None,
 ) -> None:
     """Put PEER into a model of any architecture, beside its dense feed-forward layers or in their place."""
     from peerlm.cli.conversion_options import read_layers, read_settings
     from peerlm.convert.folder import convert_folder
     from peerlm.evaluate.loading import model_folder
     from peerlm.evaluate.progress import progress_bar
+    from peerlm.evaluate.windows import batches_of
 
     folder = model_folder(model)
-    samples = samples_of(folder, text)
-    with progress_bar(shown=not as_json) as bar:
+    windows = windows_of(folder, text, document_start)
+    held_out = 0 if windows is None or len(windows) < 2 else max(1, len(windows) // HELD_OUT)
+    with progress_bar(shown=json_file != STDOUT) as bar:
         row = convert_folder(
             folder,
             output,
@@ -50,17 +69,20 @@ def convert(
             layers=read_layers(layers),
             init=init,
             settings=read_settings(settings),
-            samples=samples,
+            samples=None if windows is None else batches_of(windows[: len(windows) - held_out]),
+            measure=partial(perplexity, windows[-held_out:]) if windows is not None and held_out else None,
             seed=seed,
             undo=undo,
             report=partial(advance, bar, {}),
         )
-    _print_change(output, row, as_json)
+    _show_change(output, row, json_file)
 
 
 @app.command(
-    epilog="Examples: peerlm grow runs/a grown/ --num-experts 4096 --renumber\n\n"
-    "peerlm grow runs/a grown/ --num-experts 4096 --keys crowded --text book.txt"
+    examples=[
+        "peerlm grow runs/a grown/ --num-experts 65536",
+        "peerlm grow runs/a grown/ --num-experts 65536 --keys crowded --text book.txt",
+    ]
 )
 def grow(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model with PEER layers, or a run.")],
@@ -74,8 +96,9 @@ def grow(
     renumber: Annotated[
         bool, typer.Option("--renumber", help='Renumber a model of pairing "row-major" first.')
     ] = False,
+    document_start: DocumentStart = "auto",
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
-    as_json: Json = False,
+    json_file: Json = None,
 ) -> None:
     """Give the PEER layers of a trained model more experts, which leave its output as it is until they are let in."""
     from peerlm.evaluate.loading import model_folder
@@ -87,15 +110,15 @@ def grow(
         output,
         num_experts,
         keys=keys,
-        samples=samples_of(folder, text),
+        samples=samples_of(folder, text, document_start),
         opening=opening,
         renumber=renumber,
         seed=seed,
     )
-    _print_change(output, row, as_json)
+    _show_change(output, row, json_file)
 
 
-@app.command(epilog="Example: peerlm shrink runs/a smaller/ --text book.txt")
+@app.command(examples=["peerlm shrink runs/a smaller/ --text book.txt"])
 def shrink(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model with PEER layers, or a run.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -103,44 +126,69 @@ def shrink(
     num_experts: Annotated[
         int | None, typer.Option(help="Of every PEER layer: a square; default: all that the text uses stay.")
     ] = None,
-    as_json: Json = False,
+    document_start: DocumentStart = "auto",
+    json_file: Json = None,
 ) -> None:
     """Take away the experts of a trained model that it does not use."""
     from peerlm.evaluate.loading import model_folder
     from peerlm.growth.folder import shrink_folder
 
     folder = model_folder(model)
-    samples = samples_of(folder, text)
+    samples = samples_of(folder, text, document_start)
     assert samples is not None
-    _print_change(output, shrink_folder(folder, output, num_experts, samples), as_json)
+    _show_change(output, shrink_folder(folder, output, num_experts, samples), json_file)
 
 
-def samples_of(folder: Path, text: list[Path]) -> Iterable[dict[str, Any]] | None:
-    """What a model reads of these files, as keyword arguments of forward passes; None without files."""
+def windows_of(folder: Path, text: list[Path], document_start: str) -> "Tensor | None":
+    """Windows of these files, for the model in a folder; None without files. Says what begins them."""
     from peerlm.data.tokenizer import open_tokenizer
-    from peerlm.evaluate.windows import batches_of, text_windows
+    from peerlm.evaluate.windows import text_windows
+    from peerlm.marks import AUTO, marked, marks_in
 
-    return batches_of(text_windows(open_tokenizer(folder), text, context=256)) if text else None
+    if not text and document_start != AUTO:
+        raise UserError(f"--document-start is {document_start!r}, but no text is read; name one with --text")
+    if not text:
+        return None
+    tokenizer = open_tokenizer(folder)
+    marks = marks_in(folder, tokenizer, document_start)
+    if marks.window_start:
+        begins = marked(marks.window_start, tokenizer)
+        typer.echo(f"note: each document and window begins with {begins} ({marks.source})", err=True)
+    return text_windows(tokenizer, text, 256, marks)
 
 
-def _print_change(output: Path, row: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(row)
-    else:
-        print_table(str(output), {"value": {**row, "layers": "\n".join(row["layers"])}})
+def samples_of(folder: Path, text: list[Path], document_start: str) -> Iterable[dict[str, Any]] | None:
+    """What a model reads of these files, as keyword arguments of forward passes; None without files."""
+    from peerlm.evaluate.windows import batches_of
+
+    windows = windows_of(folder, text, document_start)
+    return None if windows is None else batches_of(windows)
 
 
-pack_app = typer.Typer(no_args_is_help=True)
+def perplexity(windows: "Tensor", model: "nn.Module") -> float:
+    """Of a model, on the first 64 of these windows."""
+    from peerlm.evaluate import held_out_loss
+    from peerlm.evaluate.likelihood import exp
+
+    return exp(held_out_loss(model, windows, batch_size=8, limit=64))
+
+
+def _show_change(output: Path, row: dict[str, Any], json_file: Path | None) -> None:
+    shown = {**row, "layers": "\n".join(row["layers"])}
+    show(row, json_file, partial(print_table, str(output), {VALUE: shown}))
+
+
+pack_app = Commands()
 app.add_typer(pack_app, name="pack", help="Look at packs: experts for one purpose, kept in a folder (docs/packs.md).")
 
 
-@pack_app.command("inspect", epilog="Example: peerlm pack inspect packs/law")
+@pack_app.command("inspect", examples=["peerlm pack inspect packs/law --for runs/a"])
 def inspect_pack(
     folder: Annotated[Path, typer.Argument(help="Folder that save_pack wrote.")],
     run: Annotated[
         Path | None, typer.Option("--for", metavar="RUN", help="Say also whether this model takes the pack.")
     ] = None,
-    as_json: Json = False,
+    json_file: Json = None,
 ) -> None:
     """Show what a pack is, check its file, and with --for load it into a model to see whether it fits."""
     from peerlm.packs.files import read_manifest, read_tensors
@@ -153,7 +201,4 @@ def inspect_pack(
 
         load_model(run, [folder])
         facts["fits"] = str(run)
-    if as_json:
-        print_json(facts)
-    else:
-        print_table(str(folder), {"value": facts})
+    show(facts, json_file, partial(print_table, str(folder), {VALUE: facts}))

@@ -1,19 +1,24 @@
 """The command that lets a trained model learn new text: learn."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from peerlm.cli.root import Json, Run, app
-from peerlm.cli.show import print_json, print_table, transposed
+from peerlm.cli.root import DocumentStart, Json, Run, app
+from peerlm.cli.show import STDOUT, show
+from peerlm.terminal import print_table
 
 
 @app.command(
-    epilog="Examples: peerlm learn runs/a --text code.txt.xz --output runs/learned --background prose.txt.xz --kl 1\n\n"
-    "peerlm learn runs/a --text law=laws/ --text docs.txt --method grow --set sub_keys=32 --output runs/grown "
-    "--background prose.txt.xz --kl 1\n\npeerlm learn runs/a --text code.txt.xz --method lora --set rank=32 "
-    "--learning-rate 5e-3 --output runs/lora"
+    examples=[
+        "peerlm learn runs/a --text code.txt --output runs/learned",
+        "peerlm learn runs/a --text law=laws/ --text docs.txt --method grow -o runs/b",
+        "peerlm learn runs/a --text code.txt --background book.txt --kl 1 -o runs/b",
+        "peerlm learn runs/a --text code.txt --method lora --set rank=8 -o runs/b",
+        "peerlm learn runs/a --text code.txt --output runs/learned --resume",
+    ]
 )
 def learn(
     run: Run,
@@ -21,7 +26,7 @@ def learn(
         list[str],
         typer.Option(metavar="[NAME=]FILE", help="Text to learn, one stage each, in this order; repeatable."),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     method: Annotated[
         str,
         typer.Option(
@@ -60,17 +65,18 @@ def learn(
     table_lr_multiplier: Annotated[float, typer.Option(help="Learning rate of experts over that of the rest.")] = 1.0,
     keys_lr_multiplier: Annotated[float, typer.Option(help="Learning rate of sub-keys over that of the rest.")] = 1.0,
     context: Annotated[int | None, typer.Option(help="Tokens in a window; default: as trained.")] = None,
+    document_start: DocumentStart = "auto",
     batch_size: Annotated[int, typer.Option(help="Windows of new text in a step.")] = 8,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: none by steps.")] = 0,
     checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints; 0: none by time.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Of the order of the text and of new weights.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
-    as_json: Json = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    json_file: Json = None,
 ) -> None:
     """Let a trained model learn text after text, and show after each what it knows of all of them.
 
     Learning makes a model forget. What helps against that, in any combination: text of what it knows, --background,
-    from whose predictions it shall not move away, --kl, or which it learns again, --replay; and methods that change
+    whose predictions it keeps, --kl, or which it learns again, --replay; and methods that change
     only part of it. Rows of the table are stages, columns perplexities of held-out text of each domain.
     """
     from peerlm.cli.stage_options import learn_config
@@ -97,18 +103,14 @@ def learn(
             "keys_lr_multiplier": keys_lr_multiplier,
         },
         context=context,
+        document_start=document_start,
         batch_size=batch_size,
         checkpoint_every=checkpoint_every,
         checkpoint_minutes=checkpoint_minutes,
         seed=seed,
     )
-    rows = learn(config, resume=resume, progress=not as_json)
-    if as_json:
-        print_json(rows)
-        return
-    print_table(
-        str(output),
-        transposed(
-            {f"after {row['stage'] or 'nothing'}": row["perplexity"] for row in rows}, list(rows[0]["perplexity"])
-        ),
-    )
+    rows = learn(config, resume=resume, progress=json_file != STDOUT)
+    if begins := rows[0].get("document_start"):
+        typer.echo(f"note: each document and window begins with {begins}", err=True)
+    stages = {f"after {row['stage'] or 'nothing'}": row["perplexity"] for row in rows}
+    show(rows, json_file, partial(print_table, str(output), stages, rows=True))

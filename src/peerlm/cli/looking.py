@@ -1,20 +1,25 @@
 """Commands that look: into a model, and at this installation: inspect, info."""
 
 import platform
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from peerlm import __version__
-from peerlm.cli.root import Json, Run, app
-from peerlm.cli.show import print_json, print_table, transposed
+from peerlm.cli.root import DocumentStart, Json, Run, app
+from peerlm.cli.show import STDOUT, show
 from peerlm.errors import UserError
+from peerlm.terminal import VALUE, print_table
 
 
 @app.command(
-    epilog="Examples: peerlm inspect runs/a --text book.txt --output experts.html\n\n"
-    "peerlm inspect runs/a --text book.txt --knock-out 1:123 --boost 1:77=2"
+    examples=[
+        "peerlm inspect runs/a --text book.txt --output experts.html",
+        "peerlm inspect runs/a --text book.txt --knock-out 1:123 --boost 1:77=2",
+    ]
 )
 def inspect(
     run: Run,
@@ -23,6 +28,7 @@ def inspect(
     limit: Annotated[int, typer.Option(help="Read only the start: tokens.")] = 65536,
     shown: Annotated[int, typer.Option(help="Tokens at the start that the page shows one by one.")] = 512,
     context: Annotated[int | None, typer.Option(help="Tokens read at once; default: as trained.")] = None,
+    document_start: DocumentStart = "auto",
     experts: Annotated[int, typer.Option(help="Experts of each layer that the page holds, those that write most.")] = (
         16384
     ),
@@ -35,59 +41,67 @@ def inspect(
         list[str],
         typer.Option(metavar="LAYER:EXPERT=FACTOR", help="The same with its output multiplied; repeatable, no page."),
     ] = [],  # noqa: B006
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE too; - prints them.")
-    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a page that is there.")] = False,
+    json_file: Json = None,
 ) -> None:
     """Look inside: which experts fire where, what they push, which are dead or crowded, what changes without them.
 
     Writes one HTML page that works offline. With --knock-out or --boost it prints instead how the loss and the next
     tokens change with all these edits at once. A layer is named by its block's number, as on the page.
     """
-    from peerlm.files import write_json
     from peerlm.interpret import Edit, change_of_edits, inspect
 
-    to_stdout = json_file == Path("-")
+    progress = json_file != STDOUT
     wanted = [*(Edit.read(name, 0.0) for name in knock_out), *(Edit.read(name) for name in boost)]
     if wanted and output is not None:
         raise UserError("--knock-out and --boost print and write no page; leave --output out")
     output = output or Path("inspect.html")
     if wanted:
-        figures = change_of_edits(run, text, wanted, limit=limit, context=context, progress=not to_stdout)
+        figures = change_of_edits(
+            run, text, wanted, limit=limit, context=context, document_start=document_start, progress=progress
+        )
     else:
         figures = inspect(
             run,
             text,
             output=output,
+            overwrite=overwrite,
             limit=limit,
             shown=shown,
             context=context,
+            document_start=document_start,
             experts=experts,
             edits=edits,
-            progress=not to_stdout,
+            progress=progress,
         )
-    if json_file is not None and not to_stdout:
-        write_json(json_file, figures)
-    if to_stdout:
-        print_json(figures)
-    elif wanted:
-        shown_figures = ["tokens", "loss", "edited_loss", "change", "perplexity", "edited_perplexity"]
-        print_table(str(run), {"value": {name: figures[name] for name in shown_figures}})
-        for place in figures["places"]:
-            columns = {"as it is": place["before_edit"], "edited": place["after_edit"]}
-            ranks = {
-                name: {str(rank): f"{token!r} {share:.1%}" for rank, (token, share) in enumerate(tokens, start=1)}
-                for name, tokens in columns.items()
-            }
-            print_table(f"after {place['after']!r}, divergence {place['divergence']:.3g} nats", ranks)
-    else:
-        layers = {f"layer {layer['number']}": layer for layer in figures["layers"]}
-        columns = transposed(layers, ["num_experts", "usage", "unevenness", "dead", "crowded"])
-        print_table(f"{output}: loss {figures['loss']:.4f} over {figures['tokens']:,} tokens", columns)
+    tables = _print_change if wanted else _print_layers
+    show(figures, json_file, partial(tables, str(run if wanted else output), figures))
 
 
-@app.command(epilog="Example: peerlm info --json")
-def info(as_json: Json = False) -> None:
+def _print_change(run: str, figures: Mapping[str, Any]) -> None:
+    """What edits change: the loss, and the next tokens where they change most."""
+    shown = ["document_start", "tokens", "loss", "edited_loss", "change", "perplexity", "edited_perplexity"]
+    print_table(run, {VALUE: {name: figures[name] for name in shown}})
+    for place in figures["places"]:
+        columns = {"as it is": place["before_edit"], "edited": place["after_edit"]}
+        ranks = {
+            name: {str(rank): f"{token!r} {share:.1%}" for rank, (token, share) in enumerate(tokens, start=1)}
+            for name, tokens in columns.items()
+        }
+        print_table(f"after {place['after']!r}, divergence {place['divergence']:.3g} nats", ranks)
+
+
+def _print_layers(page: str, figures: Mapping[str, Any]) -> None:
+    """How each layer uses its experts."""
+    names = ["num_experts", "usage", "unevenness", "dead", "crowded"]
+    layers = {f"layer {layer['number']}": {name: layer[name] for name in names} for layer in figures["layers"]}
+    begins = f"documents begin with {figures['document_start'] or 'nothing'}"
+    title = f"{page}: loss {figures['loss']:.4f} over {figures['tokens']:,} tokens, {begins}"
+    print_table(title, layers, rows=True)
+
+
+@app.command(examples=["peerlm info", "peerlm info --json -"])
+def info(json_file: Json = None) -> None:
     """Show versions, devices and backends, as a bug report wants them."""
     import torch
     import transformers
@@ -105,7 +119,5 @@ def info(as_json: Json = False) -> None:
         "devices": ["cpu", *gpus],
     }
     backends = available_backends()
-    if as_json:
-        print_json({**facts, "backends": backends})
-    else:
-        print_table("", {"value": facts | {f"backend {name}": what for name, what in backends.items()}})
+    shown = facts | {f"backend {name}": what for name, what in backends.items()}
+    show({**facts, "backends": backends}, json_file, partial(print_table, "", {VALUE: shown}))

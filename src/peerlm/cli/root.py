@@ -1,17 +1,57 @@
 """The command itself, and the options that several of its commands have."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from peerlm import __version__
+from peerlm.cli.show import check_file
 
-app = typer.Typer(
+
+def _with_plain_types(parameters: list[Any]) -> list[Any]:
+    """Parameters that help shows without the types that mean something in Python alone: of flags, and of lists."""
+    for parameter in parameters:
+        kind = parameter.type_descriptor.annotation
+        if getattr(parameter, "is_bool_flag", False):
+            parameter.metavar = ""
+        elif get_origin(kind) is list:
+            parameter.display_type = partial(_element_type, get_args(kind)[0].__name__)
+    return parameters
+
+
+def _element_type(name: str, ctx: object) -> str:
+    return f"<{name.lower()}>"
+
+
+class _Command(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _with_plain_types(super().get_params(ctx))
+
+
+class _Group(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _with_plain_types(super().get_params(ctx))
+
+
+class Commands(typer.Typer):
+    """A group of commands whose help has plain types, and examples in lines of their own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(cls=_Group, no_args_is_help=True, **options)
+
+    def command(self, name: str | None = None, *, examples: Sequence[str] = (), **options: Any) -> Callable[..., Any]:
+        """As of typer, with commands to show at the end of the help."""
+        title = "Example:" if len(examples) == 1 else "Examples:"
+        return super().command(name, cls=_Command, epilog="\n\n".join([title, *examples]), **options)
+
+
+app = Commands(
     epilog="Example: peerlm compare recipes/demo.toml",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -24,13 +64,25 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-Recipe = Annotated[Path, typer.Argument(help="TOML file, or the config.json of a run.")]
+Recipe = Annotated[Path, typer.Argument(help="TOML file, or a run or its config.json.")]
 Settings = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
 ]
 Output = Annotated[Path | None, typer.Option(help="Folder to write; the same as --set run=FOLDER.")]
 Run = Annotated[Path, typer.Argument(help="Run folder, or folder of a saved model.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table, and no progress.")]
+DocumentStart = Annotated[
+    str,
+    typer.Option(metavar="auto|none|TOKEN", help="What stands before each document; auto: as tokenizer and model say."),
+]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        callback=check_file,
+        help="Write the figures to FILE as JSON too; - prints them in place of tables and progress.",
+    ),
+]
 Packs = Annotated[
     list[Path], typer.Option("--pack", metavar="FOLDER", help="A pack to load into the model first; repeatable.")
 ]

@@ -1,44 +1,35 @@
-"""What commands print: tables, JSON, progress."""
+"""What becomes of a command's figures: tables, JSON in a file or on stdout, progress."""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 import typer
-from rich.console import Console
 from rich.progress import Progress, TaskID
-from rich.table import Table
+
+from peerlm.errors import UserError
+from peerlm.files import write_bytes
+
+STDOUT = Path("-")
+"""Name of a file that stands for stdout."""
 
 
-def print_json(value: object) -> None:
-    """Print what a machine may read."""
-    typer.echo(json.dumps(value, indent=2))
+def check_file(path: Path | None) -> Path | None:
+    """The file that --json names; raises UserError where none can be written there, before the work begins."""
+    if path is not None and path != STDOUT and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"--json {path} cannot be written: name a file in a folder that exists, or - for stdout")
+    return path
 
 
-def print_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print named columns, with a row for each key that any of them has."""
-    keys = dict.fromkeys(key for column in columns.values() for key in column)
-    table = Table("", *columns, title=title or None, title_justify="left")
-    for key in keys:
-        table.add_row(key.replace("_", " "), *(_cell(column.get(key, "")) for column in columns.values()))
-    Console().print(table)
-
-
-def transposed(columns: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """These keys as columns, with a row for each column."""
-    return {key.replace("_", " "): {name: column[key] for name, column in columns.items()} for key in keys}
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ", ".join(map(_cell, value))
-    if isinstance(value, dict):
-        return "\n".join(f"{key}: {_cell(part)}" for key, part in value.items())
-    return f"{value:,}" if type(value) is int else str(value)
+def show(figures: object, json_file: Path | None, tables: Callable[[], object]) -> None:
+    """Print figures by `tables`, and write them as JSON too; where the file is stdout they are JSON alone."""
+    content = json.dumps(figures, indent=2)
+    if json_file == STDOUT:
+        typer.echo(content)
+        return
+    if json_file is not None:
+        write_bytes(json_file, f"{content}\n".encode())
+    tables()
 
 
 def advance(bar: Progress, tasks: dict[str, TaskID], name: str, done: int, total: int) -> None:

@@ -1,5 +1,6 @@
 """The options of `peerlm learn` as a configuration."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from peerlm.cli.conversion_options import read_settings
 from peerlm.continual.config import LearnConfig
 from peerlm.continual.stream import BACKGROUND
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.train.recipe import from_dict
 
 DEFAULT_BUDGET = {"tokens": 120_000}
@@ -25,7 +26,8 @@ def learn_config(
     """The configuration of a stream.
 
     Args:
-        text: FILE, or NAME=FILE, of each stage; a name that is not given is that of the file up to its first dot.
+        text: FILE, or NAME=FILE, of each stage; a name that is not given is that of the file up to its first dot. A
+            path that exists, or has a slash before its first "=", is a FILE.
         heldout: NAME=FILE.
         settings: KEY=VALUE, of the method.
         budget: as `BudgetConfig`, None for what is not given.
@@ -33,16 +35,17 @@ def learn_config(
         values: as `LearnConfig`.
 
     Raises:
-        UserError: a value without sense, held-out text of a stage that there is not.
+        UserError: a value without sense, held-out text of a stage that there is not, a text that is an existing path
+            both with and without its NAME=.
     """
     files = [_named(each) for each in text]
     measured = {}
+    names = [*(stage for stage, _ in files), BACKGROUND]
     for each in heldout:
-        name, equals, file = each.partition("=")
-        if not equals or name not in [BACKGROUND, *(stage for stage, _ in files)]:
-            names = ", ".join([*(stage for stage, _ in files), BACKGROUND])
-            raise UserError(f"--heldout {each}: write NAME=FILE, with a NAME of {names}")
-        measured[name] = file
+        name = max((name for name in names if each.startswith(f"{name}=")), key=len, default=None)
+        if name is None:
+            raise UserError(f"--heldout {each}: write NAME=FILE, with a NAME of {listed(names)}")
+        measured[name] = each.removeprefix(f"{name}=")
     given = {name: value for name, value in budget.items() if value is not None}
     return from_dict(
         LearnConfig,
@@ -58,4 +61,9 @@ def learn_config(
 
 def _named(text: str) -> tuple[str, str]:
     name, equals, file = text.partition("=")
-    return (name, file) if equals else (Path(text).name.partition(".")[0], text)
+    if equals and not any(separator in name for separator in ("/", os.sep)):
+        if not Path(text).exists():
+            return name, file
+        if file and Path(file).exists():
+            raise UserError(f"--text {text} is a path, and so is {file}: write ./{text}, or {name}=./{file}")
+    return Path(text).name.partition(".")[0], text

@@ -1,38 +1,41 @@
 """Commands that make studies of many runs, and read what came of them."""
 
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from peerlm.cli.root import Json, Output, Recipe, Run, Settings, app, overrides
-from peerlm.cli.show import print_json, print_table, transposed
+from peerlm.cli.show import STDOUT, show
+from peerlm.terminal import print_markdown, print_table
 
 
 @app.command(
-    epilog="Examples: peerlm compare recipes/demo.toml\n\n"
-    "peerlm compare recipes/demo.toml --set budget.flops=1e12 --output runs/quick"
+    examples=[
+        "peerlm compare recipes/demo.toml",
+        "peerlm compare recipes/demo.toml --set budget.flops=1e12 --output runs/quick",
+    ]
 )
 def compare(
     recipe: Recipe,
     settings: Settings = [],  # noqa: B006
     output: Output = None,
-    as_json: Json = False,
+    json_file: Json = None,
 ) -> None:
     """Train PEER and its rivals on the same data for the same FLOPs: table, plots, a sample of text."""
     from peerlm_studies.comparison.compare import compare
 
-    rows = compare(recipe, overrides(settings, output), progress=not as_json)
-    if as_json:
-        print_json(rows)
+    rows = compare(recipe, overrides(settings, output), progress=json_file != STDOUT)
+    show(rows, json_file, tables=_nothing)  # they were shown when they were made
 
 
 @app.command(
-    epilog="Examples: peerlm isoflop recipes/isoflop.toml\n\n"
-    "peerlm isoflop recipes/isoflop.toml --method PEER --budget 2e12 --size d64 --seed 2 --output runs/again\n\n"
-    "peerlm isoflop recipes/isoflop_paper_6e18.toml --dry-run --gpu-tflops 400 --utilisation 0.4"
+    examples=[
+        "peerlm isoflop recipes/isoflop.toml",
+        "peerlm isoflop recipes/isoflop.toml --method PEER --budget 2e12 --seed 2",
+        "peerlm isoflop recipes/isoflop_paper_6e18.toml --dry-run --gpu-tflops 400",
+    ]
 )
 def isoflop(
     recipe: Recipe,
@@ -45,7 +48,7 @@ def isoflop(
     dry: Annotated[bool, typer.Option("--dry-run", help="Train nothing: print what each run would take.")] = False,
     gpu_tflops: Annotated[float, typer.Option(help="1e12 FLOPs a second of a GPU, for --dry-run.")] = 400.0,
     utilisation: Annotated[float, typer.Option(help="Share of them that training uses, for --dry-run.")] = 0.4,
-    as_json: Json = False,
+    json_file: Json = None,
 ) -> None:
     """Train every method at several sizes for the same FLOPs: the curves, and each one's best size."""
     from peerlm_studies.isoflop.study import isoflop
@@ -53,21 +56,17 @@ def isoflop(
     changes = overrides(settings, output)
     part: dict[str, Any] = {"methods": method, "budgets": budget, "sizes": size}
     if dry:
-        from rich.markdown import Markdown
-
         from peerlm_studies.isoflop.dry_run import dry_run, dry_run_markdown
         from peerlm_studies.isoflop.plan import load_isoflop
 
         rows = dry_run(load_isoflop(recipe, changes), gpu_tflops=gpu_tflops, utilisation=utilisation, **part)
-        if not as_json:
-            Console().print(Markdown(dry_run_markdown(rows)))
+        show(rows, json_file, partial(print_markdown, dry_run_markdown(rows)))
     else:
-        rows = isoflop(recipe, changes, **part, seeds=seed or None, progress=not as_json)
-    if as_json:
-        print_json(rows)
+        rows = isoflop(recipe, changes, **part, seeds=seed or None, progress=json_file != STDOUT)
+        show(rows, json_file, tables=_nothing)
 
 
-@app.command(epilog="Example: peerlm report results/report.toml --output docs")
+@app.command(examples=["peerlm report results/report.toml --output docs"])
 def report(
     definition: Annotated[Path, typer.Argument(help="TOML file that names sections, their rows and their recipes.")],
     output: Annotated[Path, typer.Option(help="Folder to write: results.md with its plots, results.html.")] = Path(
@@ -81,7 +80,7 @@ def report(
         typer.echo(path)
 
 
-@app.command(epilog="Example: peerlm scaling results/isoflop.jsonl --output runs/law.json --plot runs/law.png")
+@app.command(examples=["peerlm scaling results/isoflop.jsonl --output runs/law.json"])
 def scaling(
     rows: Annotated[list[Path], typer.Argument(help="Files of rows that compare or isoflop wrote.")],
     output: Annotated[Path, typer.Option(help="JSON file to write, for `peerlm plan --law`.")],
@@ -95,23 +94,19 @@ def scaling(
     ] = None,
     draws: Annotated[int, typer.Option(min=20, help="Draws of the bootstrap.")] = 100,
     plot: Annotated[Path | None, typer.Option(help="Image to write: measured over expected loss.")] = None,
-    as_json: Json = False,
+    json_file: Json = None,
 ) -> None:
     """Fit a scaling law to each method's runs: constants with intervals, and how it predicts held-out runs."""
-    from rich.markdown import Markdown
-
+    from peerlm_studies.figures import save_plot
     from peerlm_studies.scaling.laws import law_markdown, plot_law, scaling
 
     law = scaling(rows, output, methods=method, hold_out=hold_out, up_to=up_to, times=draws)
     if plot is not None:
-        plot_law(law).savefig(plot, dpi=130)
-    if as_json:
-        print_json(law)
-    else:
-        Console().print(Markdown(law_markdown(law)))
+        save_plot(plot_law(law), plot)
+    show(law, json_file, partial(print_markdown, law_markdown(law)))
 
 
-@app.command(epilog="Example: peerlm plan --flops 1e13 --memory 8GiB")
+@app.command(examples=["peerlm plan --flops 1e13 --memory 8GiB", "peerlm plan --flops 1e13 --method PEER"])
 def plan(
     flops: Annotated[float, typer.Option(help="Training FLOPs to spend.")],
     memory: Annotated[str, typer.Option(help="Memory to train in, as in 80GiB.")] = "inf",
@@ -119,30 +114,51 @@ def plan(
     law: Annotated[
         Path | None, typer.Option(help="What `peerlm scaling` wrote; default: the law of docs/results.md.")
     ] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="Default: that of the law's runs.")] = None,
-    context: Annotated[int | None, typer.Option(help="Default: that of the law's runs.")] = None,
-    as_json: Json = False,
+    vocab_size: Annotated[int | None, typer.Option(min=2, help="Default: that of the law's runs.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Default: that of the law's runs.")] = None,
+    json_file: Json = None,
 ) -> None:
-    """Say what to train for a budget: backbone, experts and tokens of least expected loss, and how sure that is."""
-    from peerlm_studies.scaling.laws import DEFAULT_LAW, read_law
-    from peerlm_studies.scaling.planner import plan_model, read_bytes
+    """Say what to train for a budget: backbone, experts and tokens of least expected loss, and how sure that is.
 
-    budget: dict[str, Any] = {"flops": flops, "memory": read_bytes(memory)}
-    sizes: dict[str, Any] = {"vocab_size": vocab_size, "context": context}
-    rows = [asdict(row) for row in plan_model(read_law(law or DEFAULT_LAW), method=method, **budget, **sizes)]
-    if as_json:
-        print_json(rows)
-        return
-    warnings = {row.pop("method"): row.pop("warnings") for row in rows}
-    print_table(f"{flops:g} FLOPs", dict(zip(warnings, rows, strict=True)))
-    for name, of_method in warnings.items():
-        for warning in of_method:
-            typer.echo(f"{name}: {warning}", err=True)
+    Far from the budgets that the law was fitted to it gives ranges in place of numbers.
+    """
+    from peerlm_studies.scaling.spend import check_spend, read_bytes
+
+    budget = {"flops": flops, "memory": read_bytes(memory)}
+    check_spend(**budget)  # before what takes seconds to import
+
+    from peerlm.evaluate.progress import progress_bar
+    from peerlm_studies.scaling.law_file import DEFAULT_LAW, read_law
+    from peerlm_studies.scaling.planner import plan_model, plan_quantities, plan_row, preface
+
+    fitted = read_law(law or DEFAULT_LAW)
+    words = preface(fitted, flops, method)
+    with progress_bar(shown=json_file != STDOUT) as bar:
+        task = bar.add_task("models tried", total=None)
+        found = plan_model(
+            fitted,
+            **budget,
+            method=method,
+            vocab_size=vocab_size,
+            context=context,
+            report=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+    def tables() -> None:
+        if words:
+            print_markdown(words)
+        print_table(f"{flops:g} FLOPs", {each.method: plan_quantities(each) for each in found})
+
+    rows = [plan_row(each) for each in found]
+    show(rows, json_file, tables)
 
 
 @app.command(
-    epilog="Examples: peerlm neurons runs/dense --text book.txt --output runs/neurons\n\n"
-    "peerlm neurons runs/dense --data data/books --output runs/neurons --finetune 0.2 --flops 1e12"
+    examples=[
+        "peerlm neurons runs/dense --text book.txt --output runs/neurons",
+        "peerlm neurons runs/dense --data data/demo --output runs/neurons",
+        "peerlm neurons runs/dense --data data/demo --output runs/b --finetune 0.2",
+    ]
 )
 def neurons(
     run: Run,
@@ -158,7 +174,7 @@ def neurons(
     ] = None,
     flops: Annotated[list[float], typer.Option(help="Budget of finetuning; repeatable.")] = [0.0, 1e12],  # noqa: B006
     learning_rate: Annotated[list[float], typer.Option(help="Peak rate of finetuning; repeatable.")] = [1e-3],  # noqa: B006
-    as_json: Json = False,
+    json_file: Json = None,
 ) -> None:
     """Retrieve a dense model's neurons by a learned index: how few of them suffice, and how that finetunes."""
     from peerlm_studies.neurons.finetune import finetune_neurons
@@ -170,7 +186,7 @@ def neurons(
         "settings": {"heads": heads, "key_dim": key_dim},
         "windows": windows,
         "fit_steps": fit_steps,
-        "progress": not as_json,
+        "progress": json_file != STDOUT,
     }
     if finetune is not None:
         rows = finetune_neurons(run, output, share=finetune, flops=flops, learning_rates=learning_rate, **options)
@@ -182,27 +198,34 @@ def neurons(
         columns = {f"{row['retrieval']} {row['share']:.0%}": row for row in report["rows"]}
         shown = ["perplexity", "dense_perplexity", "flops_per_token"]
         result = report
-    if as_json:
-        print_json(result)
-        return
-    print_table(str(run), transposed(columns, shown))
-    if finetune is None:
-        print_table("smallest share within an increase of perplexity", report["smallest_shares"])
+
+    def tables() -> None:
+        chosen = {name: {key: row[key] for key in shown} for name, row in columns.items()}
+        print_table(str(run), chosen, rows=True)
+        if finetune is None:
+            print_table("smallest share within an increase of perplexity", report["smallest_shares"])
+
+    show(result, json_file, tables)
 
 
 @app.command(
-    epilog="Examples: peerlm lifelong recipes/lifelong.toml\n\n"
-    "peerlm lifelong recipes/lifelong.toml --set lifelong.seeds=[0] --output runs/one-seed"
+    examples=[
+        "peerlm lifelong recipes/lifelong.toml",
+        "peerlm lifelong recipes/lifelong.toml --set lifelong.seeds=[0]",
+    ]
 )
 def lifelong(
     recipe: Recipe,
     settings: Settings = [],  # noqa: B006
     output: Output = None,
-    as_json: Json = False,
+    json_file: Json = None,
 ) -> None:
     """Let models of one domain learn others by each method: what is learned against what is forgotten."""
     from peerlm_studies.lifelong.study import lifelong
 
-    result = lifelong(recipe, overrides(settings, output), progress=not as_json)
-    if as_json:
-        print_json(result)
+    result = lifelong(recipe, overrides(settings, output), progress=json_file != STDOUT)
+    show(result, json_file, tables=_nothing)
+
+
+def _nothing() -> None:
+    """Tables of a study that have been shown with its progress."""

@@ -78,6 +78,8 @@ class LearnConfig:
     """Folder of prepared text; null: RUN/data."""
     context: int | None = None
     """Tokens in a window; null: those that the model was trained with."""
+    document_start: str = "auto"
+    """What stands before each document, and begins every window: "auto", "none" or a token; see `peerlm.marks`."""
     batch_size: int = 8
     """Windows in a step."""
     heldout_windows: int | None = 128

@@ -99,7 +99,7 @@ def peer_layers(model: nn.Module) -> dict[str, PEER]:
 def check_rows(model: nn.Module) -> None:
     """Raise UserError where experts are stored in a format that is not trained."""
     for name, layer in peer_layers(model).items():
-        if not layer.experts.rows.is_floating_point():
+        if not layer.experts.can_be_trained:
             raise UserError(
                 f"the experts of {name} are stored as {layer.experts.row_format}, which is not trained: take the model "
                 "as it was before, or --method pack"

@@ -118,7 +118,7 @@ class Sparse(Method):
             keys = layer.product_keys
             for parameter in keys.parameters():
                 parameter.requires_grad_(("keys" if parameter is keys.sub_keys else "query") not in self.frozen)
-            layer.experts.rows.requires_grad_(True)
+            layer.experts.requires_grad_(True)
         path = stage.folder / BACKGROUND_FILE
         if not path.is_file():
             counts, _ = background_counts(model, (stage.earlier.draw(i, i + 1)[0] for i in range(self.windows)))
@@ -143,4 +143,6 @@ class Sparse(Method):
             index = f"{name}.product_keys"
             retrievals_N = usage[index].retrievals_N
             scores_N = tf_idf(retrievals_N, background[index].to(retrievals_N.device), self.windows)
-            restrict_gradient(layer.experts.rows, choose_experts(scores_N, self.experts))
+            keep_N = choose_experts(scores_N, self.experts)
+            for parameter, rows in layer.experts.parts():
+                restrict_gradient(parameter, keep_N[rows])

@@ -65,10 +65,11 @@ def learn_stage(lesson: Lesson, ranks: Ranks, *, progress: bool) -> dict[str, An
     """Train by a lesson from its newest checkpoint, or from the start, to its end; returns what that took.
 
     Raises:
-        UserError: the budget does not suffice for one step.
+        UserError: the budget does not suffice for one step, or the disk for one checkpoint.
         TrainingStopped: told to stop by a signal, or the loss or a gradient was not finite.
     """
     training = _training(lesson, ranks)
+    training.check_space(progress=progress)
     state = last_state(training)
     with training.reporting(state, progress=progress):
         state = fit(training, state)

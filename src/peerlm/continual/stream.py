@@ -17,12 +17,14 @@ from peerlm.continual.methods import method_of
 from peerlm.continual.retention import ReplayBuffer
 from peerlm.continual.stage import Lesson, learn_stage
 from peerlm.continual.text import Text, read_text
-from peerlm.errors import UserError
+from peerlm.data.tokenizer import keep_start
+from peerlm.errors import UserError, shortened
 from peerlm.evaluate import held_out_loss
 from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.likelihood import check_context, device_of
 from peerlm.evaluate.loading import default_context, model_folder
 from peerlm.files import remove_partials, write_bytes, write_json
+from peerlm.marks import Marks, marked, marks_in
 from peerlm.ranks import Ranks
 from peerlm.train.config import CheckpointConfig, DataConfig, TrainConfig
 
@@ -53,8 +55,9 @@ def learn(
             join the row.
 
     Returns:
-        The rows: that of the model before ("stage" is None), then one for each stage, with "perplexity" by domain, and
-        what it took: "steps", "tokens" (of new text), "flops", "seconds", "trained_parameters".
+        The rows: that of the model before ("stage" is None, "document_start" what begins each document and window, None
+        for nothing of its own), then one for each stage, with "perplexity" by domain, and what it took: "steps",
+        "tokens" (of new text), "flops", "seconds", "trained_parameters".
 
     Raises:
         UserError: a setting, text, model or folder that cannot be used; a new folder is removed where no stage has
@@ -94,7 +97,10 @@ class _Stream:
         remove_partials(self.folder)
         write_json(self.folder / "config.json", asdict(config))
         self.texts = self._read_texts()
-        self.first = self._read_or_make(self.folder / "before.json", lambda: {"stage": None, **self._measure(model)})
+        begins = marked(self._marks().window_start, self.tokenizer)
+        self.first = self._read_or_make(
+            self.folder / "before.json", lambda: {"stage": None, "document_start": begins, **self._measure(model)}
+        )
 
     def run(self) -> list[dict[str, Any]]:
         """All stages; see `learn`."""
@@ -116,6 +122,7 @@ class _Stream:
             remove_partials(place)
         config = self.config
         model, tokenizer = self.method.load(self.base, done)
+        keep_start(tokenizer, self._marks(), marks_in(self.base, self.tokenizer))
         before = None
         if config.memory.kl:
             before, _ = self.method.load(self.base, done)
@@ -135,6 +142,10 @@ class _Stream:
         model.eval()
         self.method.save(model, tokenizer, where)
         return {"stage": stage.name, **self._measure(model), **took}
+
+    def _marks(self) -> Marks:
+        """What begins and ends a document of the texts."""
+        return marks_in(self.base, self.tokenizer, self.config.document_start)
 
     def _train_config(self, folder: Path) -> TrainConfig:
         config = self.config
@@ -172,6 +183,7 @@ class _Stream:
                 tokenizer=self.tokenizer,
                 tokenizer_folder=self.base,
                 context=self.context,
+                document_start=self.config.document_start,
                 progress=self.progress,
             )
             for name, (files, heldout) in sources.items()
@@ -228,6 +240,6 @@ def _check_folder(config: LearnConfig, folder: Path, *, resume: bool) -> None:
     for key in now:
         if key not in FREE and before.get(key) != now[key]:
             raise UserError(
-                f"cannot resume {folder}, for {key} was {before.get(key)!r}, now {now[key]!r}: give what it was "
-                "started with, or choose another --output"
+                f"cannot resume {folder}, for {key} was {shortened(repr(before.get(key)))}, now "
+                f"{shortened(repr(now[key]))}: give what it was started with, or choose another --output"
             )

@@ -19,7 +19,7 @@ from peerlm.convert.insertion import (
     remove_beside,
     replaced_modules,
 )
-from peerlm.convert.kinds import KINDS
+from peerlm.convert.kinds import KINDS, Kind
 from peerlm.convert.neurons import fit_neurons
 from peerlm.convert.record import MODES, ConversionConfig, conversion_of
 
@@ -65,16 +65,7 @@ def convert(
             samples are missing, or there are none. The model is then as it was.
         FloatingPointError: an index could not be learned; the model is as it was.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
-    kinds = [name for name, kind in KINDS.items() if mode in kind.modes]
-    if init not in kinds:
-        raise ValueError(f"init is {init!r}; with mode={mode!r} choose one of {', '.join(kinds)}")
-    kind = KINDS[init]
-    kind.check(settings)
-    if kind.learns_index != (samples is not None):
-        mend = "pass samples=, arguments of forward passes" if kind.learns_index else "leave samples out"
-        raise ValueError(f"init={init!r} {'learns' if kind.learns_index else 'does not learn'} from samples; {mend}")
+    kind = kind_named(init, mode=mode, settings=settings, has_samples=samples is not None)
     if conversion_of(model) is not None:
         raise ValueError(f"{type(model).__name__} is converted already; unconvert(model) first, or take the original")
     if getattr(model.config, "quantization_config", None) is not None:
@@ -107,6 +98,21 @@ def convert(
     _own_config(model)
     model.config.quantization_config = ConversionConfig.of(mode, init, dict(settings), sites)
     return model
+
+
+def kind_named(init: str, *, mode: str, settings: Mapping[str, Any], has_samples: bool) -> Kind:
+    """The kind of layer that `convert` builds; a ValueError where these arguments of it do not go together."""
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+    kinds = [name for name, kind in KINDS.items() if mode in kind.modes]
+    if init not in kinds:
+        raise ValueError(f"init is {init!r}; with mode={mode!r} choose one of {', '.join(kinds)}")
+    kind = KINDS[init]
+    kind.check(settings)
+    if kind.learns_index != has_samples:
+        mend = "pass samples=, arguments of forward passes" if kind.learns_index else "leave samples out"
+        raise ValueError(f"init={init!r} {'learns' if kind.learns_index else 'does not learn'} from samples; {mend}")
+    return kind
 
 
 def unconvert(model: PreTrainedModel) -> PreTrainedModel:

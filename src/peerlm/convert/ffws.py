@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peerlm.convert.neurons.weights import Neurons
 from peerlm.layers.modes import evaluating
-from peerlm.ops.reference import ACTIVATIONS
+from peerlm.ops.functions import ACTIVATIONS
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -53,7 +53,7 @@ class FFW:
     hidden: int
     """Neurons."""
     activation: str
-    """A name in `peerlm.ops.reference.ACTIVATIONS`, or the class of an activation that is none of these."""
+    """A name in `peerlm.ops.functions.ACTIVATIONS`, or the class of an activation that is none of these."""
     gated: bool
     activation_path: str | None
     """Of the module that applies the activation; None where a function does."""

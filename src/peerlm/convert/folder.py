@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from peerlm.convert.conversion import convert, unconvert
+from peerlm.convert.conversion import convert, kind_named, unconvert
 from peerlm.convert.record import conversion_of
 from peerlm.convert.saved import check_seed, count_parameters, load_saved, save_changed
 from peerlm.errors import UserError
@@ -24,6 +25,7 @@ def convert_folder(
     undo: bool = False,
     seed: int = 0,
     report: Callable[[str, int, int], object] | None = None,
+    measure: Callable[[PreTrainedModel], float] | None = None,
 ) -> dict[str, Any]:
     """Load a model that `save_pretrained` wrote, convert it (or with `undo` unconvert it), and save it.
 
@@ -34,9 +36,11 @@ def convert_folder(
         undo: call `unconvert`, and nothing else.
         seed: of the new weights.
         report: as of `fit_neurons`.
+        measure: the perplexity of a model, on text that `samples` do not hold; called before and after.
 
     Returns:
-        "layers" (paths of the feed-forward layers), "mode", "init", "parameters_before", "parameters_after".
+        "layers" (paths of the feed-forward layers), "mode", "init", "parameters_before", "parameters_after", and with
+        `measure` "perplexity_before", "perplexity_after".
 
     Raises:
         UserError: the output exists, the model cannot be read, or `convert` refuses it.
@@ -44,8 +48,15 @@ def convert_folder(
     if output.exists():
         raise UserError(f"{output} exists already; name a new folder")
     check_seed(seed)
+    settings = settings or {}
+    if not undo:
+        try:  # before the model is read, which may take long
+            kind_named(init, mode=mode, settings=settings, has_samples=samples is not None)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"cannot convert {source}: {error}") from error
     model = load_saved(source)
     before = count_parameters(model)
+    perplexity = {} if measure is None else {"perplexity_before": measure(model)}
     torch.manual_seed(seed)
     try:
         if undo:
@@ -53,11 +64,13 @@ def convert_folder(
             unconvert(model)
         else:
             fit = {"seed": seed, "report": report}
-            convert(model, mode=mode, layers=layers, init=init, samples=samples, fit=fit, **(settings or {}))
+            convert(model, mode=mode, layers=layers, init=init, samples=samples, fit=fit, **settings)
             record = conversion_of(model)
     except (ValueError, TypeError, FloatingPointError, RuntimeError, MemoryError) as error:  # torch's for memory too
         raise UserError(f"cannot convert {source}: {error}") from error
     assert record is not None  # unconvert refuses a model without one
+    if measure is not None:
+        perplexity["perplexity_after"] = measure(model)
     save_changed(model, source, output)
     return {
         "layers": [site.path for site in record.read_sites()],
@@ -65,4 +78,5 @@ def convert_folder(
         "init": record.init,
         "parameters_before": before,
         "parameters_after": count_parameters(model),
+        **perplexity,
     }

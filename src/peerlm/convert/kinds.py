@@ -12,7 +12,7 @@ from peerlm.convert.insertion import Site
 from peerlm.convert.neurons import neuron_layer, neuron_layer_skeleton, pool_tables
 from peerlm.convert.neurons.layer import check_neuron_settings
 from peerlm.layers import PEER
-from peerlm.layers.inputs import check_settings
+from peerlm.layers.checks import check_settings
 from peerlm.layers.modes import evaluating
 
 
@@ -36,15 +36,16 @@ class Kind:
 def _random_peer(ffw: FFW, mode: str, settings: dict[str, Any]) -> PEER:
     """PEER whose output is zero beside a layer, or as loud as that of the layer which it replaces."""
     peer = PEER(ffw.dim, **settings)
-    if peer.experts.scales is not None:
+    if not peer.experts.can_be_trained:
         raise ValueError("row_format is 'int8', whose rows are not trained; choose 'float32' or 'bfloat16'")
     up = peer.experts.up.detach()
     if mode == "beside":
-        up.zero_()
+        factor = 0.0
     else:
         with evaluating(peer):
             loudness = peer(ffw.sample_input.to(up)).float().norm().item()
-        up.mul_(ffw.sample_output.float().norm().item() / loudness)
+        factor = ffw.sample_output.float().norm().item() / loudness
+    peer.experts.write(up * factor, vector=1)
     return peer
 
 

@@ -112,6 +112,6 @@ def from_peer_pytorch(layer: nn.Module, *, backend: str = "auto") -> PEER:
             arrange_query(theirs.to_queries[0].weight, "PEER-pytorch", heads=heads)
         )
         ours.product_keys.sub_keys.copy_(arrange_sub_keys(theirs.keys, "PEER-pytorch"))
-        ours.experts.down.copy_(theirs.weight_down_embed.weight)
-        ours.experts.up.copy_(theirs.weight_up_embed.weight)
+        ours.experts.write(theirs.weight_down_embed.weight, vector=0)
+        ours.experts.write(theirs.weight_up_embed.weight, vector=1)
     return ours.train(layer.training)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+import peerlm.model  # noqa: F401, registers our models with transformers
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder
 from peerlm.optim.saved import catch_up_saved

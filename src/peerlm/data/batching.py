@@ -32,8 +32,9 @@ class Batch(TypedDict):
 class TokenWindows(Dataset[Tensor]):
     """A split cut into consecutive windows of `context` tokens, of which item i begins at token i * context.
 
-    Windows run across document ends, which their end-of-text tokens mark; the remainder after the last whole
-    window is left out. Items are (T,) int64.
+    Windows run across document ends, which their marks show; the remainder after the last whole window is left out.
+    Where documents have a beginning of their own (`shards.window_start`), each window begins with that, and item i has
+    the tokens from i * (context - its length) on. Items are (T,) int64.
 
     Raises:
         UserError: `context` below 2 (nothing to predict), or a split shorter than one window.
@@ -42,6 +43,9 @@ class TokenWindows(Dataset[Tensor]):
     def __init__(self, shards: TokenShards, context: int) -> None:
         if context < 2:
             raise UserError(f"context is {context}: it must be at least 2 tokens, one to read and one to predict")
+        self.start = torch.tensor(shards.window_start, dtype=torch.int64)
+        if len(self.start) >= context:
+            raise UserError(f"context is {context}, but {len(self.start)} tokens begin each window: raise the context")
         if shards.num_tokens < context:
             raise UserError(
                 f"the {shards.split} split of {shards.folder} has {shards.num_tokens} tokens, less than one "
@@ -51,13 +55,16 @@ class TokenWindows(Dataset[Tensor]):
         self.context = context
 
     def __len__(self) -> int:
-        return self.shards.num_tokens // self.context
+        return (self.shards.num_tokens - len(self.start)) // (self.context - len(self.start))
 
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} does not lie within 0 to {len(self) - 1}")
-        start = index * self.context
-        return torch.from_numpy(self.shards.tokens(start, start + self.context).astype(np.int64))
+        start = index * (self.context - len(self.start))
+        window = torch.from_numpy(self.shards.tokens(start, start + self.context).astype(np.int64))
+        if torch.equal(window[: len(self.start)], self.start):
+            return window
+        return torch.cat([self.start, window[: self.context - len(self.start)]])
 
 
 @overload

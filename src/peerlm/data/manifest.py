@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,9 @@ class SplitRecord:
     documents: int
     """Number of documents."""
     tokens: int
-    """Number of tokens, the end-of-text token of each document included."""
+    """Number of tokens, the marks of each document included."""
     bytes: int
-    """UTF-8 bytes of the text, the denominator of bits per byte; end-of-text tokens count nothing."""
+    """UTF-8 bytes that the tokens stand for, the denominator of bits per byte; marks count nothing."""
     shards: tuple[FileRecord, ...]
     """The tokens, in order."""
     ends: FileRecord
@@ -67,13 +67,24 @@ class Manifest:
     vocab_size: int
     """Token ids are below this; less than was asked for where the text is too short to learn that many."""
     eos_token_id: int
-    """The end-of-text token that closes each document."""
+    """The end-of-text token."""
     dtype: str
     """numpy name of the tokens' type: `<u2` or `<u4`."""
     tokenizer_sha256: str
     """Hash of tokenizer/tokenizer.json."""
     splits: dict[str, SplitRecord]
     """`train` and `heldout`."""
+    document_start: tuple[int, ...] = ()
+    """Tokens before each document, which begin every window, too; empty where one end-of-text token parts documents."""
+    document_end: tuple[int, ...] | None = None
+    """Tokens after each document; None: the end-of-text token."""
+    lost: dict[str, float] = field(default_factory=dict)
+    """Share of the text's bytes that tokens do not stand for, by reason; see `data.text_loss`."""
+    files: dict[str, dict[str, int]] | None = None
+    """Numbers of files by suffix or reason: those "read", and those of folders "passed_over"; see `sources.Survey`."""
+    copies: int | None = None
+    """Documents that are copies of another but for white space and the like (see `split.copy_key`); all copies of a
+    document lie in one split. None in a folder of an older version, which knew only copies of equal bytes."""
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into the folder."""
@@ -108,7 +119,10 @@ class Manifest:
             )
             for name, split in fields["splits"].items()
         }
-        manifest = cls(**{**fields, "splits": splits})
+        marks = {
+            name: tuple(fields[name]) for name in ("document_start", "document_end") if fields.get(name) is not None
+        }
+        manifest = cls(**{**fields, "splits": splits, **marks})
         if tuple(splits) != SPLITS:
             raise ValueError(f"splits are {tuple(splits)}, not {SPLITS}")
         if manifest.dtype not in TOKEN_DTYPES:

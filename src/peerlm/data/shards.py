@@ -28,12 +28,14 @@ class TokenShards:
     split: str
     manifest: Manifest
     num_tokens: int
-    """Tokens of the split, the end-of-text token of each document included."""
+    """Tokens of the split, the marks of each document included."""
     num_bytes: int
     """UTF-8 bytes of the text that these tokens stand for."""
     vocab_size: int
     """Token ids are below this."""
     eos_token_id: int
+    window_start: tuple[int, ...]
+    """Tokens that every window begins with; see `peerlm.marks`."""
     document_ends: npt.NDArray[np.uint64]
     """(num_documents,) uint64, memory-mapped: document d ends before token document_ends[d]."""
 
@@ -48,20 +50,23 @@ class TokenShards:
         self.num_bytes = record.bytes
         self.vocab_size = self.manifest.vocab_size
         self.eos_token_id = self.manifest.eos_token_id
+        self.window_start = self.manifest.document_start
         self.document_ends = self._map(record.ends, END_DTYPE, verify)
         self._shards = [self._map(shard, self.manifest.dtype, verify) for shard in record.shards]
         self._starts = np.cumsum([0] + [shard.items for shard in record.shards])
 
     def _map(self, record: FileRecord, dtype: str, verify: bool) -> npt.NDArray[np.unsignedinteger]:
         path = self.folder / record.file
-        mend = "prepare the folder again or restore the file"
+        fix = "prepare the folder again or restore the file"
         if not path.is_file():
-            raise UserError(f"{path} is missing: {mend}")
+            raise UserError(f"{path} is missing: {fix}")
         expected, found = record.items * np.dtype(dtype).itemsize, path.stat().st_size
         if found != expected:
-            raise UserError(f"{path} has {found} bytes, not the {expected} that the manifest says: {mend}")
+            raise UserError(f"{path} has {found} bytes, not the {expected} that the manifest says: {fix}")
         if verify and file_sha256(path) != record.sha256:
-            raise UserError(f"{path} does not have the hash that the manifest says, so its content has changed: {mend}")
+            raise UserError(f"{path} does not have the hash that the manifest says, so its content has changed: {fix}")
+        if not record.items:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
         return np.memmap(path, dtype=dtype, mode="r")
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger]:

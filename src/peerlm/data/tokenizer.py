@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peerlm.data.manifest import TOKENIZER_FOLDER, Manifest, file_sha256
 from peerlm.errors import UserError
+from peerlm.marks import Marks
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -104,15 +105,35 @@ def tokenizer_file(path: str | Path) -> Path:
 def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy of the tokenizer's engine that takes all text as text.
 
-    It adds and cuts nothing, and where a document spells out a special token, that does not become the token.
+    It adds and cuts nothing, offsets of its tokens have their spaces, and where a document spells out a special token,
+    that does not become the token.
     """
     from tokenizers import Tokenizer
 
     engine = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    engine.post_processor = None  # it adds marks, and takes leading spaces off the offsets
     engine.no_padding()
     engine.no_truncation()
     engine.encode_special_tokens = True
     return engine
+
+
+def begin_with(tokenizer: PreTrainedTokenizerFast, start: Sequence[int]) -> None:
+    """Make these token ids, and no others, what the tokenizer itself puts before a text, and nothing after it."""
+    from tokenizers.processors import TemplateProcessing
+
+    names = [f"start{number}" for number in range(len(start))]
+    special = [{"id": name, "ids": [token], "tokens": [name]} for name, token in zip(names, start, strict=True)]
+    single = " ".join([*names, "$A"])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, pair=f"{single} $B", special_tokens=special
+    )
+
+
+def keep_start(tokenizer: PreTrainedTokenizerFast, marks: Marks, usual: Marks) -> None:
+    """Where documents begin otherwise than usual, make that the tokenizer's template, for all who read with it."""
+    if marks.start != usual.start:
+        begin_with(tokenizer, marks.start or marks.end)
 
 
 def pieces(text: str) -> Iterator[str]:

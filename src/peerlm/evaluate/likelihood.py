@@ -3,7 +3,7 @@
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,33 @@ def last_logits(model: nn.Module, input_ids: Tensor, keep: int, attention_mask: 
 def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood in nats of targets (batch, length) under logits (batch, length, vocabulary)."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def score_endings(model: nn.Module, batch: Sequence[tuple[Sequence[int], int]]) -> tuple[Tensor, Tensor]:
+    """Score the ends of sequences of any lengths in one forward pass, padded on the right.
+
+    Args:
+        model: causal language model.
+        batch: token ids, and how many of the last of them are scored: at least 1, less than there are.
+
+    Returns:
+        Of each sequence, on the CPU: the nats of its end (batch,) float64, and whether all of the end's tokens are the
+        likeliest (batch,) bool.
+    """
+    lengths = [len(tokens) - 1 for tokens, _ in batch]
+    longest = max(lengths)
+    device = device_of(model)
+    padded = torch.tensor([[*tokens, *[0] * (longest + 1 - len(tokens))] for tokens, _ in batch])
+    position, ends = torch.arange(longest), torch.tensor(lengths)[:, None]
+    starts = ends - torch.tensor([[scored] for _, scored in batch])
+    keep = longest - int(starts.min())
+    in_end = ((starts <= position) & (position < ends))[:, -keep:]
+    attention_mask = (position < ends).to(device) if min(lengths) < longest else None
+    logits = last_logits(model, padded[:, :-1].to(device), keep, attention_mask)
+    targets = padded[:, 1:][:, -keep:].to(device)
+    nats = token_nats(logits, targets).double().cpu().masked_fill(~in_end, 0.0).sum(1)
+    missed = ((logits.argmax(-1) != targets).cpu() & in_end).any(1)
+    return nats, ~missed
 
 
 def exp(nats: float) -> float:

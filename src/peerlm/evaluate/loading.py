@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import peerlm.model  # noqa: F401, registers our models with transformers
 from peerlm.convert.saved import reading
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
@@ -72,6 +73,12 @@ def trained_context(path: str | Path) -> int | None:
         if isinstance(data, dict) and isinstance(data.get("context"), int):
             return int(data["context"])
     return None
+
+
+def trained_on(path: str | Path) -> Path | None:
+    """The data folder that a run was trained on, as its configuration has it; None where `path` is no run."""
+    data = _read_config(Path(path)).get("data")
+    return Path(data["folder"]) if isinstance(data, dict) and isinstance(data.get("folder"), str) else None
 
 
 def default_context(path: str | Path, model: PreTrainedModel) -> int:

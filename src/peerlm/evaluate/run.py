@@ -10,14 +10,18 @@ from typing import Any
 from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from peerlm.data.shards import TokenShards
 from peerlm.errors import UserError
 from peerlm.evaluate.detokenize import detokenize
 from peerlm.evaluate.files import PASSAGE, fields_of, read_documents, read_passages
 from peerlm.evaluate.lambada import score_last_words
 from peerlm.evaluate.likelihood import Report
 from peerlm.evaluate.loading import default_context, load_model
+from peerlm.evaluate.notes import notes_on
 from peerlm.evaluate.perplexity import check_windows, score_text
 from peerlm.evaluate.progress import progress_bar
+from peerlm.evaluate.split import held_out_split, split_documents
+from peerlm.marks import AUTO, Marks, marked, marks_of
 from peerlm.usage import record_usage
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
@@ -32,6 +36,7 @@ def evaluate(
     stride: int | None = None,
     limit: int | None = None,
     detokenized: bool = False,
+    document_start: str = AUTO,
     packs: Sequence[str | Path] = (),
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
@@ -39,38 +44,45 @@ def evaluate(
 
     Args:
         path: as `load_model`.
-        files: text, JSONL or parquet files, as `evaluate.files` reads them.
+        files: text, JSONL or parquet files, as `evaluate.files` reads them; none: the documents that were held out of
+            the data that the run was trained on.
         context: tokens read at once; default: those of the run's training, else 2,048 or the most
             that the model reads, whichever is less.
         stride: tokens that each window scores of text; default: half the context.
         limit: tokens of each file that are read; default: all.
         detokenized: read tokenised text, such as WikiText's, as people write it (see `evaluate.detokenize`); its bytes
             and words, which bits_per_byte and word_perplexity divide by, are still those of the file. Passages stay.
+        document_start: what stands before each document: "auto", "none" or a token (see `peerlm.marks`).
         packs: folders of packs to load into the model (`peerlm.packs.api`).
         progress: whether to show a bar on stderr, when that is a terminal.
 
     Returns:
-        By file name as given, a row ready for JSON (an infinite figure is None). Text: context, stride,
-        tokens, bytes, words, perplexity, word_perplexity, bits_per_byte. Passages: context, passages,
-        truncated, perplexity (of the last word), accuracy. Where the model has layers that retrieve, also
-        usage (share of their experts, 0 to 1) and unevenness (nats): lists, a number for each such layer,
-        over all tokens read of that file, as often as they were read.
+        By file name as given, a row ready for JSON (an infinite figure is None). Text: context, document_start (the
+        tokens as text, None for none), start_from (who says so), stride, reading (how documents are read), tokens,
+        bytes, words, perplexity, word_perplexity, bits_per_byte. Passages: context, document_start, start_from,
+        passages, truncated, perplexity (of the last word), accuracy. Where the tokenizer loses text, also lost: shares
+        of its bytes by reason (`data.text_loss`). Where the model has layers that retrieve, also usage (share of their
+        experts, 0 to 1) and unevenness (nats): lists, a number for each such layer, over all tokens read of that file,
+        as often as they were read. Where figures need a word of warning, also notes: a list of sentences.
 
     Raises:
-        UserError: a model or file that cannot be used, no files, or an impossible context, stride or limit.
+        UserError: a model or file that cannot be used, no files for a model that is no run's, or an impossible context,
+            stride or limit.
     """
-    if not files:
-        raise UserError("there are no files to evaluate on; name at least one")
+    split = None if files else held_out_split(path)
     if detokenized and limit is not None:
         raise UserError(
             f"the limit is {limit} tokens, but the words of detokenized text are known of whole files alone"
         )
     fields_by_file = {str(file): fields_of(Path(file)) for file in files}
+    if split is not None:
+        fields_by_file = {f"held out of {split.folder}": ()}
     model, tokenizer = load_model(path, packs)
     if context is None:
         context = default_context(path, model)
     stride = context // 2 if stride is None else stride
-    check_windows(model, context, stride)
+    marks = marks_of(model, tokenizer, document_start)
+    check_windows(model, context, stride, marks)
     rows = {}
     with progress_bar(shown=progress) as bar:
         for file, fields in fields_by_file.items():
@@ -78,12 +90,14 @@ def evaluate(
             rows[file] = _evaluate_file(
                 model,
                 tokenizer,
-                Path(file),
+                Path(file) if split is None else split,
                 fields,
+                marks,
                 context=context,
                 stride=stride,
                 limit=limit,
                 detokenized=detokenized,
+                name=Path(file).name,
                 report=partial(_advance, bar, task),
             )
     return rows
@@ -92,20 +106,26 @@ def evaluate(
 def _evaluate_file(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    file: Path,
+    file: Path | TokenShards,
     fields: tuple[str, ...],
+    marks: Marks,
     *,
     context: int,
     stride: int,
     limit: int | None,
     detokenized: bool,
+    name: str,
     report: Report,
 ) -> dict[str, Any]:
-    """The row of one file."""
+    """The row of one file, or of a split."""
     batch_size = max(1, TOKENS_PER_PASS[model.device.type] // context)
-    row: dict[str, Any] = {"context": context}
+    row: dict[str, Any] = {
+        "context": context,
+        "document_start": marked(marks.start, tokenizer),
+        "start_from": marks.source,
+    }
     with record_usage(model) as usage:
-        if fields == PASSAGE:
+        if isinstance(file, Path) and fields == PASSAGE:
             last_words = score_last_words(
                 model,
                 tokenizer,
@@ -113,8 +133,11 @@ def _evaluate_file(
                 context=context,
                 batch_size=batch_size,
                 limit=limit,
+                marks=marks,
+                name=name,
                 report=report,
             )
+            lost = last_words.loss.shares
             row |= {
                 "passages": last_words.passages,
                 "truncated": last_words.truncated,
@@ -122,7 +145,9 @@ def _evaluate_file(
                 "accuracy": last_words.accuracy,
             }
         else:
-            documents: Iterable[str] = read_documents(file, fields)
+            documents: Iterable[str] = (
+                split_documents(file) if isinstance(file, TokenShards) else read_documents(file, fields)
+            )
             if detokenized:
                 documents = list(documents)
                 row["detokenized"] = True
@@ -134,13 +159,17 @@ def _evaluate_file(
                 stride=stride,
                 batch_size=batch_size,
                 limit=limit,
+                marks=marks,
+                name=name,
                 report=report,
             )
+            lost = text.loss.shares
             if detokenized:
                 words, num_bytes = (sum(map(size, documents)) for size in (_words, _bytes))
-                text = replace(text, words=words, bytes=num_bytes)
+                text = replace(text, words=words, bytes=num_bytes - text.loss.dropped)
             row |= {
                 "stride": stride,
+                "reading": marks.reading,
                 "tokens": text.tokens,
                 "bytes": text.bytes,
                 "words": text.words,
@@ -148,9 +177,13 @@ def _evaluate_file(
                 "word_perplexity": _finite(text.word_perplexity),
                 "bits_per_byte": _finite(text.bits_per_byte),
             }
+    if lost:
+        row["lost"] = lost
     if usage:
         row["usage"] = [layer.share for layer in usage.values()]
         row["unevenness"] = [layer.unevenness for layer in usage.values()]
+    if notes := notes_on(model, windows_per_pass=batch_size):
+        row["notes"] = notes
     return row
 
 

@@ -1,8 +1,18 @@
 """Text that a model writes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
+
+from peerlm.errors import UserError
+from peerlm.marks import AUTO, NONE, Marks, marks_of
+
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation")
+"""Of a saved generation configuration: which tokens are which, and what changes no distribution."""
 
 
 def sample_text(
@@ -12,28 +22,85 @@ def sample_text(
     *,
     tokens: int,
     temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     seed: int = 0,
+    document_start: str = AUTO,
     streamer: BaseStreamer | None = None,
 ) -> str:
     """The prompt and what the model writes after it.
+
+    Sampling is by the arguments alone: neither transformers' defaults (the 50 likeliest tokens) nor a saved
+    generation_config.json change it; of the latter the tokens that end a text are used.
 
     Args:
         model, tokenizer: as `load_model` gives them.
         prompt: text to go on from; an empty one starts a document.
         tokens: tokens to write at the most; an end-of-text token ends the text sooner.
         temperature: divides the logits before sampling; 0 takes the likeliest token each time.
+        top_k: draw from this many likeliest tokens; None from all.
+        top_p: draw from the fewest likeliest tokens that together are at least this probable, within (0, 1].
         seed: the same seed gives the same text.
+        document_start: what stands before the prompt: "auto", "none" or a token (see `peerlm.marks`). With "auto"
+            an end-of-text token that parts documents is put before an empty prompt alone.
         streamer: is handed the tokens while they are written.
+
+    Raises:
+        UserError: an argument out of range, or nothing to go on from.
     """
-    inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
+        raise UserError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: the temperature must be 0 or more, top_k at "
+            "least 1, top_p more than 0 and at most 1"
+        )
+    ids = prompt_ids(tokenizer, prompt, marks_of(model, tokenizer, document_start))
+    if not ids:
+        raise UserError(f"an empty prompt with --document-start {NONE} leaves nothing to go on from; give a prompt")
+    input_ids = torch.tensor([ids], device=model.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p}
     torch.manual_seed(seed)
-    written = model.generate(  # type: ignore[operator]  # a Tensor as far as nn.Module.__getattr__ declares
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=tokens,
-        streamer=streamer,
-        pad_token_id=tokenizer.eos_token_id,
-        **sampling,
-    )
+    with plain_generation(model):
+        written = model.generate(  # type: ignore[operator]  # a Tensor as far as nn.Module.__getattr__ declares
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=tokens,
+            streamer=streamer,
+            pad_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
     return str(tokenizer.decode(written[0], skip_special_tokens=True))
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, marks: Marks) -> list[int]:
+    """Token ids of a prompt, begun as a document is; special tokens that it spells out are taken as such."""
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    start = list(marks.prompt_start if prompt else marks.start)
+    return ids if start and ids[: len(start)] == start else start + ids
+
+
+def ignored_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """Settings of a saved generation configuration that `plain_generation` does not use, but for their defaults."""
+    given = model.generation_config.to_diff_dict()
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in (*KEPT, "transformers_version") and not name.startswith(("_", "output_"))
+    }
+
+
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context `model.generate` knows of the saved configuration only what `KEPT` names."""
+    saved = model.generation_config
+    model.generation_config = plain_configuration(saved)
+    try:
+        yield
+    finally:
+        model.generation_config = saved
+
+
+def plain_configuration(saved: GenerationConfig) -> GenerationConfig:
+    """A generation configuration with what `KEPT` names of another, and nothing else."""
+    return GenerationConfig(**{name: value for name in KEPT if (value := getattr(saved, name, None)) is not None})

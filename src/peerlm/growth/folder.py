@@ -10,6 +10,7 @@ from peerlm.convert.saved import check_seed, count_parameters, load_saved, save_
 from peerlm.errors import UserError
 from peerlm.growth.growing import grow, set_opening, to_shells
 from peerlm.growth.indexed import find_pools
+from peerlm.growth.new_experts import check_keys
 from peerlm.growth.observation import observe
 from peerlm.growth.shrinking import shrink
 
@@ -46,6 +47,10 @@ def grow_folder(
         UserError: the output exists, the model cannot be read, or cannot grow so.
     """
     check_seed(seed)
+    try:
+        check_keys(keys)
+    except ValueError as error:
+        raise UserError(f"cannot grow {source}: {error}") from error
     if keys != "random" and samples is None:
         raise UserError(f"--keys {keys} depends on what the model reads; give --text FILE too")
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from peerlm.growth.indexed import find_pools
-from peerlm.ops.rows import prepare_rows
 from peerlm.optim.replace import holds
 from peerlm.optim.restrict import restrict_gradient
 
@@ -41,9 +40,7 @@ class Frozen:
                 parameter.grad = None
                 self._undo.append(lambda parameter=parameter: parameter.requires_grad_(True))  # type: ignore[misc]
 
-    def _hold(self, parameter: nn.Parameter, count: int, dim: int) -> None:
-        keep = torch.arange(parameter.shape[dim], device=parameter.device) >= count
-
+    def _hold(self, parameter: nn.Parameter, keep: Tensor, dim: int) -> None:
         def restrict(parameter: Tensor) -> None:
             restrict_gradient(parameter, keep, dim=dim)
 
@@ -83,7 +80,7 @@ def freeze_grown(
         if part not in PARTS:
             raise ValueError(f"what has {part!r}; choose of {', '.join(PARTS)}")
     pools = find_pools(model)
-    held = []
+    held: list[tuple[nn.Parameter, Tensor, int]] = []
     for pool in pools:
         old = pool.keys.grown_from if before is None else before
         if old is None:
@@ -92,18 +89,21 @@ def freeze_grown(
             raise ValueError(
                 f"before is {old}; give a square number up to the {pool.keys.num_experts} of {pool.where()}"
             )
-        for part, parameter, count, dim in (
-            ("rows", pool.table, old, 0),
-            ("keys", pool.keys.sub_keys, math.isqrt(old), 2),
-        ):
-            if part in parts:
-                _check_optimizer(optimizer, parameter)
-                held.append((parameter, count, dim))
+        if "rows" in parts:
+            keep = torch.arange(pool.table.num_rows, device=pool.table.device) >= old
+            held += [(parameter, keep[rows], 0) for parameter, rows in pool.table.parts()]
+        if "keys" in parts:
+            sub_keys = pool.keys.sub_keys
+            held.append((sub_keys, torch.arange(sub_keys.shape[2], device=sub_keys.device) >= math.isqrt(old), 2))
+    for parameter, _, _ in held:
+        _check_optimizer(optimizer, parameter)
     frozen = Frozen()
-    for parameter, count, dim in held:
-        prepare_rows(parameter, None)
-        frozen._hold(parameter, count, dim)
-        _forget(optimizer, parameter, count, dim)
+    if "rows" in parts:
+        for pool in pools:
+            pool.table.catch_up()
+    for parameter, keep, dim in held:
+        frozen._hold(parameter, keep, dim)
+        _forget(optimizer, parameter, keep, dim)
     if "query" in parts:
         for pool in pools:
             frozen._stop([*pool.keys.query_proj.parameters(), *pool.keys.query_norm.parameters()])
@@ -125,8 +125,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None, parameter: Tensor)
         raise ValueError("RowAdamW(fused=True) updates rows in the backward pass, held or not; take fused=False")
 
 
-def _forget(optimizer: torch.optim.Optimizer | None, parameter: Tensor, count: int, dim: int) -> None:
+def _forget(optimizer: torch.optim.Optimizer | None, parameter: Tensor, keep: Tensor, dim: int) -> None:
     state = {} if optimizer is None else optimizer.state.get(parameter, {})
     for name in ("exp_avg", "momentum_buffer"):  # of Adam's kind, of SGD's
         if (moment := state.get(name)) is not None:
-            moment.narrow(dim, 0, count).zero_()
+            moment.index_fill_(dim, (~keep).nonzero().flatten(), 0.0)

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from peerlm.growth.indexed import Pool, check_not_shared, find_pools, record_settings
-from peerlm.growth.new_experts import check_new_sub_keys, fill_new_rows, new_sub_keys
-from peerlm.growth.swap import appended, check_optimizer, padded, swap, take_rows
-from peerlm.layers import ExpertTable
+from peerlm.growth.new_experts import check_new_sub_keys, new_sub_keys
+from peerlm.growth.swap import check_optimizer, hand_over, padded, swap
 from peerlm.layers.product_keys import sub_keys_per_half
 from peerlm.ops.pairing import PAIRINGS
-from peerlm.ops.rows import prepare_rows
 
 
 @torch.no_grad()
@@ -71,17 +69,11 @@ def grow(
         index, old = pool.keys, pool.keys.num_experts
         count = n - index.sub_keys.shape[2]
         fresh = new_sub_keys(pool, count, keys, usage, queries, noise, generator)
-        prepare_rows(pool.table, None)
-        carry = padded(0, num_experts)
-        scales = None
-        if isinstance(pool.owner, ExpertTable) and pool.owner.scales is not None:
-            scales = pool.owner.scales = carry(pool.owner.scales, 0.0)
-        rows = appended(pool.table, num_experts)
-        fill_new_rows(pool.owner, rows, scales, old, generator)
-        swap(pool.owner, pool.owner.rows_name, rows, optimizer, carry)
+        hand_over(pool.table.resize(num_experts), optimizer)
+        pool.table.fill_new(old, generator)
         swap(index, "sub_keys", torch.cat([index.sub_keys, fresh], dim=2), optimizer, padded(2, n))
-        pool.resize(num_experts)
-        index.grown_from, index.opening = old, torch.zeros((), device=rows.device)
+        index.num_experts = num_experts
+        index.grown_from, index.opening = old, torch.zeros((), device=pool.table.device)
     for kind, grown_from in before.items():
         record_settings(model, num_experts, kind=kind, grown_from=grown_from)
     return model
@@ -126,7 +118,7 @@ def to_shells(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = Non
     for pool in pools:
         index, n = pool.keys, pool.keys.sub_keys.shape[2]
         i, j = PAIRINGS["shells"].sub_keys(torch.arange(n * n), n)
-        take_rows(pool, PAIRINGS[index.pairing].ids(i, j, n), optimizer)
+        hand_over(pool.table.select(PAIRINGS[index.pairing].ids(i, j, n)), optimizer)
         index.pairing = "shells"
     record_settings(model, pairing="shells")
     return model

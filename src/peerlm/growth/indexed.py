@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from peerlm.convert.record import conversion_of
-from peerlm.layers import PEER, ExpertTable, ProductKeyMemory, ProductKeys
+from peerlm.layers import PEER, ProductKeyMemory, ProductKeys, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +30,9 @@ class Pool:
         return f"{self.name}.product_keys".lstrip(".")
 
     @property
-    def owner(self) -> ExpertTable | ProductKeyMemory:
-        """The module that has the table."""
-        return self.layer.experts if isinstance(self.layer, PEER) else self.layer
-
-    @property
-    def table(self) -> nn.Parameter:
+    def table(self) -> Table:
         """The experts' rows (N, 2 or 3, dim), or the values (N, dim)."""
-        return getattr(self.owner, self.owner.rows_name)
+        return self.layer.experts if isinstance(self.layer, PEER) else self.layer.values
 
     @property
     def size_name(self) -> str:
@@ -47,12 +42,6 @@ class Pool:
     def where(self) -> str:
         """What messages call it."""
         return f"layer {self.name!r}" if self.name else "the layer"
-
-    def resize(self, count: int) -> None:
-        """Let the modules know how many rows there are."""
-        self.keys.num_experts = count
-        if isinstance(self.owner, ExpertTable):
-            self.owner.num_experts = count
 
 
 SIZE_NAMES: dict[type, str] = {PEER: "num_experts", ProductKeyMemory: "num_values"}
@@ -70,10 +59,13 @@ def find_pools(model: nn.Module) -> list[Pool]:
 def check_not_shared(model: nn.Module, pools: Sequence[Pool]) -> None:
     """Raise a ValueError where rows or sub-keys of a pool are those of something else in the model as well."""
     places = Counter(each for module in model.modules() for each in module._parameters.values() if each is not None)
-    users = Counter(module for pool in pools for module in (pool.owner, pool.keys))
+    users = Counter(module for pool in pools for module in (pool.table, pool.keys))
     for pool in pools:
-        for what, module, parameter in (("rows", pool.owner, pool.table), ("sub-keys", pool.keys, pool.keys.sub_keys)):
-            if places[parameter] > 1 or users[module] > 1:
+        for what, module, parameters in (
+            ("rows", pool.table, pool.table.row_parameters()),
+            ("sub-keys", pool.keys, [pool.keys.sub_keys]),
+        ):
+            if users[module] > 1 or any(places[parameter] > 1 for parameter in parameters):
                 raise ValueError(
                     f"{pool.where()} shares its {what} with another part of the model, which would lose them; give "
                     "each layer a copy of its own first"

@@ -1,56 +1,15 @@
-"""What experts that are added to a trained layer start as: their rows and their sub-keys."""
+"""What sub-keys that are added to a trained layer start as."""
 
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from peerlm.growth.indexed import Pool
-from peerlm.layers import ExpertTable, ProductKeyMemory
-from peerlm.layers.expert_table import quantise
 from peerlm.ops.pairing import PAIRINGS
 
 KEYS = ("random", "crowded", "data")
-_ROWS_AT_ONCE = 1024
-
-
-def fill_new_rows(
-    owner: ExpertTable | ProductKeyMemory,
-    rows: Tensor,
-    scales: Tensor | None,
-    first: int,
-    generator: torch.Generator,
-) -> None:
-    """Write rows first, first + 1, ... of a table: u and, if gated, g as at initialisation, v zero, values zero.
-
-    Args:
-        owner: the layer's table, for its sizes.
-        rows: (N, 2 or 3, dim) or (N, dim), written in place; so are the scales (N, 2 or 3) of int8 rows.
-        first: the first row that is new.
-        generator: on the CPU.
-    """
-    if isinstance(owner, ProductKeyMemory):
-        rows[first:] = 0
-        return
-    seeds = iter(torch.randint(2**62, (-(-(len(rows) - first) // _ROWS_AT_ONCE),), generator=generator).tolist())
-
-    def fill(begin: int, seed: int) -> None:
-        part = slice(begin, min(begin + _ROWS_AT_ONCE, len(rows)))
-        own = torch.Generator().manual_seed(seed)
-        fresh = torch.empty(part.stop - begin, rows.shape[1], owner.dim)
-        fresh[:, 1] = 0
-        for vector, std in owner.input_stds().items():
-            fresh[:, vector].normal_(std=std, generator=own)
-        if scales is None:
-            rows[part] = fresh.to(rows)
-        else:
-            whole, scale = quantise(fresh)
-            rows[part], scales[part] = whole.to(rows.device), scale.to(scales.device)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(fill, range(first, len(rows), _ROWS_AT_ONCE), seeds))
 
 
 def new_sub_keys(
@@ -104,6 +63,12 @@ def usage_of_sub_keys(pool: Pool, usage: Tensor) -> Tensor:
     return torch.stack([used.new_zeros(len(used), n).index_add_(1, sub_keys, used) for sub_keys in halves])
 
 
+def check_keys(how: str) -> None:
+    """Raise a ValueError where there is no such way to choose new sub-keys."""
+    if how not in KEYS:
+        raise ValueError(f"keys is {how!r}; choose one of {', '.join(KEYS)}")
+
+
 def check_new_sub_keys(
     pool: Pool,
     how: str,
@@ -112,8 +77,7 @@ def check_new_sub_keys(
     noise: float,
 ) -> None:
     """Raise a ValueError where `new_sub_keys` cannot do this."""
-    if how not in KEYS:
-        raise ValueError(f"keys is {how!r}; choose one of {', '.join(KEYS)}")
+    check_keys(how)
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise is {noise}; take a number of at least 0")
     if how == "crowded":

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peerlm.growth.indexed import Pool, check_not_shared, find_pools, record_settings
 from peerlm.growth.new_experts import check_usage, usage_of_sub_keys
-from peerlm.growth.swap import Carry, check_optimizer, swap, take_rows
+from peerlm.growth.swap import Carry, check_optimizer, hand_over, swap
 from peerlm.layers.product_keys import sub_keys_per_half
 from peerlm.ops.pairing import PAIRINGS
 
@@ -64,10 +64,10 @@ def shrink(
         kept = ranked[:, :n].sort(dim=-1).values
         first, second = PAIRINGS[index.pairing].sub_keys(torch.arange(num_experts), n)
         remaining[pool.keys_name] = PAIRINGS[index.pairing].ids(kept[0][first], kept[1][second], old)
-        take_rows(pool, remaining[pool.keys_name], optimizer)
+        hand_over(pool.table.select(remaining[pool.keys_name]), optimizer)
         carry = _of_halves(kept)
         swap(index, "sub_keys", carry(index.sub_keys, 0.0), optimizer, carry)
-        pool.resize(num_experts)
+        index.num_experts = num_experts
     record_settings(model, num_experts)
     return remaining
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peerlm.errors import UserError
-from peerlm.evaluate.likelihood import device_of, last_logits
+from peerlm.evaluate.likelihood import Report, device_of, last_logits, silent
 from peerlm.interpret.inspected import Site, chunks
 from peerlm.layers.modes import evaluating
 
@@ -146,8 +146,16 @@ class Pushes:
     """(E, M) float32."""
 
 
-def pushes(readout: Readout, site: Site, expert_ids: Tensor, *, kept: int, inverse_scale: float) -> Pushes:
-    """The `kept` tokens at both ends of the lens of these experts (E,).
+def pushes(
+    readout: Readout,
+    site: Site,
+    expert_ids: Tensor,
+    *,
+    kept: int,
+    inverse_scale: float,
+    report: Report = silent,
+) -> Pushes:
+    """The `kept` tokens at both ends of the lens of these experts (E,); `report` is told how many are done, of all.
 
     Raises:
         UserError: the output embedding reads another width than the layer writes.
@@ -165,5 +173,6 @@ def pushes(readout: Readout, site: Site, expert_ids: Tensor, *, kept: int, inver
         up, down = lens.topk(kept), lens.topk(kept, largest=False)
         for end, values in zip(ends, (up.indices, up.values, down.indices, down.values), strict=True):
             end.append(values.cpu())
+        report(sum(map(len, ends[0])), len(expert_ids))
     up_ids, up_values, down_ids, down_values = map(torch.cat, ends)
     return Pushes(up=up_ids, up_value=up_values, down=down_ids, down_value=down_values)

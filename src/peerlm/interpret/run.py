@@ -17,6 +17,7 @@ from peerlm.evaluate.files import PASSAGE, fields_of, read_documents
 from peerlm.evaluate.likelihood import Report, check_context, exp, last_logits
 from peerlm.evaluate.loading import default_context, load_model
 from peerlm.evaluate.progress import progress_bar
+from peerlm.evaluate.windows import begin_windows
 from peerlm.files import write_bytes
 from peerlm.interpret.collection import Collected, LayerRecord, collect
 from peerlm.interpret.edits import PLACES, Edit, Effect, edit, edit_effects, likeliest
@@ -28,6 +29,7 @@ from peerlm.interpret.strings import TokenStrings
 from peerlm.interpret.summary import layer_figures, relative_use
 from peerlm.interpret.windows import read_windows, window_nats
 from peerlm.layers.modes import evaluating
+from peerlm.marks import AUTO, marked, marks_of
 
 FACTORS = (0.0, 2.0)
 """What the output of an edited expert is multiplied by."""
@@ -45,6 +47,8 @@ def inspect(
     context: int | None = None,
     experts: int = 16384,
     edits: int = 64,
+    document_start: str = AUTO,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Read a text with the model of a run or a saved model, and write a page about its experts.
@@ -58,7 +62,9 @@ def inspect(
         context: tokens of a window, each read on its own; default: as trained.
         experts: how many of each layer the page holds one by one, those that write most.
         edits: experts, over all layers, that are knocked out and doubled in the shown tokens; 0 leaves that out.
-        progress: whether to show a bar on stderr, when that is a terminal.
+        document_start: what stands before each document: "auto", "none" or a token (see `peerlm.marks`).
+        overwrite: whether a page that is there is replaced.
+        progress: whether to show on stderr how far it is.
 
     Returns:
         The page's figures, ready for JSON: file, tokens, loss (nats per token), perplexity, layers (a list: figures of
@@ -72,7 +78,9 @@ def inspect(
             raise UserError(f"{name} is {value}; it must be at least {least}")
     if output is not None and (Path(output).is_dir() or not Path(output).parent.is_dir()):
         raise UserError(f"{output} cannot be written: name a file in a folder that exists")
-    model, tokenizer, sites, tokens, context = _open(path, text, context, limit)
+    if output is not None and Path(output).exists() and not overwrite:
+        raise UserError(f"{output} exists already: name another file with --output, or replace it with --overwrite")
+    model, tokenizer, sites, tokens, context, begins = _open(path, text, context, limit, document_start)
     readout = find_readout(model)
     shown = min(shown, len(tokens))
     with progress_bar(shown=progress) as bar:
@@ -88,11 +96,17 @@ def inspect(
         if not math.isfinite(exp(collected.loss)):
             raise UserError(f"{path} has a loss of {collected.loss} on {text}; name a model whose weights are whole")
         listed = [listed_experts(record, experts) for record in collected.layers]
-        lens_report = _reporter(bar, "lens")
-        pushed = []
-        for number, (site, ids) in enumerate(zip(sites, listed, strict=True)):
-            pushed.append(pushes(readout, site, ids, kept=_LENS_TOKENS, inverse_scale=collected.inverse_scale))
-            lens_report(number + 1, len(sites))
+        pushed = [
+            pushes(
+                readout,
+                site,
+                ids,
+                kept=_LENS_TOKENS,
+                inverse_scale=collected.inverse_scale,
+                report=_reporter(bar, f"lens of layer {site.number}"),
+            )
+            for site, ids in zip(sites, listed, strict=True)
+        ]
         chosen = _most_important(sites, collected, edits)
         wanted = [Edit(site.number, expert, factor) for site, expert in chosen for factor in FACTORS]
         effects = edit_effects(
@@ -105,6 +119,7 @@ def inspect(
         "file": str(text),
         "tokens": len(tokens),
         "context": context,
+        "document_start": begins,
         "loss": collected.loss,
         "perplexity": exp(collected.loss),
         "final_norm": readout.norm is not None,
@@ -145,12 +160,13 @@ def change_of_edits(
     *,
     limit: int = 65536,
     context: int | None = None,
+    document_start: str = AUTO,
     progress: bool = True,
 ) -> dict[str, Any]:
     """What all these edits together change in a text.
 
     Args:
-        path, text, limit, context, progress: as of `inspect`.
+        path, text, limit, context, document_start, progress: as of `inspect`.
         edits: experts and factors, applied at the same time.
 
     Returns:
@@ -165,7 +181,7 @@ def change_of_edits(
         raise UserError("there are no edits; name at least one expert")
     if limit < 2:
         raise UserError(f"limit is {limit}; it must be at least 2")
-    model, tokenizer, sites, tokens, context = _open(path, text, context, limit)
+    model, tokenizer, sites, tokens, context, begins = _open(path, text, context, limit, document_start)
     for item in edits:
         find_site(sites, item.layer, item.expert)
     sums = torch.zeros(2, dtype=torch.float64)
@@ -191,6 +207,7 @@ def change_of_edits(
         "model": str(path),
         "file": str(text),
         "edits": [vars(item) for item in edits],
+        "document_start": begins,
         "tokens": scored,
         "loss": loss,
         "edited_loss": edited_loss,
@@ -224,9 +241,9 @@ def _changed_places(
 
 
 def _open(
-    path: str | Path, text: str | Path, context: int | None, limit: int
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[Site], Tensor, int]:
-    """The model, its tokenizer, its layers with experts, the text's first tokens, and the context."""
+    path: str | Path, text: str | Path, context: int | None, limit: int, document_start: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[Site], Tensor, int, str | None]:
+    """The model, its tokenizer, layers with experts, the text's first tokens, the context, what begins a document."""
     fields = fields_of(Path(text))
     if fields == PASSAGE:
         raise UserError(f"{text} holds passages and no documents; name a text, JSONL or parquet file of documents")
@@ -234,8 +251,11 @@ def _open(
     sites = find_sites(model)
     context = default_context(path, model) if context is None else context
     check_context(model, context)
-    tokens = encode(tokenizer, read_documents(Path(text), fields), limit=limit).tokens[:limit]
-    return model, tokenizer, sites, tokens, context
+    marks = marks_of(model, tokenizer, document_start)
+    documents = read_documents(Path(text), fields)
+    tokens = encode(tokenizer, documents, marks, limit=limit, name=Path(text).name).tokens
+    tokens = begin_windows(tokens, context, marks.window_start)[:limit]
+    return model, tokenizer, sites, tokens, context, marked(marks.start, tokenizer)
 
 
 def _most_important(sites: Sequence[Site], collected: Collected, number: int) -> list[tuple[Site, int]]:

@@ -6,8 +6,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peerlm.layers.checks import check_dropout, check_weight_scale, flatten_tokens
 from peerlm.layers.expert_table import ExpertTable
-from peerlm.layers.inputs import check_dropout, check_weight_scale, flatten_tokens
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.ops import api

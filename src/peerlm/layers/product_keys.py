@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlm.layers.inputs import check_sizes, flatten_tokens
+from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.layers.query_norm import QueryBatchNorm
 from peerlm.ops import api
-from peerlm.ops.reference import WEIGHTINGS
+from peerlm.ops.functions import WEIGHTINGS
+from peerlm.ops.tensors import has_values
 
 _KEY_LENGTH = 3**-0.5
 """Root mean square of a sub-key's length at the start."""
@@ -199,10 +200,10 @@ class ProductKeys(nn.Module):
         """Mean over tokens of the sum of squared weights of all heads, for queries of unit variance.
 
         It sets the scale of what is retrieved: a sum of independent vectors of variance s^2 with these weights has
-        variance s^2 times this. Measured with 512 fixed standard normal queries on the present sub-keys; 1 on
-        the meta device, where there is nothing to measure.
+        variance s^2 times this. Measured with 512 fixed standard normal queries on the present sub-keys; 1 where
+        these have no values, as on the meta device.
         """
-        if self.sub_keys.is_meta:
+        if not has_values(self.sub_keys):
             return 1.0
         generator = torch.Generator().manual_seed(0)
         query = torch.randn(512, self.heads, self.key_dim, generator=generator, device="cpu").to(self.sub_keys)

@@ -1,6 +1,8 @@
 """AdamW for models with tables: a step costs the rows that it touches, and the weights are those of dense AdamW."""
 
+import sys
 from collections.abc import Callable, Iterable
+from itertools import compress
 from typing import Any, overload
 
 import torch
@@ -8,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from peerlm.ops import api
-from peerlm.ops import rows as row_seam
-from peerlm.ops.rows import RowStep, RowTable
+from peerlm.ops import api, row_updates
+from peerlm.ops.row_updates import RowState, RowStep
+from peerlm.ops.watched import raw
 from peerlm.optim import row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
 from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_norms
@@ -29,7 +31,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     By default the weights are those of `torch.optim.AdamW`. A row without a gradient would move there too, by
     momentum and by weight decay: here it catches up when it is next read. Tables are watched through
-    `peerlm.ops.rows` for that; who reads rows without saying so there, or saves or evaluates the model, calls
+    `peerlm.ops.row_updates` for that; who reads rows without saying so there, or saves or evaluates the model, calls
     `catch_up()` first. Decaying learning rates, weight decay, and changing betas and eps are all right, though
     a change of betas or eps costs a sweep over the tables.
 
@@ -103,24 +105,44 @@ class RowAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one named "table", or with "rows" True, holds tables, which are watched from now on."""
+        before = len(self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group.setdefault("rows", group.get("name") == "table")
+        if "rows" not in group and group.get("name") != "table":
+            self._put_tables_apart(group)
+        for added in self.param_groups[before:]:
+            added.setdefault("rows", added.get("name") == "table")
         try:
-            _check(group)
+            for added in self.param_groups[before:]:
+                _check(added)
         except ValueError:
-            self.param_groups.pop()
+            del self.param_groups[before:]
             raise
-        if group["rows"]:
-            for parameter in group["params"]:
-                self._watch(parameter, group)
+        for added in self.param_groups[before:]:
+            if added["rows"]:
+                for parameter in added["params"]:
+                    self._watch(parameter, added)
+
+    def _put_tables_apart(self, group: dict[str, Any]) -> None:
+        """Make a group "table" of the tables that nobody has called so, in this new last group."""
+        known = row_updates.known_rows()
+        tables = [parameter.requires_grad and id(parameter) in known for parameter in group["params"]]
+        if all(tables):
+            group["name"] = "table"
+        elif any(tables):
+            apart = {**group, "name": "table"}
+            for key in ("params", "param_names"):
+                if key in group:
+                    apart[key] = list(compress(group[key], tables))
+                    group[key] = [each for each, is_table in zip(group[key], tables, strict=True) if not is_table]
+            self.param_groups.append(apart)
 
     def watch(self, parameter: Tensor) -> None:
         """Watch a table that has taken the place of another in its group."""
         self._watch(parameter, self._group(parameter))
 
     def _watch(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        row_seam.watch_rows(parameter, self._watcher)
+        row_updates.watch_rows(parameter, self._watcher)
         if group["fused"]:
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._update_in_backward))
 
@@ -162,9 +184,10 @@ class RowAdamW(torch.optim.Optimizer):
                     "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                     "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 }
-        if not parameters:
-            return
-        _dense_step(parameters, [self.state[parameter] for parameter in parameters], group)
+        for kind in (False, True):  # an operator of torch's takes no plain tensors beside those of FSDP2
+            alike = [parameter for parameter in parameters if _is_dtensor(parameter) == kind]
+            if alike:
+                _dense_step(alike, [self.state[parameter] for parameter in alike], group)
 
     def _step_table(self, parameter: Tensor, group: dict[str, Any]) -> None:
         ids, gradient = _row_gradient(parameter)
@@ -172,7 +195,8 @@ class RowAdamW(torch.optim.Optimizer):
         self._catch_up_rows(parameter, ids)
         if ids is None and _is_plain(parameter, state):
             self._age_moments(state)
-            _dense_step([parameter], [{**state, "step": torch.tensor(float(state["step"]))}], group)
+            with torch._C.DisableTorchFunctionSubclass():
+                _dense_step([parameter], [{**state, "step": torch.tensor(float(state["step"]))}], group)
             for name in ("moments_step", "weights_step"):
                 if name in state:
                     state[name].fill_(state["step"] + 1)
@@ -202,7 +226,7 @@ class RowAdamW(torch.optim.Optimizer):
         _kernels(table).update_rows(table, ids, gradient, step)
         parameter.grad = None
 
-    def _fused_update(self, parameter: Tensor) -> tuple[RowTable, RowStep]:
+    def _fused_update(self, parameter: Tensor) -> tuple[RowState, RowStep]:
         if _several_ranks():
             raise RuntimeError("fused=True cannot wait for the gradients of other ranks: use fused=False")
         group = self._group(parameter)
@@ -248,10 +272,10 @@ class RowAdamW(torch.optim.Optimizer):
     def _group(self, parameter: Tensor) -> dict[str, Any]:
         return next(group for group in self.param_groups if any(member is parameter for member in group["params"]))
 
-    def _table(self, parameter: Tensor) -> RowTable:
+    def _table(self, parameter: Tensor) -> RowState:
         state = self.state[parameter]
-        return RowTable(
-            rows=parameter.data,  # in place without a new version: rows that autograd has saved do not change
+        return RowState(
+            rows=raw(parameter),  # rows that autograd has saved do not change
             exp_avg=state.get("exp_avg"),
             exp_avg_sq=state["exp_avg_sq"],
             moments_step=state.get("moments_step"),
@@ -298,6 +322,23 @@ class RowAdamW(torch.optim.Optimizer):
                 state[name].mul_(decay_N.view(-1, *[1] * (state[name].ndim - 1)))
         state["moments_step"].fill_(state["step"])
 
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, after all rows have caught up.
+
+        So the state goes with rows that are saved before or after. Within `ops.row_updates.rows_as_they_are` nothing
+        catches up: then the state goes with rows that are saved in there too.
+        """
+        self._catch_up_to_be_saved()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._catch_up_to_be_saved()
+        return super().__getstate__()
+
+    def _catch_up_to_be_saved(self) -> None:
+        if not row_updates.are_rows_as_they_are():
+            self.catch_up()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave; tables' state keeps its dtypes. Raises ValueError where it does not fit."""
         tables: dict[int, Tensor] = {}
@@ -325,13 +366,10 @@ class RowAdamW(torch.optim.Optimizer):
 
 
 class _Watcher:
-    """What stands at a table in place of its optimizer; a pickled model leaves it behind."""
+    """What stands at a table in place of its optimizer."""
 
     def __init__(self, optimizer: RowAdamW):
         self.optimizer = optimizer
-
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return _nobody, ()
 
     @torch.no_grad()
     def before_read(self, parameter: Tensor, ids: Tensor | None) -> None:
@@ -340,7 +378,7 @@ class _Watcher:
     def takes_row_gradients(self, parameter: Tensor) -> bool:
         return not _several_ranks()  # DistributedDataParallel exchanges dense gradients
 
-    def fused_update(self, parameter: Tensor) -> tuple[RowTable, RowStep] | None:
+    def fused_update(self, parameter: Tensor) -> tuple[RowState, RowStep] | None:
         if not self.optimizer._group(parameter)["fused"]:
             return None
         return self.optimizer._fused_update(parameter)
@@ -351,8 +389,10 @@ class _Watcher:
             hook.remove()
 
 
-def _nobody() -> None:
-    return None
+def _is_dtensor(tensor: Tensor) -> bool:
+    """Whether FSDP2 or another parallelism of PyTorch's has cut this tensor over ranks."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _several_ranks() -> bool:
@@ -386,7 +426,7 @@ def _is_plain(parameter: Tensor, state: State) -> bool:
     return same and parameter.dtype == state["exp_avg"].dtype == state["exp_avg_sq"].dtype != torch.bfloat16
 
 
-def _kernels(table: RowTable) -> Any:
+def _kernels(table: RowState) -> Any:
     """The module whose `update_rows` and `catch_up_rows` work on this table."""
     return api.row_kernels(table) or row_step
 
@@ -424,6 +464,11 @@ def _check(group: dict[str, Any]) -> None:
             f"state_dtype = {group['state_dtype']}: tables keep moments in torch.float32 or torch.bfloat16"
         )
     for parameter in group["params"]:
+        if _is_dtensor(parameter):
+            raise ValueError(
+                f"a table {tuple(parameter.shape)} is a DTensor, which cannot be trained by rows: leave tables out of "
+                "fully_shard(..., ignored_params=set(tables)), or take torch.optim.AdamW"
+            )
         if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(f"a table has dtype {parameter.dtype}: tables are float32, float64 or bfloat16")
         if group["lazy"] or beta1 == 0:

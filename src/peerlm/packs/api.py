@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.growth.indexed import Pool
-from peerlm.growth.new_experts import check_new_sub_keys, fill_new_rows, new_sub_keys
+from peerlm.growth.new_experts import check_new_sub_keys, new_sub_keys
 from peerlm.layers import PEER
 from peerlm.layers.product_keys import sub_keys_per_half
-from peerlm.layers.row_table import empty_rows
-from peerlm.ops.rows import prepare_rows
+from peerlm.layers.row_memory import empty_rows
 from peerlm.packs.base_hash import base_hash
 from peerlm.packs.files import PackManifest, check_pack_name, read_manifest, read_tensors, write_pack
 from peerlm.packs.layer import CHOICES, Pack, Packs
@@ -71,9 +70,10 @@ def new_pack(
         pool, experts = Pool(name=path, layer=layer), layer.experts
         check_new_sub_keys(pool, keys, usage, queries, noise)
         sub_keys = new_sub_keys(pool, n, keys, usage, queries, noise, generator)
-        rows = empty_rows(num_experts, *experts.rows.shape[1:], dtype=dtype)
-        fill_new_rows(experts, rows, None, 0, generator)
-        made[path] = Pack(sub_keys, rows.to(experts.rows.device), trainable=True)
+        rows = empty_rows(num_experts, *experts.row_shape, dtype=dtype, device=experts.device)
+        table = experts.like(rows, trained=True)
+        table.fill_new(0, generator)
+        made[path] = Pack(sub_keys, table, trained=True)
     _put(chosen, name, made)
     return list(chosen)
 
@@ -87,7 +87,7 @@ def pack_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     Raises:
         ValueError: no such pack is loaded.
     """
-    return [parameter for pack in _packs(model, name).values() for parameter in (pack.sub_keys, pack.rows)]
+    return [parameter for pack in _packs(model, name).values() for parameter in pack.parameters()]
 
 
 @torch.no_grad()
@@ -119,9 +119,8 @@ def save_pack(
     packs = _packs(model, name)
     tensors = {}
     for path, pack in packs.items():
-        prepare_rows(pack.rows, None)
         tensors[f"{path}.sub_keys".lstrip(".")] = pack.sub_keys.detach().cpu().contiguous()
-        tensors[f"{path}.rows".lstrip(".")] = pack.rows.detach().cpu().clone()
+        tensors[f"{path}.rows".lstrip(".")] = pack.table.read().detach().cpu().clone()
     return write_pack(
         Path(folder),
         tensors,
@@ -129,7 +128,7 @@ def save_pack(
         base=base_hash(model),
         architecture=type(model).__name__,
         layers={path: pack.size for path, pack in packs.items()},
-        dtype=str(next(iter(packs.values())).rows.dtype).removeprefix("torch."),
+        dtype=str(next(iter(packs.values())).table.dtype).removeprefix("torch."),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         licence=licence,
         data=data,
@@ -170,7 +169,7 @@ def load_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> 
             raise UserError(f"the pack in {folder} has experts for {path!r}, which is no PEER layer of the model")
         index, experts = layers[path].product_keys, layers[path].experts
         sets, n, half = index.sub_keys.shape[1], math.isqrt(count), index.key_dim // 2
-        shapes = {"sub_keys": (2, sets, n, half), "rows": (count, *experts.rows.shape[1:])}
+        shapes = {"sub_keys": (2, sets, n, half), "rows": (count, *experts.row_shape)}
         parts = {}
         for part, shape in shapes.items():
             tensor = tensors.pop(f"{path}.{part}".lstrip("."), None)
@@ -179,7 +178,7 @@ def load_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> 
                     f"the pack in {folder} lacks the {part} of {path!r}, {shape} finite numbers; restore it"
                 )
             parts[part] = tensor.to(index.sub_keys.device)
-        made[path] = Pack(**parts, trainable=False)
+        made[path] = Pack(parts["sub_keys"], experts.like(parts["rows"], trained=False), trained=False)
     if tensors:
         raise UserError(f"the pack in {folder} has unknown tensors, such as {min(tensors)!r}; restore it")
     _put({path: layers[path] for path in made}, name, made)
@@ -262,7 +261,7 @@ def _layers_named(model: nn.Module, paths: Sequence[str] | None) -> dict[str, PE
         raise ValueError(f"layers is {paths!r}; give a list of paths of PEER layers, or None for all")
     for path in paths:
         if path not in layers:
-            raise ValueError(f"layers has {path!r}, but the PEER layers are {', '.join(map(repr, layers))}")
+            raise ValueError(f"layers has {path!r}, but the PEER layers are {listed(map(repr, layers))}")
     return {path: layer for path, layer in layers.items() if path in paths}
 
 
@@ -279,7 +278,7 @@ def _packs(model: nn.Module, name: str) -> dict[str, Pack]:
 
 
 def _not_loaded(name: str, known: Sequence[str]) -> str:
-    return f"no pack {name!r} is loaded; there is {', '.join(known) or 'none'}"
+    return f"no pack {name!r} is loaded; there is {listed(known)}"
 
 
 def _check_free(model: nn.Module, name: str) -> None:

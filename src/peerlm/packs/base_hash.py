@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from peerlm.layers import PEER
-from peerlm.ops.rows import is_watched
+from peerlm.ops.row_updates import is_watched
 
 _CHUNK_BYTES = 2**26
 _digests = WeakIdKeyDictionary()

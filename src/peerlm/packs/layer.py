@@ -8,11 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from peerlm.layers import ExpertTable, ProductKeys
-from peerlm.layers.row_table import RowTable, empty_rows
-from peerlm.ops import api
-from peerlm.ops.reference import WEIGHTINGS
-from peerlm.ops.rows import prepare_rows, wants_row_gradients
+from peerlm.layers import ExpertTable, ProductKeys, Table
+from peerlm.ops.functions import WEIGHTINGS
 from peerlm.packs.search import Candidates, Searched, best_of_union, search_packs
 
 Choice = tuple[tuple[str, ...], ...]
@@ -20,20 +17,21 @@ CHOICES: WeakKeyDictionary[nn.Module, Choice] = WeakKeyDictionary()
 """The packs of each sequence of a batch, by the index of the layer; no entry: all packs for all sequences."""
 
 
-class Pack(RowTable):
-    """The sub-keys and rows that a pack adds to one layer.
+class Pack(nn.Module):
+    """The sub-keys and rows that a pack adds to one layer; no part of its state dict.
 
     Attributes:
         sub_keys: (2, H or 1, n, key_dim / 2), as those of the layer's index.
-        rows: (n * n, 2 or 3, dim), as those of the layer's table; float32, float64 or bfloat16.
+        table: n * n experts, as those of the layer's table; float32, float64 or bfloat16.
     """
 
-    parameter_roles: ClassVar[dict[str, str]] = {"rows": "table", "sub_keys": "keys"}
+    parameter_roles: ClassVar[dict[str, str]] = {"sub_keys": "keys"}
 
-    def __init__(self, sub_keys: Tensor, rows: Tensor, *, trainable: bool):
+    def __init__(self, sub_keys: Tensor, table: Table, *, trained: bool):
         super().__init__()
-        self.sub_keys = nn.Parameter(sub_keys, requires_grad=trainable)
-        self.rows = nn.Parameter(rows, requires_grad=trainable)
+        self.sub_keys = nn.Parameter(sub_keys, requires_grad=trained)
+        self.table = table
+        table.persistent = False
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         """Nothing: the state dict of a model has no packs."""
@@ -41,11 +39,7 @@ class Pack(RowTable):
     @property
     def size(self) -> int:
         """Experts."""
-        return self.rows.shape[0]
-
-    def extra_repr(self) -> str:
-        """Shown by `print(module)`."""
-        return f"experts={self.size}"
+        return self.table.num_rows
 
 
 class Packs(nn.Module):
@@ -62,7 +56,7 @@ class Packs(nn.Module):
         super().__init__()
         self.own_experts = index.num_experts
         self._heads = index.heads
-        self._fused: dict[tuple[str, ...], Tensor] = {}
+        self._fused: dict[tuple[str, ...], Table] = {}
 
     @property
     def num_experts(self) -> int:
@@ -119,9 +113,9 @@ class Packs(nn.Module):
         if own_TP.all():
             return experts(x_TD, weights_TP, ids_TP)
         y_TD = _add_part(None, experts, x_TD, weights_TP, ids_TP, own_TP)
-        for first, rows in self._tables():
-            inside_TP = (ids_TP >= first) & (ids_TP < first + len(rows))
-            y_TD = _add_part(y_TD, _mixing(experts, rows), x_TD, weights_TP, ids_TP - first, inside_TP)
+        for first, table in self._tables():
+            inside_TP = (ids_TP >= first) & (ids_TP < first + table.num_rows)
+            y_TD = _add_part(y_TD, table, x_TD, weights_TP, ids_TP - first, inside_TP)
         assert y_TD is not None
         return y_TD
 
@@ -146,8 +140,8 @@ class Packs(nn.Module):
         ends = itertools.accumulate((pack.size for pack in packs.values()), initial=self.own_experts)
         return dict(zip(packs, ends, strict=False))
 
-    def _tables(self) -> Iterator[tuple[int, Tensor]]:
-        """The rows of all packs, as few tables as can be: the id of the first row in the union, and the rows.
+    def _tables(self) -> Iterator[tuple[int, Table]]:
+        """All packs as few tables as can be: the id of the first row in the union, and the table.
 
         Packs that are not trained now are looked up as one.
         """
@@ -155,29 +149,27 @@ class Packs(nn.Module):
         first_ids = self._first_ids(packs)
 
         def kind(name: str) -> tuple[object, ...]:
-            rows = packs[name].rows
-            trained = rows.requires_grad and torch.is_grad_enabled()
-            return rows.dtype, rows.device, name if trained else ""
+            table = packs[name].table
+            trained = table.requires_grad and torch.is_grad_enabled()
+            return table.dtype, table.device, name if trained else ""
 
         for _, run in itertools.groupby(packs, key=kind):
             names = tuple(run)
-            rows = packs[names[0]].rows if len(names) == 1 else self._fuse(names, [packs[name].rows for name in names])
-            yield first_ids[names[0]], rows
+            fused = self._fuse(names, [packs[name].table for name in names]) if len(names) > 1 else None
+            if fused is not None:
+                yield first_ids[names[0]], fused
+            else:
+                yield from ((first_ids[name], packs[name].table) for name in names)
 
-    @torch.no_grad()
-    def _fuse(self, names: tuple[str, ...], tables: Sequence[nn.Parameter]) -> Tensor:
-        """One table of the rows of several packs, of which theirs become views."""
-        for rows in tables:
-            prepare_rows(rows, None)
+    def _fuse(self, names: tuple[str, ...], tables: Sequence[Table]) -> Table | None:
+        """One table of the rows of several packs, of which theirs become views; None where they cannot."""
+        for table in tables:
+            table.catch_up()
         fused = self._fused.get(names)
-        starts = list(itertools.accumulate((rows.nbytes for rows in tables), initial=0))
-        places = [] if fused is None else [fused.data_ptr() + start for start in starts]
-        if fused is None or any(rows.data_ptr() != place for rows, place in zip(tables, places, strict=False)):
-            fused = empty_rows(sum(map(len, tables)), *tables[0].shape[1:], dtype=tables[0].dtype).to(tables[0].device)
-            torch.cat([rows.detach() for rows in tables], out=fused)
-            for rows, part in zip(tables, fused.split([len(rows) for rows in tables]), strict=True):
-                rows.data = part
-            self._fused[names] = fused
+        if fused is None or not fused.is_made_of(tables):
+            fused = tables[0].fused_with(tables[1:])
+            if fused is not None:
+                self._fused[names] = fused
         return fused
 
     def state_dict(self, *arguments: Any, destination: Any = None, **options: Any) -> Any:
@@ -192,25 +184,7 @@ class Packs(nn.Module):
 
     def inactive_parameters(self) -> int:
         """Of the experts: a token retrieves as many as without packs, and the layer counts those."""
-        return sum(pack.rows.numel() for pack in self.by_name().values())
-
-
-def _mixing(experts: ExpertTable, rows: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """What `experts` does, with other rows."""
-
-    def mix(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        prepare_rows(rows, ids)
-        return api.mix_experts(
-            x,
-            weights,
-            ids,
-            rows,
-            activation=experts.activation,
-            backend=experts.backend,
-            row_gradients=wants_row_gradients(rows),
-        )
-
-    return mix
+        return sum(parameter.numel() for pack in self.by_name().values() for parameter in pack.table.row_parameters())
 
 
 def _add_part(

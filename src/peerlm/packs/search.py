@@ -7,6 +7,7 @@ R rows, which are tokens' heads, and S candidates of a head.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from peerlm.ops import api
 from peerlm.ops.pairing import PAIRINGS
-from peerlm.ops.reference import half_scores, top_k
+from peerlm.ops.scoring import half_scores, top_k
 
 PACK_PAIRING = "shells"
 """Ids of a pack's experts do not depend on how many there are, nor on the pairing of the layer."""
@@ -173,11 +174,12 @@ def best_of_union(own: Candidates, others: Sequence[Candidates]) -> tuple[Tensor
     ids_THS = torch.cat([part.ids for part in parts], dim=-1)
     with torch.no_grad():
 
-        def break_ties(tied_TH: Tensor) -> tuple[Tensor, Tensor]:
+        def break_ties(tied_TH: Tensor | EllipsisType) -> tuple[Tensor, Tensor]:
+            assert isinstance(tied_TH, Tensor)
             rank = _exact_ranks(parts, tied_TH, ids_THS[tied_TH])
             return torch.zeros_like(scores_THS[tied_TH]), rank
 
-        _, best_THK = top_k(scores_THS.detach(), own.scores.shape[-1], break_ties)
+        _, best_THK = top_k(scores_THS.detach(), own.scores.shape[-1], break_ties, look_for_ties=True)
     return scores_THS.gather(-1, best_THK), ids_THS.gather(-1, best_THK)
 
 

@@ -1,6 +1,8 @@
 """From a configuration to the things that train: text, model, optimizer, and all of them as a `Training`."""
 
+import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,11 +10,15 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
-from peerlm.data import TokenShards, TokenWindows, load_tokenizer, prepare
+from peerlm.data import Manifest, TokenShards, TokenWindows, load_tokenizer, prepare
+from peerlm.data.manifest import MANIFEST_FILE
+from peerlm.data.preparation import say_old_split
+from peerlm.data.request import difference, sources_said
+from peerlm.data.sources import fingerprint, resolve
 from peerlm.errors import UserError
 from peerlm.layers import ExpertTable, ProductKeys
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.ops import native
+from peerlm.ops import api
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.optim.catch_up import check_betas
 from peerlm.ranks import Ranks
@@ -23,19 +29,53 @@ from peerlm.train.recipe import unknown_key
 from peerlm.train.training import Hook, Training
 from peerlm.train.watching import UpToDateRows, UsageSample
 
+log = logging.getLogger(__name__)
+
 _QUICKER_BY_ROWS = 4
 """Retrieved rows of a step over rows of the table, up to which a step by rows took no longer (docs/log.md)."""
 
 
 def prepare_data(config: DataConfig, *, progress: bool) -> None:
-    """Prepare the data's folder where the configuration names sources and it is not there yet."""
-    if config.sources:
+    """Prepare the data's folder where the configuration names sources and it is not there yet.
+
+    A folder that is prepared already is used as it is; where it was made otherwise than configured, that is said.
+    """
+    if (Path(config.folder) / MANIFEST_FILE).is_file():
+        say_what_is_not_used(config)
+    elif config.sources:
         prepare(
             config.sources,
             config.folder,
             vocab_size=config.vocab_size,
             holdout=config.holdout,
             progress=progress,
+        )
+
+
+def say_what_is_not_used(config: DataConfig) -> None:
+    """Say which settings of [data] a folder that is prepared already leaves without effect."""
+    manifest = Manifest.read(config.folder)
+    say_old_split(config.folder, manifest)
+    if not config.sources:
+        return
+    different = []
+    try:
+        now = [fingerprint(source) for source in resolve(config.sources)]
+    except (UserError, OSError) as error:
+        made_from = sources_said(manifest.request["sources"])
+        different.append(f"sources = {made_from}, and those of the recipe cannot be read ({error})")
+    else:
+        if now != manifest.request["sources"]:
+            different.append(difference("sources", manifest.request["sources"], now))
+    for name in ("vocab_size", "holdout"):
+        if getattr(config, name) != manifest.request[name]:
+            different.append(difference(name, manifest.request[name], getattr(config, name)))
+    if different:
+        log.warning(
+            "%s is prepared already and used as it is, so that some settings of the recipe have no effect: it was "
+            "prepared with %s.",
+            config.folder,
+            "; ".join(different),
         )
 
 
@@ -95,7 +135,9 @@ def build_training(config: TrainConfig, ranks: Ranks, windows: TokenWindows, *ho
     )
 
 
-def new_model(config: TrainConfig, *, vocab_size: int, eos_token_id: int | None = None) -> PeerForCausalLM:
+def new_model(
+    config: TrainConfig, *, vocab_size: int, eos_token_id: int | None = None, bos_token_id: int | None = None
+) -> PeerForCausalLM:
     """The model of a recipe's [model], for a vocabulary, with weights from torch's generator; on the default device.
 
     Raises UserError where [model] is none that can be built.
@@ -105,6 +147,7 @@ def new_model(config: TrainConfig, *, vocab_size: int, eos_token_id: int | None 
         if key not in known:
             raise unknown_key(f"model.{key}", [f"model.{name}" for name in known])
     settings: dict[str, Any] = {
+        "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "vocab_size": vocab_size,
         **(with_shells(config.model) if config.grow.at else config.model),
@@ -127,7 +170,12 @@ def build_model(config: TrainConfig, shards: TokenShards, device: torch.device) 
     Raises UserError where the recipe's [model] is none that can be built.
     """
     torch.manual_seed(config.seed)
-    model = new_model(config, vocab_size=shards.vocab_size, eos_token_id=shards.eos_token_id)
+    model = new_model(
+        config,
+        vocab_size=shards.vocab_size,
+        eos_token_id=shards.eos_token_id,
+        bos_token_id=shards.window_start[-1] if shards.window_start else None,
+    )
     if config.data.context > model.config.max_position_embeddings:
         raise UserError(
             f"data.context = {config.data.context} is more than model.max_position_embeddings = "
@@ -207,7 +255,7 @@ def _need_of_rows(model: nn.Module, config: OptimConfig) -> str:
 
 
 def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether native kernels are there, rows can catch up exactly, and some table's step by rows is the quicker."""
+    """Whether there are kernels for rows, these can catch up exactly, and some table's step by rows is the quicker."""
     try:
         check_betas(config.optim.beta1, config.optim.beta2)
     except ValueError:
@@ -215,11 +263,7 @@ def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
     tokens = config.data.batch_size * config.data.context
     layers = [module for module in model.modules() if isinstance(module, ProductKeys)]
     largest = max((growth.sub_keys**2 for growth in read_growths(config.grow)), default=0)
-    return (
-        ranks.device.type == "cpu"
-        and not native.unavailable()
-        and any(
-            tokens * keys.heads * keys.experts_per_head <= _QUICKER_BY_ROWS * max(keys.num_experts, largest)
-            for keys in layers
-        )
+    return api.updates_rows_on(ranks.device) and any(
+        tokens * keys.heads * keys.experts_per_head <= _QUICKER_BY_ROWS * max(keys.num_experts, largest)
+        for keys in layers
     )

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder, write_json
-from peerlm.ops.rows import rows_as_they_are
+from peerlm.ops.row_updates import rows_as_they_are
 from peerlm.optim.saved import load_state, save_state
 
 PREFIX = "step-"
@@ -100,7 +100,7 @@ def save_checkpoint(
     with atomic_folder(folder) as partial:
         with rows_as_they_are():  # stale rows are updated in the resumed run when they would be here
             save_model(partial, model, tokenizer)
-        save_state(optimizer, partial)
+            save_state(optimizer, partial)
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         values = {**asdict(state), "files": files}
         write_json(partial / "state.json", {**values, "crc32": _checksum(values)})
@@ -165,7 +165,7 @@ def _quiet() -> Iterator[None]:
 
 def _corrupt(folder: Path, name: str) -> UserError:
     older = [each for each in list_checkpoints(folder.parents[1]) if int(_number(each)) < int(_number(folder))]
-    then = f"the run goes on from {older[-1].name}" if older else "the run begins anew, for no older one is left"
+    then = f"the run then resumes from {older[-1].name}" if older else "it starts again, for no older one is left"
     return UserError(
         f"the checkpoint {folder} is damaged ({name} is missing or changed): delete it and --resume again; {then}"
     )

@@ -1,5 +1,6 @@
 """The folder of a run: may we write there, and is it the run that is to be resumed?"""
 
+import shlex
 from pathlib import Path
 
 from peerlm.errors import UserError
@@ -14,7 +15,10 @@ def check_run(config: TrainConfig, *, resume: bool) -> None:
     run = Path(config.run)
     if not resume:
         if run.exists() and not (run.is_dir() and not any(run.iterdir())):
-            raise UserError(f"the run folder {run} already exists: --resume it, or choose another with --set run=...")
+            raise UserError(
+                f"the run folder {run} already exists: resume it with `{resume_command(run)}`, or choose another with "
+                "--output"
+            )
         return
     if not run.is_dir():
         raise UserError(f"there is no run {run} to resume: leave out --resume to start it")
@@ -25,7 +29,7 @@ def check_run(config: TrainConfig, *, resume: bool) -> None:
     difference = first_difference(load_recipe(run / "config.json"), config)
     if difference is not None:
         raise UserError(
-            f"cannot resume {run}, for {difference}: resume with {run / 'config.json'}, or start another run"
+            f"cannot resume {run}, for {difference}: resume with `{resume_command(run)}`, or start another run"
         )
 
 
@@ -38,7 +42,12 @@ def open_run(config: TrainConfig) -> None:
     write_json(run / "config.json", to_dict(config))
 
 
+def resume_command(run: Path) -> str:
+    """What to type to resume a run, for a shell."""
+    return f"peerlm train {shlex.quote(str(run))} --resume"
+
+
 def last_good(run: Path) -> str:
-    """Which checkpoint a run would go on from, in words."""
+    """Which checkpoint a run would resume from, in words."""
     checkpoints = list_checkpoints(run)
     return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else f"{run} has no checkpoint yet"

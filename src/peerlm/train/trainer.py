@@ -75,6 +75,7 @@ def _run(training: Training, evaluation: Evaluation, *, progress: bool) -> dict[
     """From the newest checkpoint, or the start, to the end; returns the summary."""
     config, ranks = training.config, training.ranks
     if ranks.is_main:
+        training.check_space(progress=progress)
         open_run(config)
     ranks.wait()
     state = last_state(training)

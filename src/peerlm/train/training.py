@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peerlm.data import TokenWindows
 from peerlm.ranks import Ranks
 from peerlm.train.budget import Budget
-from peerlm.train.checkpoint import TrainState
+from peerlm.train.checkpoint import TrainState, list_checkpoints
 from peerlm.train.config import TrainConfig
 from peerlm.train.runlog import Display, RunLog
+from peerlm.train.space import check_space
 
 
 @dataclass(kw_only=True)
@@ -68,6 +69,12 @@ class Training:
         if self.config.precision == "bf16":
             return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+    def check_space(self, *, progress: bool) -> None:
+        """Raise UserError, or say, where the disk has no room for the checkpoints to come; see `peerlm.train.space`."""
+        coming = self.config.checkpoint.keep + 1 - len(list_checkpoints(self.folder))
+        display = Display(self.folder, wanted=progress and self.ranks.is_main)
+        check_space(self.folder, self.optimizer, checkpoints=max(1, coming), warn=display.note)
 
     @contextmanager
     def reporting(self, state: TrainState, *, progress: bool) -> Iterator[None]:

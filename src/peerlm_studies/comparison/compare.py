@@ -1,6 +1,5 @@
 """The main job: PEER and its rivals in the same model, on the same data, for the same FLOPs."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,11 @@ from typing import Any
 from rich.console import Console
 
 from peerlm.evaluate import load_model, sample_text
+from peerlm.files import write_bytes, write_json
 from peerlm_studies.comparison.figures import plot_losses
 from peerlm_studies.comparison.make_rows import ROWS_FILE, make_rows, rows_of
 from peerlm_studies.comparison.plan import ComparePlan, load_plan
-from peerlm_studies.comparison.tables import markdown_table, print_table, summarise
+from peerlm_studies.comparison.tables import markdown_table, show_table, summarise
 from peerlm_studies.rows import read_rows
 
 
@@ -40,11 +40,11 @@ def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool
     rows = rows_of(plan.runs, plan.compare, read_rows(plan.output / ROWS_FILE))
     table = summarise(rows)
     command = f"peerlm compare {' '.join([str(recipe), *(f'--set {setting}' for setting in overrides)])}"
-    (plan.output / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    (plan.output / "table.md").write_text(markdown_table(table, command=command, rows=rows), encoding="utf-8")
+    write_json(plan.output / "table.json", table)
+    write_bytes(plan.output / "table.md", markdown_table(table, command=command, rows=rows).encode())
     plot_losses(rows, plan.output / "loss.png")
     sample = _write_sample(plan)
-    print_table(table, console)
+    show_table(table, console)
     if sample:
         console.print(f"{plan.compare.sample} writes: {sample}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Table, plot, rows and sample are in {plan.output}.", highlight=False, soft_wrap=True)
@@ -59,5 +59,5 @@ def _write_sample(plan: ComparePlan) -> str:
     text = sample_text(
         model, tokenizer, plan.compare.prompt, tokens=plan.compare.sample_tokens, temperature=0.8, seed=0
     )
-    (plan.output / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    write_bytes(plan.output / "sample.txt", f"{text}\n".encode())
     return text

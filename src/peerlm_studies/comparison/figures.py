@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from peerlm_studies.figures import finish
+from peerlm_studies.figures import finish, save_plot
 
 
 def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -36,4 +36,4 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     over_flops.legend(frameon=False)
     for axes in (over_flops, over_seconds):
         finish(axes)
-    figure.savefig(path, dpi=130)
+    save_plot(figure, path)

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from peerlm.errors import TrainingStopped, UserError
+from peerlm.files import write_json
 from peerlm.train.build import prepare_data
 from peerlm.train.recipe import to_dict
 from peerlm_studies.comparison.plan import CompareConfig, PlannedRun
@@ -70,7 +71,7 @@ def _make_row(
     console.print(f"{run.label}, seed {run.seed}", markup=False, highlight=False, soft_wrap=True)
     config = output / "recipes" / f"{folder.name}.json"
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(json.dumps(to_dict(run.train), indent=2) + "\n", encoding="utf-8")
+    write_json(config, to_dict(run.train))
     _peerlm(run, processes, "train", str(config), *(["--resume"] if folder.exists() else []))
     evaluation = {}
     if files := compare.evaluate:
@@ -108,6 +109,6 @@ def _peerlm(run: PlannedRun, processes: Processes, *arguments: str) -> None:
     if exit_code:
         raise TrainingStopped(
             f"peerlm {arguments[0]} of {run.label}, seed {run.seed}, ended with exit code {exit_code}"
-            f"{': ' if reason else ''}{reason}; once that is mended the same command goes on",
+            f"{': ' if reason else ''}{reason}; fix that, and run the same command again",
             exit_code=exit_code if exit_code > 0 else 128 - exit_code,
         )

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from peerlm.terminal import print_table
 from peerlm_studies.markdown import markdown_rows
 
 Row = Mapping[str, Any]
@@ -106,11 +106,10 @@ def markdown_table(table: Sequence[Row], *, command: str, rows: Sequence[Row]) -
     return "\n".join(lines)
 
 
-def print_table(table: Sequence[Row], console: Console) -> None:
-    """Show the table on the terminal, transposed where it is too wide: a column per method."""
+def show_table(table: Sequence[Row], console: Console) -> None:
+    """Show the table on the terminal, as `peerlm.terminal.print_table` does."""
     columns = columns_of(table)
-    shown = Table("", *columns["method"])
-    for title, cells in columns.items():
-        if title != "method":
-            shown.add_row(title, *cells)
-    console.print(shown)
+    names = columns.pop("method")
+    subjects = {name: {title: cells[place] for title, cells in columns.items()} for place, name in enumerate(names)}
+    if not console.quiet:
+        print_table("", subjects, console)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.train.recipe import from_dict, read_recipe
 from peerlm_studies.comparison.plan import CompareConfig, ComparisonRecipe, PlannedRun, comparison_of, take_section
 
@@ -32,7 +32,7 @@ class IsoflopConfig:
             for name in names:
                 if name not in self.sizes:
                     raise UserError(
-                        f"isoflop.budgets.{budget} names {name!r}: choose from {', '.join(self.sizes) or 'none'}, "
+                        f"isoflop.budgets.{budget} names {name!r}: choose from {listed(self.sizes)}, "
                         "or add it to [isoflop.sizes]"
                     )
         if not self.budgets:
@@ -103,7 +103,7 @@ class IsoflopPlan:
         for (what, known), chosen in zip(names.items(), (methods, budgets, sizes), strict=True):
             for name in chosen:
                 if name not in known:
-                    raise UserError(f"there is no {what} {name!r}: choose from {', '.join(known)}")
+                    raise UserError(f"there is no {what} {name!r}: choose from {listed(known)}")
         return [
             self._run(method, budget, size, seed)
             for budget in sorted(self.isoflop.budgets, key=flops_of)

@@ -1,17 +1,18 @@
 """IsoFLOP curves: every method at several sizes for the same FLOPs, and each one's best size."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markdown import Markdown
 
 from peerlm.errors import UserError
+from peerlm.files import write_bytes, write_json
+from peerlm.terminal import print_markdown
 from peerlm_studies.comparison.make_rows import ROWS_FILE, make_rows, rows_of
 from peerlm_studies.comparison.plan import PlannedRun
-from peerlm_studies.comparison.tables import print_table, summarise
+from peerlm_studies.comparison.tables import show_table, summarise
+from peerlm_studies.figures import save_plot
 from peerlm_studies.isoflop.curves import Curve, curves_of, equal_seconds_table, optima_table, rows_of_curves
 from peerlm_studies.isoflop.figures import plot_costs, plot_curves
 from peerlm_studies.isoflop.plan import IsoflopPlan, load_isoflop
@@ -59,14 +60,15 @@ def isoflop(
     make_rows(part, plan.compare, plan.output, console, shown=progress)
     if methods or budgets or sizes or seeds is not None:
         table = summarise(rows_of(part, plan.compare, read_rows(plan.output / ROWS_FILE)))
-        print_table(table, console)
+        show_table(table, console)
         return table
     make_rows(_at_optima(plan), plan.compare, plan.output, console, shown=progress)
     curves = curves_of(plan, read_rows(plan.output / ROWS_FILE))
     seconds = comparable_seconds(rows_of_curves(curves))
     table, equal_seconds = optima_table(curves, seconds), equal_seconds_table(curves, seconds)
     write_study(plan.output, curves, seconds, table, equal_seconds)
-    console.print(Markdown(f"{optima_markdown(table)}\n{equal_seconds_markdown(equal_seconds)}"))
+    if progress:
+        print_markdown(f"{optima_markdown(table)}\n{equal_seconds_markdown(equal_seconds)}")
     console.print(f"Tables, plots and rows are in {plan.output}.", highlight=False, soft_wrap=True)
     return table
 
@@ -88,8 +90,8 @@ def write_study(
 ) -> None:
     """Write the tables and plots of a study into its folder."""
     tables = {"optima": table, "equal_seconds": equal_seconds}
-    (folder / "isoflop.json").write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "isoflop.json", tables)
     text = f"{optima_markdown(table)}\n{equal_seconds_markdown(equal_seconds)}"
-    (folder / "isoflop.md").write_text(text, encoding="utf-8")
-    plot_curves(curves).savefig(folder / "curves.png", dpi=130)
-    plot_costs(curves, seconds).savefig(folder / "costs.png", dpi=130)
+    write_bytes(folder / "isoflop.md", text.encode())
+    save_plot(plot_curves(curves), folder / "curves.png")
+    save_plot(plot_costs(curves, seconds), folder / "costs.png")

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from peerlm_studies.figures import finish
+from peerlm_studies.figures import finish, save_plot
 
 
 def plot_forgetting(summary: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -18,4 +18,4 @@ def plot_forgetting(summary: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set(xlabel="rise of the base domain's loss (nats per token)", ylabel="loss of a new domain after its stage")
     axes.legend(frameon=False)
     finish(axes)
-    figure.savefig(path, dpi=130)
+    save_plot(figure, path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from peerlm.continual import LearnConfig
 from peerlm.continual.methods import method_of
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.train.config import TrainConfig
 from peerlm.train.recipe import bound_values, from_dict, read_recipe
 
@@ -194,4 +194,4 @@ def _check(
             )
     for name in (lifelong.full, *(facts.methods if facts else ())):
         if name not in methods:
-            raise UserError(f"there is no method {name!r}: choose one of {', '.join(methods)}")
+            raise UserError(f"there is no method {name!r}: choose one of {listed(methods)}")

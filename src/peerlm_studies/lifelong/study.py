@@ -11,6 +11,7 @@ from rich.console import Console
 from peerlm.continual import LearnConfig, learn
 from peerlm.continual.stream import BACKGROUND
 from peerlm.files import write_bytes, write_json
+from peerlm.terminal import print_markdown
 from peerlm.train import TrainConfig, train
 from peerlm_studies.lifelong.facts import learn_facts, markdown_facts
 from peerlm_studies.lifelong.figures import plot_forgetting
@@ -54,7 +55,8 @@ def lifelong(recipe: str | Path, overrides: Sequence[str] = (), *, progress: boo
     if plan.facts is not None:
         facts = learn_facts(plan, plan.facts, progress=progress)
         write_bytes(plan.output / "facts.md", markdown_facts(facts).encode())
-    console.print((plan.output / "table.md").read_text(encoding="utf-8"), markup=False)
+    if progress:
+        print_markdown((plan.output / "table.md").read_text(encoding="utf-8"))
     return {"methods": summary, "facts": facts}
 
 

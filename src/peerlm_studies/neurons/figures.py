@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from peerlm_studies.figures import finish
+from peerlm_studies.figures import finish, save_plot
 
 
 def plot_neurons(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -29,4 +29,4 @@ def plot_neurons(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes in (error_axes, perplexity_axes):
         axes.set(xlabel="share of neurons retrieved (%)")
         finish(axes)
-    figure.savefig(path, dpi=130)
+    save_plot(figure, path)

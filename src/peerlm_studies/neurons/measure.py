@@ -1,6 +1,5 @@
 """How few of a dense model's neurons suffice: learned index, best possible choice and chance, by share retrieved."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from peerlm.convert.neurons.layer import NeuronLayer, neuron_layer
 from peerlm.convert.neurons.weights import Neurons, neurons_of
 from peerlm.evaluate import held_out_loss
 from peerlm.evaluate.progress import progress_bar
+from peerlm.files import write_json
 from peerlm_studies.neurons.figures import plot_neurons
 from peerlm_studies.neurons.setup import (
     WINDOWS_PER_PASS,
@@ -114,7 +114,7 @@ def measure_neurons(
         "smallest_shares": {retrieval: smallest_shares(rows, retrieval) for retrieval in RETRIEVALS},
         "rows": rows,
     }
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "report.json", report)
     plot_neurons(rows, output / "neurons.png")
     return report
 

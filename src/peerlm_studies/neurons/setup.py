@@ -27,6 +27,7 @@ from peerlm.evaluate.likelihood import check_context
 from peerlm.evaluate.loading import default_context, model_folder
 from peerlm.evaluate.windows import text_windows
 from peerlm.layers import DenseFFW
+from peerlm.marks import Marks, marks_of
 
 HELD_OUT_PART = 5
 """Of text files, one window in so many is held out: the last ones."""
@@ -90,7 +91,7 @@ def load_setup(
             )
         text_digest = file_sha256(Path(data) / "manifest.json")
     else:
-        train, heldout = _text_windows(tokenizer, text, context)
+        train, heldout = _text_windows(tokenizer, text, context, marks_of(model, tokenizer))
         text_digest = " ".join(file_sha256(Path(file)) for file in text)
     weights = sorted(model_folder(run).glob("*.safetensors"))
     identity = {
@@ -102,9 +103,9 @@ def load_setup(
 
 
 def _text_windows(
-    tokenizer: PreTrainedTokenizerFast, files: Sequence[str | Path], context: int
+    tokenizer: PreTrainedTokenizerFast, files: Sequence[str | Path], context: int, marks: Marks
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    windows = list(text_windows(tokenizer, files, context))
+    windows = list(text_windows(tokenizer, files, context, marks))
     if len(windows) < HELD_OUT_PART:
         raise UserError(
             f"the text has {len(windows)} windows of {context} tokens, less than {HELD_OUT_PART}: name more text"

@@ -1,6 +1,6 @@
 """What a report consists of: a TOML file that names, section by section, rows, the recipe they belong to, and words."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,8 @@ class SectionConfig:
     """What rows are: of `peerlm isoflop`, of `peerlm compare`, any others, or the file of `peerlm scaling`."""
     rows: tuple[str, ...]
     """Files of rows; those that do not exist yet count as empty."""
+    settings: tuple[str, ...] = ()
+    """Changes to the recipe with which the rows were made, as --set takes them, besides those of the whole report."""
     command: str
     """What made the rows."""
     recipe: str = ""
@@ -69,8 +71,21 @@ class ReportConfig:
     """In order."""
     intro: str = ""
     """Markdown after the heading."""
+    root: str = "."
+    """Folder that all paths start at; a relative one starts at the folder of this file."""
+    settings: tuple[str, ...] = ()
+    """Changes to every recipe with which rows were made, as --set takes them: where their text was, which is part of
+    what a row is known by."""
 
 
 def load_report(path: str | Path) -> ReportConfig:
-    """Read a report's file; raises UserError as `peerlm.train.load_recipe`, or where a section lacks what it needs."""
-    return from_dict(ReportConfig, read_recipe(path))
+    """Read a report's file, with its root resolved.
+
+    Raises:
+        UserError: as `peerlm.train.load_recipe`, a section lacks what it needs, or there is no such root.
+    """
+    config = from_dict(ReportConfig, read_recipe(path))
+    root = Path(path).resolve().parent / config.root
+    if not root.is_dir():
+        raise UserError(f"the root of {path}, {root}, is not a folder: correct root, or leave it out")
+    return replace(config, root=str(root))

@@ -19,6 +19,7 @@ from peerlm_studies.report.sections import Section, make_section
 PLOTS = "results"
 """Folder of plots beside the report."""
 STYLE = """body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 sans-serif; color: #222 }
+p, li, h1, h2 { overflow-wrap: anywhere }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 14px }
 th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; text-align: left; white-space: nowrap }
 code { background: #f3f3f3; padding: 0 0.2rem } svg { max-width: 100%; height: auto }"""
@@ -30,7 +31,7 @@ def report(definition: str | Path, output: str | Path) -> list[Path]:
     The same rows give the same bytes: dates are those of rows, and plots have no other source of names.
 
     Args:
-        definition: TOML file; paths in it start at the working directory.
+        definition: TOML file; paths in it start at its root.
         output: folder for results.md, results/ with a plot for each figure as SVG, and results.html.
 
     Returns:
@@ -67,29 +68,31 @@ def compose(definition: str | Path) -> tuple[str, str, dict[str, Figure]]:
                 "have one name: let them differ in Latin letters or digits"
             )
         titles[slug] = config.title
-    sections = [(config, make_section(config)) for config in plan.section]
+    root = Path(plan.root)
+    sections = [(config, make_section(config, root, plan.settings)) for config in plan.section]
     figures = {
         f"{_slug(config.title)}-{_slug(name)}": figure
         for config, section in sections
         for name, figure in section.figures.items()
     }
-    parts = [f"# {plan.title}", plan.intro.strip(), *(_markdown(*section) for section in sections)]
+    parts = [f"# {plan.title}", plan.intro.strip(), *(_markdown(*section, root) for section in sections)]
     return plan.title, "\n\n".join(part for part in parts if part) + "\n", figures
 
 
-def _markdown(config: SectionConfig, section: Section) -> str:
+def _markdown(config: SectionConfig, section: Section, root: Path) -> str:
     parts = [f"## {config.title}", config.question.strip()]
     if not section.rows:
         return "\n\n".join(part for part in [*parts, f"No rows yet: `{config.command}` makes them."] if part)
     parts += [table.strip() for table in section.tables]
     parts += [f"![{name}]({PLOTS}/{_slug(config.title)}-{_slug(name)}.svg)" for name in section.figures]
-    parts += [config.says.strip(), _provenance(config, section.rows)]
+    parts += [config.says.strip(), _provenance(config, section.rows, root)]
     return "\n\n".join(part for part in parts if part)
 
 
-def _provenance(config: SectionConfig, rows: Sequence[Mapping[str, Any]]) -> str:
+def _provenance(config: SectionConfig, rows: Sequence[Mapping[str, Any]], root: Path) -> str:
     """The command, where rows are, their seeds, machines and dates; of rows that state them."""
-    parts = [f"`{config.command}`", "rows in " + ", ".join(f"`{file}`" for file in config.rows if Path(file).is_file())]
+    files = ", ".join(f"`{file}`" for file in config.rows if (root / file).is_file())
+    parts = [f"`{config.command}`", f"rows in {files}"]
     if seeds := sorted({row["seed"] for row in rows if "seed" in row}):
         parts.append(f"seeds {', '.join(map(str, seeds))}")
     machines = {
@@ -118,7 +121,8 @@ def _html(title: str, markdown: str, drawn: Mapping[str, str]) -> bytes:
         image = re.search(rf'<img src="{PLOTS}/{name}\.svg"[^>]*>', body)
         assert image is not None
         body = body.replace(image.group(), svg[svg.index("<svg") :])
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'  # a phone's own width
+    head = f'<meta charset="utf-8">{viewport}<title>{html.escape(title)}</title><style>{STYLE}</style>'
     return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>\n{body}</body></html>\n".encode()
 
 

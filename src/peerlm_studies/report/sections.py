@@ -2,8 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from peerlm_studies.isoflop.tables import equal_loss_markdown, equal_seconds_mar
 from peerlm_studies.markdown import markdown_rows
 from peerlm_studies.report.plan import PlotConfig, SectionConfig
 from peerlm_studies.rows import read_rows, read_runs
-from peerlm_studies.scaling.laws import law_markdown, plot_law, read_law, rows_digest
+from peerlm_studies.scaling.law_file import read_law, rows_digest
+from peerlm_studies.scaling.laws import law_markdown, plot_law
 
 Row = Mapping[str, Any]
 
@@ -39,59 +40,67 @@ class Section:
     """By what they show."""
 
 
-def make_section(config: SectionConfig) -> Section:
+def make_section(config: SectionConfig, root: Path = Path(), settings: Sequence[str] = ()) -> Section:
     """Read a section's rows and make its tables and plots.
+
+    Args:
+        config: the section.
+        root: folder that its paths start at.
+        settings: changes to its recipe, before its own.
 
     Raises:
         UserError: a recipe or a row cannot be read, or a row lacks what is shown of it.
     """
+    config = replace(config, settings=(*settings, *config.settings))
     if config.kind == "scaling":
-        return _scaling(config)
+        return _scaling(config, root)
     read = read_rows if config.kind == "table" else read_runs
-    rows: list[Row] = [row for file in config.rows for row in read(Path(file))]
+    rows: list[Row] = [row for file in config.rows for row in read(root / file)]
     if config.kind == "isoflop":
-        return _isoflop(config, rows)
+        return _isoflop(config, rows, root)
     if config.kind == "comparison":
-        return _comparison(config, rows)
+        return _comparison(config, rows, root)
     return _table(config, rows)
 
 
-def _scaling(config: SectionConfig) -> Section:
-    file = Path(config.rows[0])
+def _scaling(config: SectionConfig, root: Path) -> Section:
+    file = root / config.rows[0]
     if not file.is_file():
         return Section(rows=[])
     law = read_law(file)
-    there = all(Path(each).is_file() for each in law["files"])
-    stale = not there or rows_digest(law["files"]) != law["digest"]
+    files = [root / each for each in law["files"]]
+    there = all(each.is_file() for each in files)
+    stale = not there or rows_digest(files) != law["digest"]
     tables = [
         *([f"Rows have changed since this was fitted: `{config.command}` fits it anew."] if stale else []),
         law_markdown(law),
         "Constants with the middle 95% of bootstrap draws; errors are shares of the loss. Held-out runs, and each "
         "model left out in turn, were predicted by a fit without them.",
     ]
-    fitted: list[Row] = [row for each in law["files"] if Path(each).is_file() for row in read_rows(Path(each))]
+    fitted: list[Row] = [row for each in files if each.is_file() for row in read_rows(each)]
     return Section(rows=fitted or [law], tables=tables, figures={"law": plot_law(law)})
 
 
-def _isoflop(config: SectionConfig, rows: Sequence[Row]) -> Section:
-    plan = load_isoflop(config.recipe)
+def _isoflop(config: SectionConfig, rows: Sequence[Row], root: Path) -> Section:
+    plan = load_isoflop(root / config.recipe, config.settings)
     runs = [run.planned for run in plan.runs(plan.all_seeds)]
     own = rows_of(runs, plan.compare, _once(rows))
     curves = curves_of(plan, own)
     if not curves:
         return Section(rows=[])
-    speeds = read_rows(Path(config.speeds)) if config.speeds else []
+    speeds = read_rows(root / config.speeds) if config.speeds else []
     seconds = seconds_at_speeds(plan, speeds) if speeds else comparable_seconds(rows_of_curves(curves))
     table, equal_seconds = optima_table(curves, seconds), equal_seconds_table(curves, seconds)
-    missing = len({run.planned.key(plan.compare) for run in plan.runs()} - {row["key"] for row in own})
+    made = {row["key"] for row in own}
+    missing = [run for run in plan.runs() if run.planned.key(plan.compare) not in made]
     best = min(table, key=lambda row: row["loss"])
     budget = next(name for name in plan.isoflop.budgets if float(name) == best["flops"])
     again = (
         f'peerlm isoflop {config.recipe} --method "{best["method"]}" --budget {budget} --size {best["size"]} '
-        f"--seed {best['seeds'][0]} --output runs/again"
+        f"--seed {best['seeds'][0]} --output runs/again{_same_text(config)}"
     )
     tables = [
-        *([f"{missing} runs of the recipe are not made yet."] if missing else []),
+        *_not_made(((run.method, f"{run.size} at {run.flops:.3g}") for run in missing), len(plan.runs())),
         optima_markdown(table),
         "The optimum is that of a parabola in the logarithm of active parameters. Loss and perplexity are of the run "
         "nearest to it, means over its seeds with 95% confidence intervals (Student's t, the spread over seeds pooled "
@@ -112,6 +121,12 @@ def _isoflop(config: SectionConfig, rows: Sequence[Row]) -> Section:
     )
 
 
+def _same_text(config: SectionConfig) -> str:
+    """What a command needs besides to train on the text of the rows; nothing where that is the recipe's own."""
+    folders = [each for each in config.settings if each.startswith("data.folder=")]
+    return "".join(f" --set {each.replace(chr(34), '')}" for each in folders)
+
+
 def _at_speeds(config: SectionConfig, speeds: Sequence[Row]) -> str:
     if not speeds:
         return ""
@@ -122,13 +137,26 @@ def _at_speeds(config: SectionConfig, speeds: Sequence[Row]) -> str:
     )
 
 
-def _comparison(config: SectionConfig, rows: Sequence[Row]) -> Section:
+def _not_made(runs: Iterable[tuple[str, str]], of: int) -> list[str]:
+    """A sentence that names the runs of a recipe, `of` in all, without a row, by method; none where each has one."""
+    by_method: dict[str, list[str]] = {}
+    for method, place in runs:
+        by_method.setdefault(method, []).append(place)
+    if not by_method:
+        return []
+    count = sum(map(len, by_method.values()))
+    named = "; ".join(f"{method} ({', '.join(places)})" for method, places in by_method.items())
+    return [f"{count} of the recipe's {of} runs were not made, and are not in tables and plots: {named}."]
+
+
+def _comparison(config: SectionConfig, rows: Sequence[Row], root: Path) -> Section:
     own, note = _once(rows), []
     if config.recipe:
-        plan = load_plan(config.recipe)
+        plan = load_plan(root / config.recipe, config.settings)
         own = rows_of(plan.runs, plan.compare, own)
-        if missing := len({run.key(plan.compare) for run in plan.runs} - {row["key"] for row in own}):
-            note = [f"{missing} of {len(plan.runs)} runs of the recipe are not made yet."]
+        made = {row["key"] for row in own}
+        missing = [run for run in plan.runs if run.key(plan.compare) not in made]
+        note = _not_made(((run.label, f"seed {run.seed}") for run in missing), len(plan.runs))
     if not own:
         return Section(rows=[])
     named: set[tuple[str, int]] = set()

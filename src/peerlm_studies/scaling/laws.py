@@ -1,6 +1,5 @@
 """A scaling law for each method, fitted to rows of runs: constants, uncertainty, and how it predicts held-out runs."""
 
-import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,16 +9,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.files import write_bytes
 from peerlm_studies.figures import finish
 from peerlm_studies.markdown import markdown_rows
 from peerlm_studies.rows import read_runs
 from peerlm_studies.scaling.fit import CONSTANTS, Law, RunPoint, bootstrap, constants, fit_law, interval, varied
+from peerlm_studies.scaling.law_file import rows_digest
 from peerlm_studies.scaling.points import Group, groups_of
 
-DEFAULT_LAW = Path(__file__).with_name("law.json")
-"""The law that comes with the package: the one of docs/results.md."""
 _STARTS_IN_TURN = 10
 RANGES = ("size", "tokens", "granularity", "expansion")
 
@@ -66,7 +64,7 @@ def scaling(
     groups = {group.name: group for group in groups_of(rows)}
     for method in methods:
         if method not in groups:
-            raise UserError(f"there is no method {method!r} in the rows: choose from {', '.join(groups) or 'none'}")
+            raise UserError(f"there is no method {method!r} in the rows: choose from {listed(groups)}")
     needed = {name: constants(group.points) + 3 for name, group in groups.items()}
     fitted = {name: group for name, group in groups.items() if len(set(group.points)) >= needed[name]}
     for method in methods:
@@ -83,11 +81,6 @@ def scaling(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     write_bytes(Path(output), (json.dumps(result) + "\n").encode())
     return result
-
-
-def rows_digest(files: Sequence[str | Path]) -> str:
-    """Of the files that a law was fitted to, so that a report can tell whether it still is theirs."""
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _fit(group: Group, hold_out: float | None, times: int, starts: int) -> dict[str, Any]:
@@ -172,19 +165,6 @@ def _left_out_in_turn(group: Group, starts: int) -> dict[str, float] | None:
             return None
         errors += _errors(fit_law(kept, starts=starts), own)
     return {"mean": statistics.fmean(errors), "worst": max(errors)}
-
-
-def read_law(path: Path) -> dict[str, Any]:
-    """What `scaling` wrote; raises UserError where it is not that."""
-    if not path.is_file():
-        raise UserError(f"there is no law at {path}: make one with `peerlm scaling`, and name it with --law")
-    try:
-        law = json.loads(path.read_text(encoding="utf-8"))
-        assert {"files", "digest"} <= law.keys()
-        assert all({"constants", "bootstrap", "ranges", "model"} <= fit.keys() for fit in law["methods"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"{path} is no law of `peerlm scaling`: name the file that it wrote") from error
-    return dict(law)
 
 
 def law_markdown(law: Mapping[str, Any]) -> str:

@@ -3,38 +3,33 @@
 import functools
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from peerlm.accounting import Cost, model_cost
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
+from peerlm.evaluate.likelihood import Report, silent
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.model.configuration_peer import INNER, kinds_of_blocks
+from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, INNER, kinds_of_blocks
+from peerlm.model.modeling_peer import build_ffw
 from peerlm_studies.memory import training_bytes
 from peerlm_studies.scaling.fit import CONSTANTS, Law, interval
 from peerlm_studies.scaling.points import SIZES, embedding_parameters, experts_of, kind_of
+from peerlm_studies.scaling.spend import check_spend
 
 WIDTHS = tuple(dict.fromkeys(8 * round(4 * 2 ** (step / 4)) for step in range(17))) + tuple(
     dict.fromkeys(64 * round(8 * 2 ** (step / 4)) for step in range(1, 17))
 )
 """Widths that are tried, about a fifth apart: 32 to 512 in steps of 8, to 8,192 in steps of 64."""
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-    "KB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "TB": 1e12,
-}
+FAR = 10.0
+"""Times beyond the fitted budgets from which a plan has ranges alone: at 3 times it was wrong by 2 to 6% of
+the loss (docs/results.md, "Scaling law"), and methods differ by no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +57,9 @@ class Candidate:
     memory_gib: float
     warnings: tuple[str, ...]
     """In what it lies outside of the runs that the law was fitted to."""
+    ranges: Mapping[str, tuple[float, float]] | None = None
+    """For a budget more than `FAR` times beyond the fitted ones, and then in place of the numbers above: each draw of
+    the bootstrap has a best model of its own, and this is the middle 95% of each of its figures."""
 
 
 def plan_model(
@@ -72,6 +70,7 @@ def plan_model(
     method: str | None = None,
     vocab_size: int | None = None,
     context: int | None = None,
+    report: Report = silent,
 ) -> list[Candidate]:
     """The best model of each method for a budget, that of least expected loss first.
 
@@ -80,37 +79,50 @@ def plan_model(
     guess at its worst; all other settings are those of its largest run. FLOPs are the accounting's, so that what the
     index costs counts.
 
+    Where any method's budgets are far (`times_beyond`), methods stand in the law's order, for nothing says which is
+    best there.
+
     Args:
         law: what `scaling` returns.
         flops: of training.
         memory: bytes for training (`training_bytes`, one window at a time).
         method: only this; None: all.
         vocab_size, context: of the model; None: of the fit, to whose text and tokens alone losses apply.
+        report: called with how many models were tried, and how many there are.
 
     Raises:
         UserError: a figure out of range, a method that the law lacks, or nothing fits.
     """
-    for name, value in (("flops", flops), ("memory", memory)):
-        if not value > 0 or (name == "flops" and math.isinf(value)):
-            raise UserError(f"--{name} {value:g}: must be above 0")
-    fits = law["methods"]
-    if method is not None and method not in fits:
-        raise UserError(f"the law has no method {method!r}: choose from {', '.join(fits)}")
-    best = []
-    for name in [method] if method is not None else fits:
-        found = [
-            candidate
-            for model in _models(fits[name])
-            if (candidate := _candidate(name, fits[name], model, flops, memory, vocab_size, context)) is not None
-        ]
-        if found:
-            best.append(min(found, key=lambda candidate: candidate.loss))
+    check_spend(flops, memory)
+    fits = chosen_fits(law, method)
+    models = {name: list(_models(fit)) for name, fit in fits.items()}
+    total = sum(map(len, models.values()))
+    tried: dict[str, list[_Tried]] = {name: [] for name in fits}
+    for done, (fitted, model) in enumerate(((name, model) for name in fits for model in models[name]), start=1):
+        found = _try(fits[fitted], model, flops, memory, vocab_size, context)
+        tried[fitted] += [] if found is None else [found]
+        report(done, total)
+    best = [_best(name, fits[name], found, flops) for name, found in tried.items() if found]
     if not best:
         raise UserError(
             f"no model of at least 32 wide trains on one window for {flops:g} FLOPs in {memory / 2**30:.3g} GiB: "
             "allow more of either"
         )
-    return sorted(best, key=lambda candidate: candidate.loss)
+    return best if any(each.ranges for each in best) else sorted(best, key=lambda candidate: candidate.loss)
+
+
+def chosen_fits(law: Mapping[str, Any], method: str | None) -> dict[str, Mapping[str, Any]]:
+    """The fits of a law by method, or that of one; raises UserError where it lacks that."""
+    fits: dict[str, Mapping[str, Any]] = law["methods"]
+    if method is not None and method not in fits:
+        raise UserError(f"the law has no method {method!r}: choose from {listed(fits)}")
+    return fits if method is None else {method: fits[method]}
+
+
+def times_beyond(fit: Mapping[str, Any], flops: float) -> float:
+    """How many times a budget is above the largest that a law was fitted to, or below the smallest; 1 within."""
+    low, high = fit["flops"]
+    return max(flops / high, low / flops, 1.0)
 
 
 def _models(fit: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -148,82 +160,143 @@ def _models(fit: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                     yield {**model, kind: {**settings, rows: number, index_heads: heads, per_head: k}}
 
 
-def _candidate(
-    name: str,
+@dataclass(frozen=True, kw_only=True)
+class _Tried:
+    """A model that the budget and the memory suffice for."""
+
+    model: Mapping[str, Any]
+    cost: Cost
+    tokens: int
+    needed: int
+    """Bytes for training."""
+    at: dict[str, float]
+    """Where it is, as the arguments of `Law.loss`."""
+
+
+def _try(
     fit: Mapping[str, Any],
     model: Mapping[str, Any],
     flops: float,
     memory: float,
     vocab_size: int | None,
     context: int | None,
-) -> Candidate | None:
-    """What the law says of a model; None where the budget does not reach for a window, or memory for the model."""
+) -> _Tried | None:
+    """A model with its cost; None where the budget does not reach for a window, or memory for the model."""
     context = context or fit["context"]
     settings = {**model, "vocab_size": vocab_size or fit["vocab_size"], "max_position_embeddings": context}
-    config = PeerConfig(**settings)
     cost = _cost(settings, context)
     tokens = int(flops / cost.training_flops_per_token)
-    needed = training_bytes(cost.total_parameters, config, tokens=context)
+    needed = training_bytes(cost.total_parameters, _backbone_config(settings), tokens=context)
     if tokens < context or needed > memory:
         return None
     granularity, expansion = experts_of(model)
     at = {
-        "size": float(cost.active_parameters - embedding_parameters(settings, config.vocab_size)),
+        "size": float(cost.active_parameters - embedding_parameters(settings, settings["vocab_size"])),
         "tokens": float(tokens),
         "granularity": granularity,
         "expansion": expansion,
     }
-    expectations = [Law(**dict(zip(CONSTANTS, drawn, strict=True))).loss(**at) for drawn in fit["bootstrap"]]
-    low, high = interval(expectations)
-    kind = kind_of(model)
+    return _Tried(model=model, cost=cost, tokens=tokens, needed=needed, at=at)
+
+
+def _best(name: str, fit: Mapping[str, Any], tried: Sequence[_Tried], flops: float) -> Candidate:
+    """The model that the law expects the least loss of, and where the budget is far, what its draws disagree on."""
+    everywhere = {key: np.array([each.at[key] for each in tried]) for key in tried[0].at}
+    drawn_losses = [
+        Law(**dict(zip(CONSTANTS, drawn, strict=True))).loss(**everywhere)  # type: ignore[arg-type]
+        for drawn in fit["bootstrap"]
+    ]
+    losses = Law(**fit["constants"]).loss(**everywhere)  # type: ignore[arg-type]
+    place = int(np.argmin(losses))
+    chosen = tried[place]
+    low, high = interval([each[place] for each in drawn_losses])  # type: ignore[index]
+    figures = _figures(chosen)
+    ranges = None
+    if times_beyond(fit, flops) > FAR:
+        of_draws = [{"loss": float(np.min(each)), **_figures(tried[int(np.argmin(each))])} for each in drawn_losses]
+        ranges = {key: interval([each[key] for each in of_draws]) for key in of_draws[0]}
+    granularity, expansion = experts_of(chosen.model)
     return Candidate(
         method=name,
-        loss=Law(**fit["constants"]).loss(**at),
+        loss=float(losses[place]),  # type: ignore[index]
         low=low,
         high=high,
-        hidden_size=config.hidden_size,
-        layers=config.num_hidden_layers,
-        experts=0 if kind == "dense" else round(granularity * expansion),
-        active_experts=0 if kind == "dense" else round(granularity),
-        heads=model[kind][SIZES[kind][1]] if kind in ("peer", "pkm") else 0,
-        total_parameters=cost.total_parameters,
-        active_parameters=cost.active_parameters,
-        tokens=tokens,
-        memory_gib=needed / 2**30,
-        warnings=tuple(_warnings({**at, "flops": flops}, {**fit["ranges"], "flops": fit["flops"]})),
+        experts=round(granularity * expansion) if figures["active_experts"] else 0,
+        **figures,
+        ranges=ranges,
+        warnings=tuple(_warnings({**chosen.at, "flops": flops}, {**fit["ranges"], "flops": fit["flops"]})),
     )
 
 
+def _figures(tried: _Tried) -> dict[str, Any]:
+    """What a plan says of a model, by the names of `Candidate`."""
+    kind = kind_of(tried.model)
+    return {
+        "hidden_size": tried.model["hidden_size"],
+        "layers": tried.model["num_hidden_layers"],
+        "active_experts": 0 if kind == "dense" else round(tried.at["granularity"]),
+        "heads": tried.model[kind][SIZES[kind][1]] if kind in ("peer", "pkm") else 0,
+        "total_parameters": tried.cost.total_parameters,
+        "active_parameters": tried.cost.active_parameters,
+        "tokens": tried.tokens,
+        "memory_gib": tried.needed / 2**30,
+    }
+
+
 def _cost(settings: Mapping[str, Any], context: int) -> Cost:
-    """Of a model, from models of one block and of two of each kind of feed-forward layer, since costs add up."""
-    blocks = Counter(kinds_of_blocks(settings.get("ffw_layers"), settings["num_hidden_layers"]))
+    """Of a model, from that of its backbone and of one feed-forward layer of each kind, since costs add up."""
+    layers = settings["num_hidden_layers"]
+    blocks = Counter(kinds_of_blocks(settings.get("ffw_layers"), layers))
+    one, two = (_backbone_cost(_backbone_text(settings, count), context) for count in (1, 2))
+    dense = _layer_cost("dense", settings["hidden_size"], "null", settings.get("intermediate_size"), context)
     of_kind = {
-        kind: [_built_cost({**settings, "ffw_layers": kind, "num_hidden_layers": count}, context) for count in (1, 2)]
+        kind: _layer_cost(
+            kind,
+            settings["hidden_size"],
+            json.dumps(settings.get(kind), sort_keys=True),
+            settings.get("intermediate_size"),
+            context,
+        )
         for kind in blocks
     }
-    any_one, any_two = next(iter(of_kind.values()))
     return Cost(
         **{
-            field.name: 2 * getattr(any_one, field.name)
-            - getattr(any_two, field.name)
-            + sum(
-                blocks[kind] * (getattr(two, field.name) - getattr(one, field.name))
-                for kind, (one, two) in of_kind.items()
-            )
+            field.name: getattr(one, field.name)
+            + (layers - 1) * (getattr(two, field.name) - getattr(one, field.name))
+            - layers * getattr(dense, field.name)
+            + sum(count * getattr(of_kind[kind], field.name) for kind, count in blocks.items())
             for field in fields(Cost)
         }
     )
 
 
-def _built_cost(settings: Mapping[str, Any], context: int) -> Cost:
-    return _cost_of_text(json.dumps(settings, sort_keys=True), context)
+def _backbone_text(settings: Mapping[str, Any], layers: int) -> str:
+    """The settings of a model of dense blocks, as JSON: every method and number of experts asks for the same."""
+    kept = {name: value for name, value in settings.items() if name not in CONFIGURABLE_KINDS}
+    return json.dumps({**kept, "ffw_layers": "dense", "num_hidden_layers": layers}, sort_keys=True)
 
 
-@functools.lru_cache(maxsize=4096)
-def _cost_of_text(settings: str, context: int) -> Cost:
-    """Of a model by its settings as JSON: the same ones are asked for again with every budget."""
+def _backbone_config(settings: Mapping[str, Any]) -> PeerConfig:
+    return _config(_backbone_text(settings, settings["num_hidden_layers"]))
+
+
+@functools.cache
+def _config(text: str) -> PeerConfig:
+    return PeerConfig(**json.loads(text))
+
+
+@functools.cache
+def _backbone_cost(text: str, context: int) -> Cost:
     with torch.device("meta"):
-        return model_cost(PeerForCausalLM(PeerConfig(**json.loads(settings))), context)
+        return model_cost(PeerForCausalLM(_config(text)), context)
+
+
+@functools.cache
+def _layer_cost(kind: str, width: int, settings: str, intermediate_size: int | None, context: int) -> Cost:
+    """Of one feed-forward layer; its settings are JSON."""
+    config = SimpleNamespace(hidden_size=width, intermediate_size=intermediate_size, **{kind: json.loads(settings)})
+    with torch.device("meta"):
+        return model_cost(build_ffw(config, kind), context)  # type: ignore[arg-type]
 
 
 def _warnings(at: Mapping[str, float], ranges: Mapping[str, Sequence[float]]) -> Iterator[str]:
@@ -233,13 +306,59 @@ def _warnings(at: Mapping[str, float], ranges: Mapping[str, Sequence[float]]) ->
             yield f"{name} {value:.3g} is outside of what was fitted, {low:.3g} to {high:.3g}"
 
 
-def read_bytes(text: str) -> float:
-    """Bytes from a number with a unit, as in 80GiB or 500MB; raises UserError for anything else."""
-    if text == "inf":
-        return math.inf
-    match = re.fullmatch(r"([0-9.eE+]+) ?([A-Za-z]*)", text.strip())
-    try:
-        assert match is not None
-        return float(match.group(1)) * UNITS[match.group(2)]
-    except (AssertionError, ValueError, KeyError) as error:
-        raise UserError(f"--memory {text!r}: write a number of bytes with a unit, as in 80GiB or 500MB") from error
+def plan_row(candidate: Candidate) -> dict[str, Any]:
+    """A candidate ready for JSON: numbers, or for a budget that is far ranges [low, high] and no number."""
+    row = {name: value for name, value in asdict(candidate).items() if name != "ranges"}
+    if candidate.ranges is None:
+        return row
+    kept = {name: row[name] for name in ("method", "experts", "warnings")}
+    return {**kept, "ranges": {name: list(ends) for name, ends in candidate.ranges.items()}}
+
+
+def plan_quantities(candidate: Candidate) -> dict[str, str]:
+    """What a table shows of a candidate."""
+    shown = {
+        "loss": f"{candidate.loss:.3f} ({candidate.low:.3f} to {candidate.high:.3f})",
+        "width": f"{candidate.hidden_size:,}",
+        "blocks": f"{candidate.layers:,}",
+        "tokens": f"{candidate.tokens:.3g}",
+        "parameters": f"{candidate.total_parameters:.3g}",
+        "active parameters": f"{candidate.active_parameters:.3g}",
+        "memory, GiB": f"{candidate.memory_gib:.3g}",
+    }
+    if candidate.experts:
+        shown["experts in a layer"] = f"{candidate.experts:,}"
+        shown["active experts"] = f"{candidate.active_experts:,}"
+    if candidate.heads:
+        shown["heads"] = f"{candidate.heads:,}"
+    names = ("loss", "hidden_size", "layers", "tokens", "total_parameters", "active_parameters", "memory_gib")
+    for label, name in zip(shown, names, strict=False):
+        if candidate.ranges is not None:
+            low, high = candidate.ranges[name]
+            whole = name in ("hidden_size", "layers")
+            shown[label] = f"{low:,.0f} to {high:,.0f}" if whole else f"{low:.3g} to {high:.3g}"
+    if candidate.ranges is not None:
+        for label in ("active experts", "heads"):
+            shown.pop(label, None)
+    elif candidate.warnings:
+        shown["outside of the fit"] = "\n".join(candidate.warnings)
+    return shown
+
+
+def preface(law: Mapping[str, Any], flops: float, method: str | None) -> str:
+    """What is to be said before a plan for a budget that is far; empty for others."""
+    fits = chosen_fits(law, method)
+    times = max(times_beyond(fit, flops) for fit in fits.values())
+    if times <= FAR:
+        return ""
+    low, high = min(fit["flops"][0] for fit in fits.values()), max(fit["flops"][1] for fit in fits.values())
+    place = "the largest budget" if flops > high else "less than the smallest budget"
+    place += f" that the law was fitted to, {high if flops > high else low:.2g}"
+    order = "" if len(fits) == 1 else " Methods stand in the order of the law: which is best here is not known."
+    return (
+        f"Extrapolation: {flops:.3g} FLOPs is {times:.2g} times {place}. No run supports "
+        f"what follows.{order}\n\n"
+        "Each range is the middle 95% over the bootstrap's draws of the law, each with a best model of its own. It "
+        "leaves out how wrong the law itself may be so far away.\n\n"
+        "To know more, train some sizes at budgets in between, and fit the law to these runs too with `peerlm scaling`."
+    )

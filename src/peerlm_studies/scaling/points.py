@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peerlm.train.config import OptimConfig
 from peerlm_studies.scaling.fit import RunPoint
 
 Row = Mapping[str, Any]
@@ -61,6 +60,7 @@ def _names(method: str) -> Any:
 def _signature(config: Mapping[str, Any]) -> str:
     """All that the law has no term for, as text; a setting left out, or not yet known to the row, has its default."""
     from peerlm.model.configuration_peer import FFW_KINDS, PeerConfig
+    from peerlm.train.config import OptimConfig
 
     kind = kind_of(config["model"])
     model = _with_defaults(PeerConfig, config["model"])

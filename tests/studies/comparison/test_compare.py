@@ -103,7 +103,7 @@ def test_a_run_that_fails_carries_its_exit_code(recipe: Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_ends_the_runs_too_and_the_comparison_goes_on(tmp_path: Path, recipe: Path) -> None:
-    command = [sys.executable, "-m", "peerlm", "compare", str(recipe), "--json", "--set"]
+    command = [sys.executable, "-m", "peerlm", "compare", str(recipe), "--json=-", "--set"]
     endless = subprocess.Popen([*command, "budget.minutes=9"], stderr=subprocess.PIPE, start_new_session=True)
     logs = tmp_path / "out" / "runs"
     while not any(logs.glob("*/log.jsonl")):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peerlm_studies.comparison.tables import markdown_table, print_table, summarise
+from peerlm_studies.comparison.tables import markdown_table, show_table, summarise
 
 
 def row(label: str, seed: int, loss: float, *, usage: float | None = None) -> dict[str, Any]:
@@ -62,9 +62,14 @@ def test_markdown_names_command_seeds_machine_and_date() -> None:
     )
 
 
-def test_the_terminal_shows_a_column_per_method() -> None:
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_terminal_shows_every_method_whole(width: int) -> None:
     screen = io.StringIO()
-    print_table(summarise(ROWS), Console(file=screen, width=100))
+    show_table(summarise(ROWS), Console(file=screen, width=width))
     text = screen.getvalue()
-    for part in ("dense", "PEER", "32.0 ± 2.8"):
+    for part in ("dense", "PEER", "32.0 ± 2.8", "validation ppl"):
         assert part in text
+    assert max(map(len, text.splitlines())) <= width
+    quiet = io.StringIO()
+    show_table(summarise(ROWS), Console(file=quiet, quiet=True))
+    assert quiet.getvalue() == ""

@@ -246,7 +246,7 @@ def test_rows_of_a_stranger_do_not_count(study: Any) -> None:
 
 
 def test_the_command_passes_its_part_on(study: Any, made: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    part = ["--method", "dense", "--budget", "4e9", "--size", "large", "--seed", "3", "--json"]
+    part = ["--method", "dense", "--budget", "4e9", "--size", "large", "--seed", "3", "--json=-"]
     with pytest.raises(SystemExit) as end:
         main(["isoflop", str(study.path), *part])
     assert end.value.code == 0

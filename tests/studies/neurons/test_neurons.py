@@ -222,7 +222,7 @@ def test_command_measures_finetunes_and_prints(
         assert all(phrase in output for phrase in expected), output
     for more, keys in (([], {"dense_perplexity", "smallest_shares", "rows"}), (["--finetune=0.5", "--flops=0"], None)):
         with pytest.raises(SystemExit):
-            main([*command, *more, "--json"])
+            main([*command, *more, "--json=-"])
         result = json.loads(capsys.readouterr().out)
         assert set(result) == keys if keys else len(result) == 3
 

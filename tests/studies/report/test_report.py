@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
@@ -14,6 +16,7 @@ from peerlm.cli import main
 from peerlm_studies.report.report import compose, report
 
 ROOT = Path(__file__).parents[3]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DEFINITION = """
 title = "Small"
 intro = "Of nothing much."
@@ -116,14 +119,17 @@ def test_missing_runs_are_counted(folder: Path) -> None:
     lines = Path("rows.jsonl").read_text().splitlines(keepends=True)
     Path("rows.jsonl").write_text("".join(lines[1:]))
     _, markdown, _ = compose("report.toml")
-    assert "1 runs of the recipe are not made yet." in markdown
+    gone = json.loads(lines[0])
+    place = f"{gone['method']} ({gone['sweep']['size']} at {float(gone['sweep']['flops']):.3g})"
+    assert re.search(r"1 of the recipe's \d+ runs were not made, and are not in tables and plots: ", markdown)
+    assert f"plots: {place}." in markdown
     text = study_as_comparison(Path("isoflop.toml").read_text())
     Path("compare.toml").write_text(text)
     Path("report.toml").write_text(
         DEFINITION.replace('title = "By label"', 'title = "By label"\nrecipe = "compare.toml"')
     )
     _, markdown, _ = compose("report.toml")
-    assert "1 of 6 runs of the recipe are not made yet." in markdown
+    assert re.search(r"1 of the recipe's 6 runs were not made, .*: dense hidden_size=16 \(seed 0\)\.", markdown)
 
 
 def study_as_comparison(text: str) -> str:
@@ -217,3 +223,53 @@ def test_the_projects_results_are_what_its_rows_give(monkeypatch: pytest.MonkeyP
     _, markdown, figures = compose("results/report.toml")
     assert Path("docs/results.md").read_text(encoding="utf-8") == markdown, "run peerlm report results/report.toml"
     assert {path.stem for path in Path("docs/results").glob("*.svg")} == set(figures)
+
+
+def test_a_report_can_be_made_from_any_folder(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = compose("report.toml")[1]
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    assert compose(folder / "report.toml")[1] == here
+    (folder / "results").mkdir()
+    (folder / "report.toml").rename(folder / "results" / "report.toml")
+    text = (folder / "results/report.toml").read_text()
+    (folder / "results/report.toml").write_text(f'root = ".."\n{text}')
+    assert compose(folder / "results/report.toml")[1] == here
+    (folder / "results/report.toml").write_text(f'root = "none"\n{text}')
+    with pytest.raises(UserError, match=r"the root of .*report.toml, .*none, is not a folder: correct root"):
+        compose(folder / "results/report.toml")
+
+
+def test_settings_tell_with_what_rows_were_made(folder: Path, study: Any) -> None:
+    recipe = Path("isoflop.toml").read_text()
+    assert 'folder = "' in recipe
+    before = re.search(r'folder = "(.*)"', recipe)
+    assert before is not None
+    Path("isoflop.toml").write_text(recipe.replace(before[0], 'folder = "elsewhere"'))
+    assert "No rows yet: `peerlm isoflop isoflop.toml`" in compose("report.toml")[1]
+    setting = f"""settings = ['data.folder="{before[1]}"']\n"""
+    Path("report.toml").write_text(f"{setting}{DEFINITION}")
+    _, markdown, _ = compose("report.toml")
+    assert "No rows yet: `peerlm isoflop isoflop.toml`" not in markdown
+    assert f"--output runs/again --set data.folder={before[1]}`" in markdown
+    Path("report.toml").write_text(DEFINITION.replace('recipe = "isoflop.toml"', f'recipe = "isoflop.toml"\n{setting}'))
+    assert "No rows yet: `peerlm isoflop isoflop.toml`" not in compose("report.toml")[1]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: install the package chromium")
+def test_the_page_is_no_wider_than_a_phone(folder: Path, tmp_path: Path) -> None:
+    long = "results/" + "a_rather_long_name_of_a_file_of_rows" * 3 + ".jsonl"
+    Path("report.toml").write_text(DEFINITION.replace("Of nothing much.", f"See `{long}` and {long}."))
+    report("report.toml", "out")
+    html = Path("out/results.html").read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
+    script = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script>"
+    Path("out/measured.html").write_text(html.replace("</body>", f"{script}</body>"))
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,844", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path}/profile", Path("out/measured.html").resolve().as_uri()]
+    page = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    measured = re.search(r"<title>(\d+) of (\d+)</title>", page)
+    assert measured is not None
+    assert int(measured[1]) <= int(measured[2]) <= 500

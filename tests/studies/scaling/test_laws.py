@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,15 @@ from peerlm import UserError
 from peerlm.accounting import model_cost
 from peerlm.cli import main
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.terminal import print_markdown
 from peerlm_studies.report.report import compose
+from peerlm_studies.scaling import planner
 from peerlm_studies.scaling.fit import Law
-from peerlm_studies.scaling.laws import law_markdown, plot_law, read_law, scaling
-from peerlm_studies.scaling.planner import Candidate, plan_model, read_bytes
+from peerlm_studies.scaling.law_file import DEFAULT_LAW, read_law
+from peerlm_studies.scaling.laws import law_markdown, plot_law, scaling
+from peerlm_studies.scaling.planner import Candidate, plan_model, plan_row
 from peerlm_studies.scaling.points import embedding_parameters, experts_of, groups_of, kind_of, point_of
+from peerlm_studies.scaling.spend import read_bytes
 
 TRUE = {
     "dense": Law(c=1.5, a=60.0, alpha=0.3, b=500.0, beta=0.35),
@@ -297,8 +303,10 @@ def test_the_commands_print_tables_and_warnings(law_file: Path, capsys: pytest.C
         main(["plan", "--flops", "1e13", "--memory", "8GiB", "--law", str(law_file)])
     assert end.value.code == 0
     shown = capsys.readouterr()
-    assert "hidden size" in shown.out
-    assert "dense: flops 1e+13 is outside of what was fitted, 1e+11 to 1.6e+12" in shown.err
+    assert "width" in shown.out
+    assert "flops 1e+13 is outside of what was fitted, 1e+11 to 1.6e+12" in " ".join(
+        shown.out.replace("│", " ").split()
+    )
 
 
 def test_a_report_says_when_rows_changed_since_the_fit(
@@ -321,3 +329,96 @@ def test_a_report_says_when_rows_changed_since_the_fit(
     assert "Rows have changed since this was fitted: `peerlm scaling rows.jsonl`" in compose("report.toml")[1]
     Path("law.json").unlink()
     assert "No rows yet: `peerlm scaling rows.jsonl` makes them." in compose("report.toml")[1]
+
+
+def test_far_from_the_fit_a_plan_says_so_first_and_gives_ranges(
+    law_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    law = read_law(law_file)
+    for flops in (1e21, 1e9):
+        found = plan_model(law, flops=flops)
+        assert [candidate.method for candidate in found] == ["dense", "PEER"]  # the law's order: no ranking
+        for candidate in found:
+            row = plan_row(candidate)
+            assert set(row) == {"method", "experts", "warnings", "ranges"}
+            assert all(low <= high for low, high in row["ranges"].values())
+            low, high = row["ranges"]["loss"]
+            assert 0.99 * low <= candidate.loss <= 1.01 * high
+    with pytest.raises(SystemExit):
+        main(["plan", "--flops", "1e21", "--law", str(law_file)])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(
+        "Extrapolation: 1e+21 FLOPs is 6.3e+08 times the largest budget that the law was fitted to, 1.6e+12. No run"
+    )
+    assert "which is best here is not known" in shown
+    for candidate in plan_model(law, flops=1e21):
+        assert f"{candidate.tokens:,}" not in shown
+        assert f"{candidate.tokens:.3g} " not in shown
+
+
+def test_near_the_fit_a_plan_has_numbers(law_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    law = read_law(law_file)
+    for flops in (2e11, 1.2e13):
+        for candidate in plan_model(law, flops=flops):
+            assert candidate.ranges is None
+            assert plan_row(candidate)["tokens"] == candidate.tokens
+    assert plan_model(law, flops=2e13)[0].ranges is not None
+    with pytest.raises(SystemExit):
+        main(["plan", "--flops", "2e11", "--law", str(law_file), "--json", "-"])
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == json.loads(json.dumps([plan_row(candidate) for candidate in plan_model(law, flops=2e11)]))
+
+
+def test_draws_that_disagree_make_ranges_wide(law_file: Path) -> None:
+    law = json.loads(law_file.read_text())
+    fit = law["methods"]["dense"]
+    fit["bootstrap"] = [[1.0, 60.0, alpha, 500.0, 0.35, 0, 0, 0] for alpha in (0.1, 0.3, 0.9)]
+    wide = plan_model(law, flops=1e18, method="dense")[0].ranges
+    fit["bootstrap"] = fit["bootstrap"][:1] * 3
+    narrow = plan_model(law, flops=1e18, method="dense")[0].ranges
+    assert wide is not None
+    assert narrow is not None
+    assert wide["hidden_size"][1] > 2 * wide["hidden_size"][0]
+    assert narrow["hidden_size"][0] == narrow["hidden_size"][1]
+
+
+def test_a_backbone_is_built_once_for_all_methods_and_experts(law_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def build(config: PeerConfig) -> PeerForCausalLM:
+        built.append(config)
+        return PeerForCausalLM(config)
+
+    monkeypatch.setattr(planner, "PeerForCausalLM", build)
+    reports: list[tuple[int, int]] = []
+    plan_model(read_law(law_file), flops=4e11, vocab_size=301, report=lambda done, total: reports.append((done, total)))
+    assert len(built) == 2 * len(planner.WIDTHS)
+    total = reports[0][1]
+    assert reports == [(done, total) for done in range(1, total + 1)]
+    assert total > 3 * len(planner.WIDTHS)
+
+
+def test_a_wrong_budget_is_refused_before_anything_large_is_imported() -> None:
+    program = (
+        "import sys; from peerlm.cli import main\n"
+        "try: main(['plan', '--flops', '-1'])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules, 'scipy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False False\n"
+    assert done.stderr == "error: --flops -1: must be above 0\n"
+
+
+def test_names_with_commas_are_quoted_in_messages(law_file: Path, tmp_path: Path) -> None:
+    law = json.loads(law_file.read_text())
+    law["methods"] = {"PEER, every block": law["methods"]["PEER"], "dense": law["methods"]["dense"]}
+    with pytest.raises(UserError, match="no method 'PEER': choose from 'PEER, every block', 'dense'"):
+        plan_model(law, flops=1e12, method="PEER")
+
+
+def test_the_law_of_the_package_fits_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_markdown(law_markdown(read_law(DEFAULT_LAW)))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "PEER, every block" in [line.strip() for line in lines]
+    assert not any("…" in line for line in lines)

@@ -19,8 +19,9 @@ from peerlm.adapters.library.keys import Keys
 from peerlm.adapters.library.lora_files import CONFIG_NAME, WEIGHTS_NAME, LoraWeights, read_lora
 from peerlm.adapters.library.manifest import MANIFEST, Manifest, check_name, read_manifest, write_manifest
 from peerlm.adapters.library.mix import Mix
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.layers.modes import evaluating
+from peerlm.marks import AUTO, marks_of
 
 ROUTES = ("sequence", "token")
 Text = str | Tensor
@@ -55,6 +56,8 @@ class AdapterLibrary:
         route: "sequence" or "token".
         cache_bytes: limit of the adapters kept in memory; those in use now are not counted twice, and always stay.
         window: tokens in the pieces that texts are cut into to learn keys.
+        document_start: what stands before each piece of a text given as a string, as it does before a prompt: "auto",
+            "none" or a token (see `peerlm.marks`).
 
     Attributes:
         cache: the adapters in memory, `AdapterCache`.
@@ -75,6 +78,7 @@ class AdapterLibrary:
         route: str = "sequence",
         cache_bytes: int = 2**30,
         window: int = 128,
+        document_start: str = AUTO,
     ):
         if route not in ROUTES:
             raise ValueError(f"route is {route!r}; choose one of {', '.join(ROUTES)}")
@@ -87,6 +91,9 @@ class AdapterLibrary:
         self.top_k = top_k
         self.route = route
         self.window = window
+        self._start = () if tokenizer is None else marks_of(model, tokenizer, document_start).prompt_start
+        if len(self._start) >= window:
+            raise ValueError(f"window is {window}, but {len(self._start)} tokens begin each piece; take more")
         self.cache = AdapterCache(self._load, cache_bytes)
         self._blocks = _blocks(model)
         self._argument_names = list(inspect.signature(model.forward).parameters)
@@ -250,7 +257,8 @@ class AdapterLibrary:
     def features(self, texts: Sequence[Text]) -> Tensor:
         """The queries of texts, cut into pieces of `window` tokens: (pieces, hidden size) float32 on the CPU.
 
-        What is left over after whole pieces is dropped, unless it is all there is.
+        What is left over after whole pieces is dropped, unless it is all there is. A piece of a string begins as a
+        prompt does, with `document_start`; token ids are taken as they are.
 
         Raises:
             ValueError: there is no text, one that is no list, or strings and no tokenizer.
@@ -259,6 +267,7 @@ class AdapterLibrary:
             raise ValueError(f"texts is one {type(texts).__name__}; give a list of texts")
         pieces = []
         for text in texts:
+            start = torch.tensor(self._start if isinstance(text, str) else (), dtype=torch.int64)
             if isinstance(text, str):
                 if self.tokenizer is None:
                     raise ValueError("texts are strings, but the library has no tokenizer; give it one, or token ids")
@@ -267,13 +276,15 @@ class AdapterLibrary:
                 raise ValueError(f"a text has token ids of shape {tuple(text.shape)}; give each text as (length,)")
             else:
                 ids = text.long()
-            whole = len(ids) // self.window * self.window
-            pieces += list(ids[:whole].split(self.window)) if whole else [ids] if len(ids) else []
+            room = self.window - len(start)
+            whole = len(ids) // room * room
+            cut = ids[:whole].split(room) if whole else [ids] if len(ids) else []
+            pieces += [torch.cat([start, piece]) for piece in cut]
         if not pieces:
             raise ValueError("there is no text to make a key from; give at least one that is not empty")
         found = []
-        for start in range(0, len(pieces), 16):
-            batch = pieces[start : start + 16]
+        for place in range(0, len(pieces), 16):
+            batch = pieces[place : place + 16]
             mask = nn.utils.rnn.pad_sequence([torch.ones_like(piece) for piece in batch], batch_first=True)
             ids = nn.utils.rnn.pad_sequence(batch, batch_first=True)
             found.append(self._queries(ids.to(self.model.device), mask.to(self.model.device)).cpu())
@@ -463,7 +474,7 @@ class AdapterLibrary:
     def _check_known(self, names: Sequence[str] | Mapping[str, Any]) -> None:
         for name in names:
             if name not in self.names:
-                raise UserError(f"the library has no adapter {name!r}; it has {', '.join(self.names[:10]) or 'none'}")
+                raise UserError(f"the library has no adapter {name!r}; it has {listed(self.names)}")
 
 
 def _blocks(model: PreTrainedModel) -> nn.ModuleList:

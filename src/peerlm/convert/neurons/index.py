@@ -15,7 +15,7 @@ from torch import Tensor
 from peerlm.convert.neurons.keys import NeuronKeys
 from peerlm.convert.neurons.layer import NeuronLayer
 from peerlm.convert.neurons.placement import grid_means, misfit, place_neurons
-from peerlm.layers.inputs import check_sizes
+from peerlm.layers.checks import check_sizes
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
 """Shares of the neurons for which one index is learned: each asks whether a neuron is among so many."""

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peerlm.layers.inputs import check_sizes, flatten_tokens
+from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.ops import api
-from peerlm.ops.reference import half_scores, top_k
+from peerlm.ops.scoring import half_scores, top_k
 
 
 class NeuronKeys(nn.Module):

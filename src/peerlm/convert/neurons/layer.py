@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from peerlm.convert.neurons.keys import NeuronKeys
 from peerlm.convert.neurons.weights import Neurons
 from peerlm.layers import ExpertTable
-from peerlm.layers.inputs import check_settings, check_sizes, flatten_tokens
+from peerlm.layers.checks import check_settings, check_sizes, flatten_tokens
 from peerlm.layers.output_scale import output_std
-from peerlm.layers.row_table import empty_rows
-from peerlm.ops.rows import prepare_rows
 
 BIAS_WIDTH = 8
 """What rows are wider than the model where neurons have biases: the input's extra features are 1, 0, 0, ..."""
@@ -135,9 +133,8 @@ class NeuronLayer(nn.Module):
         return self.table(x_TD, weights_TK, ids_TK + self._first_row)[:, : self.dim]
 
     def rows(self) -> Tensor:
-        """This layer's rows, (N, R, width): a view of the table."""
-        prepare_rows(self.table.rows, None)
-        return self.table.rows[self._first_row : self._first_row + self.num_places]
+        """This layer's rows, (N, R, width): a view of the table where it can be one."""
+        return self.table.read(self._first_row, self.num_places)
 
     def neurons(self) -> Neurons:
         """The layer as dense neurons, place by place, zeros included; views without gradients of its own weights."""
@@ -170,8 +167,7 @@ class NeuronLayer(nn.Module):
                 for values in ((*theirs, biased), (*ours, self.width > self.dim))
             ]
             raise ValueError(f"neurons to load have {described[0]}; this layer has {described[1]}: build it like them")
-        rows = self.rows()
-        rows.zero_()
+        rows = torch.zeros(self.num_places, *self.table.row_shape, dtype=self.table.dtype, device=self.table.device)
         parts = [(neurons.down, neurons.down_bias), (neurons.up, None)]
         if neurons.gate is not None:
             parts.append((neurons.gate, neurons.gate_bias))
@@ -179,6 +175,7 @@ class NeuronLayer(nn.Module):
             rows[: self.hidden, part, : self.dim] = vectors.to(rows)
             if bias is not None:
                 rows[: self.hidden, part, self.dim] = bias.to(rows)
+        self.table.write(rows, self._first_row)
         if neurons.output_bias is None:
             self.output_bias.zero_()
         else:
@@ -187,8 +184,7 @@ class NeuronLayer(nn.Module):
     @torch.no_grad()
     def place(self, order_N: Tensor) -> None:
         """Move neurons: place p gets what was at place order_N[p], a permutation of all N."""
-        rows = self.rows()
-        rows.copy_(rows[order_N])
+        self.table.write(self.rows()[order_N], self._first_row)
 
     @torch.no_grad()
     def center(self, x_TD: Tensor, batch_size: int = 4096) -> None:
@@ -203,11 +199,11 @@ class NeuronLayer(nn.Module):
 
     def extra_flops_per_token(self, context: int) -> int:
         """Forward FLOPs of the retrieved neurons; the index counts itself."""
-        return 2 * self.table.rows.shape[1] * self.width * self.index.retrieved
+        return 2 * self.table.row_shape[0] * self.width * self.index.retrieved
 
     def inactive_parameters(self) -> int:
         """Parameters of neurons that one token leaves untouched."""
-        return self.table.rows.shape[1] * self.width * (self.num_places - self.index.retrieved)
+        return self.table.row_shape[0] * self.width * (self.num_places - self.index.retrieved)
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
@@ -261,7 +257,7 @@ def pool_tables(layers: Sequence[NeuronLayer]) -> None:
     if len(layers) < 2:
         raise ValueError(f"{len(layers)} layers to pool; give at least two")
     kinds = {
-        (layer.table.activation, layer.table.gated, layer.width, layer.table.backend, layer.table.rows.dtype)
+        (layer.table.activation, layer.table.gated, layer.width, layer.table.backend, layer.table.dtype)
         for layer in layers
     }
     if len(kinds) > 1:
@@ -270,20 +266,13 @@ def pool_tables(layers: Sequence[NeuronLayer]) -> None:
     if len({id(layer.table) for layer in layers}) < len(layers) or any(layer.experts is None for layer in layers):
         raise ValueError("some of the layers to pool share a table already; pool all of them in one call")
     first = layers[0].table
-    total = sum(layer.num_places for layer in layers)
-    if first.rows.is_meta:
-        rows = torch.empty(total, *first.rows.shape[1:], dtype=first.rows.dtype, device="meta")
-    else:
-        rows = empty_rows(total, *first.rows.shape[1:], dtype=first.rows.dtype).to(first.rows.device)
-        torch.cat([layer.rows() for layer in layers], out=rows)
+    first.append([layer.table for layer in layers[1:]])
     first_row = 0
     for layer in layers:
         layer._first_row = first_row
         first_row += layer.num_places
         if layer is not layers[0]:
             layer.experts, layer._elsewhere = None, (first,)
-    first.rows = nn.Parameter(rows)
-    first.num_experts = total
 
 
 def _ceil_sqrt(number: int) -> int:

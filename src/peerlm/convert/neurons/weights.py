@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peerlm.layers import DenseFFW
-from peerlm.ops.reference import ACTIVATIONS
+from peerlm.ops.functions import ACTIVATIONS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-// Which rows of a table the optimizer has left behind.
+// Which rows of a table are stale: the optimizer has made steps since they were last right.
 
 #include <algorithm>
 #include <atomic>
@@ -16,14 +16,14 @@ constexpr int64_t WORD_BITS = 64;
 constexpr int64_t FEW = 256;  // rows for each id, from which on sorting ids is quicker than a bit for every row
 
 int64_t sorted_rows(const int32_t* weights_step, const int64_t* ids, int64_t count, int32_t now, int64_t* found) {
-  int64_t behind = 0;
+  int64_t stale = 0;
   for (int64_t i = 0; i < count; ++i)
-    if (weights_step[ids[i]] < now) found[behind++] = ids[i];
-  std::sort(found, found + behind);
-  return std::unique(found, found + behind) - found;
+    if (weights_step[ids[i]] < now) found[stale++] = ids[i];
+  std::sort(found, found + stale);
+  return std::unique(found, found + stale) - found;
 }
 
-// Bit r % 64 of word r / 64 is set where row r is behind and, if there are ids, among them.
+// Bit r % 64 of word r / 64 is set where row r is stale and, if there are ids, among them.
 void mark(const int32_t* weights_step, int64_t num_rows, const int64_t* ids, int64_t count, int32_t now, int threads,
           std::atomic<uint64_t>* words, int64_t num_words) {
   if (ids) {
@@ -44,7 +44,7 @@ void mark(const int32_t* weights_step, int64_t num_rows, const int64_t* ids, int
 
 }  // namespace
 
-int64_t rows_behind(const int32_t* weights_step, int64_t num_rows, const int64_t* ids, int64_t count, int32_t now, int threads,
+int64_t stale_rows(const int32_t* weights_step, int64_t num_rows, const int64_t* ids, int64_t count, int32_t now, int threads,
                     int64_t* found) {
   if (ids && count <= num_rows / FEW) return sorted_rows(weights_step, ids, count, now, found);
   const int64_t num_words = (num_rows + WORD_BITS - 1) / WORD_BITS;

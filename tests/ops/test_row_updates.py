@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from peerlm.ops.rows import RowStep, RowTable, fused_row_update, prepare_rows, wants_row_gradients, watch_rows
+from peerlm.ops.row_updates import RowState, RowStep, fused_row_update, prepare_rows, wants_row_gradients, watch_rows
 
 
 class Notebook:
@@ -16,7 +16,7 @@ class Notebook:
     def takes_row_gradients(self, parameter: Tensor) -> bool:
         return True
 
-    def fused_update(self, parameter: Tensor) -> tuple[RowTable, RowStep] | None:
+    def fused_update(self, parameter: Tensor) -> tuple[RowState, RowStep] | None:
         return None
 
     def release(self, parameter: Tensor) -> None:

@@ -1,63 +1,17 @@
-"""PEER's rivals as `module(x, mask=None) -> y`: dense FFW, mixtures of large experts, product-key memory."""
+"""Mixtures of large experts: experts choose tokens, or tokens choose experts."""
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlm.layers.inputs import check_sizes, check_weight_scale, flatten_tokens
+from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.layers.output_scale import input_std, output_std
-from peerlm.layers.product_keys import ProductKeys, sub_keys_per_half
-from peerlm.layers.row_table import RowTable, empty_rows
 from peerlm.ops import api
-from peerlm.ops.reference import ACTIVATIONS
-from peerlm.ops.rows import prepare_rows, wants_row_gradients
-
-
-class DenseFFW(nn.Module):
-    """The transformer's feed-forward layer: act(x W) V, or ((x W) * act(x G)) V if gated (GLU; Shazeer 2020).
-
-    Without biases.
-
-    Args:
-        dim: width of input and output.
-        hidden: hidden neurons; 4 * dim if None, or 8 / 3 * dim if gated, which is as many parameters.
-        activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
-        gated: with activation="silu" this is SwiGLU.
-    """
-
-    def __init__(self, dim: int, *, hidden: int | None = None, activation: str = "gelu", gated: bool = False):
-        super().__init__()
-        if hidden is None:
-            hidden = round(8 / 3 * dim) if gated else 4 * dim
-        check_sizes(dim=dim, hidden=hidden)
-        api.check_activation(activation)
-        self.dim = dim
-        self.activation = activation
-        self.down_proj = nn.Linear(dim, hidden, bias=False)
-        self.gate_proj = nn.Linear(dim, hidden, bias=False) if gated else None
-        self.up_proj = nn.Linear(hidden, dim, bias=False)
-        self.reset_parameters()
-
-    def reset_parameters(self, output_scale: float = 1.0) -> None:
-        """All matrices by `output_scale.py`, that of the output times `output_scale`."""
-        hidden = self.up_proj.in_features
-        plain, activated = input_std(self.dim), input_std(self.dim, self.activation)
-        nn.init.normal_(self.down_proj.weight, std=activated if self.gate_proj is None else plain)
-        if self.gate_proj is not None:
-            nn.init.normal_(self.gate_proj.weight, std=activated)
-        nn.init.normal_(self.up_proj.weight, std=output_scale * output_std(hidden, self.activation))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map x (..., dim) to (..., dim); every token on its own, so `mask` changes nothing."""
-        flatten_tokens(x, mask, self.dim)
-        act = ACTIVATIONS[self.activation]
-        hidden = self.down_proj(x)
-        hidden = act(hidden) if self.gate_proj is None else hidden * act(self.gate_proj(x))
-        return self.up_proj(hidden)
+from peerlm.ops.functions import ACTIVATIONS
 
 
 class _LargeExperts(nn.Module, ABC):
@@ -115,6 +69,9 @@ class ExpertChoiceMoE(_LargeExperts):
         capacity_factor: experts per token on average.
         activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
     """
+
+    chooses_among_tokens = True
+    """What is true of no causal layer; evaluation says so beside its figures."""
 
     def __init__(
         self,
@@ -235,103 +192,6 @@ class TokenChoiceMoE(_LargeExperts):
     def inactive_parameters(self) -> int:
         """Expert parameters that one token leaves untouched."""
         return (self.num_experts - self.experts_per_token) * self._expert_parameters()
-
-
-class ProductKeyMemory(RowTable):
-    """Product-key memory (Lample 2019, arXiv 1907.05242): PEER's index, but what it retrieves are vectors.
-
-    Args:
-        dim: width of input and output.
-        num_values: N, a square number.
-        heads: independent queries per token.
-        values_per_head: k, values that each query retrieves.
-        key_dim: size of a query, even.
-        shared_keys: one set of sub-keys for all heads, or one per head (the paper's).
-        query_norm: "batch", "layer" or "none".
-        key_norm: as in PEER.
-        weighting: "softmax", "sigmoid", "relu" or "none".
-        backend: a name in `peerlm.ops.api.BACKENDS`.
-        weight_scale: what weights are multiplied by, as in PEER; 1 is the paper's.
-        pairing, grown_from: as in PEER.
-
-    Attributes:
-        product_keys: the index, `ProductKeys`.
-        values: (num_values, dim).
-    """
-
-    parameter_roles: ClassVar[dict[str, str]] = {"values": "table"}
-    rows_name: ClassVar[str] = "values"
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        num_values: int = 512**2,
-        heads: int = 4,
-        values_per_head: int = 32,
-        key_dim: int = 256,
-        shared_keys: bool = False,
-        query_norm: str = "batch",
-        key_norm: bool = False,
-        weighting: str = "softmax",
-        backend: str = "auto",
-        weight_scale: float = 1.0,
-        pairing: str = "row-major",
-        grown_from: int | None = None,
-    ):
-        super().__init__()
-        api.check_backend(backend)
-        sub_keys_per_half(num_values, values_per_head, names=("num_values", "values_per_head"))
-        self.dim = dim
-        check_weight_scale(weight_scale)
-        self.backend = backend
-        self.weight_scale = weight_scale
-        self.product_keys = ProductKeys(
-            dim,
-            num_experts=num_values,
-            heads=heads,
-            experts_per_head=values_per_head,
-            key_dim=key_dim,
-            shared_keys=shared_keys,
-            query_norm=query_norm,
-            key_norm=key_norm,
-            weighting=weighting,
-            pairing=pairing,
-            grown_from=grown_from,
-            backend=backend,
-        )
-        self.values = nn.Parameter(empty_rows(num_values, dim))
-        self.reset_parameters()
-
-    def reset_parameters(self, output_scale: float = 1.0) -> None:
-        """The index by its own rule, the values by `output_scale.py`, times `output_scale`."""
-        self.product_keys.reset_parameters()
-        std = output_std(self.product_keys.initial_weight_power()) / self.weight_scale
-        nn.init.normal_(self.values, std=output_scale * std)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map x (..., dim) to (..., dim); padding (mask False) does not enter the query norm's statistics."""
-        weights, ids = self.product_keys(x, mask)
-        per_token = self.product_keys.heads * self.product_keys.experts_per_head
-        value_ids = ids.reshape(-1, per_token)
-        prepare_rows(self.values, value_ids)
-        y = api.mix_values(
-            self.weight_scale * weights.reshape(-1, per_token),
-            value_ids,
-            self.values,
-            backend=self.backend,
-            row_gradients=wants_row_gradients(self.values),
-        )
-        return y.to(x.dtype).view(x.shape)
-
-    def extra_flops_per_token(self, context: int) -> int:
-        """Forward FLOPs of the weighted sum; the index counts itself."""
-        return 2 * self.dim * self.product_keys.heads * self.product_keys.experts_per_head
-
-    def inactive_parameters(self) -> int:
-        """Value parameters that one token leaves untouched."""
-        keys = self.product_keys
-        return self.dim * (keys.num_experts - min(keys.heads * keys.experts_per_head, keys.num_experts))
 
 
 def _wide_softmax(logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The compiled module: whether it is there, what it runs on, and what both users of it need."""
+"""The compiled module: whether it is there, what it runs on, and what the files of this backend need of it."""
 
 from pathlib import Path
 
@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from peerlm.errors import UserError
+from peerlm.ops.tensors import has_values
 
 _WORTH_KEEPING = 2**22  # bytes; torch keeps smaller ones itself
 
 try:
-    import peerlm.ops._native as module
+    import peerlm.ops.cpu._native as module
 
     _reason = ""
 except ImportError as error:  # pure-Python installation, or a machine other than the one it was built for
@@ -46,7 +47,9 @@ def use_huge_pages(tensor: Tensor) -> bool:
     Rows that lie anywhere in gigabytes are read up to twice as fast from them. Pages touched before keep their size
     until the system merges them.
     """
-    return module is not None and tensor.device.type == "cpu" and bool(module.use_huge_pages(tensor.detach()))
+    if module is None or tensor.device.type != "cpu" or not has_values(tensor):
+        return False
+    return bool(module.use_huge_pages(tensor.detach()))
 
 
 def recycled(rows: int, parts: int, dim: int) -> Tensor:
@@ -67,7 +70,9 @@ def move_to_start(source: Tensor, target: Tensor) -> bool:
     read again, whatever shares it. Nothing is done where other tensors or another library (numpy) may share it, or
     there are no native kernels.
     """
-    if module is None or source.device.type != "cpu" or not source.is_contiguous() or source.is_pinned():
+    if module is None or source.device.type != "cpu" or not has_values(source):
+        return False
+    if not source.is_contiguous() or source.is_pinned():
         return False
     storage = source.untyped_storage()
     count = getattr(torch._C, "_storage_Use_Count", None)  # not public; without it nothing is moved

@@ -1,16 +1,30 @@
 """Native AdamW on chosen rows of a table: what `optim/row_step.py` defines, for float32 and bfloat16 on a CPU."""
 
+import sys
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from peerlm.ops import native
-from peerlm.ops.native import group_by_row
-from peerlm.ops.rows import CatchUpRules, RowStep, RowTable
+from peerlm.ops.cpu import native
+from peerlm.ops.cpu.native import group_by_row
+from peerlm.ops.row_updates import CatchUpRules, RowState, RowStep
+from peerlm.ops.tensors import has_values
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def supports(table: RowTable) -> bool:
+def updates_rows_on(device: torch.device) -> bool:
+    """Whether there are kernels for tables on this device."""
+    return device.type == "cpu" and not native.unavailable()
+
+
+def row_kernels(table: RowState) -> ModuleType | None:
+    """This module, where its kernels work on this table."""
+    return sys.modules[__name__] if supports(table) else None
+
+
+def supports(table: RowState) -> bool:
     """Whether the native kernels work on this table."""
     tensors = [tensor for tensor in (table.rows, table.exp_avg, table.exp_avg_sq) if tensor is not None]
     moments = {tensor.dtype for tensor in tensors[1:]} if table.exp_avg_sq.ndim > 1 else {torch.float32}
@@ -18,19 +32,20 @@ def supports(table: RowTable) -> bool:
         len(moments) == 1
         and (table.exp_avg_sq.ndim > 1 or table.exp_avg_sq.dtype == torch.float32)
         and all(t.device.type == "cpu" and t.dtype in _DTYPES and t.is_contiguous() for t in tensors)
+        and all(map(has_values, tensors))
     )
 
 
-def rows_behind(table: RowTable, ids: Tensor | None, now: int) -> Tensor:
+def rows_behind(table: RowState, ids: Tensor | None, now: int) -> Tensor:
     """As `row_step.rows_behind`."""
     assert table.weights_step is not None
     asked = None if ids is None else ids.flatten().contiguous()
     found = torch.empty(len(table.rows) if asked is None else len(asked), dtype=torch.int64)
-    count = native.module.rows_behind(table.weights_step, asked, now, torch.get_num_threads(), found)
+    count = native.module.stale_rows(table.weights_step, asked, now, torch.get_num_threads(), found)
     return found[:count]
 
 
-def update_rows(table: RowTable, ids: Tensor | None, gradient_UX: Tensor, step: RowStep) -> None:
+def update_rows(table: RowState, ids: Tensor | None, gradient_UX: Tensor, step: RowStep) -> None:
     """As `row_step.update_rows`."""
     if ids is None:
         ids = torch.arange(len(table.rows))
@@ -38,7 +53,7 @@ def update_rows(table: RowTable, ids: Tensor | None, gradient_UX: Tensor, step: 
     native.module.update_rows(_state(table), ids.contiguous(), gradient, _step(step), torch.get_num_threads())
 
 
-def catch_up_rows(table: RowTable, ids: Tensor, rules: CatchUpRules, step: RowStep) -> None:
+def catch_up_rows(table: RowState, ids: Tensor, rules: CatchUpRules, step: RowStep) -> None:
     """As `row_step.catch_up_rows`."""
     native.module.catch_up_rows(
         _state(table),
@@ -56,8 +71,10 @@ def catch_up_rows(table: RowTable, ids: Tensor, rules: CatchUpRules, step: RowSt
 
 def fit_rules(
     a_SK: Tensor, c_SK: Tensor, tolerance: float, spreads: Tensor, num_probes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `optim.catch_up.fit_rules`, to whose rules it comes within rounding."""
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As `optim.catch_up.fit_rules`, to whose rules it comes within rounding; None without native kernels."""
+    if native.unavailable():
+        return None
     count, most = len(a_SK), len(spreads) + 1
     num_nodes_S = torch.empty(count, dtype=torch.int32)
     weights_SJ, nodes_SJ = a_SK.new_empty(count, most), a_SK.new_empty(count, most)
@@ -76,7 +93,7 @@ def fit_rules(
 
 
 def update_by_gradients(
-    table: RowTable, step: RowStep, x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor
+    table: RowState, step: RowStep, x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor
 ) -> None:
     """Give every row that occurs in ids (T, P) its gradient's AdamW step, without storing the gradient.
 
@@ -94,7 +111,7 @@ def update_by_gradients(
     )
 
 
-def _state(table: RowTable) -> object:
+def _state(table: RowState) -> object:
     count = len(table.rows)
     return native.module.RowState(
         table.rows.detach().view(count, -1),

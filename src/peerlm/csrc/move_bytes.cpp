@@ -1,4 +1,4 @@
-#include "move.h"
+#include "move_bytes.h"
 
 #include <algorithm>
 #include <cstdint>

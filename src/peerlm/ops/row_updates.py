@@ -5,20 +5,25 @@ first (`prepare_rows`), and the optimizer brings them up to date. Readers work t
 Shape suffixes: N rows of a table, U of them, each of shape `row_shape` (the table is (N, *row_shape)).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
+from weakref import WeakSet
 
+import torch
 from torch import Tensor
+
+from peerlm.ops.watched import watch_reads
 
 _WATCHER = "_peerlm_row_watcher"
 _as_they_are: ContextVar[bool] = ContextVar("rows_as_they_are", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowTable:
+class RowState:
     """A table and what AdamW remembers of its rows; its tensors are updated in place."""
 
     rows: Tensor
@@ -74,23 +79,62 @@ class RowWatcher(Protocol):
     def takes_row_gradients(self, parameter: Tensor) -> bool:
         """Whether a sparse gradient is welcome."""
 
-    def fused_update(self, parameter: Tensor) -> tuple[RowTable, RowStep] | None:
+    def fused_update(self, parameter: Tensor) -> tuple[RowState, RowStep] | None:
         """The update that a backward pass shall apply in place of giving a gradient; None if it shall give one."""
 
     def release(self, parameter: Tensor) -> None:
         """Another watcher takes over: leave all rows up to date."""
 
 
+class RowHolder(Protocol):
+    """Something with rows that are looked up."""
+
+    def row_parameters(self) -> Sequence[Tensor]:
+        """The parameters that hold rows."""
+
+
+_holders: WeakSet[RowHolder] = WeakSet()
+_OUTSIDE = (
+    "RowAdamW brings rows up to date before they are read, which a compiled graph cannot do: "
+    "compile without fullgraph=True, or train the table with another optimizer"
+)
+
+
 def watch_rows(parameter: Tensor, watcher: RowWatcher) -> None:
-    """Let `watcher` learn of reads of `parameter`, (N, *row_shape).
+    """Let `watcher` learn of reads of `parameter`, (N, *row_shape), a plain tensor or parameter.
 
     An earlier watcher brings all rows up to date first. The table keeps its watcher alive: rows that an
-    optimizer has left behind stay readable when nothing else refers to it any more.
+    optimizer has left behind stay readable when nothing else refers to it any more. Whoever reads rows without a word,
+    by any function of PyTorch, has all of them brought up to date before (`ops/watched.py`).
     """
+    global _read_watched
     earlier = _watcher(parameter)
     if earlier is not None and earlier is not watcher:
         earlier.release(parameter)
+    watch_reads(parameter, partial(prepare_rows, parameter, None))
     setattr(parameter, _WATCHER, watcher)
+    _read_watched = torch.compiler.disable(_read, reason=_OUTSIDE)  # not above: this imports the compiler
+
+
+def look_up(parameter: Tensor, ids: Tensor | None, compute: Callable[[Tensor, bool], Tensor]) -> Tensor:
+    """What `compute` makes of a table of which it reads the rows `ids` (int64, any shape), with None any.
+
+    They are up to date then. Compute is also told whether to give the table a sparse gradient: a
+    `torch.sparse_coo_tensor` of its size with indices (1, U) and values (U, *row_shape). Where an optimizer watches,
+    this stays outside of compiled graphs.
+    """
+    if _watcher(parameter) is None:
+        return compute(parameter, False)
+    return _read_watched(parameter, ids, compute)
+
+
+def _read(parameter: Tensor, ids: Tensor | None, compute: Callable[[Tensor, bool], Tensor]) -> Tensor:
+    prepare_rows(parameter, ids)
+    with torch._C.DisableTorchFunctionSubclass():
+        return compute(parameter, wants_row_gradients(parameter))
+
+
+_read_watched = _read
 
 
 def prepare_rows(parameter: Tensor, ids: Tensor | None) -> None:
@@ -104,8 +148,18 @@ def prepare_rows(parameter: Tensor, ids: Tensor | None) -> None:
         ids: int64 row numbers of any shape, repetitions allowed; None for all N rows.
     """
     watcher = _watcher(parameter)
-    if watcher is not None and not _as_they_are.get():
+    if watcher is not None and not are_rows_as_they_are():
         watcher.before_read(parameter, ids)
+
+
+def keep_rows(holder: RowHolder) -> None:
+    """Say that an object holds the rows of a table, for as long as it lives."""
+    _holders.add(holder)
+
+
+def known_rows() -> set[int]:
+    """The `id` of every parameter that holds rows of a table now."""
+    return {id(parameter) for holder in list(_holders) for parameter in holder.row_parameters()}
 
 
 def is_watched(parameter: Tensor) -> bool:
@@ -113,9 +167,14 @@ def is_watched(parameter: Tensor) -> bool:
     return _watcher(parameter) is not None
 
 
+def are_rows_as_they_are() -> bool:
+    """Whether this is within `rows_as_they_are`."""
+    return _as_they_are.get()
+
+
 @contextmanager
 def rows_as_they_are() -> Iterator[None]:
-    """Within this context `prepare_rows` does nothing: for who saves rows together with their optimizer's state."""
+    """Within this context no rows catch up: for who saves them together with the state of their optimizer."""
     token = _as_they_are.set(True)
     try:
         yield
@@ -132,7 +191,7 @@ def wants_row_gradients(parameter: Tensor) -> bool:
     return watcher is not None and watcher.takes_row_gradients(parameter)
 
 
-def fused_row_update(parameter: Tensor) -> tuple[RowTable, RowStep] | None:
+def fused_row_update(parameter: Tensor) -> tuple[RowState, RowStep] | None:
     """The update that a backward pass shall apply to the rows of `parameter`, giving no gradient.
 
     Whoever gets one must apply it, once, to every row that has a gradient. None where nobody asks for that.

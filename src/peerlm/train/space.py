@@ -1,0 +1,63 @@
+"""Whether the disk has room for what a run will save, known before its first step."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from peerlm.errors import UserError
+from peerlm.optim import RowAdamW
+
+
+def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """About what the parameters of AdamW, dense or by rows, take on disk, and a checkpoint of them with its state."""
+    weights, moments = 0, 0
+    for group in optimizer.param_groups:
+        by_rows = isinstance(optimizer, RowAdamW)
+        first = not (by_rows and group["betas"][0] == 0)
+        for parameter in group["params"]:
+            size = parameter.numel() * parameter.element_size()
+            row_wise = by_rows and group.get("row_wise") and group.get("rows")
+            weights += size
+            moments += first * size + (parameter.shape[0] * 4 if row_wise else size)
+    return weights, weights + moments
+
+
+def check_space(
+    folder: Path, optimizer: torch.optim.Optimizer, *, checkpoints: int, warn: Callable[[str], object]
+) -> None:
+    """Compare free space with what is saved: some checkpoints at a time, and the model at the end.
+
+    Args:
+        folder: where; it need not exist yet.
+        optimizer: over all that is trained.
+        checkpoints: most of them on the disk at once, less those that are there.
+        warn: called with a sentence where the space does not suffice for all.
+
+    Raises:
+        UserError: the space does not suffice for one checkpoint.
+    """
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    weights, checkpoint = checkpoint_bytes(optimizer)
+    needed = checkpoints * checkpoint + weights
+    if free < checkpoint:
+        raise UserError(
+            f"the disk of {folder} has {_size(free)} free, and one checkpoint takes about {_size(checkpoint)}: free "
+            "some space, or choose a folder on another disk"
+        )
+    if free < needed:
+        warn(
+            f"warning: the disk of {folder} has {_size(free)} free, and {checkpoints} checkpoints with the model take "
+            f"about {_size(needed)}: free some space before they are saved"
+        )
+
+
+def _size(number: float) -> str:
+    """Bytes in words."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:,.3g} GiB" if number < 1000 else f"{number:,.0f} GiB"
