@@ -20,7 +20,7 @@ State = dict[int, dict[str, Any]]
 
 
 def save_state(optimizer: Optimizer, folder: Path) -> None:
-    """Write the state into a folder."""
+    """Write the state into a folder; rows catch up first, but within `ops.row_updates.rows_as_they_are`."""
     state: State = optimizer.state_dict()["state"]
     flat = {f"{index}.{key}": value for index, entries in state.items() for key, value in entries.items()}
     tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, Tensor)}
