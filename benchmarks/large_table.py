@@ -12,11 +12,13 @@ import time
 
 import torch
 
+from peerlm.accounting import model_cost
 from peerlm.data import batches
 from peerlm.ranks import join_ranks
 from peerlm.train import load_recipe
+from peerlm.train.build import build_training, open_data
 from peerlm.train.checkpoint import TrainState
-from peerlm.train.trainer import Trainer, peak_memory_bytes
+from peerlm.train.loop import peak_memory_bytes, take_step
 
 
 def main() -> None:
@@ -28,14 +30,16 @@ def main() -> None:
     config = load_recipe(options.recipe, options.overrides)
     started = time.perf_counter()
     with join_ranks(config.device) as ranks:
-        trainer = Trainer(config, ranks, progress=False)
+        windows, _ = open_data(config.data, ranks, progress=False)
+        training = build_training(config, ranks, windows)
+        training.hooks = ()
         print(f"built in {time.perf_counter() - started:.0f} s", flush=True)
-        stream = batches(trainer.windows, batch_size=config.data.batch_size, seed=config.seed, position=0)
+        stream = batches(windows, batch_size=config.data.batch_size, seed=config.seed, position=0)
         state, losses, seconds = TrainState(), [], []
         for step in range(config.budget.steps):
             before = time.perf_counter()
             total = state.interval_loss
-            state, _ = trainer.step(state, stream, sample_usage=False)
+            state, _ = take_step(training, state, stream, training.budget.next_progress(step, state.seconds))
             seconds.append(time.perf_counter() - before)
             losses.append(float(state.interval_loss - total))
             if step % 20 == 19:
@@ -45,7 +49,7 @@ def main() -> None:
             {
                 "num_experts": config.model["peer"]["num_experts"],
                 "row_format": config.model["peer"].get("row_format", "float32"),
-                "parameters": trainer.cost.total_parameters,
+                "parameters": model_cost(training.model, config.data.context).total_parameters,
                 "steps": len(losses),
                 "loss of the first 20": round(statistics.mean(losses[:20]), 4),
                 "loss of the last 20": round(statistics.mean(losses[-20:]), 4),

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from peerlm.continual import LearnConfig, learn, loop, markdown_matrix, stream
+from peerlm.continual import LearnConfig, learn, markdown_matrix, stream
 from peerlm.continual.methods import METHODS
 from peerlm.data import Manifest
 from peerlm.errors import TrainingStopped, UserError
 from peerlm.evaluate import held_out_loss, load_model
 from peerlm.files import PARTIAL
 from peerlm.optim import clip_gradients
+from peerlm.train import loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peerlm.optim import cosine, decaying_multiplier, set_learning_rates, wsd
+from peerlm.optim import cosine, decaying_multiplier, learning_rate, set_learning_rates, wsd
 
 
 def test_cosine_has_its_landmarks() -> None:
@@ -23,6 +23,14 @@ def test_wsd_has_its_landmarks() -> None:
     assert wsd(0.8, **shape) == pytest.approx(0.6)
     assert wsd(1.0, **shape) == pytest.approx(0.2)
     assert wsd(1.0, warmup=0.1, decay=0.0, final=0.2) == 1.0
+
+
+def test_a_schedule_is_found_by_its_name() -> None:
+    shape = {"peak": 3e-3, "warmup": 0.1, "decay": 0.4, "final": 0.2}
+    assert learning_rate("cosine", 0.7, **shape) == 3e-3 * cosine(0.7, warmup=0.1, final=0.2)
+    assert learning_rate("wsd", 0.7, **shape) == 3e-3 * wsd(0.7, warmup=0.1, decay=0.4, final=0.2)
+    with pytest.raises(ValueError, match='there is no schedule \'linear\': choose "cosine" or "wsd"'):
+        learning_rate("linear", 0.5, **shape)
 
 
 def test_multipliers_reach_one_at_the_end() -> None:

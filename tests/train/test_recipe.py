@@ -114,6 +114,8 @@ def test_a_resolved_configuration_reads_back_the_same(path: Path) -> None:
         ("eval.every=-1", "eval.every = -1: must be 0 or more"),
         ("eval.windows=0", "eval.windows = 0: must be at least 1"),
         ("checkpoint.every=-1", "checkpoint.every = -1: must be 0 or more"),
+        ("checkpoint.minutes=-1", "checkpoint.minutes = -1.0: must be 0 or more"),
+        ("checkpoint.minutes=nan", "checkpoint.minutes = nan: must be 0 or more"),
         ("checkpoint.keep=0", "checkpoint.keep = 0: must be at least 1"),
         ("log.every=0", "log.every = 0: must be at least 1"),
     ],

@@ -1,6 +1,7 @@
 """The log: rows, TensorBoard, and what is printed."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,40 @@ def test_tensorboard_gets_every_number_by_name(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert sorted(events.Tags()["scalars"]) == ["loss", "usage/layer/share"]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5)]
+
+
+@pytest.fixture
+def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the extra is not installed."""
+    for name in [name for name in sys.modules if name.startswith(("tensorboard", "torch.utils.tensorboard"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_without_tensorboard_rows_are_lines_and_what_to_install_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = RunLog(tmp_path, tensorboard=True, log_bytes=0, step=0)
+    log.write(ROW)
+    log.sync()
+    log.close()
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == ROW
+    assert not (tmp_path / "tensorboard").exists()
+    assert [record.message for record in caplog.records] == [
+        f"log.tensorboard = true, but TensorBoard is not installed: rows are in {tmp_path / 'log.jsonl'} alone; "
+        'pip install "peerlm[tensorboard]"'
+    ]
+
+
+@pytest.mark.usefixtures("without_tensorboard")
+def test_without_tensorboard_nothing_is_said_where_nobody_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = RunLog(tmp_path, tensorboard=False, log_bytes=0, step=0)
+    log.write(ROW)
+    log.close()
+    assert not caplog.records
 
 
 def show(run: Path, *, wanted: bool) -> None:

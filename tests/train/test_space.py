@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from peerlm import PEER, UserError
+from peerlm.data import TokenShards
 from peerlm.optim import RowAdamW, parameter_groups
+from peerlm.ranks import Ranks
 from peerlm.train import TrainConfig, train
+from peerlm.train.build import build_model, build_optimizer
 from peerlm.train.checkpoint import list_checkpoints
 from peerlm.train.space import check_space, checkpoint_bytes
 
@@ -45,11 +48,9 @@ def test_a_checkpoint_takes_about_what_was_foreseen(configure: Configure, tmp_pa
     train(config, progress=False)
     (newest, *_) = list_checkpoints(Path(config.run))[::-1]
     found = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
-    from peerlm.ranks import Ranks
-    from peerlm.train.trainer import Trainer
-
     ranks = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
-    _, foreseen = checkpoint_bytes(Trainer(config, ranks, progress=False).optimizer)
+    model = build_model(config, TokenShards(config.data.folder, "train"), ranks.device)
+    _, foreseen = checkpoint_bytes(build_optimizer(model, config, ranks))
     assert foreseen == pytest.approx(found, rel=0.3)
 
 

@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
+from peerlm.convert.saved import load_saved
 from peerlm.data import TokenShards
 from peerlm.errors import UserError
+from peerlm.evaluate import load_model
+from peerlm.ops.row_updates import is_watched
 from peerlm.optim import RowAdamW
 from peerlm.ranks import Ranks
-from peerlm.train import TrainConfig, TrainingStopped, train
+from peerlm.train import TrainConfig, TrainingStopped, loop, train
 from peerlm.train.build import build_model, build_optimizer
-from peerlm.train.trainer import Trainer
+from peerlm.train.checkpoint import list_checkpoints
 
 Configure = Callable[..., TrainConfig]
 UNCLIPPED = {"table_clip": float("inf")}
@@ -101,6 +105,20 @@ def test_exact_updates_end_where_dense_ones_do(configure: Configure, tmp_path: P
     assert (outcomes["lazy"] - outcomes["dense"]).norm() > 0.1 * moved
 
 
+def stop_after_five_steps(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_step = loop.take_step
+
+    def signalled(training: Any, state: Any, *arguments: Any) -> Any:
+        if state.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return take_step(training, state, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", signalled)
+        with pytest.raises(TrainingStopped):
+            train(config, progress=False)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -121,17 +139,28 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     settings = {"model": MANY, "budget": {"steps": 11}, **settings}
     straight, stopped = (configure(run=str(tmp_path / name), **settings) for name in ("straight", "stopped"))
     train(straight, progress=False)
-    step = Trainer.step
-
-    def signalled(self: Trainer, state: Any, *arguments: Any, **options: Any) -> Any:
-        if state.step == 4:  # neither checkpoint nor evaluation is due after it
-            signal.raise_signal(signal.SIGTERM)
-        return step(self, state, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", signalled)
-        with pytest.raises(TrainingStopped):
-            train(stopped, progress=False)
+    stop_after_five_steps(stopped, monkeypatch)  # neither checkpoint nor evaluation is due then
     train(stopped, resume=True, progress=False)
     weights = [(Path(config.run) / "model" / "model.safetensors").read_bytes() for config in (straight, stopped)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("load", [lambda folder: load_model(folder)[0], load_saved], ids=["to evaluate", "to change"])
+def test_a_checkpoint_between_two_steps_is_read_with_its_rows_up_to_date(
+    load: Callable[[Path], PreTrainedModel], configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for tables in ("dense", "exact"):
+        run = tmp_path / tables
+        settings = {"model": MANY, "budget": {"steps": 11}, "checkpoint": {"every": 0}, "eval": {"every": 0}}
+        config = configure(run=str(run), optim={"tables": tables, "learning_rate": 1e-2}, **settings)
+        stop_after_five_steps(config, monkeypatch)
+        (checkpoint,) = list_checkpoints(run)
+        model = load(checkpoint)
+        assert not any(is_watched(parameter) for parameter in model.parameters())
+        found[tables] = model.get_parameter("model.layers.1.ffw.experts.rows")
+        if tables == "exact":
+            as_written = load_file(checkpoint / "model.safetensors")["model.layers.1.ffw.experts.rows"]
+    stale = (as_written - found["exact"]).abs().max()
+    assert stale > 1e-4
+    assert (found["exact"] - found["dense"]).abs().max() < 1e-2 * stale

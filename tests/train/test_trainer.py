@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import peerlm.train.checkpoint
-import peerlm.train.trainer
+import peerlm.optim.saved
+import peerlm.train.loop
 from peerlm.accounting import model_cost
 from peerlm.data import TokenShards, TokenWindows
 from peerlm.errors import UserError
@@ -23,7 +23,7 @@ from peerlm.evaluate import held_out_loss
 from peerlm.files import PARTIAL
 from peerlm.train import TrainConfig, TrainingStopped, load_recipe, train
 from peerlm.train.checkpoint import list_checkpoints
-from peerlm.train.trainer import Trainer
+from peerlm.train.loop import take_step
 
 Configure = Callable[..., TrainConfig]
 TIMES = {"seconds", "tokens_per_second"}
@@ -326,21 +326,20 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(
     configure: Configure, straight: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
     config = configure()
-    step = Trainer.step
 
-    def signalled(self: Trainer, state: Any, *arguments: Any, **settings: Any) -> Any:
+    def signalled(training: Any, state: Any, *arguments: Any) -> Any:
         if state.step == 4:
             signal.raise_signal(number)
-        return step(self, state, *arguments, **settings)
+        return take_step(training, state, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", signalled)
+        patch.setattr(peerlm.train.loop, "take_step", signalled)
         with pytest.raises(TrainingStopped) as stopped:
             train(config, progress=False)
     assert stopped.value.exit_code == code
     newest = list_checkpoints(Path(config.run))[-1]
     assert newest.name == "step-00000005"
-    assert str(stopped.value) == (f"stopped by {number.name} after step 5; the last good checkpoint is {newest}")
+    assert str(stopped.value) == f"stopped by {number.name} after step 5; the last good checkpoint is {newest}"
     train(config, resume=True, progress=False)
     assert weights(Path(config.run)) == weights(straight)
     assert untimed(Path(config.run)) == untimed(straight)
@@ -361,14 +360,14 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(configure: Configur
 
 
 def test_a_gradient_that_is_not_finite_stops_too(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    accumulate = peerlm.train.trainer.accumulate_gradients
+    accumulate = peerlm.train.loop.accumulate_gradients
 
     def poison(model: torch.nn.Module, *arguments: Any, **settings: Any) -> torch.Tensor:
         loss = accumulate(model, *arguments, **settings)
         model.get_parameter("model.norm.weight").grad.fill_(math.inf)
         return loss
 
-    monkeypatch.setattr(peerlm.train.trainer, "accumulate_gradients", poison)
+    monkeypatch.setattr(peerlm.train.loop, "accumulate_gradients", poison)
     config = configure()
     with pytest.raises(
         TrainingStopped, match=r"step 1: the gradient norm is inf .* has no checkpoint yet; start another"
@@ -379,7 +378,7 @@ def test_a_gradient_that_is_not_finite_stops_too(configure: Configure, monkeypat
 
 def test_a_full_disk_loses_nothing(configure: Configure, straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure()
-    save = peerlm.train.checkpoint.save_file
+    save = peerlm.optim.saved.save_file
 
     def fill_up(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         save(tensors, path, metadata)
@@ -387,7 +386,7 @@ def test_a_full_disk_loses_nothing(configure: Configure, straight: Path, monkeyp
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(peerlm.train.checkpoint, "save_file", fill_up)
+        patch.setattr(peerlm.optim.saved, "save_file", fill_up)
         with pytest.raises(UserError) as error:
             train(config, progress=False)
     (checkpoint,) = list_checkpoints(Path(config.run))

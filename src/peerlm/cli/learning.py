@@ -67,7 +67,8 @@ def learn(
     context: Annotated[int | None, typer.Option(help="Tokens in a window; default: as trained.")] = None,
     document_start: DocumentStart = "auto",
     batch_size: Annotated[int, typer.Option(help="Windows of new text in a step.")] = 8,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only when stopped.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: none by steps.")] = 0,
+    checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints; 0: none by time.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Of the order of the text and of new weights.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     json_file: Json = None,
@@ -105,6 +106,7 @@ def learn(
         document_start=document_start,
         batch_size=batch_size,
         checkpoint_every=checkpoint_every,
+        checkpoint_minutes=checkpoint_minutes,
         seed=seed,
     )
     rows = learn(config, resume=resume, progress=json_file != STDOUT)

@@ -31,7 +31,7 @@ def learn_config(
         heldout: NAME=FILE.
         settings: KEY=VALUE, of the method.
         budget: as `BudgetConfig`, None for what is not given.
-        memory: as `MemoryConfig`.
+        memory: as `RetentionConfig`.
         values: as `LearnConfig`.
 
     Raises:

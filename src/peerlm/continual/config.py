@@ -31,7 +31,7 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
+class RetentionConfig:
     """What the model is kept to while it learns: text of what it knows, and the model that it was before the stage."""
 
     background: tuple[str, ...] = ()
@@ -41,11 +41,11 @@ class MemoryConfig:
     remember: int = 256
     """Windows of each finished stage's text that join the background; 0: none."""
     kl: float = 0.0
-    """Weight of the divergence from the model before the stage, KL(before || now) in nats per token of the memory."""
+    """Weight of the divergence from the model before the stage, KL(before || now) in nats per token of that text."""
     kl_windows: int = 4
-    """Windows of the memory that the divergence is measured on in each step."""
+    """Windows of that text on which the divergence is measured in each step."""
     replay: float = 0.0
-    """Windows of the memory that are learned once more for each window of new text, 0 to 1."""
+    """Windows of that text that are replayed for each window of new text, 0 to 1."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.kl < math.inf, "memory.kl", self.kl, "must be 0 or more, and finite")
@@ -68,7 +68,7 @@ class LearnConfig:
     """How the model changes; see `peerlm.continual.methods`."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the method; see its class."""
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    memory: RetentionConfig = field(default_factory=RetentionConfig)
     """Section [memory]."""
     budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(tokens=120_000))
     """Section [budget], of each stage; tokens are those of new text."""
@@ -85,13 +85,16 @@ class LearnConfig:
     heldout_windows: int | None = 128
     """Windows of each held-out text that are read at the most; null: all."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0: only when the run is told to stop."""
+    """Steps between checkpoints; 0: none by steps. There is always one when the run is told to stop."""
+    checkpoint_minutes: float = 5.0
+    """Minutes after which there is one at the latest; 0: none by time. No weight depends on it."""
     seed: int = 0
     """Of the order of the text and of new weights."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
         _require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "must be 0 or more")
+        _require(self.checkpoint_minutes >= 0, "checkpoint_minutes", self.checkpoint_minutes, "must be 0 or more")
         _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
         if self.optim.tables == "fused" and self.method in ("grow", "pack", "sparse"):
             raise UserError(

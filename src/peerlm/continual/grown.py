@@ -17,7 +17,7 @@ class Grown(Method):
     """Give all PEER layers more experts in each stage (`peerlm.growth.grow`), and hold what was there before.
 
     New experts begin without effect, v zero, but where they are retrieved they take weight from the old ones: what
-    they do to other text is for the memory's divergence to undo.
+    they do to other text is for the divergence on earlier text to undo.
     """
 
     sub_keys: int = 32

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from peerlm.continual.memory import Memory
+from peerlm.continual.retention import ReplayBuffer
 from peerlm.errors import UserError
 from peerlm.evaluate.loading import load_model
 from peerlm.files import atomic_folder
@@ -31,8 +31,8 @@ class Stage:
     """Of the stage, where a method may keep files."""
     seed: int
     """Of what is random."""
-    memory: Memory | None
-    """Text that shall not be forgotten; None where there is none."""
+    earlier: ReplayBuffer | None
+    """Text that must not be forgotten; None where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,9 +34,9 @@ def _method_class(name: str) -> type[Method]:
 
         return Grown
     if name == "pack":
-        from peerlm.continual.packs import Packs
+        from peerlm.continual.pack_per_stage import PackPerStage
 
-        return Packs
+        return PackPerStage
     if name == "sparse":
         from peerlm.continual.sparse import Sparse
 

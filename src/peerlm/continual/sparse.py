@@ -107,7 +107,7 @@ class Sparse(Method):
 
     def prepare(self, model: PreTrainedModel, stage: Stage) -> nn.Module:
         """Freeze all but the rows, and count how the background uses them; the counts are kept in a file."""
-        if stage.memory is None:
+        if stage.earlier is None:
             raise UserError(
                 "method sparse compares with the use of experts by background text: name some, --background"
             )
@@ -121,7 +121,7 @@ class Sparse(Method):
             layer.experts.requires_grad_(True)
         path = stage.folder / BACKGROUND_FILE
         if not path.is_file():
-            counts, _ = background_counts(model, (stage.memory.draw(i, i + 1)[0] for i in range(self.windows)))
+            counts, _ = background_counts(model, (stage.earlier.draw(i, i + 1)[0] for i in range(self.windows)))
             write_bytes(path, save(counts))
         return model
 

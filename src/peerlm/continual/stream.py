@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.continual.config import LearnConfig, StageConfig
-from peerlm.continual.loop import Lesson, learn_stage
-from peerlm.continual.memory import Memory
 from peerlm.continual.method import Stage
 from peerlm.continual.methods import method_of
+from peerlm.continual.retention import ReplayBuffer
+from peerlm.continual.stage import Lesson, learn_stage
 from peerlm.continual.text import Text, read_text
 from peerlm.data.tokenizer import keep_start
 from peerlm.errors import UserError, shortened
@@ -31,7 +31,7 @@ from peerlm.train.config import CheckpointConfig, DataConfig, TrainConfig
 BACKGROUND = "background"
 """What tables call the text that the model was trained on."""
 WINDOWS_PER_PASS = 8
-FREE = ("run", "data", "checkpoint_every")
+FREE = ("run", "data", "checkpoint_every", "checkpoint_minutes")
 """Settings that a resumed stream may change: weights do not depend on them."""
 
 Measure = Callable[[PreTrainedModel, PreTrainedTokenizerFast], dict[str, Any]]
@@ -88,8 +88,8 @@ class _Stream:
             self.method.check_name(stage.name)
         self.context = config.context or default_context(config.model, model)
         check_context(model, self.context)
-        memory = config.memory
-        if (memory.kl or memory.replay) and not memory.background:
+        retention = config.memory
+        if (retention.kl or retention.replay) and not retention.background:
             raise UserError("--kl and --replay keep the model to what it knows: give text of that, --background FILE")
         self.device = device_of(model)
         self.ranks = Ranks(rank=0, world_size=1, device=self.device)
@@ -126,11 +126,11 @@ class _Stream:
         before = None
         if config.memory.kl:
             before, _ = self.method.load(self.base, done)
-        where = Stage(name=stage.name, folder=folder, seed=config.seed + number, memory=self._memory(number))
+        where = Stage(name=stage.name, folder=folder, seed=config.seed + number, earlier=self._earlier(number))
         torch.manual_seed(where.seed)
         lesson = Lesson(
             config=self._train_config(folder),
-            memory_config=config.memory,
+            retention=config.memory,
             method=self.method,
             stage=where,
             model=self.method.prepare(model, where),
@@ -155,25 +155,25 @@ class _Stream:
             data=DataConfig(folder=str(folder), context=self.context, batch_size=config.batch_size),
             budget=config.budget,
             optim=optim,
-            checkpoint=CheckpointConfig(every=config.checkpoint_every),
+            checkpoint=CheckpointConfig(every=config.checkpoint_every, minutes=config.checkpoint_minutes, keep=1),
             seed=config.seed,
         )
 
-    def _memory(self, number: int) -> Memory | None:
+    def _earlier(self, number: int) -> ReplayBuffer | None:
         """The background, and what is remembered of the stages before this one."""
-        memory = self.config.memory
+        retention = self.config.memory
         texts: list[tuple[Windows, int | None]] = []
-        if memory.background:
+        if retention.background:
             texts.append((self.texts[BACKGROUND].train, None))
-        if memory.remember:
-            texts += [(self.texts[stage.name].train, memory.remember) for stage in self.stages[:number]]
-        return Memory(texts, self.config.seed) if texts else None
+        if retention.remember:
+            texts += [(self.texts[stage.name].train, retention.remember) for stage in self.stages[:number]]
+        return ReplayBuffer(texts, self.config.seed) if texts else None
 
     def _read_texts(self) -> dict[str, Text]:
-        memory = self.config.memory
+        retention = self.config.memory
         sources = {stage.name: (stage.text, stage.heldout) for stage in self.stages}
-        if memory.background:
-            sources = {BACKGROUND: (memory.background, memory.heldout), **sources}
+        if retention.background:
+            sources = {BACKGROUND: (retention.background, retention.heldout), **sources}
         data = Path(self.config.data) if self.config.data else self.folder / "data"
         return {
             name: read_text(

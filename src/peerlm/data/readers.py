@@ -63,9 +63,11 @@ def first_fields(path: Path) -> list[str] | None:
 
 def read_parquet(path: Path, text_field: str, advance: Advance) -> Iterator[str]:
     """The column `text_field`, a few hundred rows at a time."""
-    import pyarrow
-    from pyarrow import parquet
-
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(f'{path}: a parquet file needs pyarrow to be read: pip install "peerlm[data]"') from error
     try:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
@@ -88,10 +90,13 @@ def read_parquet(path: Path, text_field: str, advance: Advance) -> Iterator[str]
 
 def read_hub(name: str, config: str | None, split: str, text_field: str) -> Iterator[str]:
     """The column `text_field` of a Hugging Face data set (or of a local folder in its layout), streamed."""
-    import datasets
+    where = f"data set {name!r}"
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f'{where} needs the package datasets to be read: pip install "peerlm[data]"') from error
     from huggingface_hub.errors import HfHubHTTPError
 
-    where = f"data set {name!r}"
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:

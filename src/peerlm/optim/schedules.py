@@ -8,6 +8,26 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def learning_rate(schedule: str, progress: float, *, peak: float, warmup: float, decay: float, final: float) -> float:
+    """The learning rate that is due at a share `progress` of the budget.
+
+    Args:
+        schedule: "cosine" or "wsd" (warmup-stable-decay), by the functions of these names below.
+        progress: share of the budget, 0 to 1.
+        peak: highest learning rate.
+        warmup, decay: shares of the budget; "cosine" does not use `decay`.
+        final: share of the peak that is left at the end.
+
+    Raises:
+        ValueError: there is no such schedule.
+    """
+    if schedule == "cosine":
+        return peak * cosine(progress, warmup=warmup, final=final)
+    if schedule == "wsd":
+        return peak * wsd(progress, warmup=warmup, decay=decay, final=final)
+    raise ValueError(f'there is no schedule {schedule!r}: choose "cosine" or "wsd"')
+
+
 def cosine(progress: float, *, warmup: float, final: float) -> float:
     """Share of the peak learning rate: linear warmup, then half a cosine down to `final`.
 

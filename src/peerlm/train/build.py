@@ -1,4 +1,4 @@
-"""From a configuration to the things that train: data, model, optimizer."""
+"""From a configuration to the things that train: text, model, optimizer, and all of them as a `Training`."""
 
 import logging
 import math
@@ -6,27 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from peerlm.data import Manifest, TokenShards, TokenWindows, prepare
+from peerlm.data import Manifest, TokenShards, TokenWindows, load_tokenizer, prepare
 from peerlm.data.manifest import MANIFEST_FILE
 from peerlm.data.preparation import say_old_split
 from peerlm.data.request import difference, sources_said
 from peerlm.data.sources import fingerprint, resolve
 from peerlm.errors import UserError
-from peerlm.layers import ExpertTable, ProductKeys, share_statistics
+from peerlm.layers import ExpertTable, ProductKeys
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import api
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.optim.catch_up import check_betas
 from peerlm.ranks import Ranks
+from peerlm.train.budget import Budget
 from peerlm.train.config import DataConfig, OptimConfig, TrainConfig
-from peerlm.train.growth import read_growths, with_shells
+from peerlm.train.growth import Growing, check_growths, read_growths, training_flops, with_shells
 from peerlm.train.recipe import unknown_key
+from peerlm.train.training import Hook, Training
+from peerlm.train.watching import UpToDateRows, UsageSample
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +80,59 @@ def say_what_is_not_used(config: DataConfig) -> None:
 
 
 def open_data(config: DataConfig, ranks: Ranks, *, progress: bool) -> tuple[TokenWindows, TokenWindows]:
-    """Training and held-out windows; rank 0 prepares the data first where the configuration names sources."""
+    """Training and held-out windows; rank 0 prepares the data first where the configuration names sources.
+
+    Raises:
+        UserError: data that cannot be prepared or read, or a batch that cannot be shared out.
+    """
+    if config.batch_size % ranks.world_size:
+        raise UserError(
+            f"data.batch_size = {config.batch_size} is not divisible by the {ranks.world_size} processes that train: "
+            "choose a multiple"
+        )
     if ranks.is_main:
         prepare_data(config, progress=progress)
     ranks.wait()
     train, heldout = (TokenWindows(TokenShards(config.folder, split), config.context) for split in ("train", "heldout"))
     return train, heldout
+
+
+def build_training(config: TrainConfig, ranks: Ranks, windows: TokenWindows, *hooks: Hook) -> Training:
+    """A new model and all that trains it by a recipe on these windows, growth included; `hooks` come last.
+
+    Raises:
+        UserError: a setting that cannot be used.
+    """
+    context = config.data.context
+    model = build_model(config, windows.shards, ranks.device)
+    growths = read_growths(config.grow)
+    if growths:
+        check_growths(model, growths)
+    optimizer = build_optimizer(model, config, ranks)
+    tokens_per_step = config.data.batch_size * context
+    flops_per_token = training_flops(model, growths, context)
+    return Training(
+        config=config,
+        ranks=ranks,
+        windows=windows,
+        model=model,
+        weights=model,
+        tokenizer=load_tokenizer(windows.shards.folder),
+        optimizer=optimizer,
+        flops_per_step=tokens_per_step * flops_per_token[0],
+        budget=Budget.plan(
+            config.budget,
+            tokens_per_step=tokens_per_step,
+            flops_per_token=flops_per_token,
+            shares=[growth.share for growth in growths],
+        ),
+        hooks=[
+            *([Growing(growths)] if growths else []),
+            UsageSample(0 if config.compile else config.log.every),
+            UpToDateRows(),
+            *hooks,
+        ],
+    )
 
 
 def new_model(
@@ -219,12 +267,3 @@ def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
         tokens * keys.heads * keys.experts_per_head <= _QUICKER_BY_ROWS * max(keys.num_experts, largest)
         for keys in layers
     )
-
-
-def wrap_forward(model: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
-    """What the training step calls: the model, exchanging gradients between ranks, compiled if asked."""
-    forward = model
-    if ranks.world_size > 1:
-        share_statistics(model, dist.group.WORLD)
-        forward = DistributedDataParallel(forward, broadcast_buffers=False)
-    return torch.compile(forward) if config.compile else forward  # type: ignore[return-value]

@@ -1,9 +1,9 @@
 """Checkpoints: a run's whole state in one folder, complete or absent, checked when read.
 
 RUN/checkpoints/step-00000100/ holds the model as `save_pretrained` writes it, the tokenizer,
-optimizer.safetensors ("INDEX.KEY" is entry KEY of the state of the optimizer's parameter number INDEX; entries
-that are no tensors are in its metadata as JSON) and state.json, which also records the size and CRC-32 of every
-other file, and a CRC-32 of itself. Nothing is unpickled.
+optimizer.safetensors (see `peerlm.optim.saved`) and state.json, which also records the size and CRC-32 of every
+other file, and a CRC-32 of itself. Nothing is unpickled. Rows of tables may be stale in it, where the optimizer
+updates them when they are next read: who loads such a model for use calls `peerlm.optim.saved.catch_up_saved`.
 
 Neither schedules, data order nor dropout have files of their own: each is a pure function of the step and
 the seed.
@@ -19,15 +19,15 @@ from shutil import rmtree
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_model, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_model
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder, write_json
 from peerlm.ops.row_updates import rows_as_they_are
+from peerlm.optim.saved import load_state, save_state
 
 PREFIX = "step-"
 _CHUNK_BYTES = 2**22
@@ -98,10 +98,9 @@ def save_checkpoint(
     """Write a complete checkpoint, then remove all but the newest `keep`; returns its folder."""
     folder = checkpoint_folder(run, state.step)
     with atomic_folder(folder) as partial:
-        with rows_as_they_are():  # what the optimizer left behind catches up in the resumed run as it would here
+        with rows_as_they_are():  # stale rows are updated in the resumed run when they would be here
             save_model(partial, model, tokenizer)
-            tensors, values = _flatten(optimizer.state_dict()["state"])
-        save_file(tensors, partial / "optimizer.safetensors", metadata={"values": json.dumps(values)})
+            save_state(optimizer, partial)
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         values = {**asdict(state), "files": files}
         write_json(partial / "state.json", {**values, "crc32": _checksum(values)})
@@ -132,10 +131,7 @@ def load_checkpoint(
     state = read_state(folder)
     prepare(state)
     load_model(model, folder / "model.safetensors", device=str(next(model.parameters()).device))
-    with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
-        values = json.loads((file.metadata() or {}).get("values", "{}"))
-        flat = {name: file.get_tensor(name) for name in file.keys()} | values  # noqa: SIM118, no mapping
-    optimizer.load_state_dict({"state": _unflatten(flat), "param_groups": optimizer.state_dict()["param_groups"]})
+    load_state(optimizer, folder)
     return state
 
 
@@ -186,18 +182,3 @@ def _fingerprint(path: Path) -> dict[str, int]:
             checksum = zlib.crc32(chunk, checksum)
             size += len(chunk)
     return {"bytes": size, "crc32": checksum}
-
-
-def _flatten(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Entries by "INDEX.KEY": tensors, and the others."""
-    flat = {f"{index}.{key}": value for index, entries in state.items() for key, value in entries.items()}
-    tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, Tensor)}
-    return tensors, {name: value for name, value in flat.items() if name not in tensors}
-
-
-def _unflatten(flat: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in flat.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    return state

@@ -162,12 +162,15 @@ class CheckpointConfig:
     """When the run's whole state is saved, and how often over."""
 
     every: int = 0
-    """Steps between checkpoints; 0: only at the end and when the run is told to stop."""
+    """Steps between checkpoints; 0: none by steps. There is always one at the end, and when the run is told to stop."""
+    minutes: float = 5.0
+    """Minutes after which there is one at the latest, which is what a kill costs; 0: none by time. No weight depends on
+    it."""
     keep: int = 2
     """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
-        _require(self, "checkpoint.", "every", _at_least_0, "must be 0 or more")
+        _require(self, "checkpoint.", "every minutes", _at_least_0, "must be 0 or more")
         _require(self, "checkpoint.", "keep", _at_least_1, "must be at least 1")
 
 
@@ -195,7 +198,7 @@ class GrowConfig:
     keys: Literal["random", "crowded", "data"] = "crowded"
     """Where new sub-keys start: as at initialisation; near those used most; or at queries."""
     freeze: tuple[str, ...] = ()
-    """What is held still from a growth on: of "rows" (old experts), "keys" (old sub-keys), "query", "rest" (all
+    """What is frozen from a growth on: of "rows" (old experts), "keys" (old sub-keys), "query", "rest" (all
     outside of the layers)."""
 
     def __post_init__(self) -> None:

@@ -3,7 +3,8 @@
 import copy
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peerlm.accounting import model_cost
+from peerlm.data import batches
 from peerlm.errors import UserError
-from peerlm.growth import freeze_grown, grow, observe
+from peerlm.growth import freeze_grown, grow, observe, set_opening
 from peerlm.growth.freezing import PARTS, Frozen
 from peerlm.growth.indexed import find_pools
+from peerlm.train.checkpoint import TrainState
 from peerlm.train.config import GrowConfig
+from peerlm.train.training import Hook, Training, place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +91,9 @@ def check_growths(model: nn.Module, growths: Iterable[Growth]) -> None:
                 )
 
 
-def flops_after(model: PreTrainedModel, growths: Iterable[Growth], context: int) -> list[int]:
-    """Training FLOPs per token after each growth, counted on models without memory."""
-    flops = []
+def training_flops(model: PreTrainedModel, growths: Iterable[Growth], context: int) -> list[int]:
+    """Training FLOPs per token at the start and after each growth, the latter counted on models without weights."""
+    flops = [model_cost(model, context).training_flops_per_token]
     for growth in growths:
         config = copy.deepcopy(model.config)
         for kind, name in (("peer", "num_experts"), ("pkm", "num_values")):
@@ -97,6 +101,73 @@ def flops_after(model: PreTrainedModel, growths: Iterable[Growth], context: int)
         with torch.device("meta"):
             flops.append(model_cost(type(model)(config), context).training_flops_per_token)
     return flops
+
+
+class Growing(Hook):
+    """Lets all layers grow at their shares of the budget.
+
+    Args:
+        growths: in order; `TrainState.growths` says how many have been made.
+    """
+
+    def __init__(self, growths: tuple[Growth, ...]) -> None:
+        self.growths = growths
+        self.frozen: Frozen | None = None
+
+    def before_loading(self, training: Training, state: TrainState) -> None:
+        """Grow as often as the layers of the checkpoint had."""
+        for number, growth in enumerate(self.growths[: state.growths], start=1):
+            grow(training.model, growth.sub_keys**2, optimizer=training.optimizer)
+            if number == state.growths:
+                self.frozen = freeze_old(training.model, training.config.grow, training.optimizer)
+            if number < state.growths or state.opening == 1:
+                set_opening(training.model, 1)
+        _adapt(training)
+
+    def before_step(self, training: Training, state: TrainState, progress: float) -> TrainState:
+        """Grow where it is due, and let new experts in as far as they should be."""
+        while state.growths < training.budget.changes_due(state.step, state.seconds):
+            state = self._grow(training, state)
+        return self._open(training, state, progress)
+
+    def after_step(self, training: Training, state: TrainState, *, done: bool) -> TrainState:
+        """Open at the end: the last step of a budget of minutes may take longer than foreseen."""
+        return self._open(training, state, 1.0) if done else state
+
+    def _grow(self, training: Training, state: TrainState) -> TrainState:
+        """Let the layers grow, closed; what new keys are chosen by is what the next steps will read."""
+        growth, seed = self.growths[state.growths], training.config.seed
+        state = self._open(training, state, growth.share)  # a budget of minutes may pass two shares in one step
+        coming = batches(training.windows, batch_size=8, seed=seed, position=state.position)
+        samples = ({"input_ids": batch["input_ids"]} for batch in islice(coming, 8))
+        if self.frozen is not None:
+            self.frozen.remove()
+        self.frozen = grow_once(
+            training.model,
+            growth,
+            training.config.grow,
+            optimizer=training.optimizer,
+            samples=samples,
+            seed=seed + 1 + state.growths,
+        )
+        _adapt(training)
+        training.write({**place(state), "grown_to": growth.sub_keys**2})
+        training.display.note(f"step {state.step}  grown to {growth.sub_keys**2:,} experts")
+        return replace(state, growths=state.growths + 1, opening=0.0)
+
+    def _open(self, training: Training, state: TrainState, progress: float) -> TrainState:
+        if state.opening == 1:
+            return state
+        opening = opening_at(training.config.grow, self.growths, state.growths, progress)
+        set_opening(training.model, opening)
+        return replace(state, opening=opening)
+
+
+def _adapt(training: Training) -> None:
+    """Wrap the model anew, whose parameters are others now, and count what a step costs."""
+    training.wrap()
+    cost = model_cost(training.model, training.config.data.context)
+    training.flops_per_step = training.tokens_per_step * cost.training_flops_per_token
 
 
 def opening_at(config: GrowConfig, growths: tuple[Growth, ...], done: int, progress: float) -> float:
@@ -116,12 +187,12 @@ def grow_once(
     samples: Iterable[Mapping[str, Any]],
     seed: int,
 ) -> Frozen | None:
-    """Let all layers grow and, where the configuration says so, hold still what they had; returns that."""
+    """Let all layers grow and, where the configuration says so, freeze what they had; returns that."""
     seen = {} if config.keys == "random" else vars(observe(model, samples))
     grow(model, growth.sub_keys**2, keys=config.keys, optimizer=optimizer, seed=seed, **seen)
-    return hold_still(model, config, optimizer)
+    return freeze_old(model, config, optimizer)
 
 
-def hold_still(model: nn.Module, config: GrowConfig, optimizer: torch.optim.Optimizer) -> Frozen | None:
-    """Hold what the layers had before their last growth, where `grow.freeze` says so."""
+def freeze_old(model: nn.Module, config: GrowConfig, optimizer: torch.optim.Optimizer) -> Frozen | None:
+    """Freeze what the layers had before their last growth, where `grow.freeze` says so."""
     return freeze_grown(model, config.freeze, optimizer=optimizer) if config.freeze else None

@@ -1,6 +1,7 @@
 """Rows of a run: log.jsonl, TensorBoard, and what the user sees while it trains."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -11,13 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+_log = logging.getLogger(__name__)
+
 
 class RunLog:
     """Appends rows to RUN/log.jsonl and, if asked, RUN/tensorboard.
 
     Args:
         run: the run's folder.
-        tensorboard: whether to write there too.
+        tensorboard: whether to write there too; where TensorBoard is not installed, that is said and not done.
         log_bytes: how much is kept of an older log.jsonl; what follows is of steps that will be taken again.
         step: steps taken so far.
     """
@@ -27,11 +30,7 @@ class RunLog:
         path.touch()
         os.truncate(path, min(log_bytes, path.stat().st_size))
         self._file = path.open("a", encoding="utf-8")
-        self._writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)
+        self._writer = _tensorboard(run / "tensorboard", purge_step=step + 1) if tensorboard else None
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row, which has a "step"; TensorBoard gets its numbers, nested ones as a/b."""
@@ -54,6 +53,22 @@ class RunLog:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _tensorboard(folder: Path, *, purge_step: int) -> Any:
+    """A writer of TensorBoard's files; None where it is not installed, which is said."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "tensorboard":
+            raise
+        _log.warning(
+            "log.tensorboard = true, but TensorBoard is not installed: rows are in %s alone; pip install "
+            '"peerlm[tensorboard]"',
+            folder.with_name("log.jsonl"),
+        )
+        return None
+    return SummaryWriter(folder, purge_step=purge_step)
 
 
 def _numbers(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -40,5 +40,5 @@ def starter_recipe(folder: Path) -> dict[str, Any]:
         "optim": {"learning_rate": 6e-3},
         "budget": {"minutes": 4},
         "eval": {"every": 200},
-        "checkpoint": {"every": 200},
+        "checkpoint": {"minutes": 1.0},
     }

@@ -10,6 +10,7 @@ from typing import Any
 from peerlm.continual import LearnConfig
 from peerlm.continual.methods import method_of
 from peerlm.errors import UserError, listed
+from peerlm.marks import AUTO
 from peerlm.train.config import TrainConfig
 from peerlm.train.recipe import bound_values, from_dict, read_recipe
 
@@ -33,7 +34,7 @@ class MethodConfig:
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the method."""
     memory: dict[str, Any] = field(default_factory=dict)
-    """Of `MemoryConfig`."""
+    """Of `RetentionConfig`."""
     optim: dict[str, Any] = field(default_factory=dict)
     """Of `OptimConfig`."""
     once: bool = False
@@ -88,10 +89,10 @@ class PlannedStream:
     def key(self, number: int) -> str:
         """Digest of all that the row after `number` stages depends on."""
         values = asdict(self.learn)
-        for name in ("run", "model", "data", "checkpoint_every"):
+        for name in ("run", "model", "data", "checkpoint_every", "checkpoint_minutes"):
             del values[name]
-        if values["document_start"] == "auto":
-            del values["document_start"]  # rows are older than this setting, and were made so
+        if values["document_start"] == AUTO:
+            del values["document_start"]  # rows that were made before there was this setting have its default
         content = json.dumps([bound_values(self.base), values, number], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -71,6 +71,14 @@ def test_the_key_names_what_the_row_depends_on(tmp_path: Path) -> None:
     assert len({run.key(plan.compare) for run in plan.runs}) == 4
 
 
+def test_keys_of_rows_that_were_made_before_stay(tmp_path: Path) -> None:
+    """A new setting that no weight depends on must not have every study made again."""
+    expected = ["6d3c43629020a280", "4dbae52e4ad82879", "4447a3eebc44403f", "d6cb6c6c4dd32f30"]
+    for changes in ([], ["checkpoint.minutes=1"], ["checkpoint.every=7", "log.tensorboard=true"]):
+        plan = plan_of(tmp_path, RECIPE, *changes)
+        assert [run.key(plan.compare) for run in plan.runs] == expected
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -87,6 +87,20 @@ def test_every_stage_is_a_row_and_an_interrupted_stream_goes_on(recipe: Path, mo
     assert len(made) == 4
 
 
+def test_keys_of_rows_that_were_made_before_stay(tmp_path: Path) -> None:
+    """A new setting that no weight depends on must not have every study made again."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(folder="texts"))
+    expected = [
+        ["8610b045f70d2510", "e4f703c7bc5cf6bb", "503ca304c09c7998"],
+        ["05634e6af5d97863", "c51c89e7de743922", "d12e16d01d8b0d0a"],
+        ["ff7fba152853cbf0", "c332095475e45022", "5cdad52fe7da915f"],
+    ]
+    for changes in ([], ["checkpoint.minutes=1"], ["learn.checkpoint_minutes=1", "learn.checkpoint_every=7"]):
+        streams = load_plan(path, changes).streams
+        assert [[stream.key(number) for number in range(3)] for stream in streams] == expected
+
+
 def row(label: str, stage: str | None, losses: tuple[float, float, float], **changes: Any) -> dict[str, Any]:
     loss = dict(zip(("background", "b", "c"), losses, strict=True))
     return {

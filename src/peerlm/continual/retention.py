@@ -1,6 +1,7 @@
-"""What keeps a model to what it knows: its divergence from the model before, and windows that are learned again."""
+"""What keeps a model to what it knows, as hooks: its divergence from the model before, and replay of earlier text."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from peerlm.data import window_order
 from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.likelihood import last_logits
+from peerlm.train.checkpoint import TrainState
+from peerlm.train.training import Hook, Training
 
 
-class Memory:
-    """Windows of texts that a model shall not forget, in an endless order; what comes where depends on the seed alone.
+class ReplayBuffer:
+    """Windows of earlier text, which a model must not forget, in an endless order that depends on the seed alone.
 
     Texts take turns, so that each has an equal share, however long it is.
 
@@ -40,8 +43,42 @@ class Memory:
         return windows[window_order(remembered, len(windows), self.seed, 0)]
 
 
+class Replay(Hook):
+    """Lets windows of earlier text join each batch, `per_step` of them in the mean."""
+
+    def __init__(self, buffer: ReplayBuffer, per_step: float) -> None:
+        self.buffer, self.per_step = buffer, per_step
+
+    def batch(self, training: Training, state: TrainState, input_ids_BT: Tensor) -> Tensor:
+        """The batch, and after it what is replayed in this step."""
+        start, stop = replayed(state.step, self.per_step)
+        return torch.cat([input_ids_BT, self.buffer.draw(start, stop)]) if stop > start else input_ids_BT
+
+
+class Divergence(Hook):
+    """Adds the gradient of the divergence from an earlier model, measured on earlier text in each step.
+
+    Args:
+        before: the earlier model, which is not changed.
+        buffer: earlier text.
+        weight: factor on the divergence beside the loss.
+        windows: of earlier text in each step.
+    """
+
+    def __init__(self, before: nn.Module, buffer: ReplayBuffer, *, weight: float, windows: int) -> None:
+        self.before, self.buffer, self.weight, self.windows = before, buffer, weight, windows
+
+    def after_backward(self, training: Training, state: TrainState, seen: Any) -> dict[str, Any]:
+        """A second backward pass; returns the divergence in nats per token."""
+        first = state.step * self.windows
+        compared = self.buffer.draw(first, first + self.windows).to(training.ranks.device)
+        away = divergence(training.model, self.before, compared)
+        (self.weight * away).backward()
+        return {"divergence": away.item()}
+
+
 def replayed(step: int, per_step: float) -> tuple[int, int]:
-    """The places of the order that step number `step` learns once more, `per_step` of them in the mean."""
+    """The places of a buffer's order that step number `step` replays, `per_step` of them in the mean."""
     return int(step * per_step), int((step + 1) * per_step)
 
 

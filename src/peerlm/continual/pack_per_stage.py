@@ -17,7 +17,7 @@ PACK = "pack"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packs(Method):
+class PackPerStage(Method):
     """Train a new pack (`peerlm.packs.api`) in each stage, with those of the stages before it loaded and frozen.
 
     The model never changes; a stage leaves its pack alone, named as the domain.
