@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+import peerlm.testing
+
 torch.set_num_threads(1)
 
 # Examples share the cores with other tests, so that a slow one is no failure.
@@ -36,6 +38,13 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Models that the test builds are in float64: what is equal in exact arithmetic is equal to 1e-7, on any machine."""
+    with peerlm.testing.float64():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
