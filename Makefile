@@ -23,8 +23,8 @@ lint: setup  ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: setup  ## that every link and file named in the documents exists
-	$(BIN)/python -m pytest -q tests/test_docs.py
+docs: setup  ## the documentation as a site, built without a network: site/index.html
+	$(BIN)/python docs/build.py
 
 bench: setup  ## the layer and its kernels against other implementations and the limits of memory; a quarter of an hour, 20 GB
 	$(PIP) install -c constraints.txt --no-build-isolation ".[bench]"
@@ -37,14 +37,14 @@ sanitize: setup  ## the kernels' tests under the address and undefined-behaviour
 	rm -rf $(SANITIZED)
 	$(PIP) install --no-deps --no-build-isolation --target $(SANITIZED)/package \
 	    -C cmake.define.PEERLM_SANITIZE=ON -C build-dir=$(SANITIZED)/cmake .
-	ls $(SANITIZED)/package/peerlm/ops/_native*
+	ls $(SANITIZED)/package/peerlm/ops/cpu/_native*
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED)/package \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/ops/test_cpu_*.py \
 	    tests/optim/test_row_kernels.py
 
 clean:  ## remove the environment and all caches; runs and prepared data stay
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site docs/index.md .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Dependencies and package have a stamp each, so that an edit below src/ reinstalls the wheel alone.
@@ -58,5 +58,5 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt
 
 $(VENV)/.package: $(VENV)/.dependencies README.md $(shell find src -not -name '*.pyc' -not -name __pycache__)
 	$(PIP) install --no-deps --no-build-isolation --force-reinstall .
-	@$(BIN)/python -c 'from peerlm.ops import native; print("peerlm:", native.description())'
+	@$(BIN)/python -c 'from peerlm.ops.cpu import native; print("peerlm:", native.description())'
 	@touch $@

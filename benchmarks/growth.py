@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from measure import report
 
+from peerlm.growth import grow
 from peerlm.layers import PEER
-from peerlm.layers.row_table import empty_rows
+from peerlm.layers.row_memory import empty_rows
 from peerlm.optim import RowAdamW, parameter_groups
-from peerlm.surgery import grow
 
 
 def memory_bytes(field: str) -> int:

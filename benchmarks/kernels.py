@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from ceilings import Ceilings
 from measure import interleave, report
+from peerlm.layers.row_table import empty_rows
 from torch import Tensor
 
 from peerlm.layers.expert_table import quantise
-from peerlm.layers.row_table import empty_rows
-from peerlm.ops import api, native, reference
+from peerlm.ops import api, reference
+from peerlm.ops.cpu import native
+from peerlm.ops.scoring import half_scores
 
 HEADS, EXPERTS_PER_HEAD, HALF_KEY = 8, 16, 128
 
@@ -45,7 +47,7 @@ def scored_in(dtype: str, query: Tensor, sub_keys: Tensor) -> tuple[Tensor, Tens
 
 def torch_top_k(query: Tensor, sub_keys: Tensor) -> None:
     """What PyTorch needs for the two half scores and their top-k alone."""
-    reference.half_scores(query, sub_keys).topk(EXPERTS_PER_HEAD)
+    half_scores(query, sub_keys).topk(EXPERTS_PER_HEAD)
 
 
 def retrieval_cases(options: argparse.Namespace) -> dict[str, Callable[[], object]]:

@@ -13,9 +13,9 @@ import time
 import torch
 
 from peerlm.data import batches
+from peerlm.ranks import join_ranks
 from peerlm.train import load_recipe
 from peerlm.train.checkpoint import TrainState
-from peerlm.train.ranks import join_ranks
 from peerlm.train.trainer import Trainer, peak_memory_bytes
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from peerlm.ops import native
+from peerlm.ops.cpu import native
 
 
 def interleave(cases: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:

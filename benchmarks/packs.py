@@ -14,7 +14,7 @@ import torch
 from measure import interleave, report
 
 from peerlm import PEER
-from peerlm.surgery.pack import loaded_packs, new_pack, pack_parameters
+from peerlm.packs.api import loaded_packs, new_pack, pack_parameters
 from peerlm.testing import exhaustive_search
 
 

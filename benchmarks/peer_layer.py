@@ -21,7 +21,7 @@ from measure import interleave, report
 from torch import Tensor, nn
 
 from peerlm import PEER, DenseFFW, ProductKeys
-from peerlm.heap import keep_freed_memory
+from peerlm.malloc import keep_freed_memory
 from peerlm.ops import api
 from peerlm.optim import RowAdamW, parameter_groups
 

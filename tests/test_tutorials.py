@@ -8,11 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
-TUTORIALS = [path for path in sorted((ROOT / "docs").glob("*.md")) if BLOCK.search(path.read_text(encoding="utf-8"))]
+DOCUMENTS = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "index.md")]
+TUTORIALS = [path for path in DOCUMENTS if BLOCK.search(path.read_text(encoding="utf-8"))]
 
 
 def test_there_are_tutorials() -> None:
-    assert {"train.md", "convert.md", "evaluate.md", "huggingface.md"} <= {path.name for path in TUTORIALS}
+    assert {"README.md", "train.md", "convert.md", "evaluate.md", "huggingface.md"} <= {path.name for path in TUTORIALS}
 
 
 @pytest.mark.slow

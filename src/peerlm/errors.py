@@ -1,8 +1,45 @@
-"""The one exception for mistakes that a user can mend."""
+"""What ends a command early, and how much its message repeats."""
+
+from collections.abc import Iterable
+
+MOST_CHARACTERS = 2000
+"""Longest message of a `UserError`; a longer one loses its middle."""
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: one sentence with what was wrong, the value, and the mend.
+    """A mistake the user can fix: one sentence with what was wrong, the value, and the fix.
 
     The command line prints the sentence and exits with code 2; library users catch it as a `ValueError`.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message, MOST_CHARACTERS))
+
+
+class TrainingStopped(Exception):  # noqa: N818  # an outcome, not a mistake: the run is safe
+    """Training ended early and left its last good state on the disk.
+
+    The message is one sentence: what happened, where the state is, how to resume. `exit_code` is for the
+    process: 3 when the loss or a gradient was not finite, 128 plus the signal's number when told to stop
+    (143 for SIGTERM).
+    """
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """The text, or its beginning and its end where it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    ending = most // 3
+    return f"{text[: most - ending - 5]} ... {text[-ending:]}"
+
+
+def listed(names: Iterable[object], most: int = 8) -> str:
+    """The names with commas between them: the first `most`, then how many more there are; "none" without any."""
+    words = [shortened(str(name)) for name in names]
+    if len(words) > most:
+        words[most:] = [f"and {len(words) - most:,} more"]
+    return ", ".join(words) or "none"

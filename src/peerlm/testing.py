@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peerlm.layers import PEER, QueryBatchNorm
+from peerlm.layers import PEER, QueryBatchNorm, Table
 
 ACTIVATION_OF_FLOAT: dict[str, Callable[[float], float]] = {
     "gelu": lambda z: z * 0.5 * (1 + math.erf(z / math.sqrt(2))),
@@ -175,6 +175,15 @@ def _dot(a: Sequence[float], b: Sequence[float]) -> float:
     return math.fsum(p * q for p, q in zip(a, b, strict=True))
 
 
+def gradient_of(table: Table) -> Tensor:
+    """The gradient of a table's rows, (N, *row_shape), dense, of all its parameters; zeros where they have none."""
+    whole = torch.zeros(table.num_rows, *table.row_shape, dtype=table.dtype)
+    for parameter, rows in table.parts():
+        if parameter.grad is not None:
+            whole[rows] = parameter.grad.to_dense()
+    return whole
+
+
 @torch.no_grad()
 def loop_peer(layer: PEER, x_TD: Tensor) -> Tensor:
     """A float64 PEER layer in evaluation mode by its equations, with a search of all N experts: (T, dim)."""
@@ -201,7 +210,7 @@ def loop_peer(layer: PEER, x_TD: Tensor) -> Tensor:
         x=x_TD,
         weights=torch.tensor(weights, dtype=torch.float64).flatten(1),
         ids=ids_THK.flatten(1),
-        rows=layer.experts.rows,
+        rows=layer.experts.read(),
     )
     return loop_mix_experts(inputs, layer.experts.activation)
 

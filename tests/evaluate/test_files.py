@@ -1,11 +1,17 @@
 import gzip
+import io
 import json
 import lzma
+import os
+import random
+import tracemalloc
+from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
+from peerlm.data import readers
 from peerlm.errors import UserError
 from peerlm.evaluate.files import PASSAGE, fields_of, read_documents, read_passages
 
@@ -91,3 +97,94 @@ def test_bad_passages_are_named(tmp_path):
         list(read_passages(path))
     with pytest.raises(UserError, match="has no passages"):
         list(read_passages(write(tmp_path / "empty.jsonl", "")))
+
+
+class Counted(io.BufferedReader):
+    """A file that counts the bytes that are read of it."""
+
+    read_bytes = 0
+
+    def read(self, size=-1):
+        return self._count(super().read(size))
+
+    def read1(self, size=-1):
+        return self._count(super().read1(size))
+
+    def readline(self, size=-1):
+        return self._count(super().readline(size))
+
+    def readinto(self, buffer):
+        number = super().readinto(buffer)
+        self.read_bytes += number
+        return number
+
+    def _count(self, content):
+        self.read_bytes += len(content)
+        return content
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_no_more_of_jsonl_is_read_than_is_asked_for(tmp_path, monkeypatch, suffix):
+    rows = lines(*({"text": random.Random(number).randbytes(2000).hex()} for number in range(1000))).encode()
+    compress = {"": bytes, ".gz": gzip.compress, ".xz": lambda rows: lzma.compress(rows, preset=0)}[suffix]
+    path = write(tmp_path / f"a.jsonl{suffix}", compress(rows))
+    opened = []
+
+    def open_counted(self, mode):
+        assert (self, mode) == (path, "rb")
+        opened.append(Counted(io.FileIO(self)))
+        return opened[-1]
+
+    monkeypatch.setattr(Path, "open", open_counted)
+    monkeypatch.setattr(readers, "_BUFFER_BYTES", 2**14)
+    fields = fields_of(path)
+    documents = read_documents(path, fields)
+    for _ in range(3):
+        next(documents)
+    documents.close()
+    assert fields == ("text",)
+    assert sum(file.read_bytes for file in opened) < path.stat().st_size / 5
+
+
+def test_memory_does_not_grow_with_jsonl(tmp_path, monkeypatch):
+    """Nor is a file refused that is longer than a document may be."""
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 10_000)
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(lines({"text": "word " * 500}).encode() * 4000))
+    tracemalloc.start()
+    read = sum(len(document) for document in read_documents(path, fields_of(path)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert read == 4000 * 2500
+    assert peak < read / 2
+
+
+def test_the_fields_of_pairs_are_read_in_one_pass(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", lines({"prompt": "On", "response": "e."}, {"prompt": "T", "response": "wo."}))
+    parsed = []
+    monkeypatch.setattr(readers.json, "loads", lambda line, loads=json.loads: parsed.append(line) or loads(line))
+    assert list(read_documents(path, ("prompt", "response"))) == ["One.", "Two."]
+    assert len(parsed) == 2
+
+
+def test_more_names_of_jsonl(tmp_path):
+    assert read(write(tmp_path / "a.ndjson", lines({"text": "One."}))) == ["One."]
+
+
+def test_fields_are_listed_up_to_a_bound(tmp_path):
+    path = write(tmp_path / "a.jsonl", lines({f"field{number}": 1 for number in range(9000)}))
+    with pytest.raises(UserError, match=r"the fields are field0, .*and 8,992 more; a line needs text") as caught:
+        fields_of(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_what_is_no_file_with_a_plain_name_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match=r"pipe\.txt is not a file \(text is read more than once\)"):
+        fields_of(tmp_path / "pipe.txt")
+    (tmp_path / "link.txt").symlink_to("gone.txt")
+    with pytest.raises(UserError, match=r"link\.txt is a link to gone\.txt, which is not there"):
+        fields_of(tmp_path / "link.txt")
+    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    strange.write_text("text")
+    with pytest.raises(UserError, match=r"caf\\xe9\.txt is not UTF-8: rename"):
+        fields_of(strange)

@@ -3,8 +3,8 @@ import torch
 import torch.distributed as dist
 
 from peerlm.evaluate import held_out_loss
-from peerlm.metrics import record_usage
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.usage import record_usage
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 20])

@@ -7,7 +7,7 @@ from peerlm.data.tokenizer import encoder
 from peerlm.errors import UserError
 from peerlm.evaluate import score_last_words
 from peerlm.evaluate.lambada import split_tokens
-from peerlm.metrics import record_usage
+from peerlm.usage import record_usage
 
 PASSAGES = [
     ("The old keeper climbed the stairs and lit the", "lamp"),

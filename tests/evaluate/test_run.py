@@ -6,7 +6,7 @@ import pytest
 from peerlm.errors import UserError
 from peerlm.evaluate import evaluate, score_last_words, score_text
 from peerlm.evaluate.run import _finite
-from peerlm.metrics import record_usage
+from peerlm.usage import record_usage
 
 DOCUMENTS = ["The old keeper climbed the stairs and lit the lamp.", "Nobody answered the door."]
 PASSAGES = [("The old keeper lit the", "lamp"), ("Nobody answered the", "door")]

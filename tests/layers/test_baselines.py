@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerlm.layers import DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
-from peerlm.ops.reference import ACTIVATIONS, WEIGHTINGS
+from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.testing import exhaustive_scores, weigh_floats
 
 DIM = 6
@@ -183,9 +183,9 @@ def test_product_key_memory_equals_exhaustive_search(
         for head in scores[t].tolist():
             best = sorted(range(16), key=lambda i: -head[i])[:3]
             for weight, i in zip(weigh_floats([head[i] for i in best], weighting), best, strict=True):
-                expected[t] += weight * layer.values[i]
+                expected[t] += weight * layer.values.rows[i]
     torch.testing.assert_close(layer(x), expected)
-    assert layer.parameter_roles == {"values": "table"}
+    assert layer.values.parameter_roles == {"rows": "table"}
 
 
 def test_product_key_memory_leaves_padding_out_of_the_query_norm() -> None:
@@ -228,7 +228,7 @@ def test_product_key_memory_leaves_padding_out_of_the_query_norm() -> None:
         (lambda: ProductKeyMemory(8, values_per_head=0), "values_per_head is 0; it must be at least 1"),
         (
             lambda: ProductKeyMemory(8, backend="cuda"),
-            "backend is 'cuda'; choose one of auto, reference, bag",
+            "backend is 'cuda'; choose one of auto, cpu, bag",
         ),
     ],
 )

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peerlm import PEER, PeerConfig, PeerForCausalLM, ProductKeyMemory
-from peerlm.layers.expert_table import ROW_FORMATS, ExpertTable, quantise
-from peerlm.ops.rows import watch_rows
+from peerlm.layers import ExpertTable
+from peerlm.layers.table import ROW_FORMATS, quantise
+from peerlm.ops.row_updates import watch_rows
 from peerlm.testing import relative_error
 
 PAIRS = list(itertools.product(ROW_FORMATS, ROW_FORMATS))
@@ -205,13 +206,13 @@ def test_a_watcher_learns_of_every_read() -> None:
 
 def test_a_memory_has_a_watcher_too() -> None:
     memory, watcher = ProductKeyMemory(8, num_values=16, heads=2, values_per_head=3, key_dim=4), Watcher(sparse=True)
-    watch_rows(memory.values, watcher)
+    watch_rows(memory.values.rows, watcher)
     _, ids = memory.product_keys(torch.ones(1, 8))
     memory.eval()
     watcher.read.clear()
     memory(torch.randn(5, 8)).sum().backward()
     assert len(watcher.read) == 1
-    assert memory.values.grad.is_sparse
+    assert memory.values.rows.grad.is_sparse
     assert ids.shape == (1, 2, 3)
     watcher.read.clear()
     memory.load_state_dict(memory.state_dict())

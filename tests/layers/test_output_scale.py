@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from peerlm.growth import grow
 from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.layers.output_scale import ACTIVATION_POWER, INPUT_STD, OUTPUT_POWER, output_std
-from peerlm.ops.reference import ACTIVATIONS, WEIGHTINGS, half_scores
-from peerlm.surgery import grow
+from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
+from peerlm.ops.scoring import half_scores
 
 # The draw of weights and tokens moves the mean square by several percent: sub-keys and large experts are few.
 TOLERANCE = 0.15
@@ -120,7 +121,7 @@ def test_scaled_weights_leave_the_loudness_and_shrink_the_rows(layer_class: type
     scaled = layer_class(32, **size, weight_scale=16.0)
     x = torch.randn(64, 32)
     torch.testing.assert_close(plain.eval()(x), scaled.eval()(x), rtol=1e-4, atol=1e-5)
-    vectors = [layer.experts.up if layer_class is PEER else layer.values for layer in (plain, scaled)]
+    vectors = [layer.experts.up if layer_class is PEER else layer.values.rows for layer in (plain, scaled)]
     torch.testing.assert_close(vectors[0], 16 * vectors[1], rtol=1e-4, atol=1e-6)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peerlm import PEER
-from peerlm.ops.reference import ACTIVATIONS, WEIGHTINGS
+from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.testing import assert_within_budget, loop_peer
 
 DIM = 6
@@ -129,7 +129,7 @@ def test_permuting_experts_with_their_keys_changes_nothing(gated: bool, shared_k
         keys = layer.product_keys.sub_keys
         keys.copy_(torch.stack([keys[0][:, first], keys[1][:, second]]))
         rows = layer.experts.rows
-        rows.copy_(rows.unflatten(0, (4, 4))[first][:, second].flatten(0, 1))
+        layer.experts.write(rows.unflatten(0, (4, 4))[first][:, second].flatten(0, 1))
     weights_after, ids_after = layer.retrieve(x)
     torch.testing.assert_close(layer(x), before)
     torch.testing.assert_close(weights_after, weights)
@@ -301,7 +301,7 @@ def test_repr_shows_the_settings() -> None:
         ({"weighting": "softmx"}, "weighting is 'softmx'; choose one of softmax, sigmoid, relu, none"),
         ({"pairing": "diagonals"}, "pairing is 'diagonals'; choose one of row-major, shells"),
         ({"activation": "tanh"}, "activation is 'tanh'; choose one of gelu, gelu_tanh, relu, silu, identity"),
-        ({"backend": "cuda"}, "backend is 'cuda'; choose one of auto, reference, bag, cpu"),
+        ({"backend": "cuda"}, "backend is 'cuda'; choose one of auto, cpu, bag, reference"),
         ({"dropout": 1.0}, "dropout is 1.0; .* 0 <= dropout < 1"),
         ({"dropout": -0.1}, "dropout is -0.1; .* 0 <= dropout < 1"),
     ],

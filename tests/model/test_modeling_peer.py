@@ -22,7 +22,7 @@ OUTPUTS = {  # the matrix of each kind that writes to the residual stream
     "dense": "ffw.up_proj.weight",
     "swiglu": "ffw.up_proj.weight",
     "peer": "ffw.experts.up",
-    "pkm": "ffw.values",
+    "pkm": "ffw.values.rows",
     "expert_choice": "ffw.up",
     "token_choice": "ffw.up",
 }

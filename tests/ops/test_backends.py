@@ -13,7 +13,8 @@ from torch import Tensor
 
 from peerlm import PEER, ProductKeyMemory
 from peerlm.cli import main
-from peerlm.ops import api, native
+from peerlm.ops import api
+from peerlm.ops.cpu import native
 from peerlm.testing import MixInputs, mix_inputs
 
 NEEDS_KERNELS = pytest.mark.skipif(bool(native._reason), reason=native._reason)
@@ -77,9 +78,16 @@ def test_rows_of_another_dtype_are_refused_by_name_and_taken_by_auto() -> None:
     torch.testing.assert_close(api.mix_experts(*arguments), expected)
 
 
-@pytest.mark.parametrize("options", [{"row_gradients": True}, {"scales": torch.ones(5, 2)}], ids=["sparse", "int8"])
-def test_bag_refuses_what_it_has_not(options: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="backend 'bag' has no sparse row gradients and takes no int8 rows"):
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"row_gradients": True}, "have no sparse row gradients"),
+        ({"scales": torch.ones(5, 2)}, "take no int8 rows"),
+    ],
+    ids=["sparse", "int8"],
+)
+def test_bag_refuses_what_it_has_not(options: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"backend is 'bag', but embedding bags {reason}; choose 'auto'"):
         api.mix_experts(*single_inputs().arguments(), backend="bag", **options)
 
 
@@ -111,7 +119,7 @@ def test_without_kernels_an_explicit_choice_is_refused() -> None:
 def test_without_kernels_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     available = api.available_backends()
     assert available["cpu"] == "not available: the native kernels were not built"
-    assert available["auto"] == "reference and bag"
+    assert available["auto"] == "the first that can compute with the tensors, of bag, reference"
     assert not api.use_huge_pages(torch.empty(2**22))
     with pytest.raises(SystemExit) as ended:
         main(["info", "--json"])
@@ -122,7 +130,7 @@ def test_without_kernels_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_missing_extension_is_found_at_import() -> None:
     code = """
 import sys
-sys.modules["peerlm.ops._native"] = None
+sys.modules["peerlm.ops.cpu._native"] = None
 from peerlm.ops import api
 print(api.available_backends()["cpu"])
 """
@@ -135,7 +143,7 @@ print(api.available_backends()["cpu"])
 @NEEDS_KERNELS
 def test_what_is_in_use_is_said() -> None:
     said = api.available_backends()
-    assert said["auto"].startswith("cpu for tensors on a CPU")
+    assert said["auto"] == "the first that can compute with the tensors, of cpu, bag, reference"
     assert f"native kernels for {native.module.target()}, of" in said["cpu"]
     assert said["cpu"].endswith(f"{torch.get_num_threads()} threads")
 
@@ -167,7 +175,7 @@ def test_target_that_the_machine_does_not_run() -> None:
 
 @NEEDS_KERNELS
 def test_named_target_is_the_one_in_use() -> None:
-    done = python("from peerlm.ops import native; print(native.module.target())", PEERLM_SIMD="portable")
+    done = python("from peerlm.ops.cpu import native; print(native.module.target())", PEERLM_SIMD="portable")
     assert (done.stdout, done.stderr) == ("portable\n", "")
 
 
@@ -176,7 +184,7 @@ def test_named_target_is_the_one_in_use() -> None:
 @pytest.mark.parametrize("target", native.module.runnable_targets().split(", ") if native.module else [])
 def test_numbers_of_every_target(target: str) -> None:
     """The numerical tests once more for each SIMD target that this machine runs."""
-    named = python("from peerlm.ops import native; print(native.module.target())", PEERLM_SIMD=target)
+    named = python("from peerlm.ops.cpu import native; print(native.module.target())", PEERLM_SIMD=target)
     assert named.stdout == f"{target}\n"
     folder = Path(__file__).parent
     done = subprocess.run(

@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peerlm import PEER, PeerConfig, PeerForCausalLM, ProductKeyMemory
-from peerlm.layers.expert_table import quantise
-from peerlm.ops import api, cpu, native, reference
+from peerlm.layers.table import quantise
+from peerlm.ops import api
+from peerlm.ops.cpu import native
+from peerlm.ops.functions import WEIGHTINGS
+from peerlm.ops.operators import _LIBRARY
 from peerlm.testing import mix_inputs
 
 pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
@@ -60,7 +63,7 @@ def mix_arguments(parts: int, row_format: str) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("key_heads", [1, 2])
-@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("pairing", [(), ("shells",)])
 def test_opcheck_of_retrieval(pairing: tuple[str, ...], weighting: str, key_heads: int) -> None:
     query, sub_keys, k, _ = arguments = retrieve_arguments(weighting, key_heads)
@@ -80,7 +83,8 @@ def test_opcheck_of_mixing(parts: int, row_format: str) -> None:
     backward = torch.randn(5, 6), weights, ids, hidden, rows, scales, activation
     torch.library.opcheck(operators.mix_experts_backward.default, backward)
     _, _, coefficients = operators.mix_experts_backward(*backward)
-    torch.library.opcheck(operators.row_gradients.default, (x, torch.randn(5, 6), ids, coefficients, 9))
+    for operator in (operators.row_gradients, operators.gradients_by_row):
+        torch.library.opcheck(operator.default, (x, torch.randn(5, 6), ids, coefficients, 9))
 
 
 @pytest.mark.parametrize("row_format", ["float32", "bfloat16"])
@@ -101,8 +105,10 @@ def test_opcheck_of_inner_products(row_format: str) -> None:
 
 def test_every_operator_is_checked_here() -> None:
     with_backward = {"retrieve", "mix_experts", "mix_values"}
-    checked = with_backward | {f"{name}_backward" for name in with_backward} | {"row_gradients", "dot_values"}
-    assert {name.rpartition("::")[2] for name in cpu._LIBRARY._op_defs} == checked
+    checked = with_backward | {f"{name}_backward" for name in with_backward}
+    checked |= {"row_gradients", "gradients_by_row", "dot_values"}
+    checked |= {"linear"}  # in test_onednn.py
+    assert {name.rpartition("::")[2] for name in _LIBRARY._op_defs} == checked
 
 
 @pytest.mark.parametrize("dim", [16, 21])
@@ -117,7 +123,7 @@ def test_the_same_bits_with_any_number_of_threads(gated: bool, dim: int) -> None
     for threads in (1, 1, 2, 3, 3):
         torch.set_num_threads(threads)
         found: list[Tensor] = []
-        for weighting in reference.WEIGHTINGS:
+        for weighting in WEIGHTINGS:
             leaves = [tensor.clone().requires_grad_() for tensor in (query, sub_keys)]
             weights, ids = api.retrieve(*leaves, 9, weighting=weighting, backend="cpu")
             found += [weights.detach(), ids, *torch.autograd.grad(weights.square().sum(), leaves)]

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peerlm.errors import UserError
-from peerlm.ops import api, cpu, native, reference
+from peerlm.ops import api
+from peerlm.ops.cpu import kernels, native
+from peerlm.ops.functions import WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.testing import exhaustive_search, relative_error
 
@@ -147,7 +149,7 @@ def test_sums_that_tie_only_by_rounding_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("key_heads", [1, 3])
-@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("tokens", [3, 61])
 @pytest.mark.parametrize("pairing", PAIRINGS)
 def test_weights_and_gradients(tokens: int, weighting: str, key_heads: int, pairing: str, scores_of: str) -> None:
@@ -170,7 +172,7 @@ def test_weights_and_gradients(tokens: int, weighting: str, key_heads: int, pair
 
 
 @pytest.mark.parametrize("size", [1e-3, 30.0, 1e3])
-@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_weights_of_scores_of_any_size(weighting: str, size: float) -> None:
     query, sub_keys = size * torch.randn(9, 2, 8), torch.randn(2, 1, 12, 4)
     weights, _ = api.retrieve(query, sub_keys, 12, weighting=weighting, backend="cpu")
@@ -203,7 +205,7 @@ def test_a_token_is_the_same_bits_alone_or_in_a_batch(scores_of: str) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["query", "sub_keys", "all of the query", "all of the sub-keys"])
 @pytest.mark.parametrize("tokens", [2, 17])
-@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_values_that_are_not_finite(weighting: str, tokens: int, where: str, bad: float, scores_of: str) -> None:
     query, sub_keys = torch.randn(tokens, 2, 12), torch.randn(2, 1, 20, 6)
     if where.startswith("all"):
@@ -234,8 +236,8 @@ def test_scores_of_another_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_large_sub_keys_are_compared_in_8_bits_unless_told_otherwise() -> None:
     has = native.module.has_scores
-    assert cpu._scores(torch.empty(2, 1, 1024, 64)) == ("int8" if has("int8") else "fp32")
-    assert cpu._scores(torch.empty(2, 8, 256, 128)) == ("bf16" if has("bf16") else "fp32")
+    assert kernels._scores(torch.empty(2, 1, 1024, 64)) == ("int8" if has("int8") else "fp32")
+    assert kernels._scores(torch.empty(2, 8, 256, 128)) == ("bf16" if has("bf16") else "fp32")
 
 
 def test_no_tokens() -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from peerlm.ops import api, native
+from peerlm.ops import api
+from peerlm.ops.cpu import native
 
 pytestmark = pytest.mark.skipif(bool(native._reason), reason="the native kernels were not built")
 

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerlm.ops import native
 from peerlm.ops.api import dot_values
+from peerlm.ops.cpu import native
 
 pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable())
 

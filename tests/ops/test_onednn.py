@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peerlm.ops import api, onednn
+from peerlm.ops import api
+from peerlm.ops.cpu import onednn
 
 needs_onednn = pytest.mark.skipif(not onednn.supported(torch.empty(0)), reason="this PyTorch was built without oneDNN")
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peerlm.ops import api, reference
+from peerlm.ops.functions import WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.testing import (
     all_keys,
@@ -189,7 +190,7 @@ def test_random_scores_are_those_of_the_best_experts(key_heads: int, dtype: torc
     assert_within_budget(exact.gather(-1, ids).float(), plain, exact.topk(k).values)
 
 
-@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_weightings(weighting: str) -> None:
     query, sub_keys = torch.randn(5, 2, 6, dtype=torch.float64), torch.randn(2, 1, 4, 3, dtype=torch.float64)
     scores, ids = api.retrieve(query, sub_keys, 3, weighting="none")
@@ -200,7 +201,7 @@ def test_weightings(weighting: str) -> None:
 
 
 @pytest.mark.parametrize("key_heads", [1, 2])
-@pytest.mark.parametrize("weighting", reference.WEIGHTINGS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_gradients_of_the_weights(key_heads: int, weighting: str) -> None:
     query = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     sub_keys = torch.randn(2, key_heads, 4, 2, dtype=torch.float64, requires_grad=True)

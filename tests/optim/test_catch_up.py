@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peerlm.ops import native
+from peerlm.ops.cpu import native
 from peerlm.optim import catch_up
 from peerlm.optim.catch_up import (
     MAX_NODES,

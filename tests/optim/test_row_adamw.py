@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from peerlm.ops.rows import fused_row_update, prepare_rows, wants_row_gradients
+from peerlm.ops.row_updates import fused_row_update, prepare_rows, wants_row_gradients
 from peerlm.optim import RowAdamW, clip_gradients, parameter_groups
 
 ROWS, ROW_SHAPE, STEPS = 48, (2, 6), 600

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from peerlm.ops import cpu_rows, native
-from peerlm.ops.rows import RowStep, RowTable
+from peerlm.ops.cpu import native
+from peerlm.ops.cpu import rows as native_rows
+from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.optim import RowAdamW, row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules
 
@@ -33,7 +34,7 @@ def random_table(
     lazy: bool = False,
     rows: torch.dtype = torch.float32,
     moments: torch.dtype = torch.float32,
-) -> RowTable:
+) -> RowState:
     num_rows = 40
     shape = (num_rows, *row_shape)
     moments_step = torch.randint(0, NOW - 1, (num_rows,), dtype=torch.int32)
@@ -47,7 +48,7 @@ def random_table(
     exp_avg.view(num_rows, -1)[:, ::2] *= 1e-8
     if not row_wise:
         exp_avg_sq.view(num_rows, -1)[:, ::2] *= 1e-16
-    return RowTable(
+    return RowState(
         rows=torch.randn(shape).to(rows),
         exp_avg=exp_avg.to(moments) if first else None,
         exp_avg_sq=exp_avg_sq if row_wise else exp_avg_sq.to(moments),
@@ -56,26 +57,26 @@ def random_table(
     )
 
 
-def tensors(table: RowTable) -> dict[str, Tensor]:
+def tensors(table: RowState) -> dict[str, Tensor]:
     return {name: value for name, value in vars(table).items() if value is not None}
 
 
-def twins(table: RowTable) -> tuple[RowTable, RowTable]:
-    def clone() -> RowTable:
+def twins(table: RowState) -> tuple[RowState, RowState]:
+    def clone() -> RowState:
         copies = {name: value.clone() for name, value in tensors(table).items()}
-        return RowTable(**{name: copies.get(name) for name in vars(table)})
+        return RowState(**{name: copies.get(name) for name in vars(table)})
 
     return clone(), clone()
 
 
-def step_of(table: RowTable, *, seed: int | None = 5, learning_rate: float = 1e-2) -> RowStep:
+def step_of(table: RowState, *, seed: int | None = 5, learning_rate: float = 1e-2) -> RowStep:
     beta1 = 0.0 if table.exp_avg is None else 0.9
     return RowStep(
         step=NOW, learning_rate=learning_rate, weight_decay=0.1, beta1=beta1, beta2=0.95, eps=1e-8, seed=seed
     )
 
 
-def assert_alike(found: RowTable, expected: RowTable) -> None:
+def assert_alike(found: RowState, expected: RowState) -> None:
     """Equal up to float rounding; in bfloat16 up to one unit, where rounding tips a random decision."""
     for name, value in tensors(expected).items():
         ours = tensors(found)[name]
@@ -93,11 +94,11 @@ def test_an_update_is_that_of_the_definition(kind: str, row_shape: tuple[int, ..
     found, expected = twins(random_table(row_shape, **KINDS[kind]))
     ids = torch.tensor([0, 3, 7, 8, 39])
     gradient = torch.randn(5, *row_shape).to(found.rows.dtype)
-    for functions, table in ((cpu_rows, found), (row_step, expected)):
+    for functions, table in ((native_rows, found), (row_step, expected)):
         functions.update_rows(table, ids, gradient, step_of(table))
     assert_alike(found, expected)
     functions.update_rows(expected, None, torch.ones_like(expected.rows), step_of(expected))
-    cpu_rows.update_rows(found, None, torch.ones_like(found.rows), step_of(found))
+    native_rows.update_rows(found, None, torch.ones_like(found.rows), step_of(found))
     assert_alike(found, expected)
 
 
@@ -113,13 +114,13 @@ def test_catching_up_is_that_of_the_definition(kind: str, row_shape: tuple[int, 
     ids = (found.weights_step < NOW).nonzero().flatten()
     rules = catch_up_rules(history, found.weights_step[ids].unique().long(), step.beta1, step.beta2)
     before = found.rows.clone()
-    cpu_rows.catch_up_rows(found, ids, rules, step)
+    native_rows.catch_up_rows(found, ids, rules, step)
     row_step.catch_up_rows(expected, ids, rules, step)
     assert not torch.equal(found.rows, before)
     assert_alike(found, expected)
     again = found.rows.clone()
     rules.index[-1] = 0  # no rule is for rows that are up to date
-    cpu_rows.catch_up_rows(found, ids, rules, step)
+    native_rows.catch_up_rows(found, ids, rules, step)
     assert torch.equal(found.rows, again)
 
 
@@ -127,10 +128,10 @@ def test_catching_up_is_that_of_the_definition(kind: str, row_shape: tuple[int, 
 def test_threads_do_not_change_bits(kind: str) -> None:
     one, two = twins(random_table((2, 31), **KINDS[kind]))
     gradient = torch.randn(40, 2, 31)
-    cpu_rows.update_rows(one, None, gradient, step_of(one))
+    native_rows.update_rows(one, None, gradient, step_of(one))
     torch.set_num_threads(3)
     try:
-        cpu_rows.update_rows(two, None, gradient, step_of(two))
+        native_rows.update_rows(two, None, gradient, step_of(two))
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(tensors(one)[name], tensors(two)[name]) for name in tensors(one))
@@ -142,7 +143,7 @@ def test_extreme_values_round_alike(value: float, seed: int | None) -> None:
     found, expected = twins(random_table((16,), rows=torch.bfloat16, lazy=True))
     gradient = torch.full((1, 16), value)
     ids = torch.tensor([2])
-    for functions, table in ((cpu_rows, found), (row_step, expected)):
+    for functions, table in ((native_rows, found), (row_step, expected)):
         functions.update_rows(table, ids, gradient, step_of(table, seed=seed))
     torch.testing.assert_close(found.rows[2], expected.rows[2], rtol=0, atol=0.02, equal_nan=True)
     assert (found.rows[2].isnan() == expected.rows[2].isnan()).all()
@@ -152,7 +153,7 @@ def test_extreme_values_round_alike(value: float, seed: int | None) -> None:
 def test_rows_out_of_range_change_nothing(row: int) -> None:
     table, before = twins(random_table((4,)))
     with pytest.raises(IndexError):
-        cpu_rows.update_rows(table, torch.tensor([0, row]), torch.ones(2, 4), step_of(table))
+        native_rows.update_rows(table, torch.tensor([0, row]), torch.ones(2, 4), step_of(table))
     assert torch.equal(table.rows, before.rows)
 
 
@@ -160,7 +161,7 @@ def test_rows_out_of_range_change_nothing(row: int) -> None:
 @pytest.mark.parametrize(("num_rows", "count"), [(40, 7), (40, 300), (64, 64), (20_001, 50), (20_001, 9_000), (5, 0)])
 def test_rows_behind_are_found(num_rows: int, count: int, threads: int) -> None:
     steps = torch.randint(NOW - 2, NOW + 1, (num_rows,), dtype=torch.int32)
-    table = RowTable(
+    table = RowState(
         rows=torch.empty(num_rows, 1), exp_avg=None, exp_avg_sq=torch.empty(0), moments_step=None, weights_step=steps
     )
     ids = torch.randint(num_rows, (count, 1))
@@ -168,14 +169,14 @@ def test_rows_behind_are_found(num_rows: int, count: int, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         for asked in (ids, None):
-            found = cpu_rows.rows_behind(table, asked, NOW)
+            found = native_rows.rows_behind(table, asked, NOW)
             assert torch.equal(found, row_step.rows_behind(table, asked, NOW))
             among = range(num_rows) if asked is None else set(asked.flatten().tolist())
             assert found.tolist() == [row for row in sorted(among) if steps[row] < NOW]
     finally:
         torch.set_num_threads(before)
     with pytest.raises(IndexError, match=f"expert id {num_rows} is not in 0 .. {num_rows - 1}"):
-        cpu_rows.rows_behind(table, torch.tensor([num_rows]), NOW)
+        native_rows.rows_behind(table, torch.tensor([num_rows]), NOW)
 
 
 def test_a_run_of_the_optimizer_is_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:

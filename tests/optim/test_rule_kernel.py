@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from peerlm.ops import cpu_rows, native
+from peerlm.ops.cpu import native
+from peerlm.ops.cpu import rows as native_rows
 from peerlm.optim.catch_up import TOLERANCE, RateHistory, catch_up_rules, fit_rules, missed_steps
 
 pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=f"no native kernels: {native.unavailable()}")
@@ -41,4 +42,4 @@ def test_a_rule_does_not_depend_on_its_company() -> None:
 def test_the_kernel_refuses_terms_that_do_not_fit() -> None:
     terms = torch.ones(2, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="terms and rules do not fit"):
-        cpu_rows.fit_rules(terms, terms[:1], TOLERANCE, torch.arange(1.0, 8.0, dtype=torch.float64), 16)
+        native_rows.fit_rules(terms, terms[:1], TOLERANCE, torch.arange(1.0, 8.0, dtype=torch.float64), 16)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from peerlm import UserError
-from peerlm.experiments.comparison.plan import load_plan
 from peerlm.layers import PEER
 from peerlm.train import load_recipe
 from peerlm.train.presets import PRESETS, merge
+from peerlm_studies.comparison.plan import load_plan
 
 RECIPE = """
 run = "out"

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from peerlm.data import TokenShards
 from peerlm.errors import UserError
 from peerlm.optim import RowAdamW
+from peerlm.ranks import Ranks
 from peerlm.train import TrainConfig, TrainingStopped, train
 from peerlm.train.build import build_model, build_optimizer
-from peerlm.train.ranks import Ranks
 from peerlm.train.trainer import Trainer
 
 Configure = Callable[..., TrainConfig]

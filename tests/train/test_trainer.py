@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,53 @@ def test_named_sources_are_prepared(configure: Configure, tmp_path: Path) -> Non
     config = configure(data=data)
     train(config, progress=False)
     assert TokenShards(tmp_path / "tokens", "train").vocab_size == 280
+
+
+def test_a_prepared_folder_is_used_whatever_sources_the_recipe_names(
+    configure: Configure, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configure(data={"folder": str(data), "sources": ["demo"], "vocab_size": 4096, "holdout": 0.1})
+    result = train(config, progress=False)
+    [said] = caplog.messages
+    assert said.startswith(f"{data} is prepared already and used as it is, so that some settings of the recipe have no")
+    assert said.endswith("corpus.txt, not demo; vocab_size = 300, not 4096.")
+    assert "of `corpus.txt`, in windows" in (result.run / "model" / "README.md").read_text()
+    assert TokenShards(data, "train").vocab_size < 4096
+
+
+@pytest.mark.parametrize("change", ["gone", "changed"])
+def test_a_prepared_folder_is_used_though_its_sources_are_others_now(
+    change: str, configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text("\n<|endoftext|>\n".join(f"{i} green birds" * 20 for i in range(50)))
+    folder = str(tmp_path / "tokens")
+    settings = {"folder": folder, "sources": [str(source)], "vocab_size": 280, "holdout": 0.2}
+    train(configure(data=settings, budget={"steps": 1}), progress=False)
+    assert not caplog.messages
+    if change == "gone":
+        source.unlink()
+    else:
+        source.write_text("other text")
+    train(configure(data=settings, budget={"steps": 1}, run=str(tmp_path / "again")), progress=False)
+    [said] = caplog.messages
+    ending = {
+        "gone": f"and those of the recipe cannot be read ({source} does not exist",
+        "changed": f"of which {source} has changed since.",
+    }[change]
+    assert f"was prepared with sources = {source}, {ending}" in said
+
+
+def test_a_split_of_an_older_version_is_said(
+    configure: Configure, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = Path(shutil.copytree(data, tmp_path / "old"))
+    fields = json.loads((old / "manifest.json").read_text())
+    del fields["copies"], fields["files"]
+    (old / "manifest.json").write_text(json.dumps(fields))
+    train(configure(data={"folder": str(old)}, budget={"steps": 1}), progress=False)
+    [said] = caplog.messages
+    assert "was prepared by an older version: held-out documents may have copies in the training text" in said
 
 
 @pytest.mark.parametrize(

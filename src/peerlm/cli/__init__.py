@@ -9,12 +9,15 @@ from collections.abc import Sequence
 
 import typer
 
-from peerlm.cli.app import app
+from peerlm.cli.extras import offer_studies
+from peerlm.cli.root import app
 from peerlm.errors import UserError
-from peerlm.heap import keep_freed_memory
+from peerlm.malloc import keep_freed_memory
 
 # Each adds its commands to `app`; help lists them in this order.
-from peerlm.cli import training, surgery, learning, looking, studies  # noqa: F401  isort: skip
+from peerlm.cli import training, changing, learning, looking, studies  # noqa: F401  isort: skip
+
+offer_studies(app, studies.__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

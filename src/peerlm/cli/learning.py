@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from peerlm.cli.app import Json, Run, app
+from peerlm.cli.root import Json, Run, app
 from peerlm.cli.show import print_json, print_table, transposed
 
 
@@ -72,8 +72,8 @@ def learn(
     from whose predictions it shall not move away, --kl, or which it learns again, --replay; and methods that change
     only part of it. Rows of the table are stages, columns perplexities of held-out text of each domain.
     """
-    from peerlm.learn.command import learn_config
-    from peerlm.learn.stream import learn
+    from peerlm.cli.stage_options import learn_config
+    from peerlm.continual.stream import learn
 
     config = learn_config(
         run=str(output),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from peerlm import __version__
-from peerlm.cli.app import Json, Run, app
+from peerlm.cli.root import Json, Run, app
 from peerlm.cli.show import print_json, print_table, transposed
 from peerlm.errors import UserError
 
@@ -45,7 +45,7 @@ def inspect(
     tokens change with all these edits at once. A layer is named by its block's number, as on the page.
     """
     from peerlm.files import write_json
-    from peerlm.inspect import Edit, change_of_edits, inspect
+    from peerlm.interpret import Edit, change_of_edits, inspect
 
     to_stdout = json_file == Path("-")
     wanted = [*(Edit.read(name, 0.0) for name in knock_out), *(Edit.read(name) for name in boost)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from peerlm.cli.app import Json, Output, Recipe, Run, Settings, app, overrides
+from peerlm.cli.root import Json, Output, Recipe, Run, Settings, app, overrides
 from peerlm.cli.show import print_json, print_table, transposed
 
 
@@ -22,7 +22,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Train PEER and its rivals on the same data for the same FLOPs: table, plots, a sample of text."""
-    from peerlm.experiments.comparison.compare import compare
+    from peerlm_studies.comparison.compare import compare
 
     rows = compare(recipe, overrides(settings, output), progress=not as_json)
     if as_json:
@@ -48,15 +48,15 @@ def isoflop(
     as_json: Json = False,
 ) -> None:
     """Train every method at several sizes for the same FLOPs: the curves, and each one's best size."""
-    from peerlm.experiments.isoflop.study import isoflop
+    from peerlm_studies.isoflop.study import isoflop
 
     changes = overrides(settings, output)
     part: dict[str, Any] = {"methods": method, "budgets": budget, "sizes": size}
     if dry:
         from rich.markdown import Markdown
 
-        from peerlm.experiments.isoflop.dry_run import dry_run, dry_run_markdown
-        from peerlm.experiments.isoflop.plan import load_isoflop
+        from peerlm_studies.isoflop.dry_run import dry_run, dry_run_markdown
+        from peerlm_studies.isoflop.plan import load_isoflop
 
         rows = dry_run(load_isoflop(recipe, changes), gpu_tflops=gpu_tflops, utilisation=utilisation, **part)
         if not as_json:
@@ -75,7 +75,7 @@ def report(
     ),
 ) -> None:
     """Build the report of results from the rows of all experiments, as Markdown and as one HTML file."""
-    from peerlm.experiments.report.report import report
+    from peerlm_studies.report.report import report
 
     for path in report(definition, output):
         typer.echo(path)
@@ -100,7 +100,7 @@ def scaling(
     """Fit a scaling law to each method's runs: constants with intervals, and how it predicts held-out runs."""
     from rich.markdown import Markdown
 
-    from peerlm.experiments.scaling.laws import law_markdown, plot_law, scaling
+    from peerlm_studies.scaling.laws import law_markdown, plot_law, scaling
 
     law = scaling(rows, output, methods=method, hold_out=hold_out, up_to=up_to, times=draws)
     if plot is not None:
@@ -124,8 +124,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what to train for a budget: backbone, experts and tokens of least expected loss, and how sure that is."""
-    from peerlm.experiments.scaling.laws import DEFAULT_LAW, read_law
-    from peerlm.experiments.scaling.planner import plan_model, read_bytes
+    from peerlm_studies.scaling.laws import DEFAULT_LAW, read_law
+    from peerlm_studies.scaling.planner import plan_model, read_bytes
 
     budget: dict[str, Any] = {"flops": flops, "memory": read_bytes(memory)}
     sizes: dict[str, Any] = {"vocab_size": vocab_size, "context": context}
@@ -161,8 +161,8 @@ def neurons(
     as_json: Json = False,
 ) -> None:
     """Retrieve a dense model's neurons by a learned index: how few of them suffice, and how that finetunes."""
-    from peerlm.experiments.neurons.finetune import finetune_neurons
-    from peerlm.experiments.neurons.measure import measure_neurons
+    from peerlm_studies.neurons.finetune import finetune_neurons
+    from peerlm_studies.neurons.measure import measure_neurons
 
     options: dict[str, Any] = {
         "text": text,
@@ -201,7 +201,7 @@ def lifelong(
     as_json: Json = False,
 ) -> None:
     """Let models of one domain learn others by each method: what is learned against what is forgotten."""
-    from peerlm.experiments.lifelong.study import lifelong
+    from peerlm_studies.lifelong.study import lifelong
 
     result = lifelong(recipe, overrides(settings, output), progress=not as_json)
     if as_json:

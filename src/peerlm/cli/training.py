@@ -2,13 +2,14 @@
 
 import json
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from peerlm.cli.app import Json, Output, Packs, Recipe, Run, Settings, app, overrides
+from peerlm.cli.root import Json, Output, Packs, Run, Settings, app, overrides
 from peerlm.cli.show import print_json, print_table
 from peerlm.errors import UserError
 
@@ -27,13 +28,21 @@ def prepare(
         Path | None, typer.Option(help="Take the tokenizer in this file or folder; train none.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary to train.")] = 4096,
-    holdout: Annotated[float, typer.Option(help="Share of the text, by bytes, to hold out in whole documents.")] = 0.02,
+    holdout: Annotated[
+        float,
+        typer.Option(help="Share of the text, by bytes, to hold out in whole documents; of a single one, its end."),
+    ] = 0.02,
     seed: Annotated[int, typer.Option(help="Chooses the documents that are held out.")] = 0,
     text_field: Annotated[str, typer.Option(help="Field of JSONL, parquet or data sets that is the text.")] = "text",
     as_json: Json = False,
 ) -> None:
-    """Turn text into tokens: train a tokenizer, hold out documents, write shards and their hashes."""
+    """Turn text into tokens: train a tokenizer, hold out documents, write shards and their hashes.
+
+    Files of a folder are read where their names end in .txt, .md, .rst, .jsonl, .parquet and the like; the others are
+    passed over, and counted. Of a single document the end is held out. `peerlm train FOLDER` trains on the result.
+    """
     from peerlm.data import prepare
+    from peerlm.data.text_files import tally
 
     manifest = prepare(
         sources,
@@ -51,6 +60,9 @@ def prepare(
         sizes = ("documents", "tokens", "bytes")
         splits = {name: {size: vars(split)[size] for size in sizes} for name, split in manifest.splits.items()}
         print_table(f"{output}: {manifest.vocab_size:,} tokens in the vocabulary", splits)
+        for what, counts in (manifest.files or {}).items():
+            typer.echo(f"{what.replace('_', ' ')}: {tally(counts)}")
+        typer.echo(f"Train on it: peerlm train {shlex.quote(str(output))}")
 
 
 @app.command(
@@ -58,7 +70,9 @@ def prepare(
     "peerlm train runs/a/config.json --resume"
 )
 def train(
-    recipe: Recipe,
+    recipe: Annotated[
+        Path, typer.Argument(help="TOML file, the config.json of a run, or a folder that peerlm prepare wrote.")
+    ],
     settings: Settings = [],  # noqa: B006, typer makes a new list for each call
     output: Output = None,
     grow: Annotated[

@@ -12,7 +12,7 @@
 #include <string>
 
 #include "kernels.h"
-#include "move.h"
+#include "move_bytes.h"
 #include "recycle.h"
 
 namespace nb = nanobind;
@@ -211,14 +211,14 @@ int64_t group_by_row_(Ids ids, int64_t num_rows, Array<int32_t, 1> order, Array<
   return group_by_row(ids.data(), count, num_rows, entries, starts.data(), rows.data(), threads);
 }
 
-int64_t rows_behind_(Array<const int32_t, 1> weights_step, std::optional<Array<const int64_t, 1>> ids, int32_t now, int threads,
+int64_t stale_rows_(Array<const int32_t, 1> weights_step, std::optional<Array<const int64_t, 1>> ids, int32_t now, int threads,
                      Array<int64_t, 1> found) {
   const int64_t num_rows = (int64_t)weights_step.size(), count = ids ? (int64_t)ids->size() : num_rows;
   require((int64_t)found.size() == count, "found needs an element for each row that is asked for");
   if (count == 0) return 0;  // an empty array may have no address, which would ask for all rows
   if (ids) check_ids(ids->data(), count, num_rows);
   nb::gil_scoped_release released;
-  return rows_behind(weights_step.data(), num_rows, ids ? ids->data() : nullptr, count, now, threads, found.data());
+  return stale_rows(weights_step.data(), num_rows, ids ? ids->data() : nullptr, count, now, threads, found.data());
 }
 
 void fit_rules_(Array<const double, 2> a, Array<const double, 2> c, double tolerance, Array<const double, 1> spreads, int num_probes,
@@ -401,7 +401,7 @@ NB_MODULE(_native, m) {
   m.def("mix_backward", &mix_backward_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none(),
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
   m.def("group_by_row", &group_by_row_);
-  m.def("rows_behind", &rows_behind_, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
+  m.def("stale_rows", &stale_rows_, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("fit_rules", &fit_rules_);
   m.def("row_gradients", &row_gradients_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg());

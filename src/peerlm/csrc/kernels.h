@@ -130,7 +130,7 @@ int64_t group_by_row(const int64_t* ids, int64_t count, int64_t num_rows, uint32
 
 // List the distinct rows among `ids`, or of all where that is null, whose weights_step is before `now`, ascending. Returns how many.
 // `found` has room for count, or num_rows; ids in 0 .. num_rows - 1.
-int64_t rows_behind(const int32_t* weights_step, int64_t num_rows, const int64_t* ids, int64_t count, int32_t now, int threads,
+int64_t stale_rows(const int32_t* weights_step, int64_t num_rows, const int64_t* ids, int64_t count, int32_t now, int threads,
                     int64_t* found);
 
 constexpr int MAX_RULE_NODES = 8;

@@ -8,7 +8,7 @@
 
 namespace peerlm {
 
-// A table and what AdamW remembers of its rows (RowTable in ops/rows.py).
+// A table and what AdamW remembers of its rows (RowState in ops/row_updates.py).
 struct RowAdamWTable {
   void* rows;             // (N, len) float, or bfloat16 where bf16_rows
   void* exp_avg;          // (N, len) float, or bfloat16 where bf16_moments; null without first moment
@@ -19,7 +19,7 @@ struct RowAdamWTable {
   bool bf16_rows, bf16_moments, row_wise;
 };
 
-// The numbers of one step (RowStep in ops/rows.py).
+// The numbers of one step (RowStep in ops/row_updates.py).
 struct RowAdamWStep {
   int32_t step;  // counted from 1
   double learning_rate, weight_decay, beta1, beta2, eps;

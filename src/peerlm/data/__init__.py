@@ -1,8 +1,8 @@
 """Text to tokens to batches: sources, preparation, memory-mapped shards, deterministic order."""
 
-from peerlm.data.batches import Batch, TokenWindows, batches, sequential_batches, window_order
+from peerlm.data.batching import Batch, TokenWindows, batches, sequential_batches, window_order
 from peerlm.data.manifest import SPLITS, Manifest
-from peerlm.data.prepare import prepare
+from peerlm.data.preparation import prepare
 from peerlm.data.shards import TokenShards
 from peerlm.data.sources import read_documents
 from peerlm.data.tokenizer import END_OF_TEXT, load_tokenizer

@@ -74,6 +74,11 @@ class Manifest:
     """Hash of tokenizer/tokenizer.json."""
     splits: dict[str, SplitRecord]
     """`train` and `heldout`."""
+    files: dict[str, dict[str, int]] | None = None
+    """Numbers of files by suffix or reason: those "read", and those of folders "passed_over"; see `sources.Survey`."""
+    copies: int | None = None
+    """Documents that are copies of another but for white space and the like (see `split.copy_key`); all copies of a
+    document lie in one split. None in a folder of an older version, which knew only copies of equal bytes."""
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into the folder."""

@@ -7,12 +7,12 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 
 SEPARATOR = b"<|endoftext|>"
 MAX_DOCUMENT_BYTES = 2**30
@@ -30,36 +30,35 @@ def read_text(path: Path, advance: Advance) -> Iterator[str]:
 
     Windows line ends become single newlines; newlines around a document and a byte order mark are taken off.
     """
-    lines: list[bytes] = []
-    size, first_line = 0, 1
+    content = bytearray()
+    first_line = 1
     for number, line in _lines(path, advance):
         if line.strip() == SEPARATOR:
-            yield _decode(lines, path, first_line)
-            lines, size, first_line = [], 0, number + 1
+            yield _decode(content, path, first_line)
+            content, first_line = bytearray(), number + 1
         else:
-            lines.append(line)
-            size += len(line)
-            _check_size(size, f"{path}:{first_line}")
-    yield _decode(lines, path, first_line)
+            content += line
+            _check_size(len(content), f"{path}:{first_line}")
+    yield _decode(content, path, first_line)
 
 
-def read_jsonl(path: Path, text_field: str, advance: Advance) -> Iterator[str]:
-    """The field `text_field` of each line, a JSON object; blank lines are passed over."""
-    for number, line in _lines(path, advance):
-        where = f"{path}:{number}"
-        content = _decode([line], path, number)
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            reason = str(error)
-            if isinstance(error, json.JSONDecodeError):
-                reason = f"{error.msg} at column {error.colno}"
-            raise UserError(f"{where}: the line is not JSON ({reason}): mend or remove it") from error
+def read_jsonl(path: Path, fields: Sequence[str], advance: Advance) -> Iterator[tuple[str, ...]]:
+    """These fields of each line, a JSON object; blank lines are passed over."""
+    for where, row in _values(path, advance):
         if not isinstance(row, dict):
             raise UserError(f"{where}: the line is a JSON {type(row).__name__}, not an object with a text field")
-        yield _field(row, text_field, where)
+        yield tuple(_field(row, name, where) for name in fields)
+
+
+def first_fields(path: Path) -> list[str] | None:
+    """The names of the fields on the first line of JSONL, beyond which nothing is read; None where there is no line.
+
+    Raises UserError where that line is not JSON.
+    """
+    with closing(_values(path, lambda num_bytes: None)) as values:
+        for _, row in values:
+            return list(row) if isinstance(row, dict) else []
+    return None
 
 
 def read_parquet(path: Path, text_field: str, advance: Advance) -> Iterator[str]:
@@ -105,6 +104,23 @@ def read_hub(name: str, config: str | None, split: str, text_field: str) -> Iter
         yield _field(row, text_field, f"{where}, row {number}")
 
 
+def _values(path: Path, advance: Advance) -> Generator[tuple[str, Any], None, None]:
+    """The place and value of each line of JSON that is not blank."""
+    for number, line in _lines(path, advance):
+        where = f"{path}:{number}"
+        content = _decode(line, path, number)
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            reason = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"{error.msg} at column {error.colno}"
+            raise UserError(f"{where}: the line is not JSON ({reason}): fix or remove it") from error
+        yield where, row
+
+
 def _lines(path: Path, advance: Advance) -> Iterator[tuple[int, bytes]]:
     """Numbered lines of a plain, .xz or .gz file, line ends kept, without NUL bytes."""
     advanced = 0
@@ -132,8 +148,7 @@ def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
     return io.BufferedReader(stream, _BUFFER_BYTES)
 
 
-def _decode(lines: list[bytes], path: Path, first_line: int) -> str:
-    content = b"".join(lines)
+def _decode(content: bytes | bytearray, path: Path, first_line: int) -> str:
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -161,18 +176,17 @@ def _field(row: dict[str, Any], text_field: str, where: str) -> str:
 
 
 def _missing_field(where: str, kind: str, text_field: str, found: list[str]) -> UserError:
-    names = ", ".join(found) or "none"
-    return UserError(f"{where}: no {kind} {text_field!r}, only: {names}; name the one to read with text_field")
+    return UserError(f"{where}: no {kind} {text_field!r}, only: {listed(found)}; name the one to read with text_field")
 
 
 def _as_text(value: object, text_field: str, where: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where}: {text_field!r} is a {type(value).__name__}, no string: mend or drop the row")
+        raise UserError(f"{where}: {text_field!r} is a {type(value).__name__}, no string: fix or drop the row")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where}: {text_field!r} has half a surrogate pair at character {error.start}, that is no text: "
-            "mend or drop the row"
+            "fix or drop the row"
         ) from error
     return value

@@ -54,14 +54,16 @@ class TokenShards:
 
     def _map(self, record: FileRecord, dtype: str, verify: bool) -> npt.NDArray[np.unsignedinteger]:
         path = self.folder / record.file
-        mend = "prepare the folder again or restore the file"
+        fix = "prepare the folder again or restore the file"
         if not path.is_file():
-            raise UserError(f"{path} is missing: {mend}")
+            raise UserError(f"{path} is missing: {fix}")
         expected, found = record.items * np.dtype(dtype).itemsize, path.stat().st_size
         if found != expected:
-            raise UserError(f"{path} has {found} bytes, not the {expected} that the manifest says: {mend}")
+            raise UserError(f"{path} has {found} bytes, not the {expected} that the manifest says: {fix}")
         if verify and file_sha256(path) != record.sha256:
-            raise UserError(f"{path} does not have the hash that the manifest says, so its content has changed: {mend}")
+            raise UserError(f"{path} does not have the hash that the manifest says, so its content has changed: {fix}")
+        if not record.items:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
         return np.memmap(path, dtype=dtype, mode="r")
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger]:

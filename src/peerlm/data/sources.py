@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from peerlm.data.readers import Advance, read_hub, read_jsonl, read_parquet, read_text
+from peerlm.data.text_files import JSONL, KINDS, PARQUET, check_file, file_kind, files_of, suffix_of, tally
 from peerlm.errors import UserError
 
 DEMO = "demo"
 HUB_PREFIX = "hf:"
-SUFFIXES = (".txt", ".txt.xz", ".txt.gz", ".jsonl", ".jsonl.xz", ".jsonl.gz", ".parquet")
+
+_SUFFIXES_SAID = f"{', '.join(KINDS)}; text and JSONL may be compressed as .xz or .gz"
 
 
 @dataclass(frozen=True)
@@ -36,51 +38,71 @@ class HubDataset:
         return cls(name, config or None, split or "train")
 
 
-def resolve(sources: Sequence[str | Path]) -> list[Path | HubDataset]:
-    """The files and data sets that the sources name, folders walked in sorted order.
+@dataclass(frozen=True)
+class Survey:
+    """What the sources name, before anything is read."""
 
-    In a folder, files that are hidden, empty, or end in none of `SUFFIXES` are passed over.
+    found: list[Path | HubDataset]
+    """The files and data sets, in the order in which they are read."""
+    passed_over: Counter[str]
+    """Numbers of files in folders that are not read, as `text_files.FolderFiles.passed_over`."""
+
+    @property
+    def read(self) -> Counter[str]:
+        """Numbers of files that are read, by suffix; "data set" for those of Hugging Face."""
+        return Counter(suffix_of(found) if isinstance(found, Path) else "data set" for found in self.found)
+
+
+def resolve(sources: Sequence[str | Path]) -> list[Path | HubDataset]:
+    """The files and data sets that the sources name; see `survey`."""
+    return survey(sources).found
+
+
+def survey(sources: Sequence[str | Path]) -> Survey:
+    """The files and data sets that the sources name, and how many files of folders are passed over.
+
+    Folders are walked as `text_files.files_of` does. A source named twice is read twice.
 
     Raises:
-        UserError: no source at all, a path that does not exist, a file of an unknown kind, a folder with none
-            to read.
+        UserError: no source at all, a path that does not exist or may not be read, a file of an unknown kind, a name
+            that is not UTF-8, a folder with nothing to read.
     """
     if not sources:
         raise UserError("there are no sources: name text, JSONL or parquet files, folders, hf:NAME, or demo")
-    return [found for source in sources for found in _resolve_one(source)]
+    result = Survey([], Counter())
+    for source in sources:
+        found, passed_over = _survey_one(source)
+        result.found.extend(found)
+        result.passed_over.update(passed_over)
+    return result
 
 
-def _resolve_one(source: str | Path) -> list[Path | HubDataset]:
+def _survey_one(source: str | Path) -> tuple[Sequence[Path | HubDataset], Counter[str]]:
     if source == DEMO:
-        return [_demo_corpus()]
+        return [_demo_corpus()], Counter()
     if isinstance(source, str) and source.startswith(HUB_PREFIX):
-        return [HubDataset.parse(source)]
+        return [HubDataset.parse(source)], Counter()
     path = Path(source)
     if path.is_dir():
-        if not (found := list(_walk(path))):
-            raise UserError(f"{path} has no file to read, whose name ends in one of {', '.join(SUFFIXES)}")
-        return found
-    if not path.exists():
+        files = files_of(path)
+        if not files.read:
+            raise UserError(
+                f"{path} has no file to read (passed over: {tally(files.passed_over)}): names must end in one of "
+                f"{_SUFFIXES_SAID}"
+            )
+        return files.read, files.passed_over
+    if not path.exists() and not path.is_symlink():
         raise UserError(f"{path} does not exist: name a file, a folder, hf:NAME for a Hugging Face data set, or demo")
-    if not _is_readable(path):
-        raise UserError(f"{path} is of an unknown kind: its name must end in one of {', '.join(SUFFIXES)}")
-    return [path]
+    check_file(path)
+    if file_kind(path) is None:
+        raise UserError(
+            f"{path} is of an unknown kind: its name must end in one of {_SUFFIXES_SAID}; rename plain text to .txt"
+        )
+    return [path], Counter()
 
 
 def _demo_corpus() -> Path:
     return Path(str(resources.files("peerlm") / "corpus" / "demo_corpus.txt.xz"))
-
-
-def _walk(folder: Path) -> Iterator[Path | HubDataset]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(parent, name) for name in sorted(files) if not name.startswith(".")):
-            if _is_readable(path) and path.stat().st_size > 0:
-                yield path
-
-
-def _is_readable(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES)
 
 
 def fingerprint(source: Path | HubDataset) -> dict[str, Any]:
@@ -103,10 +125,10 @@ def read_documents(
     """Stream the documents of the sources, one after another; no more than one document is held at a time.
 
     Args:
-        sources: each one of: a text file (.txt; documents separated by lines `<|endoftext|>`, or the whole
-            file one document), a .jsonl file, either of them compressed as .xz or .gz, a .parquet file, a
-            folder of such files, `demo` for the embedded corpus, or `hf:NAME[:CONFIG[:SPLIT]]` for a Hugging
-            Face data set.
+        sources: each one of: a text file (.txt, .md and others of `text_files.KINDS`; documents separated by lines
+            `<|endoftext|>`, or the whole file one document), a .jsonl file, either of them compressed as .xz or .gz, a
+            .parquet file, a folder of such files, `demo` for the embedded corpus, or `hf:NAME[:CONFIG[:SPLIT]]` for a
+            Hugging Face data set.
         text_field: the JSON field or column that holds the text.
         advance: called now and then with the number of bytes on disk that were read since the last call.
 
@@ -129,11 +151,11 @@ def read_documents(
 def _read_source(source: Path | HubDataset, text_field: str, advance: Advance) -> Iterator[str]:
     if isinstance(source, HubDataset):
         return read_hub(source.name, source.config, source.split, text_field)
-    name = source.name.lower().removesuffix(".xz").removesuffix(".gz")
-    if name.endswith(".parquet"):
+    kind = file_kind(source)
+    if kind == PARQUET:
         return read_parquet(source, text_field, advance)
-    if name.endswith(".jsonl"):
-        return read_jsonl(source, text_field, advance)
+    if kind == JSONL:
+        return (text for (text,) in read_jsonl(source, (text_field,), advance))
     return read_text(source, advance)
 
 

@@ -1,11 +1,11 @@
 """What an evaluation file holds: documents to score, or passages whose last word is to be predicted."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from peerlm.data.readers import read_jsonl, read_parquet, read_text
-from peerlm.errors import UserError
+from peerlm.data.readers import first_fields, read_jsonl, read_parquet, read_text
+from peerlm.data.text_files import JSONL, PARQUET, check_file, file_kind
+from peerlm.errors import UserError, listed
 
 PASSAGE = ("context", "continuation")
 LAYOUTS = (("text",), ("prompt", "response"), PASSAGE)
@@ -14,24 +14,24 @@ LAYOUTS = (("text",), ("prompt", "response"), PASSAGE)
 def fields_of(path: Path) -> tuple[str, ...]:
     """The fields of a .jsonl file that are to be read, one of `LAYOUTS`; none where the file is not JSONL.
 
+    Of the file's content only the first line is read.
+
     Raises:
-        UserError: no such file, or a first line of another layout.
+        UserError: no such file, a pipe, a name that is not UTF-8, or a first line of another layout.
     """
-    if not path.is_file():
+    if path.is_dir() or not (path.exists() or path.is_symlink()):
         raise UserError(f"{path} is not a file; name a text, JSONL or parquet file")
-    if _kind(path) != ".jsonl":
+    check_file(path)
+    if file_kind(path) != JSONL:
         return ()
-    first_line = next(read_text(path, _ignore)).lstrip().partition("\n")[0]
-    try:
-        row = json.loads(first_line)
-    except ValueError:
-        return LAYOUTS[0]  # reading the file says where it is wrong
-    found = list(row) if isinstance(row, dict) else []
+    found = first_fields(path)
+    if found is None:
+        return LAYOUTS[0]  # reading the file says that it is empty
     for fields in LAYOUTS:
         if set(fields) <= set(found):
             return fields
     known = "; or ".join(" and ".join(fields) for fields in LAYOUTS)
-    raise UserError(f"{path}:1: the fields are {', '.join(found) or 'none'}; a line needs {known}")
+    raise UserError(f"{path}:1: the fields are {listed(found)}; a line needs {known}")
 
 
 def read_passages(path: Path) -> Iterator[tuple[str, str]]:
@@ -41,7 +41,7 @@ def read_passages(path: Path) -> Iterator[tuple[str, str]]:
         UserError: the file is damaged or has no lines; with the line where one is wrong.
     """
     empty = True
-    for context, continuation in _rows(path, PASSAGE):
+    for context, continuation in read_jsonl(path, PASSAGE, _ignore):
         empty = False
         yield context, continuation
     if empty:
@@ -58,8 +58,8 @@ def read_documents(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
         UserError: the file is damaged, binary or has no text; with the line where one is wrong.
     """
     if fields:
-        documents: Iterator[str] = map("".join, _rows(path, fields))
-    elif _kind(path) == ".parquet":
+        documents: Iterator[str] = map("".join, read_jsonl(path, fields, _ignore))
+    elif file_kind(path) == PARQUET:
         documents = read_parquet(path, "text", _ignore)
     else:
         documents = read_text(path, _ignore)
@@ -70,14 +70,6 @@ def read_documents(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
             yield document
     if empty:
         raise UserError(f"{path} has no text; leave it out")
-
-
-def _rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    return zip(*(read_jsonl(path, field, _ignore) for field in fields), strict=True)
-
-
-def _kind(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".xz").removesuffix(".gz")).suffix
 
 
 def _ignore(num_bytes: int) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.evaluate.likelihood import check_context
 from peerlm.evaluate.loading import default_context, load_model
 
@@ -31,7 +31,7 @@ class PeerHarness(HFLM):
     Args:
         pretrained: the folder of a run or a saved model.
         max_length: tokens read at once; default: as trained.
-        packs: folders of packs to load into it (`peerlm.surgery.pack`).
+        packs: folders of packs to load into it (`peerlm.packs.api`).
         options: as of `HFLM`, such as batch_size.
     """
 
@@ -89,12 +89,12 @@ def evaluate_tasks(
             )
         except OverflowError as error:
             raise UserError(
-                f"a perplexity of {', '.join(names)} is too large to write; ask for bits_per_byte instead"
+                f"a perplexity of {listed(names)} is too large to write; ask for bits_per_byte instead"
             ) from error
         except (UserError, OSError):
             raise
         except Exception as error:  # whatever templates, metrics and data raise
-            raise UserError(f"lm-eval cannot run {', '.join(names)} ({_short(error)}); mend the task file") from error
+            raise UserError(f"lm-eval cannot run {listed(names)} ({_short(error)}); mend the task file") from error
     return {name: _row(results, name) for name in results["results"]}
 
 
@@ -119,9 +119,7 @@ def _find_tasks(tasks: Sequence[str | Path]) -> tuple[TaskManager, list[str]]:
     try:
         manager = TaskManager(include_path=folders, include_defaults=bool(names))
     except Exception as error:  # whatever a YAML reader raises
-        raise UserError(
-            f"the task files of {', '.join(folders)} cannot be read ({_short(error)}); mend them"
-        ) from error
+        raise UserError(f"the task files of {listed(folders)} cannot be read ({_short(error)}); mend them") from error
     by_file = {Path(entry.yaml_path).resolve(): name for name, entry in manager.task_index.items() if entry.yaml_path}
     for file in files:
         if file.resolve() not in by_file:

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-import peerlm.model
-import peerlm.surgery  # noqa: F401, the two register our models, and converted ones, with transformers
+from peerlm.convert.saved import reading
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
-from peerlm.surgery.pack import load_pack
-from peerlm.surgery.saved import reading
+from peerlm.packs.api import load_pack
 
 MAX_DEFAULT_CONTEXT = 2048
 
@@ -23,7 +21,7 @@ def load_model(path: str | Path, packs: Sequence[str | Path] = ()) -> tuple[PreT
 
     Args:
         path: a run (its model/, or else its newest checkpoint) or a folder that `save_pretrained` wrote.
-        packs: folders of packs (`peerlm.surgery.pack`) to load into it.
+        packs: folders of packs (`peerlm.packs.api`) to load into it.
 
     Raises:
         UserError: no such folder, no model or tokenizer in it, damaged or missing weights, or a tokenizer

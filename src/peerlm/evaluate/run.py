@@ -18,7 +18,7 @@ from peerlm.evaluate.likelihood import Report
 from peerlm.evaluate.loading import default_context, load_model
 from peerlm.evaluate.perplexity import check_windows, score_text
 from peerlm.evaluate.progress import progress_bar
-from peerlm.metrics import record_usage
+from peerlm.usage import record_usage
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 """Tokens read in one forward pass, by device: few, so that on a CPU activations stay in its caches."""
@@ -46,7 +46,7 @@ def evaluate(
         limit: tokens of each file that are read; default: all.
         detokenized: read tokenised text, such as WikiText's, as people write it (see `evaluate.detokenize`); its bytes
             and words, which bits_per_byte and word_perplexity divide by, are still those of the file. Passages stay.
-        packs: folders of packs to load into the model (`peerlm.surgery.pack`).
+        packs: folders of packs to load into the model (`peerlm.packs.api`).
         progress: whether to show a bar on stderr, when that is a terminal.
 
     Returns:

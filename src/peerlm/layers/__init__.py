@@ -1,10 +1,13 @@
 """PEER and its rivals as modules on one device: `module(x, mask=None) -> y`, both (..., dim)."""
 
-from peerlm.layers.baselines import DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
+from peerlm.layers.dense import DenseFFW
 from peerlm.layers.expert_table import ExpertTable
+from peerlm.layers.moe import ExpertChoiceMoE, TokenChoiceMoE
 from peerlm.layers.peer import PEER
+from peerlm.layers.product_key_memory import ProductKeyMemory
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.layers.query_norm import QueryBatchNorm
+from peerlm.layers.table import Table
 
 __all__ = [
     "PEER",
@@ -14,5 +17,6 @@ __all__ = [
     "ProductKeyMemory",
     "ProductKeys",
     "QueryBatchNorm",
+    "Table",
     "TokenChoiceMoE",
 ]

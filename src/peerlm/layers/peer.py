@@ -6,8 +6,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peerlm.layers.checks import check_dropout, check_weight_scale, flatten_tokens
 from peerlm.layers.expert_table import ExpertTable
-from peerlm.layers.inputs import check_dropout, check_weight_scale, flatten_tokens
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.ops import api
@@ -40,13 +40,13 @@ class PEER(nn.Module):
             the layer starts as loud as ever, but steps of AdamW, whose size is that of the learning rate, change
             its output more.
         pairing: the id of the expert of sub-keys i and j: "row-major", i * n + j, or "shells", which a layer that
-            shall grow needs (`peerlm.surgery.grow`).
+            shall grow needs (`peerlm.growth.grow`).
         grown_from: of a layer that has grown and is not fully open, the number of experts before; see `ProductKeys`.
 
     Attributes:
         product_keys: the index, `ProductKeys`.
         experts: the rows, `ExpertTable`.
-        packs: None, or further experts that are retrieved together with these (`peerlm.surgery.pack`).
+        packs: None, or further experts that are retrieved together with these (`peerlm.packs.api`).
 
     Raises:
         ValueError: a setting is impossible; the message has the setting, its value, and the mend.

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlm.layers.inputs import check_sizes, flatten_tokens
+from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.layers.query_norm import QueryBatchNorm
 from peerlm.ops import api
-from peerlm.ops.reference import WEIGHTINGS
+from peerlm.ops.functions import WEIGHTINGS
 
 _KEY_LENGTH = 3**-0.5
 """Root mean square of a sub-key's length at the start."""
@@ -79,7 +79,7 @@ class ProductKeys(nn.Module):
         weighting: "softmax" over a head's k scores, "sigmoid", "relu", or "none" (the raw score).
         pairing: the id of expert (i, j): "row-major", i * n + j, or "shells", in which more sub-keys only append ids.
         grown_from: how many experts there were before the last growth, while those that it added are being opened
-            (`peerlm.surgery.grow`); None for a layer like any other.
+            (`peerlm.growth.grow`); None for a layer like any other.
         backend: a name in `peerlm.ops.api.BACKENDS`.
 
     Attributes:

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
-from peerlm.layers.inputs import check_settings
+from peerlm.layers.checks import check_settings
 
 # Kind of feed-forward layer -> its class. "dense" and "swiglu" take their size from `intermediate_size`, the
 # others their keyword arguments from the configuration field of the same name.

@@ -6,7 +6,6 @@ its feed-forward layer the mask of real tokens, and the initialisation.
 
 # ruff: noqa: RUF012, transformers declares its class settings as instance variables
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -240,18 +239,6 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def load_pack(self, folder: str | Path, name: str | None = None) -> str:
-        """`peerlm.surgery.pack.load_pack` of this model."""
-        from peerlm.surgery.pack import load_pack
-
-        return load_pack(self, folder, name)
-
-    def unload_pack(self, name: str) -> None:
-        """`peerlm.surgery.pack.unload_pack` of this model."""
-        from peerlm.surgery.pack import unload_pack
-
-        unload_pack(self, name)
 
     def _balance_loss(self) -> Tensor | float:
         losses = [

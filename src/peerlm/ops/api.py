@@ -1,50 +1,86 @@
 """The public operations: which backend computes them, and what is asked of their arguments.
 
-A backend is one file in this folder and one entry in `_MODULES`. An explicit choice works or explains itself: it never
-falls back. "auto" takes the native kernels where they were built and support the arguments, and otherwise what PyTorch
-has. Autocast stops here: the dtypes are those of the arguments, because scores rounded to bfloat16 would choose other
-experts.
+A backend is a module (`backend.py` says with which functions) and one entry in `_BACKENDS`. An explicit choice works or
+explains itself: it never falls back. "auto" takes the first backend that can. Autocast stops here: the dtypes are those
+of the arguments, because scores rounded to bfloat16 would choose other experts.
 """
 
+import importlib
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from peerlm.ops import bag, cpu, cpu_rows, native, onednn, reference
+from peerlm.ops.backend import Backend
+from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
-from peerlm.ops.rows import RowTable
+from peerlm.ops.row_updates import RowState
 
-_MODULES: dict[str, ModuleType] = {"reference": reference, "bag": bag, "cpu": cpu}
+_BACKENDS: dict[str, tuple[str, ...]] = {
+    "cpu": ("peerlm.ops.cpu.kernels",),
+    "bag": ("peerlm.ops.bag", "peerlm.ops.reference"),
+    "reference": ("peerlm.ops.reference", "peerlm.ops.reference_operators"),
+}
+"""Each backend's modules, in the order in which "auto" asks them: an operation is that of the first module that has it.
+They are imported when first asked for."""
 
-BACKENDS = ("auto", *_MODULES)
+BACKENDS = ("auto", *_BACKENDS)
+
+_loaded: dict[str, Backend] = {}
+
+
+def _backend(name: str) -> Backend:
+    """The first module of a backend, which speaks for all."""
+    return _module(_BACKENDS[name][0])
+
+
+def _module(path: str) -> Backend:
+    found = _loaded.get(path)
+    return _import(path) if found is None else found
+
+
+@torch.compiler.assume_constant_result  # torch.compile does not trace imports
+def _import(path: str) -> Backend:
+    _loaded[path] = cast(Backend, importlib.import_module(path))
+    return _loaded[path]
+
+
+def load_backends() -> None:
+    """Import every backend, so that `torch.ops.peerlm` is complete, as `torch.export.load` needs it."""
+    for paths in _BACKENDS.values():
+        for path in paths:
+            _module(path)
 
 
 def available_backends() -> dict[str, str]:
     """Each backend by name, and in one phrase what it is; "auto" says what it stands for."""
-    return {
-        "auto": "reference and bag"
-        if native.unavailable()
-        else "cpu for tensors on a CPU, otherwise reference and bag",
-        "reference": "the definition in eager PyTorch, any device, twice differentiable",
-        "bag": "expert mixing by PyTorch's embedding bags, any device, gathered rows are never materialised",
-        "cpu": native.description(),
-    }
+    able = [name for name in _BACKENDS if not _backend(name).unavailable()]
+    auto = f"the first that can compute with the tensors, of {', '.join(able)}"
+    return {"auto": auto} | {name: _backend(name).description() for name in _BACKENDS}
 
 
 def check_backend(backend: str) -> None:
     """Raise a ValueError where `backend` is not the name of a backend, or is one that cannot run on this machine."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend == "cpu" and (reason := native.unavailable()):
-        raise ValueError(f"backend is 'cpu', but {reason}; choose 'auto' or install peerlm again")
+    if backend == "auto":
+        return
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(('auto', *_BACKENDS))}")
+    if reason := _backend(backend).unavailable():
+        raise ValueError(f"backend is {backend!r}, but {reason}; choose 'auto' or install peerlm again")
 
 
 def check_activation(activation: str) -> None:
     """Raise a ValueError where `activation` is not the name of an activation."""
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; choose one of {', '.join(reference.ACTIVATIONS)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+
+
+def check_weighting(weighting: str) -> None:
+    """Raise a ValueError where `weighting` is not the name of a weighting."""
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting is {weighting!r}; choose one of {', '.join(WEIGHTINGS)}")
 
 
 def check_pairing(pairing: str) -> None:
@@ -53,9 +89,18 @@ def check_pairing(pairing: str) -> None:
         raise ValueError(f"pairing is {pairing!r}; choose one of {', '.join(PAIRINGS)}")
 
 
+def _offer(function: str, *arguments: object) -> Any:
+    """What the first backend gives that has this function and gives something; None where none does."""
+    for name in _BACKENDS:
+        offered = getattr(_backend(name), function, None)
+        if offered is not None and (found := offered(*arguments)):
+            return found
+    return None
+
+
 def use_huge_pages(tensor: Tensor) -> bool:
     """Ask the system to back a large CPU tensor by huge pages; returns whether it agreed."""
-    return native.use_huge_pages(tensor)
+    return bool(_offer("use_huge_pages", tensor))
 
 
 def move_to_start(source: Tensor, target: Tensor) -> bool:
@@ -63,30 +108,48 @@ def move_to_start(source: Tensor, target: Tensor) -> bool:
 
     Afterwards nothing may read `source`.
     """
-    return native.move_to_start(source, target)
+    return bool(_offer("move_to_start", source, target))
 
 
-def row_kernels(table: RowTable) -> ModuleType | None:
-    """The native module with `optim.row_step`'s functions for this table; None where there is none."""
-    return cpu_rows if cpu_rows.supports(table) else None
+def updates_rows_on(device: torch.device) -> bool:
+    """Whether some backend has kernels for a step of `optim.RowAdamW` on this device."""
+    return bool(_offer("updates_rows_on", device))
+
+
+def row_kernels(table: RowState) -> ModuleType | None:
+    """The module that has kernels for `optim.row_step`'s functions on this table; None where there is none."""
+    return cast("ModuleType | None", _offer("row_kernels", table))
 
 
 def fit_rules(
     a_SK: Tensor, c_SK: Tensor, *, tolerance: float, spreads: Tensor, num_probes: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """What `optim.catch_up.fit_rules` defines, natively; None where the kernels were not built. All float64."""
-    return None if native.unavailable() else cpu_rows.fit_rules(a_SK, c_SK, tolerance, spreads, num_probes)
+    return cast("tuple[Tensor, Tensor, Tensor] | None", _offer("fit_rules", a_SK, c_SK, tolerance, spreads, num_probes))
 
 
-def _choose(backend: str, fallback: str, *inputs: Tensor, rows: Tensor | None = None) -> ModuleType:
-    """The module that computes with these inputs; `fallback` is what "auto" takes where the native one cannot."""
+def _choose(
+    op: str,
+    backend: str,
+    *inputs: Tensor,
+    rows: Tensor | None = None,
+    scales: Tensor | None = None,
+    row_gradients: bool = False,
+) -> Backend:
+    """The module that computes `op` with these arguments: the first that can, or the one that is asked for.
+
+    Raises ValueError where it cannot.
+    """
     check_backend(backend)
-    if backend in ("auto", "cpu"):
-        reason = cpu.unsupported(*inputs, rows=rows)
-        if reason and backend == "cpu":
-            raise ValueError(f"backend is 'cpu', but {reason}; choose 'auto', or convert the tensors")
-        backend = fallback if reason else "cpu"
-    return _MODULES[backend]
+    reason = ""
+    for name in _BACKENDS if backend == "auto" else (backend,):
+        first = _backend(name)
+        reason = first.unavailable() or first.unsupported(
+            op, *inputs, rows=rows, scales=scales, row_gradients=row_gradients
+        )
+        if not reason:
+            return first if hasattr(first, op) else next(m for m in map(_module, _BACKENDS[name][1:]) if hasattr(m, op))
+    raise ValueError(f"backend is {backend!r}, but {reason}; choose 'auto', or convert the tensors")
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -98,8 +161,7 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 
 def linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     """The product x W^T of x (T, D) and weight (O, D), for queries; autocast applies, as to any linear layer."""
-    check_backend(backend)
-    return onednn.linear(x, weight) if backend in ("auto", "cpu") else torch.nn.functional.linear(x, weight)
+    return _choose("linear", backend, x, weight).linear(x, weight)
 
 
 def retrieve(
@@ -120,15 +182,18 @@ def retrieve(
         weighting: "softmax" over each head's k scores, "sigmoid", "relu", or "none" (the raw score).
         pairing: which id the expert of sub-keys i and j has: "row-major", i * n + j, or "shells", j * j + i where
             i < j, otherwise i * i + i + j, so that more sub-keys only append ids.
-        backend: a name in `BACKENDS`; "bag" has no retrieval of its own and takes the reference.
+        backend: a name in `BACKENDS`.
 
     Returns:
         weights (T, H, k) in float32 at least, and expert ids (T, H, k) int64 in 0 .. n * n - 1, best first.
-        Experts are ordered by the exact sum of their half scores, equal sums by ascending id. The reference scores
-        in the dtype of its arguments, float32 at least, the native kernels choose by float64 scores.
+        Experts are ordered by the exact sum of their half scores, equal sums by ascending id. Half scores are
+        computed in the dtype of the arguments, float32 at least, by native kernels in float64.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot compute with these tensors.
     """
     check_pairing(pairing)
-    module = _choose("reference" if backend == "bag" else backend, "reference", query, sub_keys)
+    module = _choose("retrieve", backend, query, sub_keys)
     with _without_autocast(query):
         return module.retrieve(query, sub_keys, k, weighting, pairing)
 
@@ -153,29 +218,31 @@ def mix_experts(
         scales: (N, 2 or 3) float32, what each vector of int8 rows is multiplied by; otherwise None.
         activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
         backend: a name in `BACKENDS`.
-        row_gradients: give the gradient of `rows` as a sparse tensor of the rows that occur; not with "bag".
+        row_gradients: give the gradient of `rows` as a sparse tensor of the rows that occur. torch.compile leaves the
+            call out of its graph.
 
     Returns:
         (T, D), in the dtype of x.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot compute with these arguments.
     """
-    module = _choose(backend, "reference" if row_gradients or scales is not None else "bag", x, weights, rows=rows)
-    if module is bag and (row_gradients or scales is not None):
-        raise ValueError("backend 'bag' has no sparse row gradients and takes no int8 rows; choose 'auto'")
-    options = {"row_gradients": True} if row_gradients else {}
+    module = _choose("mix_experts", backend, x, weights, rows=rows, scales=scales, row_gradients=row_gradients)
     with _without_autocast(x):
-        return module.mix_experts(x, weights, expert_ids, rows, scales, activation, **options)
+        if row_gradients:
+            return _uncompiled(module, "mix_experts", x, weights, expert_ids, rows, scales, activation)
+        return module.mix_experts(x, weights, expert_ids, rows, scales, activation)
 
 
 def mix_values(
     weights: Tensor, value_ids: Tensor, values: Tensor, *, backend: str = "auto", row_gradients: bool = False
 ) -> Tensor:
     """Sum each token's retrieved values: weights, value_ids (T, P), values (N, D) -> (T, D)."""
-    module = _choose(backend, "reference" if row_gradients else "bag", weights, rows=values)
-    if module is bag and row_gradients:
-        raise ValueError("backend 'bag' has no sparse row gradients; choose 'auto'")
-    options = {"row_gradients": True} if row_gradients else {}
+    module = _choose("mix_values", backend, weights, rows=values, row_gradients=row_gradients)
     with _without_autocast(weights):
-        return module.mix_values(weights, value_ids, values, **options)
+        if row_gradients:
+            return _uncompiled(module, "mix_values", weights, value_ids, values)
+        return module.mix_values(weights, value_ids, values)
 
 
 def dot_values(
@@ -183,12 +250,20 @@ def dot_values(
 ) -> Tensor:
     """Inner products of each token with its rows: x (T, D), value_ids (T, P), values (N, D) -> (T, P).
 
-    In float32 at least, with "bag" in the dtype of the values. With `mix_values` it makes experts that write another
+    In float32 at least, or in the dtype of the values. With `mix_values` it makes experts that write another
     width than they read: mix_values(weights * act(dot_values(x, ids, down)), ids, up).
     """
-    module = _choose(backend, "reference" if row_gradients else "bag", x, rows=values)
-    if module is bag and row_gradients:
-        raise ValueError("backend 'bag' has no sparse row gradients; choose 'auto'")
-    options = {"row_gradients": True} if row_gradients else {}
+    module = _choose("dot_values", backend, x, rows=values, row_gradients=row_gradients)
     with _without_autocast(x):
-        return module.dot_values(x, value_ids, values, **options)
+        if row_gradients:
+            return _uncompiled(module, "dot_values", x, value_ids, values)
+        return module.dot_values(x, value_ids, values)
+
+
+@torch.compiler.disable(
+    reason="the gradient of a table that RowAdamW trains is given by row, which a compiled graph cannot do: "
+    "compile without fullgraph=True, or train the table with another optimizer"
+)
+def _uncompiled(module: Backend, op: str, *arguments: object) -> Tensor:
+    """An operation whose row gradients go to an optimizer; it changes rows, which no graph shall take for constant."""
+    return cast(Tensor, getattr(module, op)(*arguments, row_gradients=True))

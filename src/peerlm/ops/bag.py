@@ -12,9 +12,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peerlm.ops.reference import ACTIVATIONS
+from peerlm.ops.functions import ACTIVATIONS
+from peerlm.ops.tensors import not_plain
 
 _SUM = 0  # the code of mode="sum" in the ATen operators
+
+
+def description() -> str:
+    """What this backend is, in one phrase."""
+    return "expert mixing by PyTorch's embedding bags, any device, gathered rows are never materialised"
+
+
+def unavailable() -> str:
+    """Why this machine does not have this backend: never."""
+    return ""
+
+
+def unsupported(
+    op: str, *inputs: Tensor, rows: Tensor | None = None, scales: Tensor | None = None, row_gradients: bool = False
+) -> str:
+    """Why these arguments cannot be computed here; empty where they can."""
+    if op in ("linear", "retrieve"):
+        return ""  # not of this module
+    if row_gradients:
+        return "embedding bags have no sparse row gradients"
+    if scales is not None or (rows is not None and not rows.is_floating_point()):
+        return "embedding bags take no int8 rows"
+    return not_plain(*inputs, *(() if rows is None else (rows,)))
 
 
 class _RowDots(torch.autograd.Function):
@@ -23,24 +47,42 @@ class _RowDots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, table_ND: Tensor, ids_TP: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, table_ND, ids_TP)
-        tokens, per_token = ids_TP.shape
-        token_of_entry = torch.arange(tokens, device=ids_TP.device).repeat_interleave(per_token)
-        offsets = torch.arange(tokens, device=ids_TP.device) * per_token
+        token_of_entry, offsets = _bags(ids_TP)
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             x_TD, table_ND, ids_TP.reshape(-1), offsets, token_of_entry, _SUM
         )
-        return dots.view(tokens, per_token)
+        return dots.view(ids_TP.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TP: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_TD, table_ND, ids_TP = ctx.saved_tensors
         needs_x, needs_table, _ = ctx.needs_input_grad
-        with torch.enable_grad():
-            table = table_ND.detach().requires_grad_(needs_table)
-            grad_x = mix_values(grad_TP, ids_TP, table)
-        grad_table = torch.autograd.grad(grad_x, table, x_TD)[0] if needs_table else None
-        return grad_x.detach() if needs_x else None, grad_table, None
+        grad_x = mix_values(grad_TP, ids_TP, table_ND) if needs_x else None
+        return grad_x, _table_gradient(grad_TP, x_TD, ids_TP, table_ND) if needs_table else None, None
+
+
+def _bags(ids_TP: Tensor) -> tuple[Tensor, Tensor]:
+    """The token of every entry, and the first entry of every token."""
+    tokens, per_token = ids_TP.shape
+    token_T = torch.arange(tokens, device=ids_TP.device)
+    return token_T.repeat_interleave(per_token), token_T * per_token
+
+
+def _table_gradient(weights_TP: Tensor, grad_TD: Tensor, ids_TP: Tensor, table_ND: Tensor) -> Tensor:
+    """The gradient of the table of bags with these weights, where their gradient is grad (T, D)."""
+    token_of_entry, offsets = _bags(ids_TP)
+    return torch.ops.aten._embedding_bag_dense_backward(
+        grad_TD,
+        ids_TP.reshape(-1),
+        token_of_entry,
+        torch.full_like(offsets, ids_TP.shape[1]),
+        offsets[:0],  # of mode="max" alone
+        table_ND.shape[0],
+        False,
+        _SUM,
+        weights_TP.to(table_ND.dtype).reshape(-1),
+    )
 
 
 def mix_values(weights_TP: Tensor, ids_TP: Tensor, values_ND: Tensor) -> Tensor:

@@ -5,76 +5,39 @@ T tokens, D model width, H heads, C half of key_dim, n sub-keys per half, N = n 
 K experts retrieved per head, P = H * K experts per token, R vectors in an expert's row (u, v and, if gated, g).
 """
 
-from collections.abc import Callable
-from functools import partial
+from types import EllipsisType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "identity": lambda hidden: hidden,
-    "one_plus": lambda hidden: 1 + hidden,
-}
-
-WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda scores: scores.softmax(dim=-1),
-    "sigmoid": torch.sigmoid,
-    "relu": F.relu,
-    "none": lambda scores: scores,
-}
+from peerlm.ops.scoring import half_scores, top_k
+from peerlm.ops.tensors import not_plain
 
 
-def half_scores(query_THX: Tensor, sub_keys_2HnC: Tensor) -> Tensor:
-    """Score each half of every query against that half's sub-keys.
-
-    Args:
-        query_THX: queries (T, H, 2C); the first C features meet the first set of sub-keys.
-        sub_keys_2HnC: (2, H, n, C), or (2, 1, n, C) where all heads share one set.
-
-    Returns:
-        (2, T, H, n), in float32 at least: half-precision inputs are widened first, so that rounding the
-        scores does not choose the experts.
-    """
-    dtype = torch.promote_types(query_THX.dtype, torch.float32)
-    query_2THC = query_THX.to(dtype).unflatten(-1, (2, -1)).movedim(-2, 0)
-    keys_2HnC = sub_keys_2HnC.to(dtype)
-    if keys_2HnC.shape[1] == 1:
-        return torch.stack([q_THC @ keys_nC.T for q_THC, (keys_nC,) in zip(query_2THC, keys_2HnC, strict=True)])
-    return torch.einsum("sthc,shnc->sthn", query_2THC, keys_2HnC)
+def description() -> str:
+    """What this backend is, in one phrase."""
+    return "the definition in eager PyTorch, any device, twice differentiable"
 
 
-TieBreak = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Takes the mask of rows that have a tie; gives, of those rows alone, the residuals and ids of their entries."""
+def unavailable() -> str:
+    """Why this machine does not have this backend: never."""
+    return ""
 
 
-def top_k(scores: Tensor, k: int, tie_break: TieBreak | None = None) -> tuple[Tensor, Tensor]:
-    """Values and positions of the k highest entries along the last dimension, highest first, in a total order.
+def unsupported(
+    op: str, *inputs: Tensor, rows: Tensor | None = None, scales: Tensor | None = None, row_gradients: bool = False
+) -> str:
+    """Why these arguments cannot be computed here: never, but for row gradients of tensors that are not plain."""
+    return not_plain(*inputs, rows) if row_gradients and rows is not None else ""
 
-    Entries are ordered by score plus residual taken exactly (the residual is what rounding cut off the score),
-    equal ones by ascending id; without `tie_break` residuals are zero and ids are positions. `torch.topk` leaves the
-    order of equal entries open, so rows in which it met a tie are sorted again.
-    """
-    values, positions = scores.topk(min(k + 1, scores.shape[-1]))
-    tied = (values[..., 1:] == values[..., :-1]).any(dim=-1)
-    if tied.any():
-        rows = scores[tied]
-        order = torch.arange(rows.shape[-1], device=rows.device).expand_as(rows)
-        residual, ids = (None, None) if tie_break is None else tie_break(tied)
-        for key, descending in ((ids, False), (residual, True), (rows, True)):  # least significant key first
-            if key is not None:
-                ranked = key.gather(-1, order).argsort(dim=-1, descending=descending, stable=True)
-                order = order.gather(-1, ranked)
-        positions[tied] = order[..., : positions.shape[-1]]
-        values[tied] = rows.gather(-1, positions[tied])
-    return values[..., :k], positions[..., :k]
+
+def linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
+    """The product x W^T, (T, O); autocast applies."""
+    return F.linear(x_TD, weight_OD)
 
 
 def retrieve_ids(scores_2THn: Tensor, k: int, pairing: str = "row-major") -> Tensor:
@@ -104,11 +67,11 @@ def _retrieve_pairs(scores_2THn: Tensor, k: int, pairing: str) -> tuple[Tensor, 
     score_i, score_j = best_i.index_select(-1, rank_a), best_j.index_select(-1, rank_b)
     total = score_i + score_j
 
-    def tie_break(tied: Tensor) -> tuple[Tensor, Tensor]:
+    def tie_break(tied: Tensor | EllipsisType) -> tuple[Tensor, Tensor]:
         i, j, t = score_i[tied], score_j[tied], total[tied]
         shadow = t - i  # Knuth's TwoSum: t + residual is the exact sum
         residual = (i - (t - shadow)) + (j - shadow)
-        return residual, PAIRINGS[pairing].ids(index_i[tied][:, rank_a], index_j[tied][:, rank_b], n)
+        return residual, PAIRINGS[pairing].ids(index_i[tied][..., rank_a], index_j[tied][..., rank_b], n)
 
     _, candidate = top_k(total, k, tie_break)
     return index_i.gather(-1, rank_a[candidate]), index_j.gather(-1, rank_b[candidate])

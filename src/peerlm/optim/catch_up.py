@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from peerlm.ops import api
-from peerlm.ops.rows import CatchUpRules
+from peerlm.ops.row_updates import CatchUpRules
 
 MAX_NODES = 8
 TOLERANCE = 1e-7

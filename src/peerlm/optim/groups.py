@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from peerlm.errors import listed
 from peerlm.optim.sparse_gradients import coalesced
 
 GROUP_NAMES = ("matrix", "vector", "table", "keys")
@@ -61,7 +62,7 @@ def _roles(model: nn.Module) -> dict[nn.Parameter, str]:
             if role not in ("table", "keys"):
                 raise ValueError(f"{path}.parameter_roles gives {name!r} the role {role!r}; use 'table' or 'keys'")
             if not hasattr(module, name):
-                raise ValueError(f"{path}.parameter_roles names {name!r}, which it does not have: {sorted(own)}")
+                raise ValueError(f"{path}.parameter_roles names {name!r}, which it does not have: {listed(own)}")
         for name, parameter in own.items():
             if not parameter.requires_grad:
                 continue

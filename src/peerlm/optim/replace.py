@@ -1,6 +1,6 @@
-"""A parameter takes another's place in an optimizer, with what the optimizer remembers of it."""
+"""Parameters take others' place in an optimizer, with what the optimizer remembers of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,16 +23,19 @@ def check_between_steps(optimizer: torch.optim.Optimizer, parameter: Tensor) -> 
         raise ValueError("a backward pass has updated a table and the step is open: call optimizer.step() first")
 
 
-def replace_parameter(
-    optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, carry: Callable[[Tensor, float], Tensor]
+def replace_parameters(
+    optimizer: torch.optim.Optimizer,
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    carry: Callable[[list[Tensor], float], list[Tensor]],
 ) -> None:
-    """Let `optimizer` train `new` from now on in place of `old`.
+    """Let `optimizer` train `new` from now on in place of `old`, each in the group of its predecessor.
 
     Args:
         optimizer: RowAdamW or one of torch's own, between two steps.
-        old, new: parameters; `new` may have another shape. Rows of a table are up to date.
-        carry: how a tensor that belongs to `old` becomes one that belongs to `new`: of the shape of `old`, or of its
-            first dimension alone; the number is that of new entries.
+        old, new: as many parameters; new ones may have other shapes. Rows of a table are up to date.
+        carry: how tensors that belong to `old` become those that belong to `new`: all of the shapes of `old`, or all
+            of their first dimensions alone; the number is that of new entries.
 
     What is remembered element by element (moments) or row by row is carried. New entries begin as if they had been
     there from the first step and never had a gradient: moments are zero, and steps go on being counted.
@@ -40,20 +43,38 @@ def replace_parameter(
     Raises:
         ValueError: the optimizer does not train `old`, or is within a step.
     """
-    if not holds(optimizer, old):
-        raise ValueError(f"the optimizer does not train this parameter {tuple(old.shape)}; pass the one that does")
-    check_between_steps(optimizer, old)
-    state: dict[str, Any] = optimizer.state.get(old, {})
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            continue
-        of_rows = name in _OF_ROWS and value.shape == old.shape[:1]
-        if value.shape == old.shape or of_rows:
-            state[name] = carry(value, float(state["step"]) if name == "weights_step" else 0.0)
-    optimizer.state.pop(old, None)
-    if state:
-        optimizer.state[new] = state
+    for parameter in old:
+        if not holds(optimizer, parameter):
+            raise ValueError(
+                f"the optimizer does not train this parameter {tuple(parameter.shape)}; pass the one that does"
+            )
+        check_between_steps(optimizer, parameter)
+    states: list[dict[str, Any]] = [optimizer.state.pop(parameter, {}) for parameter in old]
+    for name in list(states[0]):
+        values = [state[name] for state in states]
+        if _belongs_to(name, values, old):
+            carried = carry(values, float(states[0]["step"]) if name == "weights_step" else 0.0)
+            for state, value in zip(states, carried, strict=True):
+                state[name] = value
+    successors = dict(zip(map(id, old), zip(new, states, strict=True), strict=True))
+    for each, state in successors.values():
+        if state:
+            optimizer.state[each] = state
     for group in optimizer.param_groups:
-        group["params"] = [new if member is old else member for member in group["params"]]
-        if isinstance(optimizer, RowAdamW) and group["rows"] and any(member is new for member in group["params"]):
-            optimizer.watch(new)
+        taken = [successors[id(member)][0] for member in group["params"] if id(member) in successors]
+        group["params"] = [
+            successors[id(member)][0] if id(member) in successors else member for member in group["params"]
+        ]
+        if isinstance(optimizer, RowAdamW) and group["rows"]:
+            for parameter in taken:
+                optimizer.watch(parameter)
+
+
+def _belongs_to(name: str, values: list[Any], parameters: Sequence[Tensor]) -> bool:
+    """Whether these are of the shapes of the parameters, or have a number for each row of theirs."""
+    if not all(isinstance(value, Tensor) and value.ndim for value in values):
+        return False
+    pairs = list(zip(values, parameters, strict=True))
+    return all(value.shape == parameter.shape for value, parameter in pairs) or (
+        name in _OF_ROWS and all(value.shape == parameter.shape[:1] for value, parameter in pairs)
+    )

@@ -8,9 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from peerlm.ops import api
-from peerlm.ops import rows as row_seam
-from peerlm.ops.rows import RowStep, RowTable
+from peerlm.ops import api, row_updates
+from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.optim import row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
 from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_norms
@@ -29,7 +28,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     By default the weights are those of `torch.optim.AdamW`. A row without a gradient would move there too, by
     momentum and by weight decay: here it catches up when it is next read. Tables are watched through
-    `peerlm.ops.rows` for that; who reads rows without saying so there, or saves or evaluates the model, calls
+    `peerlm.ops.row_updates` for that; who reads rows without saying so there, or saves or evaluates the model, calls
     `catch_up()` first. Decaying learning rates, weight decay, and changing betas and eps are all right, though
     a change of betas or eps costs a sweep over the tables.
 
@@ -120,7 +119,7 @@ class RowAdamW(torch.optim.Optimizer):
         self._watch(parameter, self._group(parameter))
 
     def _watch(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        row_seam.watch_rows(parameter, self._watcher)
+        row_updates.watch_rows(parameter, self._watcher)
         if group["fused"]:
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._update_in_backward))
 
@@ -202,7 +201,7 @@ class RowAdamW(torch.optim.Optimizer):
         _kernels(table).update_rows(table, ids, gradient, step)
         parameter.grad = None
 
-    def _fused_update(self, parameter: Tensor) -> tuple[RowTable, RowStep]:
+    def _fused_update(self, parameter: Tensor) -> tuple[RowState, RowStep]:
         if _several_ranks():
             raise RuntimeError("fused=True cannot wait for the gradients of other ranks: use fused=False")
         group = self._group(parameter)
@@ -248,9 +247,9 @@ class RowAdamW(torch.optim.Optimizer):
     def _group(self, parameter: Tensor) -> dict[str, Any]:
         return next(group for group in self.param_groups if any(member is parameter for member in group["params"]))
 
-    def _table(self, parameter: Tensor) -> RowTable:
+    def _table(self, parameter: Tensor) -> RowState:
         state = self.state[parameter]
-        return RowTable(
+        return RowState(
             rows=parameter.data,  # in place without a new version: rows that autograd has saved do not change
             exp_avg=state.get("exp_avg"),
             exp_avg_sq=state["exp_avg_sq"],
@@ -340,7 +339,7 @@ class _Watcher:
     def takes_row_gradients(self, parameter: Tensor) -> bool:
         return not _several_ranks()  # DistributedDataParallel exchanges dense gradients
 
-    def fused_update(self, parameter: Tensor) -> tuple[RowTable, RowStep] | None:
+    def fused_update(self, parameter: Tensor) -> tuple[RowState, RowStep] | None:
         if not self.optimizer._group(parameter)["fused"]:
             return None
         return self.optimizer._fused_update(parameter)
@@ -386,7 +385,7 @@ def _is_plain(parameter: Tensor, state: State) -> bool:
     return same and parameter.dtype == state["exp_avg"].dtype == state["exp_avg_sq"].dtype != torch.bfloat16
 
 
-def _kernels(table: RowTable) -> Any:
+def _kernels(table: RowState) -> Any:
     """The module whose `update_rows` and `catch_up_rows` work on this table."""
     return api.row_kernels(table) or row_step
 

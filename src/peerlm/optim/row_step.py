@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from peerlm.ops.rows import CatchUpRules, RowStep, RowTable
+from peerlm.ops.row_updates import CatchUpRules, RowState, RowStep
 
 _ELEMENTS_AT_ONCE = 1 << 22
 
 
-def rows_behind(table: RowTable, ids: Tensor | None, now: int) -> Tensor:
+def rows_behind(table: RowState, ids: Tensor | None, now: int) -> Tensor:
     """The distinct rows among ids (int64, any shape), or of all, that are not right up to step `now`; ascending."""
     assert table.weights_step is not None
     if ids is None:
@@ -24,7 +24,7 @@ def rows_behind(table: RowTable, ids: Tensor | None, now: int) -> Tensor:
     return ids[table.weights_step[ids] < now].unique()
 
 
-def update_rows(table: RowTable, ids: Tensor | None, gradient_UX: Tensor, step: RowStep) -> None:
+def update_rows(table: RowState, ids: Tensor | None, gradient_UX: Tensor, step: RowStep) -> None:
     """One AdamW step of the rows that have a gradient (Loshchilov 2019, algorithm 2).
 
     Moments stored at an earlier step first decay by the steps since. Weights must be right up to step - 1.
@@ -39,7 +39,7 @@ def update_rows(table: RowTable, ids: Tensor | None, gradient_UX: Tensor, step: 
         _update(table, ids_U, gradient_UX[part], step)
 
 
-def _update(table: RowTable, ids_U: Tensor, gradient_UX: Tensor, step: RowStep) -> None:
+def _update(table: RowState, ids_U: Tensor, gradient_UX: Tensor, step: RowStep) -> None:
     dtype = torch.promote_types(table.rows.dtype, torch.float32)
     gradient = gradient_UX.to(dtype).flatten(1)
     rounding = _Rounding(step.seed, 2 * step.step, ids_U, gradient.shape[1])
@@ -65,7 +65,7 @@ def _update(table: RowTable, ids_U: Tensor, gradient_UX: Tensor, step: RowStep) 
         table.weights_step[ids_U] = step.step
 
 
-def catch_up_rows(table: RowTable, ids: Tensor, rules: CatchUpRules, step: RowStep) -> None:
+def catch_up_rows(table: RowState, ids: Tensor, rules: CatchUpRules, step: RowStep) -> None:
     """Bring rows up to date: what AdamW would have done to them while their gradients were zero.
 
     Moments stay as stored; they decay when the row is next updated.
@@ -80,7 +80,7 @@ def catch_up_rows(table: RowTable, ids: Tensor, rules: CatchUpRules, step: RowSt
         _catch_up(table, ids_U, rules, step)
 
 
-def _catch_up(table: RowTable, ids_U: Tensor, rules: CatchUpRules, step: RowStep) -> None:
+def _catch_up(table: RowState, ids_U: Tensor, rules: CatchUpRules, step: RowStep) -> None:
     assert table.weights_step is not None
     assert table.moments_step is not None
     device = table.rows.device
@@ -106,7 +106,7 @@ def _catch_up(table: RowTable, ids_U: Tensor, rules: CatchUpRules, step: RowStep
     table.weights_step[ids_U] = step.step
 
 
-def _parts(table: RowTable, ids: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+def _parts(table: RowState, ids: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Pieces of ids small enough that temporaries stay small, and where they stand."""
     if ids is None:
         ids = torch.arange(len(table.rows), device=table.rows.device)

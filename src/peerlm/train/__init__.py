@@ -1,5 +1,6 @@
 """Training runs: a recipe in, a folder with the model, its log and its checkpoints out."""
 
+from peerlm.errors import TrainingStopped
 from peerlm.train.config import (
     BudgetConfig,
     CheckpointConfig,
@@ -10,7 +11,6 @@ from peerlm.train.config import (
     TrainConfig,
 )
 from peerlm.train.recipe import load_recipe
-from peerlm.train.stopped import TrainingStopped
 from peerlm.train.trainer import TrainResult, train
 
 __all__ = [

@@ -1,6 +1,8 @@
 """From a configuration to the things that train: data, model, optimizer."""
 
+import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,31 +11,69 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from peerlm.data import TokenShards, TokenWindows, prepare
+from peerlm.data import Manifest, TokenShards, TokenWindows, prepare
+from peerlm.data.manifest import MANIFEST_FILE
+from peerlm.data.preparation import say_old_split
+from peerlm.data.request import difference, sources_said
+from peerlm.data.sources import fingerprint, resolve
 from peerlm.errors import UserError
 from peerlm.layers import ExpertTable, ProductKeys
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.ops import native
+from peerlm.ops import api
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.optim.catch_up import check_betas
+from peerlm.ranks import Ranks
 from peerlm.train.config import DataConfig, OptimConfig, TrainConfig
 from peerlm.train.growth import read_growths, with_shells
-from peerlm.train.ranks import Ranks
 from peerlm.train.recipe import unknown_key
+
+log = logging.getLogger(__name__)
 
 _QUICKER_BY_ROWS = 4
 """Retrieved rows of a step over rows of the table, up to which a step by rows took no longer (docs/log.md)."""
 
 
 def prepare_data(config: DataConfig, *, progress: bool) -> None:
-    """Prepare the data's folder where the configuration names sources and it is not there yet."""
-    if config.sources:
+    """Prepare the data's folder where the configuration names sources and it is not there yet.
+
+    A folder that is prepared already is used as it is; where it was made otherwise than configured, that is said.
+    """
+    if (Path(config.folder) / MANIFEST_FILE).is_file():
+        say_what_is_not_used(config)
+    elif config.sources:
         prepare(
             config.sources,
             config.folder,
             vocab_size=config.vocab_size,
             holdout=config.holdout,
             progress=progress,
+        )
+
+
+def say_what_is_not_used(config: DataConfig) -> None:
+    """Say which settings of [data] a folder that is prepared already leaves without effect."""
+    manifest = Manifest.read(config.folder)
+    say_old_split(config.folder, manifest)
+    if not config.sources:
+        return
+    different = []
+    try:
+        now = [fingerprint(source) for source in resolve(config.sources)]
+    except (UserError, OSError) as error:
+        made_from = sources_said(manifest.request["sources"])
+        different.append(f"sources = {made_from}, and those of the recipe cannot be read ({error})")
+    else:
+        if now != manifest.request["sources"]:
+            different.append(difference("sources", manifest.request["sources"], now))
+    for name in ("vocab_size", "holdout"):
+        if getattr(config, name) != manifest.request[name]:
+            different.append(difference(name, manifest.request[name], getattr(config, name)))
+    if different:
+        log.warning(
+            "%s is prepared already and used as it is, so that some settings of the recipe have no effect: it was "
+            "prepared with %s.",
+            config.folder,
+            "; ".join(different),
         )
 
 
@@ -158,7 +198,7 @@ def _need_of_rows(model: nn.Module, config: OptimConfig) -> str:
 
 
 def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether native kernels are there, rows can catch up exactly, and some table's step by rows is the quicker."""
+    """Whether there are kernels for rows, these can catch up exactly, and some table's step by rows is the quicker."""
     try:
         check_betas(config.optim.beta1, config.optim.beta2)
     except ValueError:
@@ -166,13 +206,9 @@ def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
     tokens = config.data.batch_size * config.data.context
     layers = [module for module in model.modules() if isinstance(module, ProductKeys)]
     largest = max((growth.sub_keys**2 for growth in read_growths(config.grow)), default=0)
-    return (
-        ranks.device.type == "cpu"
-        and not native.unavailable()
-        and any(
-            tokens * keys.heads * keys.experts_per_head <= _QUICKER_BY_ROWS * max(keys.num_experts, largest)
-            for keys in layers
-        )
+    return api.updates_rows_on(ranks.device) and any(
+        tokens * keys.heads * keys.experts_per_head <= _QUICKER_BY_ROWS * max(keys.num_experts, largest)
+        for keys in layers
     )
 
 

@@ -7,6 +7,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from peerlm.data import Manifest
+from peerlm.data.request import source_name
+from peerlm.errors import listed
 from peerlm.train.config import TrainConfig
 
 _CARD = """---
@@ -65,7 +68,10 @@ def model_card(config: TrainConfig, model: PreTrainedModel, summary: Mapping[str
             )
         ],
     )
-    sources = ", ".join(f"`{Path(source).name}`" for source in config.data.sources) or f"`{config.data.folder}`"
+    sources = f"`{config.data.folder}`"
+    if config.data.sources:  # what the folder was made from, which need not be what the recipe names
+        made_from = Manifest.read(config.data.folder).request["sources"]
+        sources = listed(f"`{Path(source_name(source)).name}`" for source in made_from)
     text = _CARD.format(
         metadata=data.to_yaml(),
         name=name,

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder, write_json
-from peerlm.ops.rows import rows_as_they_are
+from peerlm.ops.row_updates import rows_as_they_are
 
 PREFIX = "step-"
 _CHUNK_BYTES = 2**22

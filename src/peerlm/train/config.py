@@ -186,7 +186,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GrowConfig:
-    """Growth of PEER layers and product-key memories within the run (`peerlm.surgery.grow`)."""
+    """Growth of PEER layers and product-key memories within the run (`peerlm.growth.grow`)."""
 
     at: str = ""
     """Sub-keys of each half, and the share of the budget at which layers grow to them: "256@50%,512@75%"."""

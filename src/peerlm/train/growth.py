@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from peerlm.accounting import model_cost
 from peerlm.errors import UserError
-from peerlm.surgery import freeze_grown, grow, observe
-from peerlm.surgery.freeze import PARTS, Frozen
-from peerlm.surgery.pools import find_pools
+from peerlm.growth import freeze_grown, grow, observe
+from peerlm.growth.freezing import PARTS, Frozen
+from peerlm.growth.indexed import find_pools
 from peerlm.train.config import GrowConfig
 
 

@@ -9,9 +9,11 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from peerlm.errors import UserError
+from peerlm.data.manifest import MANIFEST_FILE
+from peerlm.errors import UserError, shortened
 from peerlm.train.config import UNBOUND_KEYS, TrainConfig
 from peerlm.train.presets import with_preset
+from peerlm.train.starter import starter_recipe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,6 +26,7 @@ ConfigT = TypeVar("ConfigT")
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a recipe (TOML), or the resolved config.json of a run, and change it by `overrides`.
 
+    A folder that `peerlm prepare` wrote stands for a recipe too, of a small model (see `starter_recipe`).
     An override is `section.key=value`; they apply in order. A value is written as in TOML; a bare word
     counts as a string, and null unsets a key. Overriding a key of [budget] replaces the recipe's budget.
     Raises UserError for a file that cannot be read, a key that does not exist (naming the nearest that does),
@@ -104,11 +107,13 @@ def first_difference(old: TrainConfig, new: TrainConfig) -> str | None:
     for key in [*flat_old, *(key for key in flat_new if key not in flat_old)]:
         before, after = (repr(flat[key]) if key in flat else "unset" for flat in (flat_old, flat_new))
         if before != after:
-            return f"{key} was {before}, now {after}"
+            return f"{key} was {shortened(before)}, now {shortened(after)}"
     return None
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if (path / MANIFEST_FILE).is_file():
+        return starter_recipe(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

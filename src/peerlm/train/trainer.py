@@ -20,13 +20,13 @@ import torch
 
 from peerlm.accounting import model_cost
 from peerlm.data import Batch, batches, load_tokenizer
-from peerlm.errors import UserError
+from peerlm.errors import TrainingStopped, UserError
 from peerlm.evaluate import held_out_loss
 from peerlm.files import atomic_folder, is_disk_full, write_json
-from peerlm.metrics import ExpertUsage, record_usage
+from peerlm.growth import grow, set_opening
+from peerlm.growth.freezing import Frozen
 from peerlm.optim import RowAdamW, clip_gradients, cosine, set_learning_rates, wsd
-from peerlm.surgery import grow, set_opening
-from peerlm.surgery.freeze import Frozen
+from peerlm.ranks import Ranks, join_ranks
 from peerlm.train.budget import Budget
 from peerlm.train.build import build_model, build_optimizer, open_data, wrap_forward
 from peerlm.train.card import model_card
@@ -34,11 +34,10 @@ from peerlm.train.checkpoint import TrainState, list_checkpoints, load_checkpoin
 from peerlm.train.config import OptimConfig, TrainConfig
 from peerlm.train.growth import check_growths, flops_after, grow_once, hold_still, opening_at, read_growths
 from peerlm.train.interrupts import Interrupts
-from peerlm.train.ranks import Ranks, join_ranks
 from peerlm.train.run_folder import check_run, last_good, open_run
 from peerlm.train.runlog import Display, RunLog
 from peerlm.train.step import accumulate_gradients
-from peerlm.train.stopped import TrainingStopped
+from peerlm.usage import ExpertUsage, record_usage
 
 
 @dataclass(frozen=True, kw_only=True)

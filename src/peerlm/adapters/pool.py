@@ -1,0 +1,127 @@
+"""A pool of low-rank experts that each token retrieves by product keys: what a retrieved adapter adds to a module."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peerlm.layers.checks import check_dropout, check_sizes, check_weight_scale, flatten_tokens
+from peerlm.layers.product_keys import ProductKeys
+from peerlm.layers.table import Table
+from peerlm.ops import api
+from peerlm.ops.functions import ACTIVATIONS
+
+
+class AdapterPool(nn.Module):
+    """N experts of rank r, of which a token retrieves heads * experts_per_head: the sum that a module's output gains.
+
+    y = weight_scale * sum over heads and retrieved experts i of weight_i * sum over j < r of act(u_ij . x) v_ij. With
+    activation "identity" an expert is a LoRA of rank r (Hu 2021, arXiv 2106.09685), of rank 1 it is one neuron of
+    PEER (He 2024, arXiv 2407.04153, section 2.1). The neurons of an expert share its key. All v are zero at the start,
+    and so is y.
+
+    u and v lie in tables of their own, because a linear map may write another width than it reads.
+
+    Args:
+        in_features: width of x.
+        out_features: width of y.
+        num_experts: N, a square number.
+        heads: independent queries per token.
+        experts_per_head: k, experts that each query retrieves.
+        key_dim: size of a query, even.
+        rank: r, neurons per expert.
+        activation: "identity", "gelu", "gelu_tanh", "relu" or "silu".
+        shared_keys: one set of sub-keys for all heads, or one per head.
+        query_norm: "layer", "batch" or "none". No mask of padding reaches a linear layer, so that with "batch"
+            padding enters the statistics of training batches.
+        weighting: "softmax" over a head's k scores, "sigmoid", "relu", or "none" (the raw score).
+        weight_scale: what weights are multiplied by; AdamW's steps, whose size is the learning rate, change the output
+            by as much more.
+        dropout: share of retrieved experts dropped per token in training; the others' weights are scaled up.
+        backend: a name in `peerlm.ops.api.BACKENDS`.
+
+    Attributes:
+        product_keys: the index, `ProductKeys`.
+        down, up: u and v, a `Table` each of N * rank rows; expert i has rows i * rank up to (i + 1) * rank.
+
+    Raises:
+        ValueError: a setting is impossible; the message has the setting, its value, and the mend.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        num_experts: int,
+        heads: int,
+        experts_per_head: int,
+        key_dim: int,
+        rank: int = 1,
+        activation: str = "identity",
+        shared_keys: bool = False,
+        query_norm: str = "layer",
+        weighting: str = "softmax",
+        weight_scale: float = 1.0,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        check_sizes(in_features=in_features, out_features=out_features, rank=rank)
+        api.check_activation(activation)
+        check_weight_scale(weight_scale)
+        check_dropout(dropout)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.activation = activation
+        self.weight_scale = weight_scale
+        self.dropout = dropout
+        self.product_keys = ProductKeys(
+            in_features,
+            num_experts=num_experts,
+            heads=heads,
+            experts_per_head=experts_per_head,
+            key_dim=key_dim,
+            shared_keys=shared_keys,
+            query_norm=query_norm,
+            weighting=weighting,
+            backend=backend,
+        )
+        self.down = Table(num_experts * rank, in_features, backend=backend)
+        self.down.fill(lambda rows: rows.normal_(std=in_features**-0.5))
+        self.up = Table(num_experts * rank, out_features, backend=backend)
+        self.up.fill(lambda rows: rows.zero_())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in_features) of any float dtype to (..., out_features), computed in the dtype of the pool."""
+        x_TD, _ = flatten_tokens(x, None, self.in_features)
+        x_TD = x_TD.to(self.product_keys.query_proj.weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # rounded queries would retrieve other experts
+            weights_THK, expert_ids_THK = self.product_keys(x_TD)
+        weights_TP = F.dropout(weights_THK.flatten(1) * self.weight_scale, self.dropout, self.training)
+        row_ids_TP = expert_ids_THK.flatten(1)
+        if self.rank > 1:
+            neurons = torch.arange(self.rank, device=x.device)
+            row_ids_TP = (row_ids_TP[..., None] * self.rank + neurons).flatten(1)
+            weights_TP = weights_TP.repeat_interleave(self.rank, dim=1)
+        hidden_TP = ACTIVATIONS[self.activation](self.down.dot(x_TD, row_ids_TP))
+        y_TD = self.up.mix(weights_TP.to(hidden_TP.dtype) * hidden_TP, row_ids_TP)
+        return y_TD.view(*x.shape[:-1], self.out_features)
+
+    def extra_flops_per_token(self, context: int) -> int:
+        """Forward FLOPs of the retrieved neurons; the index counts itself."""
+        keys = self.product_keys
+        return 2 * keys.heads * keys.experts_per_head * self.rank * (self.in_features + self.out_features)
+
+    def inactive_parameters(self) -> int:
+        """Parameters of the experts that one token does not retrieve."""
+        keys = self.product_keys
+        active = min(keys.heads * keys.experts_per_head, keys.num_experts)
+        return (keys.num_experts - active) * self.rank * (self.in_features + self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"activation={self.activation!r}, weight_scale={self.weight_scale}"
+        )

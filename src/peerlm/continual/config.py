@@ -1,0 +1,102 @@
+"""What learning without forgetting is: one frozen configuration, the stages in their order."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peerlm.errors import UserError
+from peerlm.train.config import BudgetConfig, OptimConfig
+
+
+def _require(holds: bool, key: str, value: object, mend: str) -> None:
+    if not holds:
+        raise UserError(f"{key} = {value!r}: {mend}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One domain that is learned."""
+
+    name: str
+    """What tables and folders call it."""
+    text: tuple[str, ...]
+    """Text, JSONL or parquet files to learn from; see `peerlm prepare`."""
+    heldout: str | None = None
+    """File that the perplexity is measured on; null: documents that are held out of the text."""
+
+    def __post_init__(self) -> None:
+        usable = bool(self.name) and "/" not in self.name and not self.name.startswith(".")
+        _require(usable, "stage.name", self.name, "take a name that a folder can have")
+        _require(bool(self.text), f"the text of stage {self.name!r}", self.text, "name at least one file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What the model is kept to while it learns: text of what it knows, and the model that it was before the stage."""
+
+    background: tuple[str, ...] = ()
+    """Files of text like that which the model was trained on."""
+    heldout: str | None = None
+    """File that its perplexity is measured on; null: documents that are held out of the background."""
+    remember: int = 256
+    """Windows of each finished stage's text that join the background; 0: none."""
+    kl: float = 0.0
+    """Weight of the divergence from the model before the stage, KL(before || now) in nats per token of the memory."""
+    kl_windows: int = 4
+    """Windows of the memory that the divergence is measured on in each step."""
+    replay: float = 0.0
+    """Windows of the memory that are learned once more for each window of new text, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.kl < math.inf, "memory.kl", self.kl, "must be 0 or more, and finite")
+        _require(self.kl_windows >= 1, "memory.kl_windows", self.kl_windows, "must be at least 1")
+        _require(0 <= self.replay <= 1, "memory.replay", self.replay, "must be 0 or more, at most 1")
+        _require(self.remember >= 0, "memory.remember", self.remember, "must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnConfig:
+    """A stream of domains and how they are learned, one after another."""
+
+    run: str
+    """Folder to write."""
+    model: str
+    """Run or saved model to start from."""
+    stages: tuple[StageConfig, ...]
+    """Domains, in the order in which they are learned."""
+    method: Literal["full", "lora", "grow", "pack", "sparse"] = "full"
+    """How the model changes; see `peerlm.continual.methods`."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the method; see its class."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Section [memory]."""
+    budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(tokens=120_000))
+    """Section [budget], of each stage; tokens are those of new text."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Section [optim]."""
+    data: str | None = None
+    """Folder of prepared text; null: RUN/data."""
+    context: int | None = None
+    """Tokens in a window; null: those that the model was trained with."""
+    batch_size: int = 8
+    """Windows in a step."""
+    heldout_windows: int | None = 128
+    """Windows of each held-out text that are read at the most; null: all."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only when the run is told to stop."""
+    seed: int = 0
+    """Of the order of the text and of new weights."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        _require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "must be 0 or more")
+        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+        if self.optim.tables == "fused" and self.method in ("grow", "pack", "sparse"):
+            raise UserError(
+                f"optim.tables = 'fused' does not go with method {self.method}: its backward pass updates all rows"
+            )
+        if self.optim.tables == "fused" and self.memory.kl:
+            raise UserError(
+                f"optim.tables = 'fused' does not go with memory.kl = {self.memory.kl:g}, a second backward pass in "
+                "each step: take 'exact'"
+            )

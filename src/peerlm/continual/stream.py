@@ -1,0 +1,233 @@
+"""A stream of domains, learned one after another; after each, how well the model knows all of them."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from peerlm.continual.config import LearnConfig, StageConfig
+from peerlm.continual.loop import Lesson, learn_stage
+from peerlm.continual.memory import Memory
+from peerlm.continual.method import Stage
+from peerlm.continual.methods import method_of
+from peerlm.continual.text import Text, read_text
+from peerlm.errors import UserError, shortened
+from peerlm.evaluate import held_out_loss
+from peerlm.evaluate.held_out import Windows
+from peerlm.evaluate.likelihood import check_context, device_of
+from peerlm.evaluate.loading import default_context, model_folder
+from peerlm.files import remove_partials, write_bytes, write_json
+from peerlm.ranks import Ranks
+from peerlm.train.config import CheckpointConfig, DataConfig, TrainConfig
+
+BACKGROUND = "background"
+"""What tables call the text that the model was trained on."""
+WINDOWS_PER_PASS = 8
+FREE = ("run", "data", "checkpoint_every")
+"""Settings that a resumed stream may change: weights do not depend on them."""
+
+Measure = Callable[[PreTrainedModel, PreTrainedTokenizerFast], dict[str, Any]]
+
+
+def learn(
+    config: LearnConfig, *, resume: bool = False, progress: bool = True, measure: Measure | None = None
+) -> list[dict[str, Any]]:
+    """Learn the stages of a configuration, in order, into the folder `config.run`.
+
+    It gets config.json, data/ (the texts as tokens), and for each stage stages/NUMBER-NAME/ with log.jsonl, what the
+    method leaves (model/, or pack/), and summary.json; then rows.json and table.md. With `resume` a stream goes on
+    from its newest checkpoint; however it was ended, weights become bit for bit those of a stream never interrupted,
+    given the same number of threads and a budget other than minutes.
+
+    Args:
+        config: what is learned and how.
+        resume: whether `config.run` is a stream to go on with; otherwise it must not exist or be empty.
+        progress: whether to show a bar (on a terminal) or lines (elsewhere) on stderr.
+        measure: called with the model, in evaluation mode, and its tokenizer before and after each stage; its figures
+            join the row.
+
+    Returns:
+        The rows: that of the model before ("stage" is None), then one for each stage, with "perplexity" by domain, and
+        what it took: "steps", "tokens" (of new text), "flops", "seconds", "trained_parameters".
+
+    Raises:
+        UserError: a setting, text, model or folder that cannot be used; a new folder is removed where no stage has
+            begun.
+        TrainingStopped: told to stop by a signal, or the loss or a gradient was not finite.
+    """
+    folder = Path(config.run)
+    _check_folder(config, folder, resume=resume)
+    try:
+        return _Stream(config, progress=progress, measure=measure).run()
+    except UserError:
+        if not resume and not any(folder.glob("stages/*/log.jsonl")):
+            rmtree(folder, ignore_errors=True)  # so that the same command works once the mistake is mended
+        raise
+
+
+class _Stream:
+    def __init__(self, config: LearnConfig, *, progress: bool, measure: Measure | None) -> None:
+        self.config, self.progress, self.measure = config, progress, measure
+        self.folder = Path(config.run)
+        self.stages = config.stages
+        self.method = method_of(config.method, config.settings)
+        self.base = model_folder(config.model)
+        _check_stages(self.stages)
+        model, self.tokenizer = self.method.load(self.base, [])
+        self.method.check(model, config.model)
+        for stage in self.stages:
+            self.method.check_name(stage.name)
+        self.context = config.context or default_context(config.model, model)
+        check_context(model, self.context)
+        memory = config.memory
+        if (memory.kl or memory.replay) and not memory.background:
+            raise UserError("--kl and --replay keep the model to what it knows: give text of that, --background FILE")
+        self.device = device_of(model)
+        self.ranks = Ranks(rank=0, world_size=1, device=self.device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_partials(self.folder)
+        write_json(self.folder / "config.json", asdict(config))
+        self.texts = self._read_texts()
+        self.first = self._read_or_make(self.folder / "before.json", lambda: {"stage": None, **self._measure(model)})
+
+    def run(self) -> list[dict[str, Any]]:
+        """All stages; see `learn`."""
+        rows = [self.first]
+        done: list[Path] = []
+        for number, stage in enumerate(self.stages):
+            folder = self.folder / "stages" / f"{number + 1}-{stage.name}"
+            summary = folder / "summary.json"
+            rows.append(self._read_or_make(summary, lambda: self._learn(number, stage, folder, done)))  # noqa: B023
+            rmtree(folder / "checkpoints", ignore_errors=True)
+            done.append(folder)
+        write_json(self.folder / "rows.json", {"rows": rows})
+        write_bytes(self.folder / "table.md", markdown_matrix(rows).encode())
+        return rows
+
+    def _learn(self, number: int, stage: StageConfig, folder: Path, done: list[Path]) -> dict[str, Any]:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder / "checkpoints"):
+            remove_partials(place)
+        config = self.config
+        model, tokenizer = self.method.load(self.base, done)
+        before = None
+        if config.memory.kl:
+            before, _ = self.method.load(self.base, done)
+        where = Stage(name=stage.name, folder=folder, seed=config.seed + number, memory=self._memory(number))
+        torch.manual_seed(where.seed)
+        lesson = Lesson(
+            config=self._train_config(folder),
+            memory_config=config.memory,
+            method=self.method,
+            stage=where,
+            model=self.method.prepare(model, where),
+            before=before,
+            text=self.texts[stage.name],
+        )
+        took = learn_stage(lesson, self.ranks, progress=self.progress)
+        model = self.method.finish(lesson.model)
+        model.eval()
+        self.method.save(model, tokenizer, where)
+        return {"stage": stage.name, **self._measure(model), **took}
+
+    def _train_config(self, folder: Path) -> TrainConfig:
+        config = self.config
+        optim = replace(config.optim, tables="lazy") if self.method.lazy else config.optim
+        return TrainConfig(
+            run=str(folder),
+            data=DataConfig(folder=str(folder), context=self.context, batch_size=config.batch_size),
+            budget=config.budget,
+            optim=optim,
+            checkpoint=CheckpointConfig(every=config.checkpoint_every),
+            seed=config.seed,
+        )
+
+    def _memory(self, number: int) -> Memory | None:
+        """The background, and what is remembered of the stages before this one."""
+        memory = self.config.memory
+        texts: list[tuple[Windows, int | None]] = []
+        if memory.background:
+            texts.append((self.texts[BACKGROUND].train, None))
+        if memory.remember:
+            texts += [(self.texts[stage.name].train, memory.remember) for stage in self.stages[:number]]
+        return Memory(texts, self.config.seed) if texts else None
+
+    def _read_texts(self) -> dict[str, Text]:
+        memory = self.config.memory
+        sources = {stage.name: (stage.text, stage.heldout) for stage in self.stages}
+        if memory.background:
+            sources = {BACKGROUND: (memory.background, memory.heldout), **sources}
+        data = Path(self.config.data) if self.config.data else self.folder / "data"
+        return {
+            name: read_text(
+                files,
+                heldout,
+                data / name,
+                tokenizer=self.tokenizer,
+                tokenizer_folder=self.base,
+                context=self.context,
+                progress=self.progress,
+            )
+            for name, (files, heldout) in sources.items()
+        }
+
+    def _measure(self, model: PreTrainedModel) -> dict[str, Any]:
+        losses = {
+            name: held_out_loss(model, text.heldout, batch_size=WINDOWS_PER_PASS, limit=self.config.heldout_windows)
+            for name, text in self.texts.items()
+        }
+        figures = {"loss": losses, "perplexity": {name: math.exp(loss) for name, loss in losses.items()}}
+        return figures | (self.measure(model, self.tokenizer) if self.measure else {})
+
+    @staticmethod
+    def _read_or_make(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if not path.is_file():
+            write_json(path, make())
+        row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return row
+
+
+def markdown_matrix(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Perplexities of rows of `learn` in Markdown: a row for each stage, a column for each domain."""
+    domains = list(rows[0]["perplexity"])
+    lines = ["| after | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
+    for row in rows:
+        cells = (f"{row['perplexity'][domain]:,.2f}" for domain in domains)
+        lines.append(f"| {row['stage'] or 'nothing'} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _check_stages(stages: Sequence[StageConfig]) -> None:
+    names = [stage.name for stage in stages]
+    if not names:
+        raise UserError("there is nothing to learn: name a text, --text FILE")
+    for name in names:
+        if names.count(name) > 1 or name == BACKGROUND:
+            raise UserError(
+                f"two texts would be called {name!r} in tables and folders: rename one of the files, or give names, "
+                "--text NAME=FILE"
+            )
+
+
+def _check_folder(config: LearnConfig, folder: Path, *, resume: bool) -> None:
+    """UserError unless the folder is new, or is that of this very stream and shall be gone on with."""
+    if not resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists already: --resume it, or choose another --output")
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"there is nothing to resume in {folder}: leave out --resume to start")
+    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(asdict(config)))
+    for key in now:
+        if key not in FREE and before.get(key) != now[key]:
+            raise UserError(
+                f"cannot resume {folder}, for {key} was {shortened(repr(before.get(key)))}, now "
+                f"{shortened(repr(now[key]))}: give what it was started with, or choose another --output"
+            )

@@ -1,0 +1,68 @@
+"""Convert a saved model to another folder."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peerlm.convert.conversion import convert, unconvert
+from peerlm.convert.record import conversion_of
+from peerlm.convert.saved import check_seed, count_parameters, load_saved, save_changed
+from peerlm.errors import UserError
+
+
+def convert_folder(
+    source: Path,
+    output: Path,
+    *,
+    mode: str = "beside",
+    layers: str | Sequence[int] | None = None,
+    init: str = "random",
+    settings: dict[str, Any] | None = None,
+    samples: Iterable[Mapping[str, Any]] | None = None,
+    undo: bool = False,
+    seed: int = 0,
+    report: Callable[[str, int, int], object] | None = None,
+) -> dict[str, Any]:
+    """Load a model that `save_pretrained` wrote, convert it (or with `undo` unconvert it), and save it.
+
+    Args:
+        source: its folder; the class that its configuration names is loaded.
+        output: the folder to write, whole or not at all; the tokenizer is copied.
+        mode, layers, init, settings, samples: as `convert` takes them.
+        undo: call `unconvert`, and nothing else.
+        seed: of the new weights.
+        report: as of `fit_neurons`.
+
+    Returns:
+        "layers" (paths of the feed-forward layers), "mode", "init", "parameters_before", "parameters_after".
+
+    Raises:
+        UserError: the output exists, the model cannot be read, or `convert` refuses it.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already; name a new folder")
+    check_seed(seed)
+    model = load_saved(source)
+    before = count_parameters(model)
+    torch.manual_seed(seed)
+    try:
+        if undo:
+            record = conversion_of(model)
+            unconvert(model)
+        else:
+            fit = {"seed": seed, "report": report}
+            convert(model, mode=mode, layers=layers, init=init, samples=samples, fit=fit, **(settings or {}))
+            record = conversion_of(model)
+    except (ValueError, TypeError, FloatingPointError, RuntimeError, MemoryError) as error:  # torch's for memory too
+        raise UserError(f"cannot convert {source}: {error}") from error
+    assert record is not None  # unconvert refuses a model without one
+    save_changed(model, source, output)
+    return {
+        "layers": [site.path for site in record.read_sites()],
+        "mode": record.mode,
+        "init": record.init,
+        "parameters_before": before,
+        "parameters_after": count_parameters(model),
+    }

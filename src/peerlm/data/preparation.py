@@ -1,0 +1,430 @@
+"""Text to token shards: two passes over the sources, the result all or nothing."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import secrets
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from peerlm.data.manifest import (
+    FORMAT,
+    MANIFEST_FILE,
+    SPLITS,
+    TOKEN_DTYPES,
+    TOKENIZER_FOLDER,
+    Manifest,
+    SplitRecord,
+    file_sha256,
+)
+from peerlm.data.request import difference, request_of
+from peerlm.data.shards import TokenShards
+from peerlm.data.sources import HubDataset, Survey, read_documents, survey
+from peerlm.data.split import TAIL_SHARE, choose_heldout, copy_key, cut_tail, document_key
+from peerlm.data.text_files import check_name, tally
+from peerlm.data.tokenizer import (
+    MIN_VOCAB_SIZE,
+    encoder,
+    load_tokenizer,
+    open_tokenizer,
+    pieces,
+    tokenizer_file,
+    train_tokenizer,
+)
+from peerlm.data.writer import SplitWriter
+from peerlm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_BATCH_CHARACTERS = 2**21
+
+Documents = Callable[[], Iterator[str]]
+"""Begins to read the documents, each time from the start."""
+
+log = logging.getLogger(__name__)
+"""Says on stderr, where nobody has set it up otherwise, what was passed over or is not as asked for."""
+
+
+def prepare(
+    sources: Sequence[str | Path],
+    output: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    vocab_size: int = 4096,
+    holdout: float | None = 0.02,
+    heldout_bytes: int = 0,
+    seed: int = 0,
+    text_field: str = "text",
+    shard_tokens: int = 2**26,
+    tokenizer_bytes: int = 2**26,
+    progress: bool = True,
+) -> Manifest:
+    """Turn text into a folder of token shards with a tokenizer, a held-out split and a manifest.
+
+    The first pass over the sources finds the size and keyed hash of each document, and keeps a random sample
+    of the text from which the tokenizer is learned; the second tokenizes. Memory holds the sample, one batch, one
+    document, and about 100 bytes per document. Copies of a document, which differ in white space and the like (see
+    `split.copy_key`), are kept, and lie in one split. Of a single document the end is held out (`split.cut_tail`).
+
+    The folder appears under its name when it is complete. When it is there already, made from the same sources
+    with the same arguments, it is left as it is and its manifest returned. A process killed halfway leaves a
+    folder OUTPUT.partial-..., which may be deleted.
+
+    Args:
+        sources: see `read_documents`.
+        output: the folder to make; its parents are made too.
+        tokenizer: a tokenizer.json or a folder with one; None learns one from the training documents.
+        vocab_size: tokens of the vocabulary to learn, at least 257; of no effect with `tokenizer`.
+        holdout: share of the text to hold out, within (0, 1); see `split.choose_heldout`. None holds nothing out.
+        heldout_bytes: hold out at least this much of a text, however short, but not more than a fifth of it.
+        seed: key of the choice of held-out documents, 0 or more.
+        text_field: the JSON field or parquet column that holds the text.
+        shard_tokens: most tokens in one shard.
+        tokenizer_bytes: UTF-8 bytes of text to learn the tokenizer from, a random sample of documents; of no
+            effect with `tokenizer`.
+        progress: show progress, speed and time left on stderr.
+
+    Raises:
+        UserError: a source that cannot be read or holds no text (with file and line), a single document that is too
+            short to hold out its end, an argument out of range, a tokenizer that cannot be read, or an `output` that
+            exists and is something else.
+    """
+    _check_ranges(vocab_size if tokenizer is None else None, holdout, seed, shard_tokens, tokenizer_bytes)
+    given = None if tokenizer is None else open_tokenizer(tokenizer)
+    surveyed = survey(sources)
+    request = request_of(
+        surveyed.found,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        holdout=holdout,
+        heldout_bytes=heldout_bytes,
+        seed=seed,
+        text_field=text_field,
+        shard_tokens=shard_tokens,
+        tokenizer_bytes=tokenizer_bytes,
+    )
+    output = Path(output).resolve()
+    check_name(output)
+    if (existing := _existing(output, request)) is not None:
+        return existing
+    _say_passed_over(surveyed)
+
+    with _whole_or_not_at_all(output) as folder, _progress_bar(progress) as bar:
+        sample_bytes = 0 if given else tokenizer_bytes
+        scan = _scan(sources, text_field, seed, sample_bytes, _bytes_on_disk(surveyed.found), bar)
+        documents: Documents = partial(read_documents, sources, text_field=text_field)
+        distinct = len(np.unique(np.asarray(scan.keys)))
+        copies = len(scan.keys) - distinct
+        heldout: frozenset[int] = frozenset()
+        share = 0.0 if holdout is None else max(holdout, min(heldout_bytes / sum(scan.sizes), TAIL_SHARE))
+        if holdout is not None and distinct == 1:
+            documents = partial(_halves, documents, share)
+            scan = _scan_documents(documents(), seed, sample_bytes)
+            heldout = frozenset(scan.keys[1:])
+            _say_cut(scan, copies)
+            copies = 0
+        elif holdout is not None:
+            heldout = choose_heldout(scan.keys, scan.sizes, share, order=scan.order)
+            _say_split(scan, heldout, holdout, copies)
+        used = given or _learn(scan, heldout, vocab_size, tokenizer_bytes, bar)
+        used.save_pretrained(folder / TOKENIZER_FOLDER)
+        largest_id = max(used.get_vocab().values())
+        dtype = TOKEN_DTYPES[0] if largest_id < 2**16 else TOKEN_DTYPES[1]
+        with ExitStack() as open_files:
+            writers = {
+                split: open_files.enter_context(SplitWriter(folder, split, dtype, shard_tokens)) for split in SPLITS
+            }
+            _encode(
+                _pieces(documents(), seed, heldout),
+                used,
+                writers,
+                scan,
+                bar,
+            )
+            splits = {split: writer.finish() for split, writer in writers.items()}
+        _check_unchanged(splits, scan, heldout)
+        manifest = Manifest(
+            format=FORMAT,
+            request=request,
+            vocab_size=largest_id + 1,
+            eos_token_id=used.eos_token_id,
+            dtype=dtype,
+            tokenizer_sha256=file_sha256(tokenizer_file(folder / TOKENIZER_FOLDER)),
+            splits=splits,
+            files={"read": dict(surveyed.read), "passed_over": dict(surveyed.passed_over)},
+            copies=copies,
+        )
+        manifest.write(folder)
+    return manifest
+
+
+def _check_ranges(
+    vocab_size: int | None, holdout: float | None, seed: int, shard_tokens: int, tokenizer_bytes: int
+) -> None:
+    if vocab_size is not None and vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size is {vocab_size}: it must be at least {MIN_VOCAB_SIZE}, for the 256 bytes and the end of text"
+        )
+    if holdout is not None and not 0 < holdout < 1:
+        raise UserError(f"holdout is {holdout}: it must lie between 0 and 1, both excluded, such as 0.02 for 2%")
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed}: it must be 0 or more and below 2**64")
+    if shard_tokens < 1 or tokenizer_bytes < 1:
+        raise UserError(f"shard_tokens and tokenizer_bytes must be 1 or more, got {shard_tokens} and {tokenizer_bytes}")
+
+
+def _existing(output: Path, request: dict[str, Any]) -> Manifest | None:
+    """The manifest of what this request has made before, or None where `output` is free."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if not (output / MANIFEST_FILE).is_file():
+        raise UserError(f"{output} exists and holds something else than prepared data: choose another output")
+    manifest = Manifest.read(output)
+    for name in {**manifest.request, **request}:
+        before, value = manifest.request.get(name), request.get(name)
+        if before != value:
+            raise UserError(
+                f"{output} was prepared with {difference(name, before, value)}: choose another output, or delete it to "
+                "prepare it anew"
+            )
+    for split in SPLITS:
+        TokenShards(output, split)
+    load_tokenizer(output)
+    say_old_split(output, manifest)
+    return manifest
+
+
+def say_old_split(folder: str | Path, manifest: Manifest) -> None:
+    """Say so where the split of a prepared folder is of an older version."""
+    if manifest.copies is None:
+        log.warning(
+            "%s was prepared by an older version: held-out documents may have copies in the training text that differ "
+            "in white space or line ends. Delete the folder to prepare it anew.",
+            folder,
+        )
+
+
+@contextmanager
+def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
+    """A new folder beside `output` that takes its name when the context ends well, else is deleted."""
+    partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _say_passed_over(surveyed: Survey) -> None:
+    if number := sum(surveyed.passed_over.values()):
+        log.warning(
+            "Of the files, %s are read (%s) and %s are passed over (%s).",
+            f"{len(surveyed.found):,}",
+            tally(surveyed.read),
+            f"{number:,}",
+            tally(surveyed.passed_over),
+        )
+
+
+def _say_cut(scan: _Scan, copies: int) -> None:
+    left_out = f" Its other copies, {copies:,} of them, are left out." if copies else ""
+    log.warning(
+        "The text is one document, so its end is held out: %s of %s bytes, %.1f%%.%s Put lines <|endoftext|> between "
+        "documents to hold out whole ones.",
+        f"{scan.sizes[1]:,}",
+        f"{sum(scan.sizes):,}",
+        100 * scan.sizes[1] / sum(scan.sizes),
+        left_out,
+    )
+
+
+def _say_split(scan: _Scan, heldout: frozenset[int], holdout: float, copies: int) -> None:
+    if copies:
+        log.warning(
+            "%s of the %s documents are copies of others, white space and line ends aside; a document and its copies "
+            "lie in one split.",
+            f"{copies:,}",
+            f"{len(scan.keys):,}",
+        )
+    share = sum(size for key, size in zip(scan.keys, scan.sizes, strict=True) if key in heldout) / sum(scan.sizes)
+    if not holdout / 2 <= share <= 2 * holdout:
+        log.warning(
+            "%.2g%% of the text is held out where %.2g%% was asked for: documents are held out whole, and more of a "
+            "short text.",
+            100 * share,
+            100 * holdout,
+        )
+
+
+def _progress_bar(shown: bool) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+
+
+def _bytes_on_disk(sources: Sequence[Path | HubDataset]) -> int | None:
+    files = [source for source in sources if isinstance(source, Path)]
+    return sum(file.stat().st_size for file in files) if len(files) == len(sources) else None
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What the first pass found."""
+
+    keys: array[int]
+    """The 64-bit `copy_key` of each document."""
+    order: array[int]
+    """The 64-bit `document_key` of each document."""
+    sizes: array[int]
+    """The UTF-8 bytes of each document."""
+    sample: list[tuple[int, str]]
+    """Texts of a random sample of documents or their pieces, each after the copy key of its document."""
+
+
+def _scan(
+    sources: Sequence[str | Path],
+    text_field: str,
+    seed: int,
+    sample_bytes: int,
+    bytes_on_disk: int | None,
+    bar: Progress,
+) -> _Scan:
+    """Read everything once."""
+    task = bar.add_task("reading", total=bytes_on_disk)
+    documents = read_documents(sources, text_field=text_field, advance=lambda num_bytes: bar.advance(task, num_bytes))
+    return _scan_documents(documents, seed, sample_bytes)
+
+
+def _scan_documents(documents: Iterable[str], seed: int, sample_bytes: int) -> _Scan:
+    """The sample is the documents, or pieces of long ones, first in order that `sample_bytes` has room for."""
+    keys, order, sizes = array("Q"), array("Q"), array("Q")
+    sample: list[tuple[int, int, str, int]] = []
+    room = sample_bytes
+    for text in documents:
+        data = text.encode()
+        keys.append(copy_key(text, seed))
+        order.append(document_key(data, seed))
+        sizes.append(len(data))
+        if not sample_bytes:
+            continue
+        for part in [text] if len(data) <= sample_bytes // 8 else pieces(text):
+            data = part.encode()
+            heapq.heappush(sample, (-document_key(data, seed), keys[-1], part, len(data)))
+            room -= len(data)
+            while room < 0:
+                room += heapq.heappop(sample)[3]
+    return _Scan(keys, order, sizes, [(key, text) for _, key, text, _ in sorted(sample, reverse=True)])
+
+
+def _halves(documents: Documents, holdout: float) -> Iterator[str]:
+    """The first document as two, of which the second is held out."""
+    reading = documents()
+    yield from cut_tail(next(reading), holdout)
+
+
+def _learn(
+    scan: _Scan, heldout: frozenset[int], vocab_size: int, tokenizer_bytes: int, bar: Progress
+) -> PreTrainedTokenizerFast:
+    texts = [text for key, text in scan.sample if key not in heldout]
+    if not texts:
+        raise UserError(
+            f"tokenizer_bytes is {tokenizer_bytes}, too few for one training document to learn the tokenizer "
+            "from: raise it"
+        )
+    task = bar.add_task("learning the tokenizer", total=None)
+    tokenizer = train_tokenizer(texts, vocab_size)
+    bar.remove_task(task)
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Part of a document."""
+
+    split: str
+    text: str
+    document_bytes: int | None
+    """UTF-8 bytes of the whole document, in its last piece alone."""
+
+
+def _pieces(documents: Iterator[str], seed: int, heldout: frozenset[int]) -> Iterator[_Piece]:
+    for text in documents:
+        data = text.encode()
+        split = "heldout" if copy_key(text, seed) in heldout else "train"
+        *firsts, last = pieces(text)
+        for first in firsts:
+            yield _Piece(split, first, None)
+        yield _Piece(split, last, len(data))
+
+
+def _encode(
+    stream: Iterator[_Piece],
+    tokenizer: PreTrainedTokenizerFast,
+    writers: dict[str, SplitWriter],
+    scan: _Scan,
+    bar: Progress,
+) -> None:
+    """Tokenize on all cores, by the tokenizer's own parallelism, and write; each document ends in a token."""
+    task = bar.add_task("tokenizing", total=sum(scan.sizes))
+    engine = encoder(tokenizer)
+    end_of_text = np.array([tokenizer.eos_token_id])
+    for batch in _batched(stream):
+        encodings = engine.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
+        for piece, encoding in zip(batch, encodings, strict=True):
+            writer = writers[piece.split]
+            writer.append(np.array(encoding.ids, np.int64))
+            if piece.document_bytes is not None:
+                writer.append(end_of_text)
+                writer.end_document(piece.document_bytes)
+                bar.advance(task, piece.document_bytes)
+
+
+def _batched(stream: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    characters = 0
+    for piece in stream:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _check_unchanged(splits: dict[str, SplitRecord], scan: _Scan, heldout: frozenset[int]) -> None:
+    documents = sum(split.documents for split in splits.values())
+    num_bytes = sum(split.bytes for split in splits.values())
+    if (documents, num_bytes) != (len(scan.sizes), sum(scan.sizes)) or bool(heldout) != bool(
+        splits["heldout"].documents
+    ):
+        raise UserError(
+            f"the sources changed while they were read, from {len(scan.sizes)} documents of "
+            f"{sum(scan.sizes)} bytes to {documents} of {num_bytes}: prepare them again when they are at rest"
+        )

@@ -1,0 +1,66 @@
+"""What a prepared folder was asked for: the request in its manifest, and how another one differs from it, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peerlm.data.manifest import file_sha256
+from peerlm.data.sources import HubDataset, fingerprint
+from peerlm.data.tokenizer import tokenizer_file
+from peerlm.errors import shortened
+
+
+def request_of(
+    found: Sequence[Path | HubDataset],
+    *,
+    tokenizer: str | Path | None,
+    vocab_size: int,
+    holdout: float | None,
+    heldout_bytes: int,
+    seed: int,
+    text_field: str,
+    shard_tokens: int,
+    tokenizer_bytes: int,
+) -> dict[str, Any]:
+    """The arguments of `prepare` as JSON values: equal requests make equal folders."""
+    request = {
+        "sources": [fingerprint(source) for source in found],
+        "text_field": text_field,
+        "holdout": holdout,
+        "seed": seed,
+        "shard_tokens": shard_tokens,
+        "tokenizer": None if tokenizer is None else file_sha256(tokenizer_file(tokenizer)),
+        "vocab_size": vocab_size if tokenizer is None else None,
+        "tokenizer_bytes": tokenizer_bytes if tokenizer is None else None,
+    }
+    return request | ({"heldout_bytes": heldout_bytes} if heldout_bytes else {})
+
+
+def difference(name: str, before: object, now: object) -> str:
+    """How one entry of a request differs from another's, in bounded words: `seed = 0, not 1`."""
+    if name == "sources" and isinstance(before, Sequence) and isinstance(now, Sequence):
+        return _source_difference(before, now)
+    return f"{name} = {shortened(repr(before))}, not {shortened(repr(now))}"
+
+
+def sources_said(sources: Sequence[Mapping[str, Any]]) -> str:
+    """Sources of a request in a few words: the first one's name and how many more there are."""
+    if not sources:
+        return "nothing"
+    more = f" and {len(sources) - 1:,} more" if len(sources) > 1 else ""
+    return source_name(sources[0]) + more
+
+
+def _source_difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:
+    if list(map(source_name, before)) == list(map(source_name, now)):
+        changed = next(new for old, new in zip(before, now, strict=True) if old != new)
+        return f"sources = {sources_said(before)}, of which {source_name(changed)} has changed since"
+    return f"sources = {sources_said(before)}, not {sources_said(now)}"
+
+
+def source_name(source: Mapping[str, Any]) -> str:
+    """The path of a source of a request, or hf:NAME:CONFIG:SPLIT."""
+    parts = (source.get(part) or "" for part in ("dataset", "config", "split"))
+    return shortened(str(source.get("path") or "hf:" + ":".join(parts)))

@@ -1,0 +1,21 @@
+"""Look inside a model: which experts fire where, what they push, and what changes without them."""
+
+from peerlm.interpret.collection import Collected, collect
+from peerlm.interpret.edits import Edit, edit, edit_effects
+from peerlm.interpret.inspected import Site, find_sites
+from peerlm.interpret.lens import Readout, find_readout
+from peerlm.interpret.run import change_of_edits, inspect
+
+__all__ = [
+    "Collected",
+    "Edit",
+    "Readout",
+    "Site",
+    "change_of_edits",
+    "collect",
+    "edit",
+    "edit_effects",
+    "find_readout",
+    "find_sites",
+    "inspect",
+]

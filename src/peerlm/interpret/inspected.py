@@ -1,0 +1,132 @@
+"""The layers that an inspection looks into, seen alike: PEER layers, and product-key memories.
+
+Shape suffixes: T tokens, P = heads * experts_per_head experts of a token, N experts, n = sqrt(N), D model width.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peerlm.errors import UserError, listed
+from peerlm.layers import PEER, ProductKeyMemory, ProductKeys
+from peerlm.ops.functions import ACTIVATIONS
+from peerlm.ops.pairing import PAIRINGS
+
+GATHERED_NUMBERS = 2**24
+"""Entries of rows that are gathered at a time: 64 MiB in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One layer whose experts are looked at. An expert adds `strength * v` to the layer's output.
+
+    In PEER the strength is weight * act(u . x), gated: weight * (u . x) * act(g . x); in product-key memory, whose
+    experts are its values, it is the weight. `weight_scale` is part of the weight.
+    """
+
+    number: int
+    """By which a user names the layer; see `find_sites`."""
+    name: str
+    """The module's path in the model."""
+    layer: PEER | ProductKeyMemory
+
+    @property
+    def index(self) -> ProductKeys:
+        """What retrieves."""
+        return self.layer.product_keys
+
+    @property
+    def kind(self) -> str:
+        """What the layer is called: "PEER" or "product-key memory"."""
+        return "PEER" if isinstance(self.layer, PEER) else "product-key memory"
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return self.index.num_experts
+
+    @property
+    def sub_keys(self) -> int:
+        """n, sub-keys of each half."""
+        return int(self.index.sub_keys.shape[2])
+
+    def pairs(self, expert_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The sub-keys (i, j) of experts, int64 of any shape."""
+        return PAIRINGS[self.index.pairing].sub_keys(expert_ids, self.sub_keys)
+
+    @torch.no_grad()
+    def activations(self, x_TD: Tensor, ids_TP: Tensor) -> Tensor:
+        """What the weight is multiplied by, (T, P): act(u . x) in PEER, 1 in product-key memory."""
+        if isinstance(self.layer, ProductKeyMemory):
+            return torch.ones(ids_TP.shape, device=x_TD.device)
+        table = self.layer.experts
+        act = ACTIVATIONS[table.activation]
+        parts = []
+        tokens = max(1, GATHERED_NUMBERS // (ids_TP.shape[1] * x_TD.shape[1]))
+        for x, ids in zip(x_TD.split(tokens), ids_TP.split(tokens), strict=True):
+            hidden = self._products(x, ids, 0)
+            parts.append(hidden * act(self._products(x, ids, 2)) if table.gated else act(hidden))
+        return torch.cat(parts)
+
+    def _products(self, x_TD: Tensor, ids_TP: Tensor, part: int) -> Tensor:
+        vectors = self._gathered(ids_TP, part)
+        return torch.einsum("td,tpd->tp", x_TD.to(vectors.dtype), vectors)
+
+    @torch.no_grad()
+    def vectors(self, expert_ids: Tensor) -> Tensor:
+        """The vectors v of experts: (..., D), in float32 at least."""
+        return self._gathered(expert_ids, 1)
+
+    def _gathered(self, ids: Tensor, part: int) -> Tensor:
+        """Vectors u (0), v (1) or g (2) of experts, with the scales of int8 rows."""
+        if isinstance(self.layer, ProductKeyMemory):
+            return self.layer.values.gather(ids)
+        return self.layer.experts.gather(ids, part)
+
+    def norms(self) -> Tensor:
+        """Length of each expert's v, (N,) float32 on the CPU; the table is read in parts."""
+        step = max(1, GATHERED_NUMBERS // self.layer.dim)
+        device = self.index.sub_keys.device
+        ids = torch.arange(self.num_experts, device=device).split(step)
+        return torch.cat([self.vectors(part).norm(dim=-1).float().cpu() for part in ids])
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """The PEER layers and product-key memories of a model, in its order.
+
+    A layer's number is the first number in its module's path, the block's; where these are missing or not distinct,
+    layers are counted from 0. Raises UserError where there are none.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PEER | ProductKeyMemory)}
+    if not layers:
+        raise UserError(
+            f"{type(model).__name__} has no PEER layer and no product-key memory, so that there are no experts to look "
+            "at; name a model that has one, or `peerlm convert` it"
+        )
+    found = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in layers]
+    numbers = [int(match[1]) for match in found if match]
+    if len(set(numbers)) < len(layers):
+        numbers = list(range(len(layers)))
+    return [
+        Site(number=number, name=name, layer=layer)
+        for number, (name, layer) in zip(numbers, layers.items(), strict=True)
+    ]
+
+
+def find_site(sites: list[Site], layer: int | str, expert: int) -> Site:
+    """The site of this number or name; raises UserError where there is none, or it has no such expert."""
+    for site in sites:
+        if layer in (site.number, site.name):
+            if not 0 <= expert < site.num_experts:
+                raise UserError(f"expert is {expert}; layer {layer} has experts 0 to {site.num_experts - 1}")
+            return site
+    known = listed(f"{site.number} ({site.name})" for site in sites)
+    raise UserError(f"layer is {layer!r}; the layers with experts are {known}")
+
+
+def chunks(tensor: Tensor, numbers_per_row: int) -> Iterator[Tensor]:
+    """Parts of a tensor along its first dimension, so that rows of so many numbers stay within 64 MiB."""
+    return iter(tensor.split(max(1, GATHERED_NUMBERS // numbers_per_row)))

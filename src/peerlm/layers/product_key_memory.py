@@ -1,0 +1,93 @@
+"""Product-key memory: PEER's index, but what it retrieves are vectors."""
+
+from torch import Tensor, nn
+
+from peerlm.layers.checks import check_weight_scale
+from peerlm.layers.output_scale import output_std
+from peerlm.layers.product_keys import ProductKeys, sub_keys_per_half
+from peerlm.layers.table import Table
+
+
+class ProductKeyMemory(nn.Module):
+    """Product-key memory (Lample 2019, arXiv 1907.05242): PEER's index, but what it retrieves are vectors.
+
+    Args:
+        dim: width of input and output.
+        num_values: N, a square number.
+        heads: independent queries per token.
+        values_per_head: k, values that each query retrieves.
+        key_dim: size of a query, even.
+        shared_keys: one set of sub-keys for all heads, or one per head (the paper's).
+        query_norm: "batch", "layer" or "none".
+        key_norm: as in PEER.
+        weighting: "softmax", "sigmoid", "relu" or "none".
+        backend: a name in `peerlm.ops.api.BACKENDS`.
+        weight_scale: what weights are multiplied by, as in PEER; 1 is the paper's.
+        pairing, grown_from: as in PEER.
+
+    Attributes:
+        product_keys: the index, `ProductKeys`.
+        values: the rows, a `Table` of (dim,).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_values: int = 512**2,
+        heads: int = 4,
+        values_per_head: int = 32,
+        key_dim: int = 256,
+        shared_keys: bool = False,
+        query_norm: str = "batch",
+        key_norm: bool = False,
+        weighting: str = "softmax",
+        backend: str = "auto",
+        weight_scale: float = 1.0,
+        pairing: str = "row-major",
+        grown_from: int | None = None,
+    ):
+        super().__init__()
+        sub_keys_per_half(num_values, values_per_head, names=("num_values", "values_per_head"))
+        self.dim = dim
+        check_weight_scale(weight_scale)
+        self.weight_scale = weight_scale
+        self.product_keys = ProductKeys(
+            dim,
+            num_experts=num_values,
+            heads=heads,
+            experts_per_head=values_per_head,
+            key_dim=key_dim,
+            shared_keys=shared_keys,
+            query_norm=query_norm,
+            key_norm=key_norm,
+            weighting=weighting,
+            pairing=pairing,
+            grown_from=grown_from,
+            backend=backend,
+        )
+        self.values = Table(num_values, dim, backend=backend)
+        self.reset_parameters()
+
+    def reset_parameters(self, output_scale: float = 1.0) -> None:
+        """The index by its own rule, the values by `output_scale.py`, times `output_scale`."""
+        self.product_keys.reset_parameters()
+        std = output_std(self.product_keys.initial_weight_power()) / self.weight_scale
+        self.values.fill(lambda rows: rows.normal_(std=output_scale * std))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map x (..., dim) to (..., dim); padding (mask False) does not enter the query norm's statistics."""
+        weights, ids = self.product_keys(x, mask)
+        per_token = self.product_keys.heads * self.product_keys.experts_per_head
+        value_ids = ids.reshape(-1, per_token)
+        y = self.values.mix(self.weight_scale * weights.reshape(-1, per_token), value_ids)
+        return y.to(x.dtype).view(x.shape)
+
+    def extra_flops_per_token(self, context: int) -> int:
+        """Forward FLOPs of the weighted sum; the index counts itself."""
+        return 2 * self.dim * self.product_keys.heads * self.product_keys.experts_per_head
+
+    def inactive_parameters(self) -> int:
+        """Value parameters that one token leaves untouched."""
+        keys = self.product_keys
+        return self.dim * (keys.num_experts - min(keys.heads * keys.experts_per_head, keys.num_experts))

@@ -1,0 +1,35 @@
+"""Memory of rows: in huge pages where the system grants them, given back while rows move elsewhere."""
+
+import torch
+from torch import Tensor
+
+from peerlm.ops import api
+
+
+def empty_rows(*shape: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+    """Uninitialised rows, (N, ...); on a CPU in huge pages where the system grants them.
+
+    Dtype and device are torch's defaults where they are None.
+    """
+    rows = torch.empty(shape, dtype=dtype, device=device)
+    api.use_huge_pages(rows)
+    return rows
+
+
+def longer_rows(rows: Tensor, length: int, value: float) -> Tensor:
+    """`length` rows, the first of which are these; the others are filled with `value`.
+
+    Nothing may read `rows` afterwards: where nobody else has its memory, that is given back while the rows move.
+    """
+    longer = empty_rows(length, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+    if not rows.is_meta:
+        if not api.move_to_start(rows, longer):
+            longer[: len(rows)] = rows
+        longer[len(rows) :] = value
+    return longer
+
+
+def chosen_rows(rows: Tensor, ids: Tensor) -> Tensor:
+    """These rows in this order; ids (N',) int64."""
+    out = empty_rows(len(ids), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+    return torch.index_select(rows, 0, ids.to(rows.device), out=out)

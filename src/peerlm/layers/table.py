@@ -1,0 +1,429 @@
+"""The table of rows: all that reads, writes, resizes or trains rows of experts and memories goes through this class.
+
+Who keeps rows elsewhere (cut over ranks, in a mapped file, in other formats) writes a subclass: `tables_as` has every
+table of a model made of it. Shape suffixes: N rows, X a row's shape, T tokens, P rows per token, D width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peerlm.layers.row_memory import chosen_rows, empty_rows, longer_rows
+from peerlm.ops import api
+from peerlm.ops.row_updates import prepare_rows, wants_row_gradients
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+ROW_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+Index = slice | Tensor
+"""What picks the entries of some rows from a tensor with one entry per row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replaced:
+    """Parameters of a table that others have taken the place of; the old ones must not be read any more."""
+
+    old: list[nn.Parameter]
+    new: list[nn.Parameter]
+    carry: Callable[[list[Tensor], float], list[Tensor]]
+    """From tensors of the old parameters (of their shapes, or of their first dimensions) to those of the new ones; the
+    number fills entries of new rows. The given tensors may be emptied."""
+
+
+class Table(nn.Module):
+    """N rows of one shape, of which tokens look some up.
+
+    Args:
+        num_rows: N.
+        row_shape: X: (D,) for vectors, (2, D) or (3, D) for the vectors u, v and, if gated, g of single neurons.
+        backend: a name in `peerlm.ops.api.BACKENDS`.
+        row_format: "float32" (torch's default dtype, should that be another), "bfloat16", or "int8" with a scale for
+            each vector; int8 rows are not trained.
+
+    Rows are not initialised: see `fill`.
+
+    Attributes:
+        rows: (N, *X), the parameter; subclasses may have others, which `parts` names.
+        persistent: whether rows are part of state dicts.
+        scales: what each vector of int8 rows is multiplied by, float32, (N, *X) without its last dimension; or None.
+
+    Raises:
+        ValueError: an unknown backend or format.
+    """
+
+    parameter_roles: ClassVar[dict[str, str]] = {"rows": "table"}
+    rows: nn.Parameter
+    scales: Tensor | None
+
+    def __new__(cls, *arguments: Any, **settings: Any) -> "Table":
+        """A table of this class, in `tables_as` also of that subclass."""
+        implementation = _implementation.get()
+        return super().__new__(cls if implementation is None else _class_of(implementation, cls))
+
+    def __init__(self, num_rows: int, *row_shape: int, backend: str = "auto", row_format: str = "float32"):
+        super().__init__()
+        api.check_backend(backend)
+        dtype = _row_dtype(row_format)
+        self.num_rows = num_rows
+        self.row_shape = row_shape
+        self.backend = backend
+        self.persistent = True
+        self._keep(empty_rows(num_rows, *row_shape, dtype=None if dtype == torch.float32 else dtype))
+        self.register_buffer("scales", None if dtype.is_floating_point else torch.empty(num_rows, *row_shape[:-1]))
+
+    # What a subclass that keeps rows elsewhere replaces.
+
+    def _keep(self, rows: Tensor, *, trained: bool = True) -> None:
+        """Take these rows (N, *X) as the parameters."""
+        self.rows = nn.Parameter(rows, requires_grad=trained and rows.is_floating_point())
+
+    def parts(self) -> list[tuple[nn.Parameter, Index]]:
+        """The parameters that hold rows, and which rows each of them holds."""
+        return [(self.rows, slice(None))]
+
+    def _looked_up(self, ids: Tensor | None, compute: Callable[[Tensor, bool], Tensor]) -> Tensor:
+        """What `compute` makes of the table (N, *X), of which it reads the rows `ids` (None: any).
+
+        It is also told whether the gradient of the table should be a sparse tensor.
+        """
+        prepare_rows(self.rows, ids)
+        return compute(self.rows, wants_row_gradients(self.rows))
+
+    def _overwrite(self, first: int, vector: int | None, values: Tensor) -> None:
+        """Store values in the dtype of the rows in rows first, first + 1, ..., or in one vector of each."""
+        target = self.rows[first : first + len(values)]
+        (target if vector is None else target[:, vector]).copy_(values)
+
+    def _replace(self, change: Callable[[Tensor, float], Tensor]) -> Replaced:
+        """Let what `change` makes of the rows take their place."""
+        old = self.rows
+        new = nn.Parameter(change(old, 0.0), requires_grad=old.requires_grad)
+        self.rows = new
+        return Replaced(old=[old], new=[new], carry=lambda tensors, value: [change(tensors[0], value)])
+
+    # Everything else is made of these.
+
+    @property
+    def row_format(self) -> str:
+        """A name in `ROW_FORMATS`, or of another dtype that the module was cast to."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows as they are stored."""
+        return self.parts()[0][0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.parts()[0][0].device
+
+    @property
+    def can_be_trained(self) -> bool:
+        """Whether rows have a format that gradients can change."""
+        return self.dtype.is_floating_point
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether rows are trained now."""
+        return any(parameter.requires_grad for parameter, _ in self.parts())
+
+    def row_parameters(self) -> list[nn.Parameter]:
+        """The parameters that hold rows."""
+        return [parameter for parameter, _ in self.parts()]
+
+    def mix(
+        self, weights_TP: Tensor, ids_TP: Tensor, x_TD: Tensor | None = None, *, activation: str = "identity"
+    ) -> Tensor:
+        """The weighted sum of each token's rows, (T, D).
+
+        With rows (D,) that is the sum of weight * row. With rows (2 or 3, D) it is that of weight * act(u . x) v, or
+        weight * (u . x) * act(g . x) v (He 2024, equation 1), in the dtype of x (T, D).
+
+        weights_TP, ids_TP: (T, P); ids int64 in 0 .. N - 1. activation: as of `peerlm.ops.api.mix_experts`.
+        """
+
+        def compute(rows: Tensor, row_gradients: bool) -> Tensor:
+            if x_TD is None:
+                return api.mix_values(weights_TP, ids_TP, rows, backend=self.backend, row_gradients=row_gradients)
+            return api.mix_experts(
+                x_TD,
+                weights_TP,
+                ids_TP,
+                rows,
+                self.scales,
+                activation=activation,
+                backend=self.backend,
+                row_gradients=row_gradients,
+            )
+
+        return self._looked_up(ids_TP, compute)
+
+    def dot(self, x_TD: Tensor, ids_TP: Tensor) -> Tensor:
+        """Inner products of each token with its rows of shape (D,): x (T, D), ids (T, P) int64 -> (T, P)."""
+
+        def compute(rows: Tensor, row_gradients: bool) -> Tensor:
+            return api.dot_values(x_TD, ids_TP, rows, backend=self.backend, row_gradients=row_gradients)
+
+        return self._looked_up(ids_TP, compute)
+
+    def gather(self, ids: Tensor, vector: int | None = None) -> Tensor:
+        """Rows as they count, in float32 at least: ids (...) int64 -> (..., *X); one vector of each: (..., D)."""
+
+        def compute(rows: Tensor, row_gradients: bool) -> Tensor:
+            chosen = rows if vector is None else rows[:, vector]
+            # index_select takes less than half the time of indexing
+            found = chosen.index_select(0, ids.flatten()).unflatten(0, ids.shape)
+            if self.scales is None:
+                return found.to(torch.promote_types(found.dtype, torch.float32))
+            scales = self.scales[ids] if vector is None else self.scales[ids, vector]
+            return found.to(scales.dtype) * scales[..., None]
+
+        return self._looked_up(ids, compute)
+
+    def read(self, first: int = 0, count: int | None = None) -> Tensor:
+        """Rows first, first + 1, ..., all by default: (count, *X), where they can be a view in the dtype of the rows.
+
+        int8 rows are float32, multiplied by their scales.
+        """
+        part = slice(first, None if count is None else first + count)
+
+        def compute(rows: Tensor, row_gradients: bool) -> Tensor:
+            return rows[part] if self.scales is None else rows[part] * self.scales[part][..., None]
+
+        return self._looked_up(None, compute)
+
+    @torch.no_grad()
+    def write(self, values: Tensor, first: int = 0, vector: int | None = None) -> None:
+        """Let rows first, first + 1, ... be these values (count, *X), or one vector of each (count, D).
+
+        Values of any float dtype and device are stored in the format of the table.
+        """
+        self.catch_up()
+        if self.scales is not None:
+            values, scales = quantise(values)
+            target = self.scales[first : first + len(values)]
+            (target if vector is None else target[:, vector]).copy_(scales)
+        self._overwrite(first, vector, values)
+
+    @torch.no_grad()
+    def fill(self, draw: Callable[[Tensor], object]) -> None:
+        """Let `draw` write all rows, a float tensor (N, *X), unless transformers has marked them as loaded."""
+        if any(each.is_meta or getattr(each, "_is_hf_initialized", False) for each in self.row_parameters()):
+            return
+        self._fill(draw)
+
+    def _fill(self, draw: Callable[[Tensor], object]) -> None:
+        if self.scales is None:
+            draw(self.rows)
+        else:
+            drawn = torch.empty(self.num_rows, *self.row_shape, device=self.device)
+            draw(drawn)
+            self.write(drawn)
+
+    def fill_new(self, first: int, generator: torch.Generator) -> None:
+        """Write what rows first, first + 1, ... start as when they are added to a trained table: zeros."""
+        self.write(torch.zeros(1, *self.row_shape).expand(self.num_rows - first, *self.row_shape), first)
+
+    @torch.no_grad()
+    def resize(self, num_rows: int) -> Replaced:
+        """Have more rows, behind those that are there; the new ones are zero.
+
+        Memory of the old rows is given back while they move, unless something else may hold it.
+        """
+
+        def lengthen(rows: Tensor, value: float) -> Tensor:
+            return longer_rows(rows, num_rows, value)
+
+        def carry(tensors: list[Tensor], value: float) -> list[Tensor]:
+            carried = replaced.carry(tensors, value)
+            for tensor in tensors:
+                tensor.data = tensor.data.new_empty(0)  # its memory may be gone
+            return carried
+
+        self.catch_up()
+        replaced = self._replace(lengthen)
+        if self.scales is not None:
+            self.scales = lengthen(self.scales, 0.0)
+        self.num_rows = num_rows
+        return Replaced(old=replaced.old, new=replaced.new, carry=carry)
+
+    @torch.no_grad()
+    def select(self, ids: Tensor) -> Replaced:
+        """Have these rows alone, in this order; ids (N',) int64, distinct."""
+        self.catch_up()
+        replaced = self._replace(lambda rows, value: chosen_rows(rows, ids))
+        if self.scales is not None:
+            self.scales = chosen_rows(self.scales, ids)
+        self.num_rows = len(ids)
+        return replaced
+
+    @torch.no_grad()
+    def append(self, tables: Sequence["Table"]) -> None:
+        """Have the rows of these tables too, behind those that are there, in their order; rows are copied."""
+        first = self.num_rows
+        self.resize(first + sum(table.num_rows for table in tables))
+        for table in tables:
+            if table.device.type != "meta":
+                self.write(table.read(), first)
+            first += table.num_rows
+
+    @torch.no_grad()
+    def convert_rows(self, row_format: str) -> None:
+        """Store the rows in another format from now on; a training table's optimizer must be built anew."""
+        dtype = _row_dtype(row_format)
+        if dtype == self.dtype:
+            return
+        wide = self.read().float()
+        scales = None
+        if dtype == torch.int8:
+            wide, scales = quantise(wide)
+        rows = empty_rows(*wide.shape, dtype=dtype, device=wide.device)
+        rows.copy_(wide)
+        self._keep(rows)
+        self.scales = scales
+
+    def like(self, rows: Tensor, *, trained: bool) -> "Table":
+        """A table of this kind with these float rows (N', *X), which it takes as they are; trained or frozen."""
+        with torch.device("meta"):
+            table = self._with_size(len(rows))
+        table._keep(rows, trained=trained)
+        return table
+
+    def _with_size(self, num_rows: int) -> "Table":
+        return type(self)(num_rows, *self.row_shape, backend=self.backend)
+
+    @torch.no_grad()
+    def fused_with(self, others: Sequence["Table"]) -> "Table | None":
+        """A frozen table of the rows of this and others, of which theirs become views; None where they cannot.
+
+        All have one dtype and device. `is_made_of` says whether they still are views later.
+        """
+        tables = [self, *others]
+        if any(len(table.parts()) > 1 or type(table) is not type(self) for table in tables):
+            return None
+        rows = empty_rows(
+            sum(table.num_rows for table in tables), *self.row_shape, dtype=self.dtype, device=self.device
+        )
+        torch.cat([table.read() for table in tables], out=rows)
+        for table, part in zip(tables, rows.split([table.num_rows for table in tables]), strict=True):
+            table.rows.data = part
+        return self.like(rows, trained=False)
+
+    def is_made_of(self, tables: Sequence["Table"]) -> bool:
+        """Whether rows of these tables are views of this one's, one after another."""
+        place = self.rows.data_ptr()
+        for table in tables:
+            if table.rows.data_ptr() != place:
+                return False
+            place += table.rows.nbytes
+        return True
+
+    def catch_up(self) -> None:
+        """Bring all rows up to date that an optimizer has left behind."""
+        for parameter in self.row_parameters():
+            prepare_rows(parameter, None)
+
+    def train(self, mode: bool = True) -> "Self":
+        """As `nn.Module.train`; on leaving training all rows are brought up to date."""
+        if not mode:
+            self.catch_up()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.catch_up()
+        if self.persistent:
+            super()._save_to_state_dict(*arguments, **options)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *lists: list[str],
+    ) -> None:
+        """As in `nn.Module`, but saved rows of any format become rows of this table's."""
+        if not self.persistent:
+            return
+        self.catch_up()
+        rows, scales = state_dict.get(prefix + "rows"), state_dict.get(prefix + "scales")
+        if rows is not None and rows.dtype.is_floating_point and self.scales is not None:
+            state_dict[prefix + "rows"], state_dict[prefix + "scales"] = quantise(rows.float())
+        elif rows is not None and rows.dtype == torch.int8 and self.scales is None:
+            if scales is None:
+                missing_keys.append(prefix + "scales")
+                del state_dict[prefix + "rows"]
+            else:
+                state_dict[prefix + "rows"] = rows * state_dict.pop(prefix + "scales")[..., None]
+        self._load_rows(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
+
+    def _load_rows(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Load rows (N, *X) in a format of this kind; arguments as of `nn.Module._load_from_state_dict`."""
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        shape = " x ".join(map(str, (self.num_rows, *self.row_shape)))
+        return f"{shape}, row_format={self.row_format!r}, backend={self.backend!r}"
+
+    def __reduce__(self) -> Any:
+        """Tables that `tables_as` made have a class of no module's, which is made again."""
+        return _unpickled, type(self).__dict__.get("_made_of", (type(self),)), self.__dict__.copy()
+
+
+_implementation: ContextVar[type[Table] | None] = ContextVar("implementation of tables", default=None)
+
+
+@contextmanager
+def tables_as(implementation: type[Table]) -> Iterator[None]:
+    """Within this context every table that is made, alone or in a layer or model, is one of this subclass too.
+
+    The subclass replaces what `Table` does with its parameters, and leaves `__init__`'s arguments as they are. Tables
+    of kinds that add to `Table`, such as `ExpertTable`, become tables of both classes.
+    """
+    token = _implementation.set(implementation)
+    try:
+        yield
+    finally:
+        _implementation.reset(token)
+
+
+_classes: dict[tuple[type, type], type[Table]] = {}
+
+
+def _class_of(implementation: type[Table], kind: type[Table]) -> type[Table]:
+    """The class of tables of both: one of them, where it is the other's subclass, or a new one."""
+    if issubclass(kind, implementation):
+        return kind
+    if issubclass(implementation, kind):
+        return implementation
+    both = (implementation, kind)
+    if both not in _classes:
+        _classes[both] = type(f"{implementation.__name__}{kind.__name__}", both, {"_made_of": both})
+    return _classes[both]
+
+
+def _unpickled(implementation: type[Table], kind: type[Table] = Table) -> Table:
+    return object.__new__(_class_of(implementation, kind))
+
+
+def _row_dtype(row_format: str) -> torch.dtype:
+    if row_format not in ROW_FORMATS:
+        raise ValueError(f"row_format is {row_format!r}; choose one of {', '.join(ROW_FORMATS)}")
+    return ROW_FORMATS[row_format]
+
+
+def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 rows and scales of rows (..., D), scales (...): each vector's largest entry becomes 127."""
+    scales = rows.abs().amax(dim=-1) / 127
+    safe = torch.where(scales > 0, scales, 1.0)
+    return (rows / safe[..., None]).round().to(torch.int8), scales

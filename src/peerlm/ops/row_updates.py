@@ -1,0 +1,146 @@
+"""The seam between those that read a table's rows and the optimizer that trains them.
+
+An optimizer whose step leaves untouched rows behind watches the table: whoever is about to read rows says so
+first (`prepare_rows`), and the optimizer brings them up to date. Readers work the same where nobody watches.
+Shape suffixes: N rows of a table, U of them, each of shape `row_shape` (the table is (N, *row_shape)).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+_WATCHER = "_peerlm_row_watcher"
+_as_they_are: ContextVar[bool] = ContextVar("rows_as_they_are", default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowState:
+    """A table and what AdamW remembers of its rows; its tensors are updated in place."""
+
+    rows: Tensor
+    """(N, *row_shape): float32, float64 or bfloat16."""
+    exp_avg: Tensor | None
+    """First moments, like `rows`, in the state's dtype; None without a first moment."""
+    exp_avg_sq: Tensor
+    """Second moments, like `rows`; or (N,), the mean over each row."""
+    moments_step: Tensor | None
+    """(N,) int32: the step whose moments are stored; 0 where none are. None in lazy mode, where they do not age."""
+    weights_step: Tensor | None
+    """(N,) int32: the step up to which a row's weights are right. None in lazy mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowStep:
+    """The numbers of one AdamW step."""
+
+    step: int
+    """Counted from 1."""
+    learning_rate: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    seed: int | None
+    """Of stochastic rounding to bfloat16; None rounds to nearest."""
+
+
+@dataclass(frozen=True)
+class CatchUpRules:
+    """For each distinct step s, how rows last right at s become right now; S of them, all tensors on the CPU."""
+
+    first_step: int
+    index: Tensor
+    """int32: entry s - first_step is the number of the rule for s, -1 where there is none."""
+    decay: Tensor
+    """(S,) float64: 1 - P(s, t)."""
+    num_nodes: Tensor
+    """(S,) int32: how many of a rule's nodes count; the others have weight 0."""
+    weights: Tensor
+    """(S, at most 8) float64: B_j."""
+    nodes: Tensor
+    """(S, at most 8) float64: R_j, positive."""
+
+
+class RowWatcher(Protocol):
+    """What an optimizer leaves at a table that it watches."""
+
+    def before_read(self, parameter: Tensor, ids: Tensor | None) -> None:
+        """Bring these rows, or with None all, up to date."""
+
+    def takes_row_gradients(self, parameter: Tensor) -> bool:
+        """Whether a sparse gradient is welcome."""
+
+    def fused_update(self, parameter: Tensor) -> tuple[RowState, RowStep] | None:
+        """The update that a backward pass shall apply in place of giving a gradient; None if it shall give one."""
+
+    def release(self, parameter: Tensor) -> None:
+        """Another watcher takes over: leave all rows up to date."""
+
+
+def watch_rows(parameter: Tensor, watcher: RowWatcher) -> None:
+    """Let `watcher` learn of reads of `parameter`, (N, *row_shape).
+
+    An earlier watcher brings all rows up to date first. The table keeps its watcher alive: rows that an
+    optimizer has left behind stay readable when nothing else refers to it any more.
+    """
+    earlier = _watcher(parameter)
+    if earlier is not None and earlier is not watcher:
+        earlier.release(parameter)
+    setattr(parameter, _WATCHER, watcher)
+
+
+def prepare_rows(parameter: Tensor, ids: Tensor | None) -> None:
+    """Say that rows of `parameter` are about to be read; does nothing where nobody watches.
+
+    Rows change in place without a trace in autograd: those already read in this step are up to date and stay
+    as they are.
+
+    Args:
+        parameter: the table, (N, *row_shape).
+        ids: int64 row numbers of any shape, repetitions allowed; None for all N rows.
+    """
+    watcher = _watcher(parameter)
+    if watcher is not None and not _as_they_are.get():
+        watcher.before_read(parameter, ids)
+
+
+def is_watched(parameter: Tensor) -> bool:
+    """Whether an optimizer watches this table, and may change its rows without a trace in the tensor's version."""
+    return _watcher(parameter) is not None
+
+
+@contextmanager
+def rows_as_they_are() -> Iterator[None]:
+    """Within this context `prepare_rows` does nothing: for who saves rows together with their optimizer's state."""
+    token = _as_they_are.set(True)
+    try:
+        yield
+    finally:
+        _as_they_are.reset(token)
+
+
+def wants_row_gradients(parameter: Tensor) -> bool:
+    """Whether a backward pass should give `parameter` a sparse gradient.
+
+    That is a `torch.sparse_coo_tensor` of the table's size with indices (1, U) and values (U, *row_shape).
+    """
+    watcher = _watcher(parameter)
+    return watcher is not None and watcher.takes_row_gradients(parameter)
+
+
+def fused_row_update(parameter: Tensor) -> tuple[RowState, RowStep] | None:
+    """The update that a backward pass shall apply to the rows of `parameter`, giving no gradient.
+
+    Whoever gets one must apply it, once, to every row that has a gradient. None where nobody asks for that.
+    Raises RuntimeError on a second backward pass in one step.
+    """
+    watcher = _watcher(parameter)
+    return None if watcher is None else watcher.fused_update(parameter)
+
+
+def _watcher(parameter: Tensor) -> RowWatcher | None:
+    return getattr(parameter, _WATCHER, None)

@@ -1,0 +1,41 @@
+"""What a tensor may be besides memory: a subclass, a transform's wrapper, a tracer's stand-in."""
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def not_plain(*tensors: Tensor) -> str:
+    """Why kernels and autograd functions of ours cannot take these tensors; empty where they can.
+
+    They read memory and have a gradient. A subclass that keeps its values elsewhere, `torch.func`'s transforms and
+    forward-mode differentiation each need PyTorch's own operations. A tracer's tensors are taken: operators have fakes.
+    """
+    if torch.compiler.is_compiling():
+        return ""  # what is traced was looked at by the tracer
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN and _has_its_own_operations(tensor):
+            return f"a tensor is a {type(tensor).__name__}, which is not a plain torch.Tensor"
+    if _functorch.peek_interpreter_stack() is not None and any(map(_functorch.is_functorch_wrapped_tensor, tensors)):
+        return "a tensor is within a transform of torch.func"
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        return "a tensor has a tangent, of forward-mode differentiation"
+    return ""
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether the values of a tensor are there to be looked at: it is not traced, batched or fake."""
+    if torch.compiler.is_compiling() or type(tensor) not in _PLAIN or tensor.is_meta:
+        return False
+    return _functorch.peek_interpreter_stack() is None
+
+
+def _has_its_own_operations(tensor: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    plain_memory = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return not plain_memory and not isinstance(tensor, (FakeTensor, FunctionalTensor))

@@ -1,0 +1,63 @@
+"""The main job: PEER and its rivals in the same model, on the same data, for the same FLOPs."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from peerlm.evaluate import load_model, sample_text
+from peerlm_studies.comparison.figures import plot_losses
+from peerlm_studies.comparison.make_rows import ROWS_FILE, make_rows, rows_of
+from peerlm_studies.comparison.plan import ComparePlan, load_plan
+from peerlm_studies.comparison.tables import markdown_table, print_table, summarise
+from peerlm_studies.rows import read_rows
+
+
+def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool = True) -> list[dict[str, Any]]:
+    """Train and evaluate every run of a comparison's recipe (see `load_plan`), then write its table, plots and sample.
+
+    Each run is a process of its own, so that peak memory is its alone. Finished runs are rows of OUTPUT/rows.jsonl and
+    are not made again; an interrupted one goes on from its checkpoint. OUTPUT also gets table.md, table.json, loss.png
+    and sample.txt.
+
+    Args:
+        recipe: TOML file.
+        overrides: `section.key=value`, as for `peerlm train`.
+        progress: whether to show progress, the table and the sample.
+
+    Returns:
+        One row per method and swept setting, over seeds, as in table.json.
+
+    Raises:
+        UserError: a mistake in the recipe or its data.
+        TrainingStopped: a run was stopped or its loss was not finite; it carries that run's exit code.
+    """
+    plan = load_plan(recipe, overrides)
+    console = Console(quiet=not progress)
+    make_rows(plan.runs, plan.compare, plan.output, console, shown=progress)
+    rows = rows_of(plan.runs, plan.compare, read_rows(plan.output / ROWS_FILE))
+    table = summarise(rows)
+    command = f"peerlm compare {' '.join([str(recipe), *(f'--set {setting}' for setting in overrides)])}"
+    (plan.output / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    (plan.output / "table.md").write_text(markdown_table(table, command=command, rows=rows), encoding="utf-8")
+    plot_losses(rows, plan.output / "loss.png")
+    sample = _write_sample(plan)
+    print_table(table, console)
+    if sample:
+        console.print(f"{plan.compare.sample} writes: {sample}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Table, plot, rows and sample are in {plan.output}.", highlight=False, soft_wrap=True)
+    return table
+
+
+def _write_sample(plan: ComparePlan) -> str:
+    chosen = next((run for run in plan.runs if run.method == plan.compare.sample), None)
+    if chosen is None:
+        return ""
+    model, tokenizer = load_model(chosen.train.run)
+    text = sample_text(
+        model, tokenizer, plan.compare.prompt, tokens=plan.compare.sample_tokens, temperature=0.8, seed=0
+    )
+    (plan.output / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    return text

@@ -1,0 +1,113 @@
+"""Planned training runs become rows: each is trained and evaluated in processes of its own, unless its row is there."""
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from peerlm.errors import TrainingStopped, UserError
+from peerlm.train.build import prepare_data
+from peerlm.train.recipe import to_dict
+from peerlm_studies.comparison.plan import CompareConfig, PlannedRun
+from peerlm_studies.processes import Processes
+from peerlm_studies.rows import append_row, machine_and_date, read_rows
+
+ROWS_FILE = "rows.jsonl"
+"""Where in the folder of a comparison its rows are."""
+
+
+def make_rows(
+    runs: Sequence[PlannedRun], compare: CompareConfig, output: Path, console: Console, *, shown: bool
+) -> None:
+    """Train and evaluate every run that OUTPUT/rows.jsonl lacks, `compare.jobs` at a time, and append its row.
+
+    Args:
+        runs: in the order in which they are made.
+        compare: what is evaluated.
+        output: the comparison's folder.
+        console: for a line about each run.
+        shown: whether the progress of runs is shown too.
+
+    Raises:
+        UserError: a file to evaluate does not exist, or the data cannot be prepared.
+        TrainingStopped: a run was stopped or its loss was not finite; it carries that run's exit code.
+    """
+    rows_path = output / ROWS_FILE
+    for file in compare.evaluate:
+        if not Path(file).is_file():
+            raise UserError(f"compare.evaluate names {file}, which does not exist: correct the path or leave it out")
+    for data in {run.train.data.folder: run.train.data for run in runs}.values():
+        prepare_data(data, progress=shown)
+    done = {row["key"] for row in read_rows(rows_path)}
+    missing = [run for run in runs if run.key(compare) not in done]
+    console.print(f"{len(runs)} runs, {len(runs) - len(missing)} done before", highlight=False, soft_wrap=True)
+    with ThreadPoolExecutor(compare.jobs) as pool, Processes(jobs=compare.jobs, shown=shown) as processes:
+        coming = [pool.submit(_make_row, run, compare, output, processes, console) for run in missing]
+        try:
+            for row in as_completed(coming):
+                append_row(rows_path, row.result())
+        finally:
+            for row in coming:
+                row.cancel()
+
+
+def rows_of(
+    runs: Sequence[PlannedRun], compare: CompareConfig, rows: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Those of the rows, in their order, that belong to the runs."""
+    wanted = {run.key(compare) for run in runs}
+    return [row for row in rows if row["key"] in wanted]
+
+
+def _make_row(
+    run: PlannedRun, compare: CompareConfig, output: Path, processes: Processes, console: Console
+) -> dict[str, Any]:
+    """Train and evaluate one run, in processes of their own."""
+    folder = Path(run.train.run)
+    console.print(f"{run.label}, seed {run.seed}", markup=False, highlight=False, soft_wrap=True)
+    config = output / "recipes" / f"{folder.name}.json"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(json.dumps(to_dict(run.train), indent=2) + "\n", encoding="utf-8")
+    _peerlm(run, processes, "train", str(config), *(["--resume"] if folder.exists() else []))
+    evaluation = {}
+    if files := compare.evaluate:
+        results = folder / "evaluation.json"
+        limit = [] if compare.evaluate_limit is None else ["--limit", str(compare.evaluate_limit)]
+        _peerlm(run, processes, "eval", str(folder), *files, "--json", str(results), *limit)
+        evaluation = {Path(file).stem: row for file, row in json.loads(results.read_text(encoding="utf-8")).items()}
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    console.print(
+        f"{run.label}, seed {run.seed}: perplexity {summary['perplexity']:.2f} after {summary['seconds']:,.0f} s",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return {
+        "key": run.key(compare),
+        "method": run.method,
+        "label": run.label,
+        "seed": run.seed,
+        "sweep": run.sweep,
+        "config": to_dict(run.train),
+        "summary": summary,
+        "evaluation": evaluation,
+        "curve": [
+            {name: row[name] for name in ("tokens", "flops", "seconds", "validation_loss")}
+            for row in read_rows(folder / "log.jsonl")
+            if "validation_loss" in row
+        ],
+        **machine_and_date(),
+    }
+
+
+def _peerlm(run: PlannedRun, processes: Processes, *arguments: str) -> None:
+    exit_code, reason = processes.peerlm(*arguments)
+    if exit_code:
+        raise TrainingStopped(
+            f"peerlm {arguments[0]} of {run.label}, seed {run.seed}, ended with exit code {exit_code}"
+            f"{': ' if reason else ''}{reason}; once that is mended the same command goes on",
+            exit_code=exit_code if exit_code > 0 else 128 - exit_code,
+        )

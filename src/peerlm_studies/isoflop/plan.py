@@ -1,0 +1,148 @@
+"""An isoFLOP recipe: methods, sizes and budgets, and the training runs that they stand for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peerlm.errors import UserError
+from peerlm.train.recipe import from_dict, read_recipe
+from peerlm_studies.comparison.plan import CompareConfig, ComparisonRecipe, PlannedRun, comparison_of, take_section
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsoflopConfig:
+    """Section [isoflop] of a recipe: which sizes of a model are trained at which budgets."""
+
+    sizes: dict[str, Any]
+    """Names of sizes, and the recipe keys, with values, that make each."""
+    budgets: dict[str, Any]
+    """Training FLOPs, written as a number in quotes, and the names of the sizes that are trained with them."""
+    optimum_seeds: tuple[int, ...] = ()
+    """More seeds, with which the size next to a curve's optimum is trained."""
+
+    def __post_init__(self) -> None:
+        for name, keys in self.sizes.items():
+            if not isinstance(keys, dict) or not keys:
+                raise UserError(f'isoflop.sizes.{name} = {keys!r}: write {{ "model.hidden_size" = 128 }}, for example')
+        for budget, names in self.budgets.items():
+            flops_of(budget)
+            if not isinstance(names, list) or not names:
+                raise UserError(f"isoflop.budgets.{budget} = {names!r}: give a list of names of sizes")
+            for name in names:
+                if name not in self.sizes:
+                    raise UserError(
+                        f"isoflop.budgets.{budget} names {name!r}: choose from {', '.join(self.sizes) or 'none'}, "
+                        "or add it to [isoflop.sizes]"
+                    )
+        if not self.budgets:
+            raise UserError('isoflop.budgets is empty: name at least one, for example "2e12" = ["small", "large"]')
+
+
+def flops_of(budget: str) -> float:
+    """The FLOPs that a budget's name says; raises UserError where it is no positive number."""
+    try:
+        flops = float(budget)
+    except ValueError:
+        flops = 0.0
+    if not 0 < flops < float("inf"):
+        raise UserError(f"isoflop.budgets has {budget!r}: name a number of FLOPs, for example 2e12")
+    return flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsoflopRun:
+    """One training run, and where on the curves it lies."""
+
+    method: str
+    flops: float
+    size: str
+    planned: PlannedRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsoflopPlan:
+    """An isoFLOP study: its folder, its settings, and its runs."""
+
+    isoflop: IsoflopConfig
+    recipe: ComparisonRecipe
+
+    @property
+    def output(self) -> Path:
+        """The folder of the study."""
+        return self.recipe.output
+
+    @property
+    def compare(self) -> CompareConfig:
+        """What is measured of each run."""
+        return self.recipe.compare
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """Those of every run, then those of the optimum."""
+        return list(dict.fromkeys([*self.compare.seeds, *self.isoflop.optimum_seeds]))
+
+    def runs(
+        self,
+        seeds: Sequence[int] | None = None,
+        *,
+        methods: Sequence[str] = (),
+        budgets: Sequence[str] = (),
+        sizes: Sequence[str] = (),
+    ) -> list[IsoflopRun]:
+        """The runs with these seeds, by default those of every run, smallest budgets first.
+
+        Args:
+            seeds: of the runs.
+            methods, budgets, sizes: only these; empty: all.
+
+        Raises:
+            UserError: a method, budget or size that the recipe lacks, or a run's configuration is none.
+        """
+        names = {"method": self.recipe.methods, "budget": self.isoflop.budgets, "size": self.isoflop.sizes}
+        for (what, known), chosen in zip(names.items(), (methods, budgets, sizes), strict=True):
+            for name in chosen:
+                if name not in known:
+                    raise UserError(f"there is no {what} {name!r}: choose from {', '.join(known)}")
+        return [
+            self._run(method, budget, size, seed)
+            for budget in sorted(self.isoflop.budgets, key=flops_of)
+            if not budgets or budget in budgets
+            for seed in (self.compare.seeds if seeds is None else seeds)
+            for method in self.recipe.methods
+            if not methods or method in methods
+            for size in self.isoflop.budgets[budget]
+            if not sizes or size in sizes
+        ]
+
+    def _run(self, method: str, budget: str, size: str, seed: int) -> IsoflopRun:
+        flops = flops_of(budget)
+        planned = self.recipe.run(
+            method,
+            seed=seed,
+            sweep={"flops": budget, "size": size},
+            changes={"budget.flops": flops, **self.isoflop.sizes[size]},
+        )
+        return IsoflopRun(method=method, flops=flops, size=size, planned=planned)
+
+
+def load_isoflop(path: str | Path, overrides: Sequence[str] = ()) -> IsoflopPlan:
+    """Read an isoFLOP recipe.
+
+    It is a comparison's (see `load_plan`) with the section [isoflop], see `IsoflopConfig`, in the place of [budget] and
+    of compare.sweep. A run has the configuration, and so the key, that a comparison would give it.
+
+    Raises:
+        UserError: as `load_plan`, or [isoflop] is wrong, or the recipe has what it replaces.
+    """
+    values = read_recipe(path, overrides)
+    isoflop = take_section(values, "isoflop")
+    if not isoflop:
+        raise UserError(f"{path} is no isoFLOP recipe: add a section [isoflop] with sizes and budgets")
+    if take_section(values, "budget"):
+        raise UserError(f"{path} sets a budget beside isoflop.budgets: leave [budget] out")
+    recipe = comparison_of(values, path)
+    if recipe.compare.sweep:
+        raise UserError(f"{path} has compare.sweep beside isoflop.sizes: leave it out")
+    recipe = replace(recipe, shared=recipe.shared | {"budget": {}})
+    return IsoflopPlan(isoflop=from_dict(IsoflopConfig, isoflop, prefix="isoflop."), recipe=recipe)

@@ -1,0 +1,95 @@
+"""IsoFLOP curves: every method at several sizes for the same FLOPs, and each one's best size."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from peerlm.errors import UserError
+from peerlm_studies.comparison.make_rows import ROWS_FILE, make_rows, rows_of
+from peerlm_studies.comparison.plan import PlannedRun
+from peerlm_studies.comparison.tables import print_table, summarise
+from peerlm_studies.isoflop.curves import Curve, curves_of, equal_seconds_table, optima_table, rows_of_curves
+from peerlm_studies.isoflop.figures import plot_costs, plot_curves
+from peerlm_studies.isoflop.plan import IsoflopPlan, load_isoflop
+from peerlm_studies.isoflop.seconds import Cost, comparable_seconds
+from peerlm_studies.isoflop.tables import equal_seconds_markdown, optima_markdown
+from peerlm_studies.rows import read_rows
+
+
+def isoflop(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    methods: Sequence[str] = (),
+    budgets: Sequence[str] = (),
+    sizes: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Train and evaluate the runs of an isoFLOP recipe (see `load_isoflop`), then write its tables and plots.
+
+    Finished runs are rows of OUTPUT/rows.jsonl, as a comparison's, and are not made again. When every size has a row,
+    the one nearest to each optimum is trained with isoflop.optimum_seeds. OUTPUT also gets isoflop.json (both tables),
+    isoflop.md, curves.png and costs.png.
+
+    Args:
+        recipe: TOML file.
+        overrides: `section.key=value`, as for `peerlm train`.
+        methods, budgets, sizes: only these names; empty: all.
+        seeds: in place of compare.seeds. With these, or with only a part, no seeds are added at the optimum, and rows
+            are all that is written.
+        progress: whether to show progress and the tables.
+
+    Returns:
+        One row per method and budget, as `optima_table` makes them; of a part, one per run, as `compare` returns them.
+
+    Raises:
+        UserError: a mistake in the recipe or its data, or a name that the recipe lacks.
+        TrainingStopped: a run was stopped or its loss was not finite; it carries that run's exit code.
+    """
+    plan = load_isoflop(recipe, overrides)
+    console = Console(quiet=not progress)
+    part = [run.planned for run in plan.runs(seeds, methods=methods, budgets=budgets, sizes=sizes)]
+    if not part:
+        raise UserError(f"no run of {recipe} has that budget and that size: see its [isoflop.budgets]")
+    make_rows(part, plan.compare, plan.output, console, shown=progress)
+    if methods or budgets or sizes or seeds is not None:
+        table = summarise(rows_of(part, plan.compare, read_rows(plan.output / ROWS_FILE)))
+        print_table(table, console)
+        return table
+    make_rows(_at_optima(plan), plan.compare, plan.output, console, shown=progress)
+    curves = curves_of(plan, read_rows(plan.output / ROWS_FILE))
+    seconds = comparable_seconds(rows_of_curves(curves))
+    table, equal_seconds = optima_table(curves, seconds), equal_seconds_table(curves, seconds)
+    write_study(plan.output, curves, seconds, table, equal_seconds)
+    console.print(Markdown(f"{optima_markdown(table)}\n{equal_seconds_markdown(equal_seconds)}"))
+    console.print(f"Tables, plots and rows are in {plan.output}.", highlight=False, soft_wrap=True)
+    return table
+
+
+def _at_optima(plan: IsoflopPlan) -> list[PlannedRun]:
+    """The runs of isoflop.optimum_seeds at the size nearest to each optimum."""
+    curves = curves_of(plan, read_rows(plan.output / ROWS_FILE))
+    nearest = {(curve.method, curve.flops): curve.nearest.size for curve in curves}
+    runs = plan.runs(plan.isoflop.optimum_seeds)
+    return [run.planned for run in runs if nearest[run.method, run.flops] == run.size]
+
+
+def write_study(
+    folder: Path,
+    curves: Sequence[Curve],
+    seconds: Cost,
+    table: Sequence[dict[str, Any]],
+    equal_seconds: dict[str, Any],
+) -> None:
+    """Write the tables and plots of a study into its folder."""
+    tables = {"optima": table, "equal_seconds": equal_seconds}
+    (folder / "isoflop.json").write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+    text = f"{optima_markdown(table)}\n{equal_seconds_markdown(equal_seconds)}"
+    (folder / "isoflop.md").write_text(text, encoding="utf-8")
+    plot_curves(curves).savefig(folder / "curves.png", dpi=130)
+    plot_costs(curves, seconds).savefig(folder / "costs.png", dpi=130)

@@ -1,0 +1,76 @@
+"""What a report consists of: a TOML file that names, section by section, rows, the recipe they belong to, and words."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from peerlm.errors import UserError
+from peerlm.train.recipe import from_dict, read_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """A plot of a measure over a setting, a line per other setting."""
+
+    x: tuple[str, ...] = ()
+    """Keys whose product is drawn over: of a row's configuration, or with kind "table" of the row; empty: labels, as a
+    list from best to worst."""
+    by: tuple[str, ...] = ("method",)
+    """Keys whose values tell lines apart."""
+    y: str = "perplexity"
+    """What is drawn: "perplexity", held-out, or with kind "table" a key of the row."""
+    xlabel: str = ""
+    """Text at the axis; the keys if empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SectionConfig:
+    """One section of a report."""
+
+    title: str
+    """Its heading."""
+    kind: Literal["isoflop", "comparison", "table", "scaling"]
+    """What rows are: of `peerlm isoflop`, of `peerlm compare`, any others, or the file of `peerlm scaling`."""
+    rows: tuple[str, ...]
+    """Files of rows; those that do not exist yet count as empty."""
+    command: str
+    """What made the rows."""
+    recipe: str = ""
+    """The recipe that the rows belong to; rows of other runs in the files are left out. Empty: all rows of a
+    comparison count."""
+    speeds: str = ""
+    """With kind "isoflop": a file of rows of `peerlm_studies.isoflop.cost`; seconds are then what a run's tokens
+    take at the speed of its method and size there. Empty, or no such rows: the runs' own."""
+    question: str = ""
+    """What was asked, above the table."""
+    says: str = ""
+    """What the rows answer, below the plot."""
+    columns: tuple[str, ...] = ()
+    """With kind "table": the keys that are shown; empty: all of the first row's."""
+    plot: PlotConfig | None = None
+    """With kind "comparison" or "table": what is drawn."""
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise UserError(f"section {self.title!r} of the report names no rows: add rows = [...]")
+        if self.kind == "isoflop" and not self.recipe:
+            raise UserError(f"section {self.title!r} of the report names no recipe: add recipe = ...")
+        if self.kind == "table" and self.plot is not None and not self.plot.x:
+            raise UserError(f"section {self.title!r} of the report draws a table over nothing: add plot.x = [...]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """A report: a title, words before everything, sections."""
+
+    title: str
+    """Heading of the whole."""
+    section: tuple[SectionConfig, ...]
+    """In order."""
+    intro: str = ""
+    """Markdown after the heading."""
+
+
+def load_report(path: str | Path) -> ReportConfig:
+    """Read a report's file; raises UserError as `peerlm.train.load_recipe`, or where a section lacks what it needs."""
+    return from_dict(ReportConfig, read_recipe(path))

@@ -1,0 +1,124 @@
+"""The main job, for real and tiny: runs, rows, table, plot, sample, and going on where it was stopped."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from peerlm import UserError
+from peerlm.errors import TrainingStopped
+from peerlm_studies.comparison.compare import compare
+from peerlm_studies.rows import read_rows
+
+RECIPE = """
+run = "{folder}/out"
+[data]
+folder = "{folder}/tokens"
+sources = ["{folder}/books"]
+vocab_size = 300
+holdout = 0.2
+context = 16
+batch_size = 4
+[model]
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+max_position_embeddings = 16
+[budget]
+flops = 1e8
+[eval]
+every = 5
+windows = 4
+final_windows = 8
+[compare]
+evaluate = ["{folder}/other.txt"]
+evaluate_limit = 200
+sample_tokens = 5
+[methods.dense.model]
+ffw_layers = "dense"
+[methods.peer.model]
+ffw_layers = "peer"
+peer = {{ num_experts = 16, heads = 2, experts_per_head = 2, key_dim = 4 }}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "books").mkdir()
+    for book in range(10):
+        lines = [f"Line {line} of book {book} tells of {line * book} ships at sea." for line in range(60)]
+        (tmp_path / "books" / f"{book}.txt").write_text("\n".join(lines))
+    (tmp_path / "other.txt").write_text("Another book tells of a ship. " * 20)
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(folder=tmp_path))
+    return path
+
+
+@pytest.mark.slow
+def test_a_comparison_leaves_rows_table_plot_and_sample_and_goes_on(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = compare(recipe, progress=False)
+    output = tmp_path / "out"
+    rows = read_rows(output / "rows.jsonl")
+    assert [row["method"] for row in rows] == ["dense", "peer"]
+    for row in rows:
+        flops = row["summary"]["flops"]
+        step = row["summary"]["training_flops_per_token"] * 16 * 4
+        assert flops <= 1e8 < flops + step
+        assert row["curve"][-1]["validation_loss"] == row["summary"]["validation_loss"]
+        assert row["evaluation"]["other"]["perplexity"] > 1
+    assert [entry["label"] for entry in table] == ["dense", "peer"]
+    assert table == json.loads((output / "table.json").read_text())
+    assert table[0]["usage"] is None
+    assert 0 < table[1]["usage"] <= 1
+    assert "| peer |" in (output / "table.md").read_text()
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len((output / "sample.txt").read_text()) > 3
+
+    kept, lost = (output / "rows.jsonl").read_text().splitlines()
+    (output / "rows.jsonl").write_text(f"{kept}\n{lost[:40]}")
+    assert compare(recipe, progress=False) == table
+    again = read_rows(output / "rows.jsonl")
+    assert again[0] == rows[0]
+    assert again[1]["summary"]["validation_loss"] == rows[1]["summary"]["validation_loss"]
+
+    monkeypatch.setattr("peerlm_studies.comparison.compare._write_sample", lambda plan: "text in [/b] brackets")
+    compare(recipe)
+    assert "peer writes: text in [/b] brackets" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_carries_its_exit_code(recipe: Path) -> None:
+    with pytest.raises(
+        TrainingStopped, match="peerlm train of dense, seed 0, ended with exit code 3: training stopped at step"
+    ) as error:
+        compare(recipe, ["optim.learning_rate=1e30", "optim.clip=1e30"], progress=False)
+    assert error.value.exit_code == 3
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_runs_too_and_the_comparison_goes_on(tmp_path: Path, recipe: Path) -> None:
+    command = [sys.executable, "-m", "peerlm", "compare", str(recipe), "--json", "--set"]
+    endless = subprocess.Popen([*command, "budget.minutes=9"], stderr=subprocess.PIPE, start_new_session=True)
+    logs = tmp_path / "out" / "runs"
+    while not any(logs.glob("*/log.jsonl")):
+        assert endless.poll() is None
+        time.sleep(0.1)
+    endless.terminate()
+    _, stderr = endless.communicate(timeout=60)
+    assert endless.returncode == 143
+    assert b"stopped by SIGTERM; finished runs are kept" in stderr
+    with pytest.raises(ProcessLookupError):
+        os.killpg(endless.pid, 0)
+    assert any(logs.glob("*/checkpoints/step-*"))
+
+
+def test_a_missing_evaluation_file_is_found_before_training(tmp_path: Path, recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"compare.evaluate names .*missing.txt, which does not exist"):
+        compare(recipe, [f'compare.evaluate=["{tmp_path}/missing.txt"]'], progress=False)
+    assert not (tmp_path / "out" / "runs").exists()

@@ -1,0 +1,97 @@
+"""A comparison's recipe becomes its runs; what a row depends on is in its key."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from peerlm import UserError
+from peerlm_studies.comparison.plan import ComparePlan, load_plan
+
+RECIPE = """
+run = "out"
+[data]
+folder = "tokens"
+[budget]
+steps = 3
+[model]
+hidden_size = 32
+[compare]
+seeds = [0, 1]
+[methods.dense.model]
+ffw_layers = "dense"
+[methods.PEER.model]
+ffw_layers = "peer"
+peer = { num_experts = 16 }
+"""
+
+
+def plan_of(tmp_path: Path, text: str = RECIPE, *overrides: str) -> ComparePlan:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return load_plan(path, overrides)
+
+
+def test_every_method_is_trained_with_every_seed_in_its_own_folder(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    assert [(run.method, run.seed) for run in plan.runs] == [("dense", 0), ("PEER", 0), ("dense", 1), ("PEER", 1)]
+    assert len({run.train.run for run in plan.runs}) == 4
+    assert all(Path(run.train.run).parent == Path("out/runs") for run in plan.runs)
+    assert [run.train.seed for run in plan.runs] == [0, 0, 1, 1]
+
+
+def test_a_method_changes_the_shared_recipe_and_keeps_the_rest(tmp_path: Path) -> None:
+    dense, peer = plan_of(tmp_path).runs[:2]
+    assert dense.train.model == {"hidden_size": 32, "ffw_layers": "dense"}
+    assert peer.train.model == {"hidden_size": 32, "ffw_layers": "peer", "peer": {"num_experts": 16}}
+    assert dense.train.budget == peer.train.budget
+
+
+def test_a_sweep_multiplies_the_runs(tmp_path: Path) -> None:
+    text = RECIPE.replace("[methods.dense", '[compare.sweep]\n"optim.learning_rate" = [1e-3, 2e-3]\n[methods.dense')
+    plan = plan_of(tmp_path, text, "compare.seeds=[5]")
+    assert [(run.label, run.train.optim.learning_rate) for run in plan.runs] == [
+        ("dense learning_rate=0.001", 1e-3),
+        ("dense learning_rate=0.002", 2e-3),
+        ("PEER learning_rate=0.001", 1e-3),
+        ("PEER learning_rate=0.002", 2e-3),
+    ]
+    assert len({run.train.run for run in plan.runs}) == 4
+
+
+def test_the_key_names_what_the_row_depends_on(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    key = plan.runs[0].key(plan.compare)
+    moved = plan_of(tmp_path, RECIPE, "run=elsewhere", "log.every=5", "data.workers=2")
+    assert moved.runs[0].key(moved.compare) == key
+    for change in ("budget.steps=4", "model.hidden_size=64", "optim.learning_rate=1", "eval.windows=3"):
+        changed = plan_of(tmp_path, RECIPE, change)
+        assert changed.runs[0].key(changed.compare) != key, change
+    assert plan.runs[0].key(replace(plan.compare, evaluate=("book.txt",))) != key
+    assert len({run.key(plan.compare) for run in plan.runs}) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("compare.seeds=[]", "compare.seeds is empty: name at least one seed"),
+        ("compare.sed=[1]", "unknown key 'compare.sed': did you mean 'compare.seeds'"),
+        ("compare.sweep.seed=3", "compare.sweep.seed = 3: give a list"),
+        ("compare.jobs=0", "compare.jobs = 0: must be at least 1"),
+        ("compare=3", "compare = 3: expected a section"),
+        ("methods.dense=3", "methods.dense = 3: expected a section"),
+        ("methods.dense.modl=3", "unknown key 'modl'"),
+        ("methods.dense.data.context=1", "data.context = 1"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        plan_of(tmp_path, RECIPE, change)
+    assert message in str(error.value)
+
+
+def test_a_recipe_without_methods_or_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"recipe.toml compares nothing: add a section \[methods.NAME\]"):
+        plan_of(tmp_path, RECIPE.split("[methods")[0])
+    with pytest.raises(UserError, match="lacks run: add the folder"):
+        plan_of(tmp_path, RECIPE.replace('run = "out"', ""))

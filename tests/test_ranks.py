@@ -1,0 +1,86 @@
+"""Two processes train as one does."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peerlm.files import write_json
+from peerlm.ranks import join_ranks
+from peerlm.train import TrainConfig, train
+from peerlm.train.checkpoint import list_checkpoints
+from peerlm.train.recipe import to_dict
+
+
+def torchrun(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, "-m", "peerlm", "train", str(recipe), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def without_dropout(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Batch normalisation of queries stays on: its statistics must be those of both processes."""
+    return {**recipe["model"], "attention_dropout": 0.0, "peer": {**recipe["model"]["peer"], "dropout": 0.0}}
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_weights_of_one(
+    configure: Callable[..., TrainConfig], without_dropout: dict[str, Any], tmp_path: Path
+) -> None:
+    data = {"batch_size": 8, "micro_batch_size": None}
+    one = configure(model=without_dropout, data=data)
+    two = configure(model=without_dropout, data=data, run=str(tmp_path / "two"))
+    write_json(tmp_path / "recipe.json", to_dict(two))
+    process = torchrun(tmp_path / "recipe.json")
+    assert process.returncode == 0, process.stderr
+    train(one, progress=False)
+    found, expected = (load_file(Path(config.run) / "model" / "model.safetensors") for config in (two, one))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert process.stderr.count("step 8  100.0%") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_grow_and_hold_still_as_one_does(
+    configure: Callable[..., TrainConfig], without_dropout: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = {
+        "model": without_dropout,
+        "data": {"batch_size": 8, "micro_batch_size": None},
+        "grow": {"at": "10@50%", "opening": 0.2, "keys": "crowded", "freeze": ["rows", "keys", "rest"]},
+        "checkpoint": {"every": 4},
+    }
+    one, two = configure(**changes), configure(**changes, run=str(tmp_path / "two"))
+    write_json(tmp_path / "recipe.json", to_dict(two))
+    process = torchrun(tmp_path / "recipe.json")
+    assert process.returncode == 0, process.stderr
+    train(one, progress=False)
+    found, expected = (load_file(Path(config.run) / "model" / "model.safetensors") for config in (two, one))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    before = load_file(list_checkpoints(Path(two.run))[0] / "model.safetensors")
+    rows, keys = "model.layers.1.ffw.experts.rows", "model.layers.1.ffw.product_keys.sub_keys"
+    assert torch.equal(found[rows][:64], before[rows])
+    assert torch.equal(found[keys][:, :, :8], before[keys])
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_shared_out_is_refused(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    write_json(tmp_path / "recipe.json", to_dict(configure(data={"batch_size": 3})))
+    process = torchrun(tmp_path / "recipe.json")
+    assert process.returncode != 0
+    assert "data.batch_size = 3 is not divisible by the 2 processes that train" in process.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_alone_every_exchange_is_the_identity() -> None:
+    with join_ranks("cpu") as ranks:
+        assert ranks.is_main
+        assert ranks.mean(torch.tensor(1.5)) == ranks.of_main(1.5) == 1.5
+        assert ranks.any(True)
+        assert not ranks.any(False)
+        ranks.wait()
