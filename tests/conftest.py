@@ -84,7 +84,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """Models that the test builds are in float64: what is equal in exact arithmetic is equal to 1e-7, on any machine."""
+    """What the test builds is in float64: equal to 1e-7, on any machine, where it is equal in exact arithmetic."""
     with peerlm.testing.float64():
         yield
 

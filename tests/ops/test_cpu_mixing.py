@@ -200,7 +200,9 @@ def test_int8_rows(gated: bool, dim: int) -> None:
     stored = quantised.double() * scales.double()[..., None]
     before = output_and_gradients(drawn, backend="reference")
     factors = 3 if gated else 2  # vectors, each with its own error, that a result is a product of
-    rounding = 16 * torch.finfo(torch.float32).eps  # at dim 1 every entry is the largest of its vector, and stored whole
+    rounding = (
+        16 * torch.finfo(torch.float32).eps
+    )  # at dim 1 every entry is the largest of its vector, and stored whole
     lost = relative_error(stored, rows)
     for name, value in actual.items():
         assert relative_error(value, before[name]) <= factors * lost + rounding, name
