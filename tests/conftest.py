@@ -20,6 +20,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+import peerlm.testing
+
 from .models import Build, build
 
 torch.set_num_threads(1)
@@ -86,6 +88,13 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """What the test builds is in float64: equal to 1e-7, on any machine, where it is equal in exact arithmetic."""
+    with peerlm.testing.float64():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

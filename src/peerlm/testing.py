@@ -5,15 +5,19 @@ fractions or Python floats instead of tensors, loops instead of products. Shape 
 `ops/reference.py`.
 """
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from peerlm.layers import PEER, QueryBatchNorm, Table
 
@@ -207,7 +211,7 @@ def loop_peer(layer: PEER, x_TD: Tensor) -> Tensor:
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         query_TX = (query_TX - norm.running_mean) * scale + norm.bias
     query_THX = query_TX.view(len(x_TD), keys.heads, keys.key_dim)
-    if isinstance(norm, torch.nn.LayerNorm):
+    if isinstance(norm, nn.LayerNorm):
         centred = query_THX - query_THX.mean(dim=-1, keepdim=True)
         power = centred.square().mean(dim=-1, keepdim=True)
         query_THX = centred / (power + norm.eps).sqrt() * norm.weight + norm.bias
@@ -235,21 +239,127 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return (actual.double() - exact.double()).norm().item() / (size or 1.0)
 
 
-def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Assert that `actual` errs at most twice as much as the plain computation in the same precision.
+class _Widened(TorchFunctionMode):
+    """Every request for float32 is one for float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`, widened."""
+        func = Tensor.double if func is Tensor.float else func
+        args = [torch.float64 if value is torch.float32 else value for value in args]
+        kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """What is built and computed inside is in float64: where two ways are equal in exact arithmetic, they are here.
+
+    Norms, rotary positions and attention of most models ask for float32 whatever the dtype of their weights; they get
+    float64. Native kernels have no float64, so that "auto" takes the definition.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widened():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def definition(module: nn.Module, dtype: torch.dtype | None = torch.float64) -> nn.Module:
+    """A copy that computes by the reference backend: the exact judge, to be called in `float64()`, or the plain path.
 
     Args:
-        actual: what is tested.
-        plain: the definition, computed in the precision of `actual`.
-        exact: the definition in float64.
-
-    Errors are root mean squares of the differences from `exact`; one rounding of every entry is granted too.
+        module: may compute by any backend, in any dtype.
+        dtype: of the copy's parameters and buffers; None leaves them as they are, which makes it the plain path.
     """
-    assert actual.shape == plain.shape == exact.shape, (actual.shape, plain.shape, exact.shape)
-    assert actual.dtype == plain.dtype, (actual.dtype, plain.dtype)
-    if exact.numel() == 0:
-        return
-    error, plain_error = ((value.double() - exact).square().mean().sqrt().item() for value in (actual, plain))
-    rounding = torch.finfo(actual.dtype).eps * exact.square().mean().sqrt().item()
-    budget = 2 * plain_error + rounding
-    assert error <= budget, f"error {error:.3g} is over the budget of {budget:.3g}"
+    twin = copy.deepcopy(module).to(dtype)
+    for part in twin.modules():
+        if "backend" in vars(part):
+            part.backend = "reference"  # type: ignore[assignment]
+    return twin
+
+
+Results = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+"""What a computation gives: one tensor, or several by name or in order."""
+
+_VANISHING = 2.0**-40
+"""Smaller, relative to the largest of a result's tensors, is zero but for the rounding of float64."""
+
+
+def assert_within_budget(actual: Results, plain: Results, exact: Results) -> None:
+    """Assert that no tensor errs more than twice as much as the plain computation in the same precision.
+
+    No tolerance is chosen: the budget follows from the arguments, on whatever machine and SIMD target this runs. A
+    tensor's error is the root mean square of its differences from `exact`, in units of the root mean square of
+    `exact`; a wrong result is orders of magnitude over budget.
+
+    Why twice: both errors are sums of roundings, and every order of summation draws them anew. The ratio of the root
+    mean squares of two sets of n normal numbers passes two once in a million from some 50 numbers on; where there are
+    fewer, it may be as large as it is once in a million. Entries of a row (a vector along the last dimension; of a
+    vector, an entry) share roundings, and large rows hide small ones: n is (sum of s)^2 / sum of s^2 over the rows'
+    sums of squares s, the degrees of freedom of their errors' sum (Satterthwaite 1946, An Approximate Distribution of
+    Estimates of Variance Components). One rounding of every entry is granted besides. Where a tensor vanishes in exact
+    arithmetic, the unit is that of the largest tensor.
+
+    Args:
+        actual: what is tested; one tensor, or several in a mapping or a sequence. Sparse ones count as dense.
+        plain: the definition, computed in the precision of `actual`: the same structure, shapes and dtypes.
+        exact: the definition in float64 from the same numbers.
+
+    Raises:
+        AssertionError: over the budget or not finite where `exact` is; the message names the tensor.
+    """
+    actuals, plains, exacts = _by_name(actual), _by_name(plain), _by_name(exact)
+    assert actuals.keys() == plains.keys() == exacts.keys(), (list(actuals), list(plains), list(exacts))
+    largest = max((_root_mean_square(value) for value in exacts.values()), default=0.0)
+    for name, value in exacts.items():
+        ours, theirs = actuals[name], plains[name]
+        assert ours.shape == theirs.shape == value.shape, (name, ours.shape, theirs.shape, value.shape)
+        assert (ours.dtype, value.dtype) == (theirs.dtype, torch.float64), (name, ours.dtype, theirs.dtype, value.dtype)
+        size = _root_mean_square(value)
+        unit = size if size > _VANISHING * largest else largest or 1.0
+        error, plain_error = (_root_mean_square(found.double() - value) / unit for found in (ours, theirs))
+        budget = _factor(int(_independent_rows(value))) * plain_error + torch.finfo(ours.dtype).eps
+        assert error <= budget, f"{name}: relative error {error:.3g} is over the budget of {budget:.3g}".lstrip(": ")
+
+
+@cache
+def _factor(rows: int) -> float:
+    """What the ratio of the root mean squares of two sets of `rows` normal numbers passes once in a million, or two.
+
+    Its square is F distributed. With 2 m degrees of freedom twice, the chance to pass x is that of m heads or more
+    among 2 m - 1 coins that show heads with the chance 1 / (1 + x).
+    """
+    if rows >= _MANY:
+        return 2.0
+    half = max(1, rows // 2)
+    factor = 2.0
+    while True:
+        heads = 1 / (1 + factor**2)
+        tosses = 2 * half - 1
+        chances = (math.comb(tosses, j) * heads**j * (1 - heads) ** (tosses - j) for j in range(half, 2 * half))
+        if sum(chances) < 1e-6:
+            return factor
+        factor *= 1.05
+
+
+_MANY = 64
+"""Rows from which `_factor` is two."""
+
+
+def _by_name(results: Results) -> dict[str, Tensor]:
+    if isinstance(results, Tensor):
+        results = {"": results}
+    named = results.items() if isinstance(results, Mapping) else ((str(i), value) for i, value in enumerate(results))
+    return {name: value.detach().to_dense() for name, value in named}
+
+
+def _independent_rows(value: Tensor) -> float:
+    squares = value.square()
+    squares = squares.sum(dim=-1) if value.ndim > 1 else squares
+    return (squares.sum() ** 2 / squares.square().sum()).nan_to_num(1.0).item()
+
+
+def _root_mean_square(value: Tensor) -> float:
+    return value.double().square().mean().sqrt().item() if value.numel() else 0.0

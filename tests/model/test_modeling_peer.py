@@ -16,6 +16,8 @@ from transformers.utils import logging
 from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.model import FFW_KINDS, PeerForCausalLM, PeerModel
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 CAUSAL_KINDS = [kind for kind in FFW_KINDS if kind != "expert_choice"]
 OUTPUTS = {  # the matrix of each kind that writes to the residual stream
     "dense": "ffw.up_proj.weight",
@@ -77,7 +79,7 @@ def test_balance_loss_is_added_in_training_only(tiny_model: Build) -> None:
     losses = [model.model.layers[i].ffw for i in (0, 2)]
     difference = model(ids, labels=ids).loss - plain(ids, labels=ids).loss
     expected = 0.01 * (losses[0].balance_loss + losses[1].balance_loss) / 2
-    torch.testing.assert_close(difference, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(difference, expected)
     model.eval()
     plain.eval()
     assert torch.equal(model(ids, labels=ids).loss, plain(ids, labels=ids).loss)
@@ -186,26 +188,6 @@ def test_generation_of_left_padded_prompts_equals_each_alone(tiny_model: Build) 
         assert torch.equal(together[row, 6:], model.generate(prompt, **settings)[0, prompt.shape[1] :])
 
 
-@pytest.mark.parametrize(
-    ("kind", "reentrant"),
-    [(kind, False) for kind in FFW_KINDS] + [("dense", True), ("peer", True), ("pkm", True)],
-)
-def test_gradient_checkpointing_changes_nothing(tiny_model: Build, kind: str, reentrant: bool) -> None:
-    model, ids = tiny_model(ffw_layers=kind), draw_tokens(2, 9)
-    plain = copy.deepcopy(model)
-    # transformers renamed it after 5.20, the last release for Python 3.10
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": reentrant})
-    losses = [m(ids, labels=ids, use_cache=False).loss for m in (model, plain)]
-    torch.testing.assert_close(losses[0], losses[1])
-    for loss in losses:
-        loss.backward()
-    for (name, parameter), twin in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, twin.grad, msg=name)
-    for name, statistic in query_statistics(plain).items():
-        torch.testing.assert_close(model.get_buffer(name), statistic, msg=name)
-
-
 def test_reentrant_checkpointing_would_hide_the_balance_loss_and_is_refused(tiny_model: Build) -> None:
     model, ids = tiny_model(ffw_layers="token_choice"), draw_tokens(2, 9)
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -284,7 +266,7 @@ def test_saving_and_loading(tiny_model: Build, tmp_path: Path, kind: str, tied: 
         assert torch.equal(tensor, found[name]), name
     with torch.no_grad():
         # Not bit for bit: the loaded tensors may lie at other alignments.
-        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     base = AutoModel.from_pretrained(tmp_path)
     assert isinstance(base, PeerModel)
@@ -338,20 +320,6 @@ def test_embeddings_instead_of_ids(tiny_model: Build) -> None:
     for arguments in ({}, {"input_ids": ids, "inputs_embeds": model.model.embed_tokens(ids)}):
         with pytest.raises(ValueError, match="pass either input_ids or inputs_embeds, exactly one of them"):
             model(**arguments)
-
-
-@pytest.mark.parametrize("kind", FFW_KINDS)
-def test_bfloat16(tiny_model: Build, kind: str) -> None:
-    model, ids = tiny_model(ffw_layers=kind), draw_tokens(2, 9)
-    half = copy.deepcopy(model).bfloat16()
-    out = half(ids, labels=ids)
-    out.loss.backward()
-    assert out.logits.dtype == torch.bfloat16
-    assert out.loss.item() == pytest.approx(model(ids, labels=ids).loss.item(), abs=0.05)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(ids, labels=ids).loss
-    loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_what_blocks_add_to_the_residual_stream_is_scaled_down(tiny_model: Build) -> None:

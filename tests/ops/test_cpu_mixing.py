@@ -1,10 +1,11 @@
 """Native mixing of experts and values, forward and backward, against float64."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from peerlm.layers.table import quantise
 from peerlm.ops import api
 from peerlm.ops.cpu import native
 from peerlm.ops.functions import ACTIVATIONS
-from peerlm.testing import MixInputs, mix_inputs, relative_error
+from peerlm.testing import MixInputs, assert_within_budget, mix_inputs, relative_error
 
 pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
 
@@ -42,17 +43,35 @@ def output_and_gradients(inputs: MixInputs, scales: Tensor | None = None, **opti
     return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
 
 
-def assert_close(actual: dict[str, Tensor], exact: dict[str, Tensor], bound: float = 1e-6) -> None:
-    for name, value in actual.items():
-        if value.dtype == torch.bfloat16:  # a gradient is rounded to the dtype of the rows: to two or three digits
-            bound = max(bound, 3e-3 if value.numel() > 64 else 2**-8)
-        assert relative_error(value, exact[name]) <= bound, name
+def assert_kernels_within_budget(
+    drawn: MixInputs, row_dtype: torch.dtype = torch.float32, *, activation: str = "gelu", row_gradients: bool = False
+) -> dict[str, Tensor]:
+    """The kernels' output and gradients, which err no more than the definition's in the same dtypes may.
+
+    Both are judged by x and weights before these were rounded to float32: where sums cancel, what that loses is what
+    any order of summation may lose.
+    """
+    inputs, scales = in_float32(drawn), None
+    if row_dtype == torch.int8:
+        rows, scales = quantise(inputs.rows.detach())
+        stored = rows.double() * scales.double()[..., None]
+    else:
+        rows = stored = inputs.rows.detach().to(row_dtype).requires_grad_()
+    inputs = MixInputs(x=inputs.x, weights=inputs.weights, ids=inputs.ids, rows=rows)
+    options = {"activation": activation, "row_gradients": row_gradients}
+    actual = output_and_gradients(inputs, scales, backend="cpu", **options)
+    plain = output_and_gradients(inputs, scales, backend="reference", **options)
+    exact = output_and_gradients(widened(drawn, stored), activation=activation, backend="reference")
+    assert_within_budget(actual, plain, {name: exact[name] for name in actual})  # int8 rows have no gradient
+    return actual
 
 
 def draw(tokens: int, per_token: int, dim: int, num_experts: int, **options: Any) -> MixInputs:
-    """Inputs with u and g scaled for neurons of unit variance."""
+    """Inputs with u and g scaled for neurons of unit variance; float32 holds none of the numbers."""
     inputs = mix_inputs(tokens, per_token, dim, num_experts, **options)
     with torch.no_grad():
+        inputs.x.mul_(0.9)
+        inputs.weights.mul_(0.9)
         inputs.rows[:, ::2] *= dim**-0.5
     return inputs
 
@@ -62,18 +81,14 @@ def draw(tokens: int, per_token: int, dim: int, num_experts: int, **options: Any
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_mixing_equals_float64(activation: str, gated: bool, row_dtype: torch.dtype) -> None:
     for dim, per_token in zip(AWKWARD_DIMS, AWKWARD_COUNTS, strict=False):
-        inputs = in_float32(draw(21, per_token, dim, 30, gated=gated), row_dtype)
-        exact = output_and_gradients(widened(inputs), activation=activation, backend="reference")
-        assert_close(output_and_gradients(inputs, activation=activation, backend="cpu"), exact)
+        assert_kernels_within_budget(draw(21, per_token, dim, 30, gated=gated), row_dtype, activation=activation)
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dim", AWKWARD_DIMS)
 @pytest.mark.parametrize("per_token", AWKWARD_COUNTS)
 def test_awkward_sizes(per_token: int, dim: int, gated: bool) -> None:
-    inputs = in_float32(draw(5, per_token, dim, 11, gated=gated))
-    exact = output_and_gradients(widened(inputs), backend="reference")
-    assert_close(output_and_gradients(inputs, backend="cpu"), exact)
+    assert_kernels_within_budget(draw(21, per_token, dim, 11, gated=gated))
 
 
 @given(
@@ -86,6 +101,7 @@ def test_awkward_sizes(per_token: int, dim: int, gated: bool) -> None:
     gated=st.booleans(),
     seed=st.integers(0, 1000),
 )
+@example(19, 70, 1, 70, torch.float32, "gelu_tanh", False, 100)  # sums of slopes near 1 that cancel
 @settings(max_examples=60)
 def test_any_shape(
     tokens: int,
@@ -98,36 +114,21 @@ def test_any_shape(
     seed: int,
 ) -> None:
     drawn = draw(tokens, per_token, dim, num_experts, gated=gated, seed=seed)
-    if row_format == torch.int8:
-        rows, scales = quantise(drawn.rows.detach().float())
-        single = drawn.to(torch.float32)
-        inputs = MixInputs(x=single.x, weights=single.weights, ids=single.ids, rows=rows)
-        wide = widened(single, rows=rows.double() * scales[..., None].double())
-    else:
-        inputs, scales = in_float32(drawn, row_format), None
-        wide = widened(inputs)
-    plain = output_and_gradients(inputs, scales, activation=activation, backend="reference")
-    actual = output_and_gradients(inputs, scales, activation=activation, backend="cpu")
-    exact = output_and_gradients(wide, activation=activation, backend="reference")
-    for name, value in actual.items():  # sums may cancel, for the definition in float32 too
-        assert_close({name: value}, exact, 2e-6 + 8 * relative_error(plain[name], exact[name]))
+    assert_kernels_within_budget(drawn, row_format, activation=activation)
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("row_gradients", [False, True])
 def test_one_expert_for_all(row_gradients: bool, gated: bool) -> None:
-    inputs = in_float32(draw(63, 8, 64, 100, gated=gated, one_expert=True))
-    exact = output_and_gradients(widened(inputs), backend="reference")
-    actual = output_and_gradients(inputs, backend="cpu", row_gradients=row_gradients)
-    assert_close({**actual, "rows": actual["rows"].to_dense() if row_gradients else actual["rows"]}, exact)
+    drawn = draw(63, 8, 64, 100, gated=gated, one_expert=True)
+    actual = assert_kernels_within_budget(drawn, row_gradients=row_gradients)
+    assert actual["rows"].is_sparse == row_gradients
 
 
 def test_repeated_ids_count_each_time() -> None:
     inputs = draw(6, 12, 20, 3)
-    single = in_float32(inputs)
     assert all(len(set(row)) < len(row) for row in inputs.ids.tolist())
-    exact = output_and_gradients(widened(single), backend="reference")
-    assert_close(output_and_gradients(single, backend="cpu"), exact)
+    assert_kernels_within_budget(inputs)
 
 
 @pytest.mark.parametrize("row_dtype", [torch.float32, torch.bfloat16])
@@ -166,7 +167,7 @@ def test_row_gradients_of_a_table_used_twice_add_up() -> None:
             y.square().sum().backward()
         gradients.append(rows.grad)
     assert gradients[1].is_sparse
-    torch.testing.assert_close(gradients[1].to_dense(), gradients[0])
+    assert torch.equal(gradients[1].to_dense(), gradients[0])
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -177,8 +178,12 @@ def test_bfloat16_rows_against_those_before_rounding(gated: bool) -> None:
     drawn = mix_inputs(32, 32, 256, 300)
     single = MixInputs(x=drawn.x.float(), weights=drawn.weights.float(), ids=drawn.ids, rows=rows.bfloat16())
     y = api.mix_experts(*single.arguments(), backend="cpu")
-    exact = api.mix_experts(*widened(single, rows=rows).arguments(), backend="reference")
-    assert 1e-4 < relative_error(y, exact) <= 3e-3
+    exact, rounded = (
+        api.mix_experts(*widened(single, rows=table).arguments(), backend="reference") for table in (rows, single.rows)
+    )
+    lost = relative_error(rounded, exact)  # by rounding the rows, however exactly it goes on
+    assert 2**-8 > lost > 100 * torch.finfo(torch.float32).eps
+    assert relative_error(y, exact) == pytest.approx(lost, rel=0.01)
 
 
 @pytest.mark.parametrize("dim", [1, 33, 256])
@@ -186,41 +191,39 @@ def test_bfloat16_rows_against_those_before_rounding(gated: bool) -> None:
 def test_int8_rows(gated: bool, dim: int) -> None:
     """Against the rows that are stored, and, with entries spread evenly, against those before quantisation."""
     generator = torch.Generator().manual_seed(0)
-    rows = 2 * torch.rand(300, 3 if gated else 2, dim, generator=generator) - 1
+    rows = 2 * torch.rand(300, 3 if gated else 2, dim, generator=generator, dtype=torch.float64) - 1
     rows[:, ::2] *= (3 / dim) ** 0.5
-    quantised, scales = quantise(rows)
-    drawn = mix_inputs(32, 32, dim, 300).to(torch.float32)
-    single = MixInputs(x=drawn.x, weights=drawn.weights, ids=drawn.ids, rows=quantised)
-    actual = output_and_gradients(single, scales, backend="cpu")
+    drawn = widened(mix_inputs(32, 32, dim, 300), rows)
+    actual = assert_kernels_within_budget(drawn, torch.int8)
     assert sorted(actual) == ["weights", "x", "y"]
+    quantised, scales = quantise(rows.float())
     stored = quantised.double() * scales.double()[..., None]
-    assert_close(actual, output_and_gradients(widened(drawn, rows=stored), backend="reference"))
-    definition = output_and_gradients(single, scales, backend="reference")
-    assert_close(definition, output_and_gradients(widened(drawn, rows=stored), backend="reference"), 2e-6)
-    before = output_and_gradients(widened(drawn, rows=rows), backend="reference")
+    before = output_and_gradients(drawn, backend="reference")
     factors = 3 if gated else 2  # vectors, each with its own error, that a result is a product of
-    assert_close(actual, before, 1e-6 + factors * relative_error(stored, rows))
-    if not gated:
-        assert relative_error(actual["y"], before["y"]) <= 6e-3
+    rounding = (
+        16 * torch.finfo(torch.float32).eps
+    )  # at dim 1 every entry is the largest of its vector, and stored whole
+    lost = relative_error(stored, rows)
+    for name, value in actual.items():
+        assert relative_error(value, before[name]) <= factors * lost + rounding, name
+    # Steps are 1 / 127 of the largest; an error is spread evenly over one, as entries are over 254
+    assert lost <= 1.01 / 254 + rounding
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 def test_activations_of_any_input(activation: str) -> None:
-    """One neuron whose input is z: value and slope for z in -40 .. 40, relative to the largest of |z| and |value|."""
+    """One neuron whose input is z: value and slope for z in -40 .. 40, in parts where they are of one magnitude."""
     z = torch.cat([torch.linspace(-40, 40, 4001), torch.linspace(-2, 2, 1001), torch.tensor([0.0, -0.0, 1e-30])])
-    x, ones = z[:, None].clone().requires_grad_(), torch.ones(len(z), 1)
-    ids, rows = torch.zeros(len(z), 1, dtype=torch.int64), torch.ones(1, 2, 1)
-    y = api.mix_experts(x, ones, ids, rows, activation=activation, backend="cpu")
-    (slope,) = torch.autograd.grad(y.sum(), x)
-    wide = z.double()[:, None].requires_grad_()
-    value = ACTIVATIONS[activation](wide)
-    (exact_slope,) = torch.autograd.grad(value.sum(), wide)
-    torch.testing.assert_close(y.detach(), value.detach().float(), rtol=2e-6, atol=1e-7)
-    torch.testing.assert_close(slope, exact_slope.float(), rtol=2e-6, atol=3e-7)
-    assert relative_error(y.detach(), value.detach()) <= 1e-7
-    negative = (z < -1)[:, None]
-    assert relative_error(y.detach()[negative], value.detach()[negative]) <= 1e-6
-    assert relative_error(slope[negative], exact_slope[negative]) <= 1e-6
+    results = []
+    for dtype, backend in ((torch.float32, "cpu"), (torch.float32, "reference"), (torch.float64, "reference")):
+        x, ones = z[:, None].to(dtype).requires_grad_(), torch.ones(len(z), 1, dtype=dtype)
+        ids, rows = torch.zeros(len(z), 1, dtype=torch.int64), torch.ones(1, 2, 1, dtype=dtype)
+        y = api.mix_experts(x, ones, ids, rows, activation=activation, backend=backend)
+        results.append((y.detach(), *torch.autograd.grad(y.sum(), x)))
+    ends = [-40, -5, -3, -2, -1, 0, 1, 3, 6, 40]  # in tails beyond, float64 itself cancels
+    for low, high in itertools.pairwise(ends):
+        part = ((low <= z) & (z <= high))[:, None]
+        assert_within_budget(*([value[part] for value in found] for found in results))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -230,16 +233,16 @@ def test_inputs_that_are_huge_or_not_numbers(activation: str, size: float) -> No
     with torch.no_grad():
         inputs.x[1].copy_(inputs.x[1].sign() * size)
     clean = torch.tensor([0, 2])
-    actual, exact = (
+    actual, plain, exact = (
         output_and_gradients(i, activation=activation, backend=backend)
-        for i, backend in ((inputs, "cpu"), (in_float32(inputs), "reference"))
+        for i, backend in ((inputs, "cpu"), (inputs, "reference"), (widened(inputs), "reference"))
     )
-    for name in ("y", "x", "weights"):
-        torch.testing.assert_close(actual[name][clean], exact[name][clean])  # other tokens do not see it
+    # other tokens do not see it
+    assert_within_budget(*({n: found[n][clean] for n in ("y", "x", "weights")} for found in (actual, plain, exact)))
     if size != size:
         assert actual["y"][1].isnan().all()
     if size == 1e3:
-        torch.testing.assert_close(actual["y"], exact["y"], rtol=1e-5, atol=1e-3)
+        assert_within_budget(actual["y"], plain["y"], exact["y"])
 
 
 @pytest.mark.parametrize("row_gradients", [False, True])
@@ -257,20 +260,19 @@ def test_no_tokens(gated: bool, row_gradients: bool) -> None:
 def test_values(tokens: int, per_token: int, dim: int, row_gradients: bool, row_dtype: torch.dtype) -> None:
     drawn = mix_inputs(tokens, per_token, dim, 40)
     results = []
-    for dtype, backend in ((torch.float64, "reference"), (row_dtype, "cpu")):
+    for dtype, backend in ((row_dtype, "cpu"), (row_dtype, "reference"), (torch.float64, "reference")):
         weights = drawn.weights.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
         values = drawn.rows.detach()[:, 1].to(dtype).requires_grad_()
         options = {"row_gradients": row_gradients} if backend == "cpu" else {}
         y = api.mix_values(weights, drawn.ids, values, backend=backend, **options)
         y.sum().backward()
         results.append({"y": y.detach(), "weights": weights.grad, "rows": values.grad})
-    exact, actual = results
+    actual = results[0]
     assert actual["y"].dtype == row_dtype
     assert actual["rows"].is_sparse == row_gradients
     if row_gradients:
         assert actual["rows"]._indices()[0].tolist() == sorted(set(drawn.ids.flatten().tolist()))
-        actual["rows"] = actual["rows"].to_dense()
-    assert_close(actual, exact)
+    assert_within_budget(*results)
 
 
 @pytest.mark.parametrize("bad_id", [-1, 5, 2**31, 2**62, -(2**63)])

@@ -82,16 +82,18 @@ def test_gradients_of_mixing_values(backend: str) -> None:
 @pytest.mark.parametrize("frozen", ["x", "weights", "rows"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_with_one_argument_frozen(backend: str, frozen: str) -> None:
-    inputs = mix_inputs(3, 4, 3, 4, gated=True).to(torch.float32)
+    wide = mix_inputs(3, 4, 3, 4, gated=True)
+    inputs = wide.to(torch.float32)
     names = ["x", "weights", "rows"]
-    expected = dict(zip(names, values_and_gradients(inputs, "gelu", "reference")[1:], strict=True))
+    plain, exact = (
+        dict(zip(names, values_and_gradients(each, "gelu", "reference")[1:], strict=True)) for each in (inputs, wide)
+    )
     getattr(inputs, frozen).requires_grad_(False)
     trained = [name for name in names if name != frozen]
     out = api.mix_experts(*inputs.arguments(), backend=backend)
     coefficients = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).bfloat16().float().view(out.shape)
     gradients = torch.autograd.grad((out * coefficients).sum(), [getattr(inputs, name) for name in trained])
-    for name, gradient in zip(trained, gradients, strict=True):
-        torch.testing.assert_close(gradient, expected[name])
+    assert_within_budget(gradients, [plain[name] for name in trained], [exact[name] for name in trained])
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -130,7 +132,8 @@ def test_arguments_need_not_be_contiguous(backend: str) -> None:
     strided = [t.detach().movedim(0, -1).contiguous().movedim(-1, 0) for t in inputs.to(torch.float32).arguments()]
     assert not any(tensor.is_contiguous() for tensor in strided)
     out = api.mix_experts(*strided, backend=backend)
-    torch.testing.assert_close(out, loop_mix_experts(inputs, "gelu").float())
+    plain = plain_mix(*inputs.to(torch.float32).arguments())
+    assert_within_budget(out, plain, loop_mix_experts(inputs, "gelu"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

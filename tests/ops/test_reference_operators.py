@@ -15,7 +15,7 @@ from peerlm.ops.cpu import native
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.ops.reference_operators import KERNELS
-from peerlm.testing import mix_inputs
+from peerlm.testing import assert_within_budget, definition, mix_inputs
 
 NEEDS_KERNELS = pytest.mark.skipif(bool(native._reason), reason=native._reason)
 
@@ -95,9 +95,16 @@ def native_cases() -> dict[str, tuple[Any, ...]]:
 def test_native_kernels_agree_with_them(name: str) -> None:
     api.load_backends()
     arguments = native_cases()[name]
-    found = getattr(torch.ops.peerlm, name)(*arguments)
-    expected = KERNELS[name](*arguments)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+    found, plain, exact = (
+        result if isinstance(result, tuple) else (result,)
+        for result in (getattr(torch.ops.peerlm, name)(*arguments), KERNELS[name](*arguments), KERNELS[name](*wide))
+    )
+    for values in zip(found, plain, exact, strict=True):
+        if values[0].is_floating_point():
+            assert_within_budget(*values)
+        else:
+            assert torch.equal(*values[:2])
 
 
 @pytest.mark.slow
@@ -107,7 +114,7 @@ def test_an_exported_layer_runs_where_no_layer_was_made(kernels: bool, tmp_path:
     torch.use_deterministic_algorithms(False)
     peer, x = PEER(8, num_experts=16, heads=2, experts_per_head=3, key_dim=4).eval(), torch.randn(5, 8)
     torch.export.save(torch.export.export(peer, (x,)), tmp_path / "peer.pt2")
-    torch.save({"x": x, "y": peer(x).detach()}, tmp_path / "expected.pt")
+    torch.save(x, tmp_path / "x.pt")
     code = f"""
 import sys
 import torch
@@ -115,11 +122,12 @@ from peerlm.ops import api
 if not {kernels}:
     sys.modules["peerlm.ops.cpu._native"] = None
 api.load_backends()
-expected = torch.load({str(tmp_path / "expected.pt")!r})
+x = torch.load({str(tmp_path / "x.pt")!r})
 program = torch.export.load({str(tmp_path / "peer.pt2")!r}).module()
-torch.testing.assert_close(program(expected["x"]), expected["y"])
+torch.save(program(x).detach(), {str(tmp_path / "y.pt")!r})
 print(torch._C._dispatch_has_kernel_for_dispatch_key("peerlm::retrieve", "CPU"))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{kernels and not native._reason}\n"
+    assert_within_budget(torch.load(tmp_path / "y.pt"), peer(x), definition(peer)(x.double()))

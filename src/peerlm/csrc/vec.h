@@ -184,9 +184,10 @@ PEERLM_INLINE Activated gelu(vf z) {
 // Hendrycks and Gimpel's approximation, z sigmoid(2 sqrt(2 / pi) (z + 0.044715 z^3)), as GPT-2 and Gemma have it.
 PEERLM_INLINE Activated gelu_tanh(vf z) {
   const vf square = z * z;
-  const vf sigmoid = 1.0f / (1.0f + exp(z * (square * -0.0713548163f - 1.59576912f)));
+  const vf odds = exp(z * (square * -0.0713548163f - 1.59576912f));
+  const vf sigmoid = 1.0f / (1.0f + odds);
   const vf rise = square * 0.214064449f + 1.59576912f;
-  return {z * sigmoid, sigmoid * (1.0f + z * (1.0f - sigmoid) * rise)};
+  return {z * sigmoid, sigmoid * (1.0f + z * (odds * sigmoid) * rise)};  // 1 - sigmoid would cancel
 }
 
 PEERLM_INLINE Activated relu(vf z) {
@@ -195,8 +196,9 @@ PEERLM_INLINE Activated relu(vf z) {
 }
 
 PEERLM_INLINE Activated silu(vf z) {
-  const vf sigmoid = 1.0f / (1.0f + exp(-z));
-  return {z * sigmoid, sigmoid * (1.0f + z * (1.0f - sigmoid))};
+  const vf odds = exp(-z);
+  const vf sigmoid = 1.0f / (1.0f + odds);
+  return {z * sigmoid, sigmoid * (1.0f + z * (odds * sigmoid))};  // 1 - sigmoid would cancel
 }
 
 }  // namespace

@@ -1,0 +1,68 @@
+"""The language model in the dtypes that it is used in: native kernels, bfloat16, recomputation."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from peerlm.model import FFW_KINDS, PeerForCausalLM
+from peerlm.testing import assert_within_budget, definition, float64
+
+Build = Callable[..., PeerForCausalLM]
+
+
+def draw_tokens(*shape: int) -> Tensor:
+    return torch.randint(1, 64, shape)
+
+
+def results(model: torch.nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """Logits, and the gradients of the loss by name."""
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    return {"logits": out.logits} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", FFW_KINDS)
+def test_float32_errs_no_more_than_the_definition(tiny_model: Build, kind: str) -> None:
+    model, ids = tiny_model(ffw_layers=kind).eval(), draw_tokens(4, 16)
+    plain, judge = definition(model, None), definition(model)
+    with float64():
+        exact = results(judge, ids)
+    assert_within_budget(results(model, ids), results(plain, ids), exact)
+
+
+@pytest.mark.parametrize("kind", FFW_KINDS)
+def test_bfloat16(tiny_model: Build, kind: str) -> None:
+    model, ids = tiny_model(ffw_layers=kind), draw_tokens(2, 9)
+    half = copy.deepcopy(model).bfloat16()
+    out = half(ids, labels=ids)
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16
+    assert out.loss.item() == pytest.approx(model(ids, labels=ids).loss.item(), rel=2 * torch.finfo(torch.bfloat16).eps)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# Reentrant checkpointing (not the default) hides the balance loss of token choice from autograd.
+@pytest.mark.parametrize(
+    ("kind", "reentrant"),
+    [(kind, False) for kind in FFW_KINDS] + [("dense", True), ("peer", True), ("pkm", True)],
+)
+def test_gradient_checkpointing_changes_nothing(tiny_model: Build, kind: str, reentrant: bool) -> None:
+    model, ids = tiny_model(ffw_layers=kind).double(), draw_tokens(2, 9)
+    plain = copy.deepcopy(model)
+    # transformers renamed it after 5.20, the last release for Python 3.10
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})
+    losses = [m(ids, labels=ids, use_cache=False).loss for m in (model, plain)]
+    torch.testing.assert_close(losses[0], losses[1])
+    for loss in losses:
+        loss.backward()
+    for (name, parameter), twin in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, twin.grad, msg=name)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(model.get_buffer(name), buffer, msg=name)
