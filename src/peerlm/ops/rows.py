@@ -111,7 +111,7 @@ def prepare_rows(parameter: Tensor, ids: Tensor | None) -> None:
 
 @torch.compiler.disable(
     reason="RowAdamW brings rows up to date before they are read, which a compiled graph cannot do: "
-    "compile without fullgraph=True, or train the table with another optimizer"
+    "compile without fullgraph=True; export in evaluation mode with strict=False"
 )
 def _tell(watcher: RowWatcher, parameter: Tensor, ids: Tensor | None) -> None:
     if not _as_they_are.get():
