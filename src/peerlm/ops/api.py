@@ -158,10 +158,9 @@ def _refuse_shapes(**tensors: Tensor) -> None:
     raise ValueError(f"shapes do not fit each other: {shapes}; T tokens, width D and entries P must be the same in all")
 
 
-def _check_floats(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} has dtype {tensor.dtype}; it must have a float dtype")
+def _check_float(tensor: Tensor, name: str) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}; it must have a float dtype")
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -211,7 +210,8 @@ def retrieve(
     """
     check_pairing(pairing)
     check_weighting(weighting)
-    _check_floats(query=query, sub_keys=sub_keys)
+    _check_float(query, "query")
+    _check_float(sub_keys, "sub_keys")
     halves, sets, n, half_dim = sub_keys.shape
     if halves != 2 or query.ndim != 3 or sets not in (1, query.shape[1]) or query.shape[2] != 2 * half_dim:
         raise ValueError(
@@ -255,12 +255,13 @@ def mix_experts(
         ValueError: an unknown name, or a backend that cannot compute with these arguments.
     """
     check_activation(activation)
-    _check_floats(x=x, weights=weights)
+    _check_float(x, "x")
+    _check_float(weights, "weights")
     if (rows.dtype == torch.int8) != (scales is not None):
         given = "no scales" if scales is None else "scales"
         raise ValueError(f"rows have dtype {rows.dtype} and {given} are given; int8 rows need scales, others have none")
     if scales is None:
-        _check_floats(rows=rows)
+        _check_float(rows, "rows")
     elif scales.shape != rows.shape[:2]:
         _refuse_shapes(rows=rows, scales=scales)
     if rows.ndim != 3 or rows.shape[1] not in (2, 3):
@@ -280,7 +281,8 @@ def mix_values(
     weights: Tensor, value_ids: Tensor, values: Tensor, *, backend: str = "auto", row_gradients: bool = False
 ) -> Tensor:
     """Sum each token's retrieved values: weights, value_ids (T, P), values (N, D) -> (T, D)."""
-    _check_floats(weights=weights, values=values)
+    _check_float(weights, "weights")
+    _check_float(values, "values")
     if weights.ndim != 2 or weights.shape != value_ids.shape or values.ndim != 2:
         _refuse_shapes(weights=weights, value_ids=value_ids, values=values)
     module = _choose("mix_values", backend, weights, ids=value_ids, rows=values, row_gradients=row_gradients)
@@ -298,7 +300,8 @@ def dot_values(
     In float32 at least, or in the dtype of the values. With `mix_values` it makes experts that write another
     width than they read: mix_values(weights * act(dot_values(x, ids, down)), ids, up).
     """
-    _check_floats(x=x, values=values)
+    _check_float(x, "x")
+    _check_float(values, "values")
     if value_ids.ndim != 2 or values.ndim != 2 or x.shape != (value_ids.shape[0], values.shape[1]):
         _refuse_shapes(x=x, value_ids=value_ids, values=values)
     module = _choose("dot_values", backend, x, ids=value_ids, rows=values, row_gradients=row_gradients)
@@ -310,8 +313,8 @@ def dot_values(
 
 @torch.compiler.disable(
     reason="the gradient of a table that RowAdamW trains is given by row, which a compiled graph cannot do: "
-    "compile without fullgraph=True, or train the table with another optimizer"
+    "compile without fullgraph=True"
 )
 def _uncompiled(module: Backend, op: str, *arguments: object) -> Tensor:
-    """An operation whose row gradients go to an optimizer; it changes rows, which no graph shall take for constant."""
+    """An operation whose row gradients go to an optimizer, which may update rows in the backward pass."""
     return cast(Tensor, getattr(module, op)(*arguments, row_gradients=True))

@@ -99,7 +99,7 @@ class RowHolder(Protocol):
 _holders: WeakSet[RowHolder] = WeakSet()
 _OUTSIDE = (
     "RowAdamW brings rows up to date before they are read, which a compiled graph cannot do: "
-    "compile without fullgraph=True, or train the table with another optimizer"
+    "compile without fullgraph=True; export in evaluation mode with strict=False"
 )
 
 

@@ -16,11 +16,13 @@ def not_plain(*maybe_tensors: Tensor | None) -> str:
     """
     if torch.compiler.is_compiling():
         return ""  # what is traced was looked at by the tracer
-    tensors = [tensor for tensor in maybe_tensors if tensor is not None]
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN and _has_its_own_operations(tensor):
+    for tensor in maybe_tensors:
+        if type(tensor) not in _PLAIN and tensor is not None and _has_its_own_operations(tensor):
             return f"a tensor is a {type(tensor).__name__}, which is not a plain torch.Tensor"
-    if _functorch.peek_interpreter_stack() is not None and any(map(_functorch.is_functorch_wrapped_tensor, tensors)):
+    if _functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0:
+        return ""
+    tensors = [tensor for tensor in maybe_tensors if tensor is not None]
+    if any(map(_functorch.is_functorch_wrapped_tensor, tensors)):
         return "a tensor is within a transform of torch.func"
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         return "a tensor has a tangent, of forward-mode differentiation"

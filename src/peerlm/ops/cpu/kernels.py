@@ -53,7 +53,7 @@ def unsupported(
         return ""  # what oneDNN cannot multiply, PyTorch does
     tensors = (*inputs, ids, rows, scales)
     for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cpu":
+        if tensor is not None and not tensor.is_cpu:
             return f"a tensor is on {tensor.device}, and the native kernels run on the CPU"
     for tensor in inputs:
         if tensor.dtype not in _INPUT_DTYPES:
