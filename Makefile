@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test lint docs bench sanitize clean
+.PHONY: help setup demo test test-tables lint docs bench sanitize foreign-tests foreign-transformers foreign-peft clean
 .DELETE_ON_ERROR:
 
 help:  ## these lines
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 setup: $(VENV)/.package  ## an environment in .venv with peerlm and its tools
 
@@ -17,6 +17,11 @@ demo: setup  ## compare PEER with its rivals on the embedded corpus: table, plot
 
 test: setup  ## every test, on all cores, against the installed package
 	$(BIN)/python -m pytest -n auto
+
+# What may know nothing of how a table keeps its rows.
+test-tables: setup  ## tests of layers, packs, growth, inspection and optimizer with tables in two pieces
+	$(BIN)/python -m pytest -n auto --tables two-pieces tests/layers tests/optim tests/inspect tests/train/test_tables.py \
+	    $(addprefix tests/surgery/test_,$(addsuffix .py,grow shrink freeze pack pack_files pack_search adapter neuron_layer neuron_index foreign))
 
 lint: setup  ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -42,6 +47,15 @@ sanitize: setup  ## the kernels' tests under the address and undefined-behaviour
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED)/package \
 	    $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/ops/test_cpu_*.py \
 	    tests/optim/test_row_kernels.py
+
+foreign-tests: foreign-transformers foreign-peft  ## the tests of transformers and of peft with our models and adapters; downloads both
+
+foreign-transformers: setup  ## transformers' tests of models; with CHECKOUT=folder, its repository at our version, those of generation too
+	$(PIP) install -c constraints.txt ".[foreign]"
+	$(BIN)/python foreign/run.py transformers $(if $(CHECKOUT),--checkout $(CHECKOUT))
+
+foreign-peft: setup  ## peft's tests of custom and of decoder models
+	$(BIN)/python foreign/run.py peft
 
 clean:  ## remove the environment and all caches; runs and prepared data stay
 	rm -rf $(VENV) build dist site docs/index.md .hypothesis .mypy_cache .pytest_cache .ruff_cache

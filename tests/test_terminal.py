@@ -29,7 +29,7 @@ def test_a_column_for_each_subject_where_there_is_room() -> None:
 def test_a_row_for_each_subject_on_request_or_where_columns_are_too_wide() -> None:
     wide = {f"a rather long name of method {n}": {"loss": float(n)} for n in range(6)}
     for text in (shown(FEW, rows=True), shown(wide)):
-        header = next(line for line in text.splitlines() if "loss" in line)
+        (header,) = (line for line in text.splitlines() if "loss" in line)
         assert "dense" not in header
         assert "long name" not in header
 

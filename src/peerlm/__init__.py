@@ -1,10 +1,13 @@
 """Language models of a million single-neuron experts: `from peerlm import PEER` is the layer.
 
-The public names load on first use: the layers need torch alone, the models also transformers.
+The public names load on first use: the layers need torch alone, the models also transformers. Importing this package
+lets transformers and peft open our models and adapters.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from peerlm.registration import register_lazily
 
 if TYPE_CHECKING:
     from peerlm.errors import UserError
@@ -61,3 +64,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(globals().keys() | _HOMES.keys())
+
+
+register_lazily()

@@ -34,6 +34,8 @@ class TrainingStopped(Exception):  # noqa: N818  # an outcome, not a mistake: th
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.resume: str | None = None
+        """What to type to resume, where that is known and shorter than the command that was stopped."""
 
 
 def shortened(text: str, most: int = 200) -> str:

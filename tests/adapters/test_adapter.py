@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -27,6 +29,7 @@ from peerlm.accounting import model_cost
 from peerlm.adapters.config import PeerAdapterConfig
 from peerlm.adapters.layer import PeerAdapterLayer
 from peerlm.adapters.pool import AdapterPool
+from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.testing import relative_error
 
@@ -398,3 +401,132 @@ def test_the_type_is_a_member_of_peft_s_enumeration_like_any_other() -> None:
     assert kind in list(PeftType)
     assert kind == kind.value == "PEER_ADAPTER"
     assert copy.deepcopy(kind) is pickle.loads(pickle.dumps(kind)) is kind
+
+
+def test_all_linear_means_the_same_for_a_second_adapter() -> None:
+    model = adapted(target_modules="all-linear")
+    model.add_adapter("other", PeerAdapterConfig(**SMALL, target_modules="all-linear"))
+    first, second = (model.peft_config[name].target_modules for name in ("default", "other"))
+    assert first == second
+    assert len(first) == 14
+    assert all(
+        layer.peer_adapter_pools.keys() == {"default", "other"}
+        for layer in model.modules()
+        if isinstance(layer, PeerAdapterLayer)
+    )
+
+
+def two_adapters(**settings: Any) -> Any:
+    model = adapted(**settings)
+    model.add_adapter("other", PeerAdapterConfig(**SMALL | {"num_experts": 25}, target_modules=["q_proj", "v_proj"]))
+    wake(model)
+    wake(model, seed=2, name="other")
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model: Any, name: str, ids: Tensor) -> Tensor:
+    if name == "__base__":
+        with model.disable_adapter():
+            return model(input_ids=ids).logits
+    model.set_adapter(name)
+    return model(input_ids=ids).logits
+
+
+def test_each_row_has_the_adapter_that_is_named_for_it() -> None:
+    model, ids = two_adapters(), torch.arange(48).view(4, 12) % 32
+    names = ["other", "__base__", "default", "other"]
+    expected = torch.cat([logits_of(model, name, ids[row : row + 1]) for row, name in enumerate(names)])
+    for active in ("default", "other"):
+        model.set_adapter(active)
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids, adapter_names=names).logits, expected)
+    assert torch.equal(logits(model, ids[:1]), logits_of(model, "other", ids[:1]))  # no hook is left
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "sequences"],
+)
+@pytest.mark.parametrize("config", [False, True])
+def test_rows_are_generated_by_their_adapters(options: dict[str, Any], config: bool) -> None:
+    model, ids = two_adapters(), torch.arange(12).view(3, 4)
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0} | options
+    if config:
+        options = {"generation_config": GenerationConfig(**options)}
+    expected = []
+    for row, name in enumerate(["other", "__base__", "default"]):
+        if name == "__base__":
+            with model.disable_adapter():
+                expected.append(model.generate(input_ids=ids[row : row + 1], **options))
+        else:
+            model.set_adapter(name)
+            expected.append(model.generate(input_ids=ids[row : row + 1], **options))
+    found = model.generate(input_ids=ids, adapter_names=["other", "__base__", "default"], **options)
+    assert torch.equal(found, torch.cat(expected))
+
+
+def test_modules_to_save_follow_the_names_of_rows() -> None:
+    model = adapted(modules_to_save=["lm_head"])
+    config = PeerAdapterConfig(**SMALL, target_modules=["v_proj"], modules_to_save=["lm_head"])
+    model.add_adapter("other", config)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["other"].weight.mul_(3)
+        rows = [logits_of(model, name, IDS[:1]) for name in ("other", "default")]
+        model.eval()
+        found = model(input_ids=IDS[[0, 0]], adapter_names=["other", "default"]).logits
+    torch.testing.assert_close(found, torch.cat(rows))
+    assert not torch.allclose(*rows)
+
+
+def test_names_of_rows_that_cannot_be_are_refused() -> None:
+    model = two_adapters()
+    with pytest.raises(ValueError, match="adapter_names has 'third'; choose from default, other and __base__"):
+        model(input_ids=IDS, adapter_names=["third", "other"])
+    with pytest.raises(ValueError, match=r"Length of `adapter_names` should be .* but got 1 and 2"):
+        model(input_ids=IDS, adapter_names=["other"])
+    with pytest.raises(ValueError, match="alora_offsets is for adapters of the type LORA"):
+        model(input_ids=IDS, alora_offsets=[1, 1])
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
+        model.train()(input_ids=IDS, adapter_names=["other", "other"])
+
+
+def test_sums_of_adapters_and_swaps_of_weights_are_refused(tmp_path: Path) -> None:
+    model = two_adapters()
+    with pytest.raises(ValueError, match=r"cannot be summed up in one.*set_adapter"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Hotswapping only supports"):
+        hotswap_adapter(model, tmp_path, adapter_name="default")
+
+
+def test_targets_are_lora_s_where_none_are_named() -> None:
+    peer = {"num_experts": 16, "heads": 2, "experts_per_head": 2, "key_dim": 4}
+    ours = PeerForCausalLM(PeerConfig(vocab_size=32, hidden_size=16, num_attention_heads=2, peer=peer))
+    for base in (llama(), ours):
+        for config in (PeerAdapterConfig(**SMALL), LoraConfig()):
+            model = get_peft_model(copy.deepcopy(base), config)
+            assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}
+    with pytest.raises(ValueError, match="Please specify `target_modules` in `peft_config`"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), PeerAdapterConfig(**SMALL))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cast", [True, False])
+@pytest.mark.parametrize("query_norm", ["batch", "layer"])
+def test_adapters_of_half_precision_models(tmp_path: Path, dtype: torch.dtype, cast: bool, query_norm: str) -> None:
+    config = PeerAdapterConfig(**SMALL, query_norm=query_norm, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(llama(dtype), config, autocast_adapter_dtype=cast).train()
+    wake(model)
+    tensors = [*pools(model)[0].parameters(), *pools(model)[0].buffers()]
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32 if cast else dtype}
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    expected = logits(model)
+    assert expected.dtype == dtype
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(dtype), tmp_path, autocast_adapter_dtype=cast)
+    assert torch.equal(logits(loaded), expected)

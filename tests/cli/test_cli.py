@@ -397,12 +397,19 @@ def test_json_that_cannot_be_written_is_said_before_the_work(
     evaluate.assert_not_called()
 
 
-def test_a_stopped_command_says_what_to_type(capsys: pytest.CaptureFixture[str], train: Mock) -> None:
+def test_a_stopped_command_says_what_to_type(
+    capsys: pytest.CaptureFixture[str], train: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peerlm.train, "load_recipe", lambda path, settings: SimpleNamespace(run="my run"))
     train.side_effect = TrainingStopped("stopped by SIGINT after step 7", exit_code=130)
-    code, _, err = run(capsys, "train", "r.toml", "--output", "my run")
+    code, _, err = run(capsys, "train", "r.toml", "--set", "seed=1", "--output", "my run")
     assert code == 130
-    assert err.endswith("Resume with: peerlm train r.toml --output 'my run' --resume\n")
-    assert run(capsys, "train", "r.toml", "--resume")[2].endswith("Resume with: peerlm train r.toml --resume\n")
+    assert err.endswith("Resume with: peerlm train 'my run' --resume\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(capsys, "train", "r.toml")[2].endswith(
+        "Resume with, started as before: peerlm train 'my run' --resume\n"
+    )
+    monkeypatch.delenv("WORLD_SIZE")
     train.side_effect = TrainingStopped("the loss is nan", exit_code=3)
     assert run(capsys, "train", "r.toml") == (3, "", "the loss is nan\n")
 
@@ -415,3 +422,16 @@ def test_a_full_disk_that_native_code_reports_is_one_sentence(
     assert run(capsys, "prepare", "demo", "--output", "data") == (2, "", sentence)
     prepare.side_effect = OSError(errno.ENOSPC, "No space left on device", "data/a.bin")
     assert "the disk of data/a.bin is full" in run(capsys, "prepare", "demo", "--output", "data")[2]
+
+
+def test_what_has_no_shorter_way_is_resumed_by_the_same_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peerlm.continual.stream as stream
+
+    stopped = create_autospec(stream.learn, side_effect=TrainingStopped("stopped by SIGINT", exit_code=130))
+    monkeypatch.setattr(stream, "learn", stopped)
+    words = ["learn", "runs/a", "--text", "my text.txt", "--output", "runs/b"]
+    err = run(capsys, *words)[2]
+    assert err.endswith("Resume with: peerlm learn runs/a --text 'my text.txt' --output runs/b --resume\n")
+    assert run(capsys, *words, "--resume")[2] == err

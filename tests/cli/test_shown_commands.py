@@ -101,6 +101,7 @@ NOT_RUN = {
     r"^peerlm (compare|lifelong) ": "trains many models; tests/studies runs small ones",
     r"^peerlm isoflop (?!.*--dry-run)": "trains many models; tests/studies runs a small study",
     r"^peerlm neurons ": "learns an index for minutes; tests/studies/neurons runs it",
+    r"^peerlm convert .*--init neurons": "learns an index for a minute; tests/convert/test_convert_neurons.py runs it",
     r"^peerlm scaling ": "fits for minutes; tests/studies/scaling fits a small law",
     r"^peerlm prepare demo": "reads all of the embedded corpus, which takes half a minute",
     r"^peerlm eval .*--tasks": "lm-eval is an extra and needs data; tests/evaluate/test_harness.py runs tasks",
@@ -115,6 +116,13 @@ def reason(shown: Shown) -> str | None:
 
 
 RUN = [shown for shown in WHOLE if reason(shown) is None]
+SLOW = re.compile(r"^peerlm (inspect|isoflop|plan) ")
+"""Of the commands that are run, those that take more than five seconds."""
+
+
+def run_parameter(shown: Shown) -> Any:
+    marks = [pytest.mark.slow] if SLOW.search(shown.line) else []
+    return pytest.param(shown, id=shown.line, marks=marks)
 
 
 def test_most_kinds_of_commands_are_run() -> None:
@@ -194,7 +202,7 @@ def provide(parameters: dict[str, Any], world: Path) -> None:
 
 
 @pytest.mark.filterwarnings("default")  # others' packages warn of their own affairs
-@pytest.mark.parametrize("shown", RUN, ids=lambda shown: shown.line)
+@pytest.mark.parametrize("shown", [run_parameter(shown) for shown in RUN])
 def test_a_shown_command_runs(
     shown: Shown, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

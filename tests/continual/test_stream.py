@@ -261,3 +261,15 @@ def test_folders_that_cannot_be_used(configure: Callable[..., LearnConfig]) -> N
         learn(config, progress=False)
     with pytest.raises(UserError, match=r"cannot resume .*, for seed was 0, now 1"):
         learn(replace(config, seed=1), resume=True, progress=False)
+
+
+def test_a_stream_that_is_older_than_a_setting_resumes(configure: Callable[..., LearnConfig]) -> None:
+    config = configure(budget={"steps": 1}, only=1)
+    rows = learn(config, progress=False)
+    path = Path(config.run) / "config.json"
+    values = json.loads(path.read_text())
+    del values["document_start"]
+    path.write_text(json.dumps(values))
+    assert learn(config, resume=True, progress=False) == rows
+    with pytest.raises(UserError, match=r"cannot resume .*, for document_start was 'auto', now 'none'"):
+        learn(replace(config, document_start="none"), resume=True, progress=False)

@@ -56,6 +56,9 @@ def test_there_and_back(name: str, folder: Path, tmp_path: Path, capfd: pytest.C
 
 def test_the_converted_model_is_read_by_the_other_commands(folder: Path, tmp_path: Path) -> None:
     assert run("convert", folder / "llama", tmp_path / "out", "--mode=replace", "--layers=middle", *SETTINGS) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "`llama` (LlamaForCausalLM) with PEER layers in place of 1 of its feed-forward layers" in card
+    assert "import peerlm\nfrom transformers import LlamaForCausalLM\n\nmodel = LlamaForCausalLM.from_pre" in card
     model, tokenizer = load_model(tmp_path / "out")
     assert sum(isinstance(module, PEER) for module in model.modules()) == 1
     assert sample_text(model, tokenizer, "w3 w4", tokens=3)

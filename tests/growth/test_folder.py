@@ -232,6 +232,6 @@ def test_text_begins_as_the_models_documents_do(
                 or {"layers": []}
             ),
         )
-        assert run("shrink", tmp_path, tmp_path / "out", "--text", text, f"--document-start={start}", "--json") == 0
+        assert run("shrink", tmp_path, tmp_path / "out", "--text", text, f"--document-start={start}", "--json=-") == 0
     assert set(seen["auto"]) == {tokenizer.bos_token_id}
     assert len(set(seen["<|endoftext|>"])) > 1  # one end-of-text token, before the first window

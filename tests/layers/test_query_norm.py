@@ -115,3 +115,21 @@ def test_gradient_checkpointing_counts_a_batch_once(reentrant: bool) -> None:
     torch.testing.assert_close(x.grad, expected)
     assert torch.equal(ours.running_mean, plain.running_mean)
     assert torch.equal(ours.running_var, plain.running_var)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("half", ["weight", "statistics"])
+def test_weights_and_statistics_may_differ_in_dtype(half: str, training: bool) -> None:
+    """As where an adapter's parameters alone are cast to float32 beside a model in bfloat16."""
+    norm = pair(3)[0].float().train(training)
+    tensors = (norm.weight, norm.bias) if half == "weight" else (norm.running_mean, norm.running_var)
+    for tensor in tensors:
+        tensor.data = tensor.data.bfloat16()
+    x = torch.randn(7, 3)
+    mean, var = (
+        (x.mean(dim=0), x.var(dim=0, correction=0))
+        if training
+        else (norm.running_mean.float(), norm.running_var.float())
+    )
+    expected = (x - mean) / (var + norm.eps).sqrt() * norm.weight + norm.bias
+    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)

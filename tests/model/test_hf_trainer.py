@@ -1,9 +1,13 @@
 """The stock transformers.Trainer trains the model, saves it, and resumes."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -61,3 +65,42 @@ def test_loss_falls_and_a_resumed_run_ends_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     saved = PeerForCausalLM.from_pretrained(tmp_path / "checkpoint-40")
     assert all(torch.equal(expected[name], value) for name, value in saved.state_dict().items())
+
+
+def test_label_smoothing_trains_the_next_token(tiny_model: Callable[..., PeerForCausalLM], tmp_path: Path) -> None:
+    model, ids = tiny_model().eval(), torch.randint(1, 64, (2, 9))
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=1e-7, report_to="none", use_cpu=True)
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids})
+    expected = F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_the_balance_loss_of_accumulated_micro_batches_is_their_mean(
+    tiny_model: Callable[..., PeerForCausalLM], tmp_path: Path, micro_batches: int
+) -> None:
+    model = tiny_model(ffw_layers="token_choice", balance_loss_coefficient=1.0)
+    rows = [Cycles()[index] for index in range(8)]
+    expected = 0.0
+    predicted = sum(int((row["labels"][1:] != -100).sum()) for row in rows)
+    size = len(rows) // micro_batches
+    for start in range(0, len(rows), size):
+        batch = {name: torch.stack([row[name] for row in rows[start : start + size]]) for name in rows[0]}
+        share = int((batch["labels"][:, 1:] != -100).sum()) / predicted
+        expected += share * copy.deepcopy(model)(**batch).loss.item()
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=micro_batches,
+        max_steps=1,
+        learning_rate=0.0,
+        logging_steps=1,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)

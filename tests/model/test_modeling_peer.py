@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import logging
 
 from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.model import FFW_KINDS, PeerForCausalLM, PeerModel
@@ -185,7 +186,6 @@ def test_generation_of_left_padded_prompts_equals_each_alone(tiny_model: Build) 
         assert torch.equal(together[row, 6:], model.generate(prompt, **settings)[0, prompt.shape[1] :])
 
 
-# Reentrant checkpointing (not the default) hides the balance loss of token choice from autograd.
 @pytest.mark.parametrize(
     ("kind", "reentrant"),
     [(kind, False) for kind in FFW_KINDS] + [("dense", True), ("peer", True), ("pkm", True)],
@@ -204,6 +204,70 @@ def test_gradient_checkpointing_changes_nothing(tiny_model: Build, kind: str, re
         torch.testing.assert_close(parameter.grad, twin.grad, msg=name)
     for name, statistic in query_statistics(plain).items():
         torch.testing.assert_close(model.get_buffer(name), statistic, msg=name)
+
+
+def test_reentrant_checkpointing_would_hide_the_balance_loss_and_is_refused(tiny_model: Build) -> None:
+    model, ids = tiny_model(ffw_layers="token_choice"), draw_tokens(2, 9)
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"keeps gradients from the balance loss.*'use_reentrant': False"):
+        model(ids, labels=ids, use_cache=False)
+    model.config.balance_loss_coefficient = 0.0
+    model(ids, labels=ids, use_cache=False).loss.backward()
+
+
+def test_the_balance_loss_stands_apart_for_losses_of_others(
+    tiny_model: Build, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_model(ffw_layers="token_choice", balance_loss_coefficient=0.5), draw_tokens(2, 9)
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    logging.get_logger("transformers").warning_once.cache_clear()  # type: ignore[attr-defined]
+    out = model(ids, labels=ids)
+    assert not caplog.records
+    plain = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, plain + out.aux_loss)
+    losses = [block.ffw.balance_loss for block in model.model.layers]
+    torch.testing.assert_close(out.aux_loss, 0.5 * torch.stack(losses).mean())
+    torch.testing.assert_close(model(ids).aux_loss, out.aux_loss)
+    assert "lacks the balance loss of token-choice layers: add `outputs.aux_loss`" in caplog.text
+    assert model.eval()(ids, labels=ids).aux_loss is None
+
+
+def test_losses_of_micro_batches_add_up_to_that_of_the_step(tiny_model: Build) -> None:
+    model, ids = tiny_model(ffw_layers="token_choice", balance_loss_coefficient=0.5), draw_tokens(3, 9)
+    labels = ids.masked_fill(torch.arange(9) < torch.tensor([[0], [3], [6]]), -100)
+    predicted = [8, 6, 3]  # the first label of a row predicts nothing
+    outs = [model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=sum(predicted)) for i in range(3)]
+    alone = [model(ids[i : i + 1], labels=labels[i : i + 1]) for i in range(3)]
+    expected = sum(n * out.loss for n, out in zip(predicted, alone, strict=True)) / sum(predicted)
+    torch.testing.assert_close(sum(out.loss for out in outs), expected)
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    both = [
+        model(ids, labels=labels, num_items_in_batch=torch.tensor(34), **more).loss
+        for more in ({}, {"shift_labels": shifted})
+    ]
+    torch.testing.assert_close(*both)
+    torch.testing.assert_close(both[0], model(ids, labels=labels).loss / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch.compile warns of what it does
+@pytest.mark.parametrize("kind", FFW_KINDS)
+def test_a_model_compiles_without_graph_breaks_where_it_says_so(tiny_model: Build, kind: str) -> None:
+    model, ids = warmed_up(tiny_model(ffw_layers=kind, num_hidden_layers=1)), draw_tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        if model._can_compile_fullgraph:
+            found, expected = (call(ids, attention_mask=mask).logits[mask.bool()] for call in (compiled, model))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert kind == "expert_choice"
+            assert not model._supports_context_parallel
+            with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+                compiled(ids, attention_mask=mask)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -162,7 +162,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, name: str, content: b
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read the recipe .*: Is a directory"):
+    with pytest.raises(UserError, match="is no run and no prepared folder"):
         load_recipe(tmp_path)
 
 

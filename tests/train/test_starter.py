@@ -60,7 +60,7 @@ def test_the_command_that_prepare_prints_trains(
     assert words == ["peerlm", "train", f"data/{name}"]
     tiny = ("model.hidden_size=8", "model.num_hidden_layers=1", "model.peer.num_experts=256", "budget.steps=1")
     small = ("data.batch_size=1", "data.context=16", "eval.final_windows=1")
-    report = json.loads(run(*words[1:], *(f"--set={setting}" for setting in (*tiny, *small)), "--json"))
+    report = json.loads(run(*words[1:], *(f"--set={setting}" for setting in (*tiny, *small)), "--json=-"))
     assert report["run"] == f"runs/{name}"
     assert report["steps"] == 1
     assert Manifest.read(f"data/{name}").splits["heldout"].documents == 1

@@ -1,24 +1,30 @@
 """Retrieved adapters as a method of peft: `get_peft_model(model, PeerAdapterConfig(...))`.
 
-Importing this module registers the method under the type "PEER_ADAPTER", so that `PeftModel.from_pretrained` and the
-AutoPeftModel classes can load such adapters.
+Importing this module, which `peerlm.registration` does when peft is imported, registers the method under the type
+"PEER_ADAPTER", so that `PeftModel.from_pretrained` and the AutoPeftModel classes can load such adapters.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 try:
     from peft import PeftConfig
 except ImportError as error:
     raise ImportError('retrieved adapters need peft: pip install "peerlm[peft]"') from error
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import PeftType, register_peft_method
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from peerlm.adapters.batches import adapters_by_row
 from peerlm.adapters.features import features_of
-from peerlm.adapters.layer import CANNOT_MERGE, PeerAdapterLayer
+from peerlm.adapters.layer import CANNOT_MERGE, PeerAdapterLayer, PeerAdapterLinear
+from peerlm.registration import MODEL_TYPE
 
 _NAME = "peer_adapter"
 _POOL_SETTINGS = (
@@ -33,6 +39,7 @@ _POOL_SETTINGS = (
     "weighting",
     "weight_scale",
     "dropout",
+    "init_weights",
     "backend",
 )
 
@@ -85,12 +92,15 @@ class PeerAdapterConfig(PeftConfig):
     """What weights are multiplied by; equal to experts_per_head, evenly weighted experts have weight 1, as in LoRA."""
     dropout: float = 0.0
     """Share of retrieved experts dropped per token in training."""
+    init_weights: bool = True
+    """Whether a new adapter changes nothing until it is trained; False, as in tests of peft's, draws random experts."""
     backend: str = "auto"
     """A name in `peerlm.ops.api.BACKENDS`."""
     module_dim: int | None = None
     """What target modules that are no linear layers read and write; None takes their own `dim` or `hidden_size`."""
     target_modules: list[str] | str | None = None
-    """Names of modules, or a regular expression for all of a name; "all-linear" is every linear layer."""
+    """Names of modules, or a regular expression for all of a name; "all-linear" is every linear layer. None takes what
+    LoRA takes for the type of the model, which are maps of attention."""
     exclude_modules: list[str] | str | None = None
     """Names of modules, or a regular expression, to leave out."""
     modules_to_save: list[str] | None = None
@@ -120,7 +130,7 @@ class PeerAdapterModel(BaseTuner):
 
     prefix = _NAME + "_"
     tuner_layer_cls = PeerAdapterLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012, as peft declares it
+    target_module_mapping = cast("dict[str, list[str]]", TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
     def _create_and_replace(
         self,
@@ -137,7 +147,8 @@ class PeerAdapterModel(BaseTuner):
         if isinstance(target, PeerAdapterLayer):
             target.add_pool(adapter_name, inference_mode=peft_config.inference_mode, **settings)
             return
-        layer = PeerAdapterLayer(target, *features_of(target, peft_config.module_dim))
+        over = PeerAdapterLinear if isinstance(target, (nn.Linear, Conv1D)) else PeerAdapterLayer
+        layer = over(target, *features_of(target, peft_config.module_dim))
         layer.set_adapter(self.active_adapters)
         layer.add_pool(adapter_name, inference_mode=peft_config.inference_mode, **settings)
         if adapter_name not in self.active_adapters:
@@ -151,6 +162,30 @@ class PeerAdapterModel(BaseTuner):
         else:
             setattr(parent, child_name, new_module)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As in peft, which casts parameters to float32, and also the statistics of query_norm="batch"."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            for layer in self.modules():
+                if isinstance(layer, PeerAdapterLayer) and adapter_name in layer.peer_adapter_pools:
+                    _widen_buffers(layer.peer_adapter_pools[adapter_name])
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What peft enters around each forward pass and `generate`, with their arguments."""
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets is for adapters of the type LORA, not for retrieved ones; leave it out")
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else adapters_by_row(self.model, names, kwargs):
+            yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Always raises a ValueError."""
+        raise ValueError(
+            "retrieved adapters cannot be summed up in one, because each has an index of its own; let several act "
+            'together by base_model.set_adapter(["a", "b"])'
+        )
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
 
@@ -161,4 +196,13 @@ class PeerAdapterModel(BaseTuner):
         return re.sub(rf"(^|\.){pools}\.{re.escape(adapter_name)}\.", rf"\1{pools}.", key)
 
 
+def _widen_buffers(pool: nn.Module) -> None:
+    for module in pool.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.dtype in (torch.float16, torch.bfloat16):
+                setattr(module, name, buffer.float())
+
+
+# Without target_modules, LoRA too then finds those of our own models.
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(MODEL_TYPE, ["q_proj", "v_proj"])
 register_peft_method(name=_NAME, config_cls=PeerAdapterConfig, model_cls=PeerAdapterModel)

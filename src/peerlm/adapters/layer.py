@@ -1,5 +1,6 @@
 """The layer that peft puts in place of a target module: the module, and beside it the pools of its adapters."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -50,31 +51,48 @@ class PeerAdapterLayer(nn.Module, BaseTunerLayer):
                 device, dtype = first.device, first.dtype
         return device, dtype
 
-    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, *arguments: Any, adapter_names: Sequence[str] | None = None, **options: Any) -> Tensor:
         """The base layer's output plus those of the active adapters, in its dtype.
+
+        Args:
+            x: (..., in_features).
+            arguments, options: of the base layer.
+            adapter_names: instead of the active ones, one for each row of x (x.shape[0]); "__base__" is none, and so
+                is one that this layer does not have.
 
         Raises:
             TypeError: the base layer gives something other than one tensor.
-            ValueError: the widths of its input or output are not those that the adapter was made for.
+            ValueError: the widths of its input or output are not those that the adapter was made for; or there are more
+                or fewer names than rows.
         """
         result = self.base_layer(x, *arguments, **options)
         if self.disable_adapters:
             return result
-        for name in self.active_adapters:
-            if name not in self.peer_adapter_pools:
-                continue
-            if not isinstance(result, Tensor):
-                raise TypeError(
-                    f"{type(self.base_layer).__name__} gives a {type(result).__name__}, and an adapter can only be "
-                    "added to a tensor; name other target_modules"
-                )
-            if result.shape != (*x.shape[:-1], self.out_features):
-                raise ValueError(
-                    f"{type(self.base_layer).__name__} maps {tuple(x.shape)} to {tuple(result.shape)}, but its adapter "
-                    f"{self.in_features} to {self.out_features} features: set module_dim in the configuration"
-                )
-            result = result + self.peer_adapter_pools[name](x).to(result.dtype)
+        if adapter_names is None:
+            for name in self.active_adapters:
+                if name in self.peer_adapter_pools:
+                    self._check_result(x, result)
+                    result = result + self.peer_adapter_pools[name](x).to(result.dtype)
+            return result
+        check_number_of_names(adapter_names, x)
+        for name in self.peer_adapter_pools.keys() & set(adapter_names):
+            self._check_result(x, result)
+            rows = torch.tensor([row for row, of_row in enumerate(adapter_names) if of_row == name], device=x.device)
+            added = self.peer_adapter_pools[name](x[rows]).to(result.dtype)
+            result = result.index_add(0, rows, added)
         return result
+
+    def _check_result(self, x: Tensor, result: object) -> None:
+        if not isinstance(result, Tensor):
+            raise TypeError(
+                f"{type(self.base_layer).__name__} gives a {type(result).__name__}, and an adapter can only be added "
+                "to a tensor; name other target_modules"
+            )
+        if result.shape != (*x.shape[:-1], self.out_features):
+            raise ValueError(
+                f"{type(self.base_layer).__name__} maps {tuple(x.shape)} to {tuple(result.shape)}, but its adapter "
+                f"{self.in_features} to {self.out_features} features: set module_dim in the configuration"
+            )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always raises a ValueError."""
@@ -82,6 +100,19 @@ class PeerAdapterLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Nothing is ever merged."""
+
+
+class PeerAdapterLinear(PeerAdapterLayer):
+    """Over a linear layer: by "Linear" in the name peft finds what "all-linear" means for a second adapter."""
+
+
+def check_number_of_names(adapter_names: Sequence[str], x: Tensor) -> None:
+    """Raise a ValueError, in the words of peft, where there is not one name for each row of x."""
+    if len(adapter_names) != len(x):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {len(x)} respectively."
+        )
 
 
 def check_adapter_name(name: str, pool: AdapterPool) -> None:

@@ -17,7 +17,7 @@ class AdapterPool(nn.Module):
     y = weight_scale * sum over heads and retrieved experts i of weight_i * sum over j < r of act(u_ij . x) v_ij. With
     activation "identity" an expert is a LoRA of rank r (Hu 2021, arXiv 2106.09685), of rank 1 it is one neuron of
     PEER (He 2024, arXiv 2407.04153, section 2.1). The neurons of an expert share its key. All v are zero at the start,
-    and so is y.
+    and so is y, unless told otherwise.
 
     u and v lie in tables of their own, because a linear map may write another width than it reads.
 
@@ -37,6 +37,7 @@ class AdapterPool(nn.Module):
         weight_scale: what weights are multiplied by; AdamW's steps, whose size is the learning rate, change the output
             by as much more.
         dropout: share of retrieved experts dropped per token in training; the others' weights are scaled up.
+        init_weights: whether all v are zero at the start; otherwise they are random.
         backend: a name in `peerlm.ops.api.BACKENDS`.
 
     Attributes:
@@ -63,6 +64,7 @@ class AdapterPool(nn.Module):
         weighting: str = "softmax",
         weight_scale: float = 1.0,
         dropout: float = 0.0,
+        init_weights: bool = True,
         backend: str = "auto",
     ):
         super().__init__()
@@ -90,7 +92,8 @@ class AdapterPool(nn.Module):
         self.down = Table(num_experts * rank, in_features, backend=backend)
         self.down.fill(lambda rows: rows.normal_(std=in_features**-0.5))
         self.up = Table(num_experts * rank, out_features, backend=backend)
-        self.up.fill(lambda rows: rows.zero_())
+        up_std = 0.0 if init_weights else out_features**-0.5
+        self.up.fill(lambda rows: rows.normal_(std=up_std) if up_std else rows.zero_())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) of any float dtype to (..., out_features), computed in the dtype of the pool."""

@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         typer.echo(f"error: {_sentence(error)}" if is_mistake else str(error), err=True)
         if isinstance(error, TrainingStopped) and exit_code > 128:
-            typer.echo(f"Resume with: {_again(arguments)}", err=True)
+            alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+            command = error.resume or _again(arguments)
+            typer.echo(f"Resume with{'' if alone else ', started as before'}: {command}", err=True)
         sys.exit(exit_code)
 
 

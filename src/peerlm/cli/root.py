@@ -93,7 +93,7 @@ Version = Annotated[
 
 @app.callback()
 def options(version: Version = False) -> None:
-    """Train language models of a million single-neuron experts (PEER), and compare them with rivals."""
+    """Train language models of a million single-neuron experts (PEER), and compare them with baselines."""
 
 
 def overrides(settings: Sequence[str], output: Path | None) -> list[str]:

@@ -23,7 +23,7 @@ def compare(
     output: Output = None,
     json_file: Json = None,
 ) -> None:
-    """Train PEER and its rivals on the same data for the same FLOPs: table, plots, a sample of text."""
+    """Train PEER and its baselines on the same data for the same FLOPs: table, plots, a sample of text."""
     from peerlm_studies.comparison.compare import compare
 
     rows = compare(recipe, overrides(settings, output), progress=json_file != STDOUT)

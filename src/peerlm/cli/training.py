@@ -11,7 +11,7 @@ import typer
 
 from peerlm.cli.root import DocumentStart, Json, Output, Packs, Run, Settings, app, overrides
 from peerlm.cli.show import STDOUT, show
-from peerlm.errors import UserError
+from peerlm.errors import TrainingStopped, UserError
 from peerlm.terminal import VALUE, print_table
 
 
@@ -97,10 +97,15 @@ def train(
 ) -> None:
     """Train a model by a recipe; --resume takes a stopped run to the weights it would have had."""
     from peerlm.train import load_recipe, train
+    from peerlm.train.run_folder import resume_command
 
     growth = [] if grow is None else [f'grow.at="{grow}"']
     config = load_recipe(recipe, [*growth, *overrides(settings, output)])
-    result = train(config, resume=resume, progress=json_file != STDOUT)
+    try:
+        result = train(config, resume=resume, progress=json_file != STDOUT)
+    except TrainingStopped as stopped:
+        stopped.resume = resume_command(Path(config.run))
+        raise
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process alone prints
         return
     figures = {"run": str(result.run), **result.summary}

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -237,8 +237,9 @@ def _check_folder(config: LearnConfig, folder: Path, *, resume: bool) -> None:
         raise UserError(f"there is nothing to resume in {folder}: leave out --resume to start")
     before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     now = json.loads(json.dumps(asdict(config)))
+    default = {each.name: each.default for each in fields(LearnConfig)}  # a stream may be older than a setting
     for key in now:
-        if key not in FREE and before.get(key) != now[key]:
+        if key not in FREE and before.get(key, default.get(key)) != now[key]:
             raise UserError(
                 f"cannot resume {folder}, for {key} was {shortened(repr(before.get(key)))}, now "
                 f"{shortened(repr(now[key]))}: give what it was started with, or choose another --output"

@@ -37,7 +37,7 @@ def convert(
 ) -> PreTrainedModel:
     """Put PEER beside a model's dense feed-forward layers or in their place; in place, and returned.
 
-    The model stays what it was to transformers: it trains, generates, is saved and, after `import peerlm.convert`,
+    The model stays what it was to transformers: it trains, generates, is saved and, after `import peerlm`,
     loaded by the same classes; its configuration records the conversion. PEER's weights have the dtype and device of
     the feed-forward layer, tables too (unless row_format says "bfloat16"); padding, where the model is called with a
     2-D attention mask, does not enter the statistics of queries.

@@ -5,27 +5,30 @@ quantizer. That is what `RebuildConverted` is to transformers, by the configurat
 quantised, so that a loaded model keeps none of the marks of a quantised one: it trains, compiles and changes its dtype
 as any other.
 
-Where `peerlm.convert` was not imported, transformers warns of the unknown quantization type "peerlm" and continues
-without; its report on loading then names each weight of a PEER layer as unexpected, and each of a replaced layer as
-missing.
+Where peerlm was not imported, transformers warns of the unknown quantization type "peerlm" and continues without;
+its report on loading then names each weight of a PEER layer as unexpected, and each of a replaced layer as missing.
+`refuse_without_peerlm` turns that into an error.
 """
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peerlm.convert.insertion import Site, put_beside, put_in_place
 from peerlm.convert.kinds import KINDS
-
-QUANT_METHOD = "peerlm"
-EARLIER_QUANT_METHOD = "peerlm.surgery"
-"""The mark of folders saved before version 0.2, which load as well."""
-
+from peerlm.files import write_json
+from peerlm.registration import CONVERTED
 
 MODES = ("beside", "replace")
+_WEIGHTS = "transformers_weights"
+"""The field of a configuration that names a file of weights; transformers shows what cannot be such a name."""
+
+_REFUSAL = 'this model has experts that transformers alone does not know: install peerlm, and "import peerlm" first'
 
 
 def _unreadable(reason: str) -> ValueError:
@@ -35,8 +38,6 @@ def _unreadable(reason: str) -> ValueError:
     )
 
 
-@register_quantization_config(EARLIER_QUANT_METHOD)
-@register_quantization_config(QUANT_METHOD)
 class ConversionConfig(QuantizationConfigMixin):
     """What was done to a model: plain values, saved in its config.json as `quantization_config`."""
 
@@ -54,7 +55,7 @@ class ConversionConfig(QuantizationConfigMixin):
             raise _unreadable(f"it lacks {', '.join(name for name, value in given.items() if value is None)}")
         if mode not in MODES:
             raise _unreadable(f"mode is {mode!r}")
-        self.quant_method: Any = QUANT_METHOD
+        self.quant_method: Any = CONVERTED
         self.mode = mode
         self.init = init
         self.settings = settings
@@ -76,8 +77,15 @@ def conversion_of(model: PreTrainedModel) -> ConversionConfig | None:
     return record if isinstance(record, ConversionConfig) else None
 
 
-@register_quantizer(EARLIER_QUANT_METHOD)
-@register_quantizer(QUANT_METHOD)
+def refuse_without_peerlm(folder: Path) -> None:
+    """Change the saved configuration of a converted model so that transformers alone refuses it, and says why.
+
+    transformers removes what this writes whenever it saves a model, so that it cannot be a part of the record.
+    """
+    path = folder / "config.json"
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {_WEIGHTS: _REFUSAL})
+
+
 class RebuildConverted(HfQuantizer):
     """Puts the layers of a converted model into it before the weights are loaded."""
 
@@ -87,6 +95,12 @@ class RebuildConverted(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             raise ValueError("a saved model cannot be converted while it is loaded; load it, then call convert(model)")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The configuration to build the model from; this is the last change before transformers looks for weights."""
+        if getattr(config, _WEIGHTS, None) == _REFUSAL:
+            delattr(config, _WEIGHTS)
+        return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         record = self.quantization_config

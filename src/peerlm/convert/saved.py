@@ -14,6 +14,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 import peerlm.model  # noqa: F401, registers our models with transformers
+from peerlm.convert.card import conversion_card
+from peerlm.convert.record import conversion_of, refuse_without_peerlm
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder
 from peerlm.optim.saved import catch_up_saved
@@ -68,9 +70,16 @@ def load_saved(folder: Path) -> PreTrainedModel:
 
 
 def save_changed(model: PreTrainedModel, source: Path, output: Path) -> None:
-    """Write a model that was loaded from `source` to the folder `output`, whole or not at all, with its tokenizer."""
+    """Write a model that was loaded from `source` to the folder `output`, whole or not at all, with its tokenizer.
+
+    A converted model gets a card, and transformers alone refuses to open it.
+    """
+    record = conversion_of(model)
     with atomic_folder(output) as folder:
         model.save_pretrained(folder)
+        if record is not None:
+            refuse_without_peerlm(folder)
+            conversion_card(model, record, name=output.name, source=source.name).save(folder / "README.md")
         for path in sorted(source.iterdir()):
             if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COMPANIONS):
                 shutil.copyfile(path, folder / path.name)

@@ -6,7 +6,7 @@ from peerlm.layers.moe import ExpertChoiceMoE, TokenChoiceMoE
 from peerlm.layers.peer import PEER
 from peerlm.layers.product_key_memory import ProductKeyMemory
 from peerlm.layers.product_keys import ProductKeys
-from peerlm.layers.query_norm import QueryBatchNorm
+from peerlm.layers.query_norm import QueryBatchNorm, share_statistics
 from peerlm.layers.table import Table
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "QueryBatchNorm",
     "Table",
     "TokenChoiceMoE",
+    "share_statistics",
 ]

@@ -1,35 +1,47 @@
 """Batch normalisation of queries that is right in a language model."""
 
+import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class _SumOverRanks(torch.autograd.Function):
     """All-reduce whose backward all-reduces too: each rank's loss depends on every rank's sum."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
+    def forward(ctx: Any, local: Tensor, group: "dist.ProcessGroup") -> Tensor:
+        ctx.group = group
         total = local.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.clone()
-        dist.all_reduce(total)
-        return total
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def share_statistics(module: nn.Module, group: "dist.ProcessGroup | None") -> None:
+    """Let every `QueryBatchNorm` in a module take its statistics over the ranks of a process group.
+
+    Every rank of the group must then call the module in training whenever one does. None ends it. Under
+    DistributedDataParallel this is not needed; under FSDP it is.
+    """
+    for each in module.modules():
+        if isinstance(each, QueryBatchNorm):
+            each.process_group = group
 
 
-def _sum_over_ranks(local: Tensor) -> Tensor:
-    return _SumOverRanks.apply(local) if _several_ranks() else local
+def _group_of_ddp() -> "dist.ProcessGroup | None":
+    """The ranks of the DistributedDataParallel whose forward pass is under way; None outside of one."""
+    active = DistributedDataParallel._get_active_ddp_module()
+    return None if active is None else active.process_group
 
 
 def _inside_backward() -> bool:
@@ -43,21 +55,28 @@ def _inside_backward() -> bool:
 class QueryBatchNorm(nn.Module):
     """BatchNorm over the features of queries, with what a language model asks of it.
 
-    Padding is left out of the statistics; ranks share them when `torch.distributed` is initialised;
-    evaluation uses the running statistics, so that generation is causal and does not depend on the rest of
-    the batch. Where fewer than two tokens are there to take statistics of, the running ones are used in
-    training too, and so they are, and stay, while `weight` is frozen (`requires_grad` False): a frozen layer computes
-    what it computes in evaluation. Statistics are in float32 at least. In training a token's output does depend on the
-    whole batch, later tokens included, through two moments per feature.
+    Padding is left out of the statistics; ranks share them under DistributedDataParallel and where `share_statistics`
+    says so, and only there: elsewhere a rank that trains alone would wait for the others. Evaluation uses the running
+    statistics, so that generation is causal and does not depend on the rest of the batch. Where fewer than two tokens
+    are there to take statistics of, the running ones are used in training too, and so they are, and stay, while
+    `weight` is frozen (`requires_grad` False): a frozen layer computes what it computes in evaluation. Statistics are
+    in float32 at least. In training a token's output does depend on the whole batch, later tokens included, through two
+    moments per feature.
 
     Args:
         num_features: size of the last dimension.
         eps: added to the variance.
         momentum: share of the newest batch in the running statistics.
+
+    Attributes:
+        process_group: the ranks that share statistics, beside those of DistributedDataParallel; None at the start, and
+            in copies.
     """
 
     running_mean: Tensor
     running_var: Tensor
+    process_group: "dist.ProcessGroup | None" = None
+    _last_group: "dist.ProcessGroup | None" = None
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
@@ -81,11 +100,39 @@ class QueryBatchNorm(nn.Module):
         """Normalise x (T, num_features); rows where the bool `mask` (T,) is False do not count."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         of_batch = self.training and self.weight.requires_grad
-        if self.weight.dtype == wide.dtype and not (of_batch and (mask is not None or len(x) < 2 or _several_ranks())):
+        group = self._ranks() if of_batch else None
+        alike = self.weight.dtype == self.running_mean.dtype == wide.dtype
+        if alike and not (of_batch and (mask is not None or len(x) < 2 or group is not None)):
             return self._by_torch(wide, of_batch).to(x.dtype)
-        mean, var = self._batch_statistics(wide, mask) if of_batch else (self.running_mean, self.running_var)
+        if of_batch:
+            mean, var = self._batch_statistics(wide, mask, group)
+        else:
+            mean, var = self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype)
         normalised = (wide - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
         return normalised.to(x.dtype)
+
+    def _ranks(self) -> "dist.ProcessGroup | None":
+        """Those to share the statistics of this pass with; None where this rank has its own."""
+        if not dist.is_available() or not dist.is_initialized():
+            return None
+        if _inside_backward():  # which repeats a forward pass, but outside of DistributedDataParallel's
+            return self._last_group
+        group = self.process_group or _group_of_ddp()
+        if group is None and dist.get_world_size() > 1 and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"this rank's {type(self).__name__} takes statistics of its own batch alone, because it is not inside "
+                "DistributedDataParallel; peerlm.layers.share_statistics(model, group) shares them",
+                stacklevel=3,
+            )
+        if group is not None and dist.get_world_size(group) == 1:
+            group = None
+        if self._last_group is not group:
+            self._last_group = group
+        return group
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: all but process groups, which belong to this module in this process."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("process_group", "_last_group")}
 
     def _by_torch(self, x: Tensor, of_batch: bool) -> Tensor:
         """What PyTorch's own operator can do, in a fifth of the time: no padding, one rank."""
@@ -94,12 +141,17 @@ class QueryBatchNorm(nn.Module):
             running = running[0].clone(), running[1].clone()
         return F.batch_norm(x, *running, self.weight, self.bias, of_batch, self.momentum, self.eps)
 
-    def _batch_statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _batch_statistics(
+        self, x: Tensor, mask: Tensor | None, group: "dist.ProcessGroup | None"
+    ) -> tuple[Tensor, Tensor]:
+        def over_ranks(local: Tensor) -> Tensor:
+            return local if group is None else _SumOverRanks.apply(local, group)
+
         counted = torch.ones_like(x[:, :1]) if mask is None else mask[:, None].to(x.dtype)
-        count = _sum_over_ranks(counted.sum())
+        count = over_ranks(counted.sum())
         safe_count = count.clamp(min=1)
-        mean = _sum_over_ranks((x * counted).sum(dim=0)) / safe_count
-        var = _sum_over_ranks(((x - mean).square() * counted).sum(dim=0)) / safe_count
+        mean = over_ranks((x * counted).sum(dim=0)) / safe_count
+        var = over_ranks(((x - mean).square() * counted).sum(dim=0)) / safe_count
         enough = count > 1
         if not _inside_backward():
             self._update_running(mean.detach(), var.detach() * (count / (count - 1).clamp(min=1)), enough)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peerlm.layers.row_memory import chosen_rows, empty_rows, longer_rows
 from peerlm.ops import api
-from peerlm.ops.row_updates import keep_rows, look_up, prepare_rows
+from peerlm.ops.row_updates import keep_rows, look_up, outside_graphs, prepare_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,9 +65,7 @@ class Table(nn.Module):
     def __new__(cls, *arguments: Any, **settings: Any) -> "Table":
         """A table of this class, in `tables_as` also of that subclass."""
         implementation = _implementation.get()
-        table = super().__new__(cls if implementation is None else _class_of(implementation, cls))
-        keep_rows(table)
-        return table
+        return super().__new__(cls if implementation is None else _class_of(implementation, cls))
 
     def __init__(self, num_rows: int, *row_shape: int, backend: str = "auto", row_format: str = "float32"):
         super().__init__()
@@ -77,8 +75,10 @@ class Table(nn.Module):
         self.row_shape = row_shape
         self.backend = backend
         self.persistent = True
+        self.watched = False
         self._keep(empty_rows(num_rows, *row_shape, dtype=None if dtype == torch.float32 else dtype))
         self.register_buffer("scales", None if dtype.is_floating_point else torch.empty(num_rows, *row_shape[:-1]))
+        keep_rows(self)
 
     # What a subclass that keeps rows elsewhere replaces.
 
@@ -165,7 +165,7 @@ class Table(nn.Module):
                 row_gradients=row_gradients,
             )
 
-        return self._looked_up(ids_TP, compute)
+        return self._look_up(ids_TP, compute)
 
     def dot(self, x_TD: Tensor, ids_TP: Tensor) -> Tensor:
         """Inner products of each token with its rows of shape (D,): x (T, D), ids (T, P) int64 -> (T, P)."""
@@ -173,7 +173,7 @@ class Table(nn.Module):
         def compute(rows: Tensor, row_gradients: bool) -> Tensor:
             return api.dot_values(x_TD, ids_TP, rows, backend=self.backend, row_gradients=row_gradients)
 
-        return self._looked_up(ids_TP, compute)
+        return self._look_up(ids_TP, compute)
 
     def gather(self, ids: Tensor, vector: int | None = None) -> Tensor:
         """Rows as they count, in float32 at least: ids (...) int64 -> (..., *X); one vector of each: (..., D)."""
@@ -187,7 +187,10 @@ class Table(nn.Module):
             scales = self.scales[ids] if vector is None else self.scales[ids, vector]
             return found.to(scales.dtype) * scales[..., None]
 
-        return self._looked_up(ids, compute)
+        return self._look_up(ids, compute)
+
+    def _look_up(self, ids: Tensor, compute: Callable[[Tensor, bool], Tensor]) -> Tensor:
+        return outside_graphs(self._looked_up, ids, compute) if self.watched else self._looked_up(ids, compute)
 
     def read(self, first: int = 0, count: int | None = None) -> Tensor:
         """Rows first, first + 1, ..., all by default: (count, *X), where they can be a view in the dtype of the rows.
@@ -338,6 +341,14 @@ class Table(nn.Module):
             self.catch_up()
         return super().train(mode)
 
+    def _replicate_for_data_parallel(self) -> "Table":
+        if self.watched:
+            raise RuntimeError(
+                "nn.DataParallel copies tables without a word, and rows that RowAdamW has left behind with them: take "
+                "DistributedDataParallel (torchrun), or a single device"
+            )
+        return super()._replicate_for_data_parallel()
+
     def _save_to_state_dict(self, *arguments: Any, **options: Any) -> None:
         self.catch_up()
         if self.persistent:
@@ -376,9 +387,13 @@ class Table(nn.Module):
         shape = " x ".join(map(str, (self.num_rows, *self.row_shape)))
         return f"{shape}, row_format={self.row_format!r}, backend={self.backend!r}"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        keep_rows(self)
+
     def __reduce__(self) -> Any:
-        """Tables that `tables_as` made have a class of no module's, which is made again."""
-        return _unpickled, type(self).__dict__.get("_made_of", (type(self),)), self.__dict__.copy()
+        """Tables that `tables_as` made have a class of no module's, which is made again; copies are not watched."""
+        return _unpickled, type(self).__dict__.get("_made_of", (type(self),)), {**self.__dict__, "watched": False}
 
 
 _implementation: ContextVar[type[Table] | None] = ContextVar("implementation of tables", default=None)
@@ -414,9 +429,7 @@ def _class_of(implementation: type[Table], kind: type[Table]) -> type[Table]:
 
 
 def _unpickled(implementation: type[Table], kind: type[Table] = Table) -> Table:
-    table = object.__new__(_class_of(implementation, kind))
-    keep_rows(table)
-    return table
+    return object.__new__(_class_of(implementation, kind))
 
 
 def _row_dtype(row_format: str) -> torch.dtype:

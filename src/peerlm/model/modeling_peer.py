@@ -14,14 +14,16 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from peerlm.layers import DenseFFW, TokenChoiceMoE
 from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig
+
+logger = logging.get_logger(__name__)
 
 
 class PeerEmbedding(nn.Embedding):
@@ -92,10 +94,17 @@ class PeerPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": PeerDecoderLayer,
         "attentions": PeerAttention,
     }
+
+    def __init__(self, config: PeerConfig):
+        super().__init__(config)
+        assert config.ffw_layers is not None  # filled in by PeerConfig
+        # An expert chooses among all tokens of a call, and how many depends on the values of the mask.
+        self._can_compile_fullgraph = self._supports_context_parallel = "expert_choice" not in config.ffw_layers
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Initialise whatever was not loaded.
@@ -211,11 +220,15 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """Next-token logits (batch, sequence, vocab_size), and the mean loss in nats if there are `labels`.
 
-        Labels are shifted inside; -100 is ignored. In training the loss includes the token-choice layers'
-        balance loss.
+        Labels are shifted inside; -100 is ignored. In training `aux_loss` is the balance loss of token-choice layers,
+        times its coefficient, and the loss includes it. With `num_items_in_batch`, the labels that all micro-batches
+        and ranks of a step predict together, the loss is this micro-batch's share of the step's mean loss.
+
+        Raises:
+            ValueError: gradient checkpointing is reentrant, which keeps gradients from the balance loss.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -228,22 +241,53 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+        loss, balance_loss = None, self._balance_loss()
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = loss + self._balance_loss()
-        return CausalLMOutputWithPast(
+            if balance_loss is not None:
+                loss = loss + balance_loss * _share_of_step(labels, **kwargs)
+        elif balance_loss is not None and torch.is_grad_enabled():
+            logger.warning_once(
+                "Without labels the loss is the caller's, as with label smoothing, and lacks the balance loss of "
+                "token-choice layers: add `outputs.aux_loss` to it, or set balance_loss_coefficient to 0."
+            )
+        return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=balance_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def _balance_loss(self) -> Tensor | float:
-        losses = [
-            module.balance_loss
+    def _balance_loss(self) -> Tensor | None:
+        """The mean over token-choice layers times its coefficient; None where there is none to train with."""
+        layers = [
+            module
             for module in self.modules()
             if isinstance(module, TokenChoiceMoE) and module.balance_loss is not None
         ]
-        return self.config.balance_loss_coefficient * torch.stack(losses).mean() if losses else 0.0
+        if not layers or not self.config.balance_loss_coefficient:
+            return None
+        losses = torch.stack([layer.balance_loss for layer in layers])  # type: ignore[misc]
+        trained = any(layer.router.weight.requires_grad for layer in layers)
+        if trained and torch.is_grad_enabled() and not losses.requires_grad:
+            raise ValueError(
+                "reentrant gradient checkpointing keeps gradients from the balance loss of token-choice layers: pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        return self.config.balance_loss_coefficient * losses.mean()
+
+
+def _share_of_step(
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+    **_: Any,
+) -> Tensor | float:
+    """How much of a step's loss this micro-batch is: of the labels that the step predicts, those here; 1 if unknown."""
+    if num_items_in_batch is None:
+        return 1.0
+    predicted = labels[..., 1:] if shift_labels is None else shift_labels
+    return (predicted != ignore_index).sum() / num_items_in_batch

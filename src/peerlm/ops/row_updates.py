@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from peerlm.ops.watched import watch_reads
+from peerlm.ops.watched import watch_reads, with_views
 
 _WATCHER = "_peerlm_row_watcher"
 _as_they_are: ContextVar[bool] = ContextVar("rows_as_they_are", default=False)
@@ -89,6 +89,9 @@ class RowWatcher(Protocol):
 class RowHolder(Protocol):
     """Something with rows that are looked up."""
 
+    watched: bool
+    """Set once an optimizer watches any of its rows: its look-ups then belong `outside_graphs`."""
+
     def row_parameters(self) -> Sequence[Tensor]:
         """The parameters that hold rows."""
 
@@ -107,34 +110,53 @@ def watch_rows(parameter: Tensor, watcher: RowWatcher) -> None:
     optimizer has left behind stay readable when nothing else refers to it any more. Whoever reads rows without a word,
     by any function of PyTorch, has all of them brought up to date before (`ops/watched.py`).
     """
-    global _read_watched
+    global _call
     earlier = _watcher(parameter)
     if earlier is not None and earlier is not watcher:
         earlier.release(parameter)
     watch_reads(parameter, partial(prepare_rows, parameter, None))
     setattr(parameter, _WATCHER, watcher)
-    _read_watched = torch.compiler.disable(_read, reason=_OUTSIDE)  # not above: this imports the compiler
+    if not hasattr(_call, "_torchdynamo_disable"):
+        _call = torch.compiler.disable(_call, reason=_OUTSIDE)  # not above: this imports the compiler
+    for holder in list(_holders):
+        if any(each is parameter for each in holder.row_parameters()):
+            holder.watched = True
 
 
 def look_up(parameter: Tensor, ids: Tensor | None, compute: Callable[[Tensor, bool], Tensor]) -> Tensor:
     """What `compute` makes of a table of which it reads the rows `ids` (int64, any shape), with None any.
 
     They are up to date then. Compute is also told whether to give the table a sparse gradient: a
-    `torch.sparse_coo_tensor` of its size with indices (1, U) and values (U, *row_shape). Where an optimizer watches,
-    this stays outside of compiled graphs.
+    `torch.sparse_coo_tensor` of its size with indices (1, U) and values (U, *row_shape).
     """
     if _watcher(parameter) is None:
+        _check_transforms(parameter)
         return compute(parameter, False)
-    return _read_watched(parameter, ids, compute)
-
-
-def _read(parameter: Tensor, ids: Tensor | None, compute: Callable[[Tensor, bool], Tensor]) -> Tensor:
     prepare_rows(parameter, ids)
     with torch._C.DisableTorchFunctionSubclass():
-        return compute(parameter, wants_row_gradients(parameter))
+        return with_views(compute(parameter, wants_row_gradients(parameter)), [parameter])
 
 
-_read_watched = _read
+def _check_transforms(parameter: Tensor) -> None:
+    """Raise RuntimeError where a transform of `torch.func` has wrapped a table whose rows may be behind."""
+    if torch.compiler.is_compiling():
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(parameter):
+        parameter = torch._C._functorch.get_unwrapped(parameter)
+        if _watcher(parameter) is not None:
+            raise RuntimeError(
+                "a transform of torch.func hides which rows are read of a table that RowAdamW trains: give it copies, "
+                "{name: p.detach().clone() for name, p in layer.named_parameters()}"
+            )
+
+
+def outside_graphs(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call a function outside of compiled graphs, as look-ups must be of a table that an optimizer watches."""
+    return _call(function, *arguments)
+
+
+def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(*arguments)
 
 
 def prepare_rows(parameter: Tensor, ids: Tensor | None) -> None:

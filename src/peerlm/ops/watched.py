@@ -7,7 +7,7 @@ tensor are of such a class too. Copies and pickles are of the class that the ten
 
 import copy
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing.reduction import ForkingPickler
@@ -38,11 +38,22 @@ _FUNCTIONS = """
 """
 
 
+_WITHOUT_DATA: frozenset[Any] = frozenset(
+    [
+        *(getattr(Tensor, name).__get__ for name in _GETTERS.split() if hasattr(Tensor, name)),
+        *(getattr(Tensor, name).__set__ for name in _SETTERS.split()),
+        *(getattr(Tensor, name) for name in _METHODS.split()),
+        *(getattr(torch, name) for name in _FUNCTIONS.split() if hasattr(torch, name)),
+        Tensor.grad.__delete__,  # type: ignore[union-attr]
+    ]
+)
+
+
 def watch_reads(tensor: Any, catch_up: Callable[[], object]) -> None:
     """Let `catch_up` be called whenever a function is about to read or change the data of `tensor`, in place."""
     base: type[Tensor] = type(tensor)
     if base not in (Tensor, torch.nn.Parameter) and not isinstance(tensor, Watched):
-        raise TypeError(f"rows are a {base.__name__}; only plain parameters can be trained by rows")
+        raise TypeError(f"rows are of class {base.__name__}; only plain parameters can be trained by rows")
     tensor.__dict__[_CATCH_UP] = catch_up
     if not isinstance(tensor, Watched):
         tensor.__class__ = _watched(base)
@@ -69,7 +80,7 @@ class Watched:
             sources = [*_watched_among(arguments), *_watched_among(options.values())]
             for source in sources:
                 source.__dict__[_CATCH_UP]()
-            return _with_views(function(*arguments, **options), sources)
+            return with_views(function(*arguments, **options), sources)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         with _as_before(self) as tensor:
@@ -122,11 +133,11 @@ def _watched_among(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _watched_among(value)
 
 
-def _with_views(result: Any, sources: list[Tensor]) -> Any:
-    """The result, in which tensors that share memory with a source are watched as that is."""
+def with_views(result: Any, sources: Sequence[Tensor]) -> Any:
+    """The result, in which tensors that share memory with a watched source are watched as that is."""
     if isinstance(result, (list, tuple)):
         for each in result:
-            _with_views(each, sources)
+            with_views(each, sources)
     elif type(result) is Tensor and result.layout == torch.strided:
         for source in sources:
             if result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
@@ -134,18 +145,8 @@ def _with_views(result: Any, sources: list[Tensor]) -> Any:
     return result
 
 
-@cache
-def _without_data() -> frozenset[Any]:
-    """Functions of tensors that do not read data."""
-    found = [getattr(Tensor, name).__get__ for name in _GETTERS.split() if hasattr(Tensor, name)]
-    found += [getattr(Tensor, name).__set__ for name in _SETTERS.split()]
-    found += [getattr(Tensor, name) for name in _METHODS.split()]
-    found += [getattr(torch, name) for name in _FUNCTIONS.split() if hasattr(torch, name)]
-    return frozenset([*found, Tensor.grad.__delete__])  # type: ignore[union-attr]
-
-
 def _reads_data(function: Any) -> bool:
-    if function in _without_data():
+    if function in _WITHOUT_DATA:
         return False
     # Backward passes of our own operators read the rows that their forward passes have prepared.
     name = str(function) if type(function).__module__ == "torch._ops" else ""

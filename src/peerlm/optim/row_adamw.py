@@ -27,13 +27,15 @@ class RowAdamW(torch.optim.Optimizer):
 
     Groups named "table" (those of `parameter_groups`), or with `rows=True`, hold tables (N, *row_shape): their
     gradients may be sparse COO tensors with indices (1, U) and values (U, *row_shape), coalesced or not, and only
-    those rows are visited. Every other parameter is updated by torch's own AdamW.
+    those rows are visited. Every other parameter is updated by torch's own AdamW. Tables of peerlm's layers in other
+    groups, as of `model.parameters()`, are found: they get a group "table" with the settings of theirs. With
+    `rows=False` a group keeps them as dense weights.
 
     By default the weights are those of `torch.optim.AdamW`. A row without a gradient would move there too, by
-    momentum and by weight decay: here it catches up when it is next read. Tables are watched through
-    `peerlm.ops.row_updates` for that; who reads rows without saying so there, or saves or evaluates the model, calls
-    `catch_up()` first. Decaying learning rates, weight decay, and changing betas and eps are all right, though
-    a change of betas or eps costs a sweep over the tables.
+    momentum and by weight decay: here it catches up when it is next read. Layers say which rows they look up; whoever
+    reads a table's parameter in another way, copies or saves it, has all its rows brought up to date before. Decaying
+    learning rates, weight decay, and changing betas and eps are all right, though a change of betas or eps costs a
+    sweep over the tables.
 
     Args:
         params: parameters or groups.
@@ -62,7 +64,8 @@ class RowAdamW(torch.optim.Optimizer):
 
     State: dense parameters have torch's "step", "exp_avg", "exp_avg_sq". Tables have these ("step" an int), in
     exact mode also "moments_step" and "weights_step", (N,) int32, and the learning rates of the steps since the
-    row longest left behind. Saving does not change weights: a resumed run has the bits of an unbroken one.
+    row longest left behind. Saving lets all rows catch up, which changes weights within rounding: a resumed run has
+    the bits of the one that saved. See `state_dict`.
 
     Raises:
         ValueError: for settings out of range, combinations that do not exist, and gradients of another shape.
@@ -115,6 +118,7 @@ class RowAdamW(torch.optim.Optimizer):
         try:
             for added in self.param_groups[before:]:
                 _check(added)
+            self._check_exchange()
         except ValueError:
             del self.param_groups[before:]
             raise
@@ -136,6 +140,15 @@ class RowAdamW(torch.optim.Optimizer):
                     apart[key] = list(compress(group[key], tables))
                     group[key] = [each for each, is_table in zip(group[key], tables, strict=True) if not is_table]
             self.param_groups.append(apart)
+
+    def _check_exchange(self) -> None:
+        """Raise ValueError where the gradients of tables stay on their ranks."""
+        sharded = any(_is_dtensor(parameter) for group in self.param_groups for parameter in group["params"])
+        if sharded and _several_ranks() and any(group["rows"] for group in self.param_groups):
+            raise ValueError(
+                "FSDP2 does not exchange the gradients of tables that it ignores, and tables would differ from rank to "
+                "rank: take DistributedDataParallel, or torch.optim.AdamW"
+            )
 
     def watch(self, parameter: Tensor) -> None:
         """Watch a table that has taken the place of another in its group."""
@@ -261,9 +274,7 @@ class RowAdamW(torch.optim.Optimizer):
         if len(ids_U):
             seen = torch.zeros(now - history.start + 1, dtype=torch.bool)
             seen[weights_step[ids_U].cpu().long() - history.start] = True
-            rules = catch_up_rules(
-                history, seen.nonzero().flatten() + history.start, state["betas"][0], state["betas"][1]
-            )
+            rules = catch_up_rules(history, seen.nonzero().flatten() + history.start, state["beta1"], state["beta2"])
             step = self._row_step(parameter, self._group(parameter), now)
             _kernels(table).catch_up_rows(table, ids_U, rules, step)
         if ids is None:
@@ -284,13 +295,12 @@ class RowAdamW(torch.optim.Optimizer):
 
     def _row_step(self, parameter: Tensor, group: dict[str, Any], number: int) -> RowStep:
         state = self.state[parameter]
-        beta1, beta2 = state["betas"]
         return RowStep(
             step=number,
             learning_rate=float(group["lr"]),
             weight_decay=group["weight_decay"],
-            beta1=beta1,
-            beta2=beta2,
+            beta1=state["beta1"],
+            beta2=state["beta2"],
             eps=state["eps"],
             seed=group["seed"] + state["number"] if group["stochastic_rounding"] else None,
         )
@@ -303,12 +313,13 @@ class RowAdamW(torch.optim.Optimizer):
             state.update(_new_state(parameter, group))
             tables = [p for g in self.param_groups if g["rows"] for p in g["params"]]
             state["number"] = next(number for number, table in enumerate(tables) if table is parameter)
-        if (*group["betas"], group["eps"]) != (*state["betas"], state["eps"]):
-            if (group["betas"][0] == 0) != (state["betas"][0] == 0):
-                raise ValueError(f"beta1 cannot go from {state['betas'][0]} to {group['betas'][0]} during training")
+        now = _rates_of_decay(group)
+        if any(state[name] != value for name, value in now.items()):
+            if (now["beta1"] == 0) != (state["beta1"] == 0):
+                raise ValueError(f"beta1 cannot go from {state['beta1']} to {now['beta1']} during training")
             self._catch_up_rows(parameter, None)
             self._age_moments(state)
-            state["betas"], state["eps"] = tuple(group["betas"]), group["eps"]
+            state.update(now)
         return state
 
     def _age_moments(self, state: State) -> None:
@@ -316,7 +327,7 @@ class RowAdamW(torch.optim.Optimizer):
         if state.get("moments_step") is None:
             return
         missed_N = (state["step"] - state["moments_step"]).double()
-        for name, beta in zip(("exp_avg", "exp_avg_sq"), state["betas"], strict=True):
+        for name, beta in (("exp_avg", state["beta1"]), ("exp_avg_sq", state["beta2"])):
             if name in state:
                 decay_N = (beta**missed_N).to(torch.promote_types(state[name].dtype, torch.float32))
                 state[name].mul_(decay_N.view(-1, *[1] * (state[name].ndim - 1)))
@@ -466,8 +477,8 @@ def _check(group: dict[str, Any]) -> None:
     for parameter in group["params"]:
         if _is_dtensor(parameter):
             raise ValueError(
-                f"a table {tuple(parameter.shape)} is a DTensor, which cannot be trained by rows: leave tables out of "
-                "fully_shard(..., ignored_params=set(tables)), or take torch.optim.AdamW"
+                f"a table {tuple(parameter.shape)} is a DTensor, as FSDP2 makes them, which RowAdamW cannot train: "
+                "take DistributedDataParallel, or torch.optim.AdamW"
             )
         if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(f"a table has dtype {parameter.dtype}: tables are float32, float64 or bfloat16")
@@ -483,10 +494,15 @@ def _check(group: dict[str, Any]) -> None:
         check_betas(beta1, beta2)
 
 
+def _rates_of_decay(group: dict[str, Any]) -> dict[str, float]:
+    """What a table's state belongs to; a change costs a sweep."""
+    return {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
+
+
 def _new_state(parameter: Tensor, group: dict[str, Any]) -> State:
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     state_dtype = torch.bfloat16 if group["state_dtype"] == torch.bfloat16 else dtype
-    state: State = {"step": 0, "betas": tuple(group["betas"]), "eps": group["eps"]}
+    state: State = {"step": 0, **_rates_of_decay(group)}
     if group["betas"][0] > 0:
         state["exp_avg"] = torch.zeros_like(parameter, dtype=state_dtype, memory_format=torch.contiguous_format)
     if group["row_wise"]:
@@ -503,6 +519,8 @@ def _new_state(parameter: Tensor, group: dict[str, Any]) -> State:
 def _loaded_state(parameter: Tensor, group: dict[str, Any], saved: State) -> State:
     expected = _new_state(torch.empty_like(parameter, device="meta"), group)
     for name, value in expected.items():
+        if name not in saved and not isinstance(value, Tensor):
+            raise ValueError(f"the saved state of a table lacks {name!r}: another version of peerlm has written it")
         if isinstance(value, Tensor) and name not in ("learning_rates", "log_keep"):
             found = saved.get(name)
             if found is None or found.shape != value.shape:

@@ -33,7 +33,7 @@ On the held-out split of its data: perplexity {perplexity:.2f}, {loss:.4f} nats 
 ## Use
 
 ```python
-import peerlm.model  # lets transformers load it
+import peerlm  # lets transformers load it
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}")

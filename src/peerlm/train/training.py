@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peerlm.data import TokenWindows
+from peerlm.layers import share_statistics
 from peerlm.ranks import Ranks
 from peerlm.train.budget import Budget
 from peerlm.train.checkpoint import TrainState, list_checkpoints
@@ -96,7 +98,7 @@ class Training:
         """Let steps exchange gradients between ranks, and be compiled if asked; again where parameters are others."""
         self.unwrap()
         if self.ranks.world_size > 1:
-            # Layers with running statistics synchronise them themselves.
+            share_statistics(self.model, dist.group.WORLD)
             self.forward = DistributedDataParallel(self.model, broadcast_buffers=False)
         if self.config.compile:
             self.forward = torch.compile(self.forward)  # type: ignore[assignment]
@@ -104,6 +106,7 @@ class Training:
     def unwrap(self) -> None:
         """Drop what exchanges gradients while the processes are still joined: it can hang afterwards."""
         self.forward = self.model
+        share_statistics(self.model, None)
         gc.collect()
 
 

@@ -31,6 +31,7 @@ def measure_costs(
     recipe: str | Path,
     output: Path,
     *,
+    settings: Sequence[str] = (),
     batch_sizes: Sequence[int] = BATCH_SIZES,
     sizes: Sequence[str] = (),
     rounds: int = 5,
@@ -46,6 +47,7 @@ def measure_costs(
     Args:
         recipe: an isoFLOP recipe.
         output: JSON lines.
+        settings: changes to the recipe; the text that runs were made on is part of their keys.
         batch_sizes: windows at a time.
         sizes: only these; empty: all that are trained at some budget.
         rounds: of each timing, after `WARM_UP` that do not count.
@@ -56,7 +58,7 @@ def measure_costs(
         forward and backward pass, and `train_seconds`, `prefill_seconds` and `decode_seconds` per token. Their key is
         that of the run of this method and size with the fewest FLOPs.
     """
-    plan = load_isoflop(recipe)
+    plan = load_isoflop(recipe, settings)
     rows = read_rows(output)
     done = {(row["key"], row["batch_size"], row["threads"]) for row in rows}
     runs = {(run.method, run.size): run for run in reversed(plan.runs(plan.compare.seeds[:1], sizes=sizes))}
@@ -160,10 +162,13 @@ def main(
     output: Path,
     size: Annotated[list[str], typer.Option(help="Only this size; repeatable.")] = [],  # noqa: B006
     batch_size: Annotated[list[int], typer.Option(help="Windows at a time; repeatable.")] = list(BATCH_SIZES),  # noqa: B006
+    settings: Annotated[list[str], typer.Option("--set", help="Change a key of the recipe; repeatable.")] = [],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=1, help="Of each timing, of which the median counts.")] = 5,
 ) -> None:
     """Measure what the models of a recipe cost to run."""
-    measure_costs(recipe, output, sizes=size, batch_sizes=batch_size, rounds=rounds, report=typer.echo)
+    measure_costs(
+        recipe, output, settings=settings, sizes=size, batch_sizes=batch_size, rounds=rounds, report=typer.echo
+    )
 
 
 if __name__ == "__main__":

@@ -348,15 +348,18 @@ def plan_quantities(candidate: Candidate) -> dict[str, str]:
 def preface(law: Mapping[str, Any], flops: float, method: str | None) -> str:
     """What is to be said before a plan for a budget that is far; empty for others."""
     fits = chosen_fits(law, method)
-    times = max(times_beyond(fit, flops) for fit in fits.values())
-    if times <= FAR:
+    far = {name: fit["flops"] for name, fit in fits.items() if times_beyond(fit, flops) > FAR}
+    if not far:
         return ""
-    low, high = min(fit["flops"][0] for fit in fits.values()), max(fit["flops"][1] for fit in fits.values())
-    place = "the largest budget" if flops > high else "less than the smallest budget"
-    place += f" that the law was fitted to, {high if flops > high else low:.2g}"
+    low, high = min(ends[0] for ends in far.values()), max(ends[1] for ends in far.values())
+    above = flops > high
+    times = flops / high if above else low / flops
+    place = "the largest budget" if above else "less than the smallest budget"
+    place += f" that the law was fitted to, {high if above else low:.2g}"
+    of = "" if len(far) == len(fits) else f" of {listed(far)}"
     order = "" if len(fits) == 1 else " Methods stand in the order of the law: which is best here is not known."
     return (
-        f"Extrapolation: {flops:.3g} FLOPs is {times:.2g} times {place}. No run supports "
+        f"Extrapolation{of}: {flops:.3g} FLOPs is {times:.2g} times {place}. No run supports "
         f"what follows.{order}\n\n"
         "Each range is the middle 95% over the bootstrap's draws of the law, each with a best model of its own. It "
         "leaves out how wrong the law itself may be so far away.\n\n"

@@ -353,7 +353,18 @@ def test_far_from_the_fit_a_plan_says_so_first_and_gives_ranges(
     assert "which is best here is not known" in shown
     for candidate in plan_model(law, flops=1e21):
         assert f"{candidate.tokens:,}" not in shown
-        assert f"{candidate.tokens:.3g} " not in shown
+        assert f"{candidate.loss:.3f}" not in shown
+
+
+def test_methods_that_were_fitted_to_less_are_named(law_file: Path) -> None:
+    law = json.loads(law_file.read_text())
+    law["methods"]["dense"]["flops"][1] = 1e11
+    assert planner.preface(law, 5e11, None) == ""
+    words = planner.preface(law, 1.2e12, None)
+    assert words.startswith("Extrapolation of dense: 1.2e+12 FLOPs is 12 times the largest budget")
+    assert planner.preface(law, 1.2e12, "PEER") == ""
+    below = planner.preface(law, 1e9, None)
+    assert below.startswith("Extrapolation: 1e+09 FLOPs is 1e+02 times less than the smallest budget")
 
 
 def test_near_the_fit_a_plan_has_numbers(law_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

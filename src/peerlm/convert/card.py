@@ -1,0 +1,57 @@
+"""The model card of a converted model: what it is, and how to open it."""
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from peerlm.convert.record import ConversionConfig
+
+_CARD = """---
+{metadata}
+---
+
+# {name}
+
+`{source}` ({architecture}) with PEER layers {place} {count} of its feed-forward layers, converted with peerlm:
+
+{layers}
+
+Initialisation: {init}. Settings: {settings}. PEER has to be trained before it adds to the model.
+
+## Use
+
+Import peerlm before you load the model. transformers alone does not know its experts, and refuses it.
+
+```python
+import peerlm
+from {package} import {architecture}
+
+model = {architecture}.from_pretrained("{name}")
+```
+"""
+_PLACES = {"beside": "beside", "replace": "in place of"}
+
+
+def conversion_card(model: PreTrainedModel, record: ConversionConfig, *, name: str, source: str) -> ModelCard:
+    """The card, in the form of model hubs: metadata as YAML, then text.
+
+    Args:
+        model: the converted model.
+        record: what was done to it.
+        name: what it is called.
+        source: what the model was called that it was made from.
+    """
+    sites = record.read_sites()
+    return ModelCard(
+        _CARD.format(
+            metadata=ModelCardData(library_name="transformers", tags=["peerlm", "peer"], model_name=name).to_yaml(),
+            name=name,
+            source=source,
+            architecture=type(model).__name__,
+            package=type(model).__module__.partition(".")[0],
+            place=_PLACES[record.mode],
+            count=len(sites),
+            layers="\n".join(f"- `{site.path}`" for site in sites),
+            init=record.init,
+            settings=", ".join(f"{key} = {value}" for key, value in record.settings.items()) or "PEER's own",
+        )
+    )
