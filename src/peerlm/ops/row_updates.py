@@ -166,7 +166,7 @@ def prepare_rows(parameter: Tensor, ids: Tensor | None) -> None:
         ids: int64 row numbers of any shape, repetitions allowed; None for all N rows.
     """
     watcher = _watcher(parameter)
-    if watcher is not None and not _as_they_are.get():
+    if watcher is not None and rows_may_catch_up():
         watcher.before_read(parameter, ids)
 
 
@@ -183,6 +183,11 @@ def known_rows() -> set[int]:
 def is_watched(parameter: Tensor) -> bool:
     """Whether an optimizer watches this table, and may change its rows without a trace in the tensor's version."""
     return _watcher(parameter) is not None
+
+
+def rows_may_catch_up() -> bool:
+    """Whether this is outside of `rows_as_they_are`."""
+    return not _as_they_are.get()
 
 
 @contextmanager

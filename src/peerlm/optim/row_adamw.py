@@ -347,10 +347,8 @@ class RowAdamW(torch.optim.Optimizer):
         return super().__getstate__()
 
     def _catch_up_to_be_saved(self) -> None:
-        for group in self.param_groups:
-            if group["rows"]:
-                for parameter in group["params"]:
-                    row_updates.prepare_rows(parameter, None)
+        if row_updates.rows_may_catch_up():
+            self.catch_up()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave; tables' state keeps its dtypes. Raises ValueError where it does not fit."""
