@@ -170,7 +170,7 @@ def prepare_rows(parameter: Tensor, ids: Tensor | None) -> None:
         ids: int64 row numbers of any shape, repetitions allowed; None for all N rows.
     """
     watcher = _watcher(parameter)
-    if watcher is not None and not are_rows_as_they_are():
+    if watcher is not None and rows_may_catch_up():
         watcher.before_read(parameter, ids)
 
 
@@ -189,9 +189,9 @@ def is_watched(parameter: Tensor) -> bool:
     return _watcher(parameter) is not None
 
 
-def are_rows_as_they_are() -> bool:
-    """Whether this is within `rows_as_they_are`."""
-    return _as_they_are.get()
+def rows_may_catch_up() -> bool:
+    """Whether this is outside of `rows_as_they_are`."""
+    return not _as_they_are.get()
 
 
 @contextmanager

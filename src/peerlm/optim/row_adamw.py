@@ -347,7 +347,7 @@ class RowAdamW(torch.optim.Optimizer):
         return super().__getstate__()
 
     def _catch_up_to_be_saved(self) -> None:
-        if not row_updates.are_rows_as_they_are():
+        if row_updates.rows_may_catch_up():
             self.catch_up()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
