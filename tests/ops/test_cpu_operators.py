@@ -20,6 +20,7 @@ from peerlm.testing import assert_within_budget, definition, float64, mix_inputs
 
 pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
 
+api.load_backends()
 operators = torch.ops.peerlm
 
 

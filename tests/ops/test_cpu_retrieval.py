@@ -282,9 +282,11 @@ def test_arguments_need_not_be_contiguous() -> None:
     ],
     ids=["k > n", "k = 0", "size of sub-keys", "heads", "halves"],
 )
-def test_arguments_that_do_not_fit(query: Tensor, sub_keys: Tensor, k: int) -> None:
+def test_kernels_refuse_arguments_that_do_not_fit(query: Tensor, sub_keys: Tensor, k: int) -> None:
+    """`api` refuses them too, for every backend; an operator may be called without it."""
+    api.load_backends()
     with pytest.raises(ValueError, match=r"query .* and sub_keys .* do not fit, or k is not in 1 .. n"):
-        api.retrieve(query, sub_keys, k, backend="cpu")
+        torch.ops.peerlm.retrieve(query, sub_keys, k, "softmax")
 
 
 @pytest.mark.parametrize("bad_id", [-1, 36])
@@ -292,5 +294,6 @@ def test_backward_refuses_ids_out_of_range(bad_id: int) -> None:
     weights, query, sub_keys = torch.rand(3, 2, 4), torch.ones(3, 2, 8), torch.ones(2, 1, 6, 4)
     ids = torch.zeros(3, 2, 4, dtype=torch.int64)
     ids[2, 1, 3] = bad_id
+    api.load_backends()
     with pytest.raises(IndexError, match=rf"expert id {bad_id} is not in 0 .. 35"):
         torch.ops.peerlm.retrieve_backward(weights, weights, ids, query, sub_keys, "softmax")
