@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test lint docs bench sanitize clean
+.PHONY: help setup demo test test-targets lint docs bench sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## these lines
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(VENV)/.package  ## an environment in .venv with peerlm and its tools
 
@@ -17,6 +17,9 @@ demo: setup  ## compare PEER with its rivals on the embedded corpus: table, plot
 
 test: setup  ## every test, on all cores, against the installed package
 	$(BIN)/python -m pytest -n auto
+
+test-targets: setup  ## the numerical tests once for each SIMD target that this machine runs
+	$(BIN)/python tests/targets.py -n auto
 
 lint: setup  ## formatting, lint and types
 	$(BIN)/ruff format --check .
