@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-tables lint docs bench sanitize foreign-tests foreign-transformers foreign-peft clean
+.PHONY: help setup demo test test-tables test-targets lint docs bench sanitize foreign-tests foreign-transformers foreign-peft clean
 .DELETE_ON_ERROR:
 
 help:  ## these lines
@@ -19,9 +19,13 @@ test: setup  ## every test, on all cores, against the installed package
 	$(BIN)/python -m pytest -n auto
 
 # What may know nothing of how a table keeps its rows.
-test-tables: setup  ## tests of layers, packs, growth, inspection and optimizer with tables in two pieces
-	$(BIN)/python -m pytest -n auto --tables two-pieces tests/layers tests/optim tests/inspect tests/train/test_tables.py \
-	    $(addprefix tests/surgery/test_,$(addsuffix .py,grow shrink freeze pack pack_files pack_search adapter neuron_layer neuron_index foreign))
+test-tables: setup  ## tests of layers, packs, growth, interpretation and optimizer with tables in two pieces
+	$(BIN)/python -m pytest -n auto --tables two-pieces tests/layers tests/optim tests/interpret tests/growth tests/packs \
+	    tests/adapters/test_adapter.py tests/train/test_tables.py \
+	    $(addprefix tests/convert/test_,$(addsuffix .py,neuron_layer neuron_index peer_pytorch))
+
+test-targets: setup  ## the numerical tests once for each SIMD target that this machine runs
+	$(BIN)/python tests/targets.py -n auto
 
 lint: setup  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -37,6 +37,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "whole_tables(reason): looks at how `Table` itself keeps its rows")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as numerical what may reach the kernels, which round differently on every SIMD target.
+
+    That is every test of a file that imports torch or compares approximately.
+    """
+    modules = {item.module for item in items if isinstance(item, pytest.Function)}
+    numerical = {m for m in modules if hasattr(m, "torch") or "pytest.approx" in Path(m.__file__).read_text("utf-8")}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.module in numerical:
+            item.add_marker("numerical")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     marker = item.get_closest_marker("whole_tables")
     if marker is not None and item.config.getoption("--tables") != "whole":

@@ -255,7 +255,8 @@ def float64() -> Iterator[None]:
     """What is built and computed inside is in float64: where two ways are equal in exact arithmetic, they are here.
 
     Norms, rotary positions and attention of most models ask for float32 whatever the dtype of their weights; they get
-    float64. Native kernels have no float64, so that "auto" takes the definition.
+    float64. Native kernels have no float64, so that "auto" takes the definition. Only what a backward pass computes
+    anew, of gradient checkpoints, is out of its reach.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

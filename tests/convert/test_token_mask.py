@@ -40,6 +40,7 @@ def awake(name: str, mode: str = "beside") -> PreTrainedModel:
 
 @pytest.mark.parametrize("mode", ["beside", "replace"])
 @pytest.mark.parametrize("name", TEXT)
+@pytest.mark.usefixtures("float64")
 def test_what_stands_at_padding_does_not_matter(name: str, mode: str) -> None:
     model = awake(name, mode)
     twin, initial, inputs = copy.deepcopy(model), statistics(model), batch(model, masked=True)
@@ -93,6 +94,7 @@ def test_a_mask_comes_to_the_device_of_the_layer() -> None:
         assert mask.device.type == "meta"
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_pass_without_a_mask_counts_all_tokens() -> None:
     model = awake("llama")
     twin, ids = copy.deepcopy(model), batch(model)["input_ids"]
@@ -136,6 +138,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, mode: str, reentrant:
         torch.testing.assert_close(value, expected[key], msg=key)
 
 
+@pytest.mark.usefixtures("float64")
 def test_an_encoder_and_a_decoder_have_masks_of_their_own() -> None:
     config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
     config.dropout_rate = 0.0

@@ -8,12 +8,14 @@ from peerlm.usage import record_usage
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
+@pytest.mark.usefixtures("float64")
 def test_it_is_the_mean_loss_over_windows(model, batch_size):
     windows = torch.randint(300, (7, 12))
     expected = model(input_ids=windows, labels=windows).loss.item()
     assert held_out_loss(model, windows, batch_size=batch_size) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_limit_reads_the_first_windows(model):
     windows = torch.randint(300, (7, 12))
     with record_usage(model) as usage:

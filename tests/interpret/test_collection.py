@@ -11,6 +11,7 @@ from peerlm.interpret import collect, find_sites
 from peerlm.interpret.inspected import find_site
 from peerlm.interpret.windows import windows_of
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.testing import assert_within_budget, definition, float64
 from peerlm.usage import record_usage
 
 TOKENS = torch.randint(320, (45,), generator=torch.Generator().manual_seed(3))
@@ -38,28 +39,46 @@ def outputs_of(model, sites):
     return {number: torch.cat(parts) for number, parts in kept.items()}
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "int8", "bfloat16"])
+def written_by(site, record):
+    """The sum of strengths times vectors, (S, D)."""
+    strength = record.weight_SM * record.activation_SM
+    return (strength[..., None] * site.vectors(record.expert_SM.clamp_min(0))).sum(dim=1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.usefixtures("float64")
 def test_strengths_times_vectors_are_what_the_layer_writes(variant, new_model):
-    kind, settings = VARIANTS.get(variant, ("peer", {}))
+    kind, settings = VARIANTS[variant]
     model = new_model(kind, **settings)
     sites = find_sites(model)
-    if variant in ("int8", "bfloat16"):
-        for site in sites:
-            site.layer.experts.convert_rows(variant)
     collected = collect(model, sites, TOKENS, context=16, shown=40, experts_per_token=99)
     outputs = outputs_of(model, sites)
     for site, record in zip(sites, collected.layers, strict=True):
-        ids = record.expert_SM.clamp_min(0)
-        strength = record.weight_SM * record.activation_SM
-        written = (strength[..., None] * site.vectors(ids)).sum(dim=1)
-        torch.testing.assert_close(written, outputs[site.number][:40], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(written_by(site, record), outputs[site.number][:40])
         assert record.share_S.tolist() == pytest.approx([1.0] * 40)
         assert record.fired_S.tolist() == (record.expert_SM >= 0).sum(dim=1).tolist()
         norms = site.vectors(torch.arange(64)).norm(dim=-1)
         torch.testing.assert_close(record.norm_N, norms)
 
 
+@pytest.mark.parametrize("row_format", ["float32", "int8", "bfloat16"])
+def test_rows_of_any_format_write_what_is_recorded(row_format, new_model):
+    model = new_model()
+    for site in find_sites(model):
+        site.layer.experts.convert_rows(row_format)
+    sites, judge = find_sites(model), definition(model)
+    collected, plain = (
+        collect(model, sites, TOKENS, context=16, shown=40, experts_per_token=99),
+        outputs_of(model, sites),
+    )
+    with float64():
+        exact = outputs_of(judge, find_sites(judge))
+    for site, record in zip(sites, collected.layers, strict=True):
+        assert_within_budget(written_by(site, record), plain[site.number][:40], exact[site.number][:40])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.usefixtures("float64")
 def test_use_importance_and_contexts_are_those_of_a_loop(variant, new_model):
     kind, settings = VARIANTS[variant]
     model = new_model(kind, **settings)
@@ -69,7 +88,7 @@ def test_use_importance_and_contexts_are_those_of_a_loop(variant, new_model):
         outputs_of(model, sites)
     for site, record in zip(sites, collected.layers, strict=True):
         theirs = usage[site.name + ".product_keys"]
-        torch.testing.assert_close(record.usage.weight_N, theirs.weight_N, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(record.usage.weight_N, theirs.weight_N)
         assert record.usage.retrievals_N.equal(theirs.retrievals_N)
         importance = [0.0] * 64
         places = {expert: [] for expert in range(64)}
@@ -80,12 +99,13 @@ def test_use_importance_and_contexts_are_those_of_a_loop(variant, new_model):
                     strength = float(record.weight_SM[token, slot] * record.activation_SM[token, slot])
                     importance[expert] += abs(strength) * float(record.norm_N[expert])
                     places[expert].append((-abs(strength), token))
-        assert record.importance_N.tolist() == pytest.approx(importance, rel=1e-5, abs=1e-9)
+        assert record.importance_N.tolist() == pytest.approx(importance)
         for expert, found in places.items():
             best = [token for _, token in sorted(found)[:3]]
             assert record.contexts.position_NC[expert].tolist() == best + [-1] * (3 - len(best))
 
 
+@pytest.mark.usefixtures("float64")
 def test_half_use_adds_up_to_the_use_of_experts(new_model):
     model = new_model(pairing="shells")
     sites = find_sites(model)
@@ -100,6 +120,7 @@ def test_half_use_adds_up_to_the_use_of_experts(new_model):
     assert record.half_use_2Hn[0].sum(dim=1).tolist() == pytest.approx([45, 45])  # softmax: 1 for each token and head
 
 
+@pytest.mark.usefixtures("float64")
 def test_losses_and_predictions_are_those_of_each_window_alone(new_model):
     model = new_model()
     collected = collect(model, find_sites(model), TOKENS, context=16, shown=20)
@@ -108,11 +129,11 @@ def test_losses_and_predictions_are_those_of_each_window_alone(new_model):
             logits = model(input_ids=TOKENS[start:end][None]).logits[0]
         assert collected.nats[start].isnan()
         expected = F.cross_entropy(logits[:-1], TOKENS[start + 1 : end], reduction="none")
-        torch.testing.assert_close(collected.nats[start + 1 : end].float(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(collected.nats[start + 1 : end], expected)
         for place in range(start, min(end, 20)):
             best = logits[place - start].softmax(dim=-1).sort(descending=True)
             assert collected.predicted[place].tolist() == best.indices[:5].tolist()
-            torch.testing.assert_close(collected.probability[place], best.values[:5], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(collected.probability[place], best.values[:5])
     assert collected.loss == pytest.approx(collected.nats[~collected.nats.isnan()].mean().item())
 
 

@@ -42,6 +42,7 @@ def busiest(model, layer):
 
 @pytest.mark.parametrize("kind", ["peer", "pkm", "int8"])
 @pytest.mark.parametrize("factor", [0.0, 2.0, -1.5])
+@pytest.mark.usefixtures("float64")
 def test_an_edit_is_the_same_as_another_table(kind, factor, new_model):
     model = new_model("pkm" if kind == "pkm" else "peer")
     if kind == "int8":
@@ -51,22 +52,24 @@ def test_an_edit_is_the_same_as_another_table(kind, factor, new_model):
     with edit(model, 2, expert, factor):
         edited = logits_of(model, TOKENS.view(2, 20))
     expected = logits_of(with_table(model, 2, expert, factor), TOKENS.view(2, 20))
-    torch.testing.assert_close(edited, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(edited, expected)
     assert (edited.flatten(0, 1) - before[0]).abs().max() > 1e-2
     assert logits_of(model).equal(before)
 
 
+@pytest.mark.usefixtures("float64")
 def test_edits_nest_and_end_with_an_exception(new_model):
     model = new_model()
     first, second, before = busiest(model, 1), busiest(model, 2), logits_of(model)
     expected = logits_of(with_table(with_table(model, 1, first, 0.0), 2, second, 3.0))
     with edit(model, 1, first, 0.0), edit(model, "model.layers.2.ffw", second, 3.0):
-        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits_of(model), expected)
     with pytest.raises(RuntimeError, match="stop"), edit(model, 1, first, 0.0):
         raise RuntimeError("stop")
     assert logits_of(model).equal(before)
 
 
+@pytest.mark.usefixtures("float64")
 def test_effects_are_those_of_each_edit_alone(new_model):
     model = new_model()
     edits = [Edit(layer, busiest(model, layer), factor) for layer in (1, 2) for factor in (0.0, 2.0)]

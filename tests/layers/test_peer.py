@@ -194,6 +194,7 @@ def test_paper_settings_are_the_defaults() -> None:
     assert type(keys.query_norm).__name__ == "QueryBatchNorm"
 
 
+@pytest.mark.usefixtures("float64")
 def test_dropout_drops_whole_experts_and_scales_the_others() -> None:
     layer = PEER(16, num_experts=16, heads=1, experts_per_head=4, key_dim=4, dropout=0.25, activation="identity")
     layer.experts.write(torch.eye(16)[:1].expand(16, -1), vector=0)

@@ -17,8 +17,9 @@ from peerlm.ops import api
 from peerlm.ops.cpu import native
 from peerlm.testing import MixInputs, mix_inputs
 
+from ..targets import run_tests, targets
+
 NEEDS_KERNELS = pytest.mark.skipif(bool(native._reason), reason=native._reason)
-NUMERICAL_TESTS = ["test_cpu_retrieval.py", "test_cpu_mixing.py", "test_cpu_operators.py"]
 
 
 @pytest.fixture
@@ -183,21 +184,10 @@ def test_named_target_is_the_one_in_use() -> None:
 
 @pytest.mark.slow
 @NEEDS_KERNELS
-@pytest.mark.parametrize("target", native.module.runnable_targets().split(", ") if native.module else [])
+@pytest.mark.skipif("PEERLM_SIMD" in os.environ, reason="these tests run under one target already")
+@pytest.mark.parametrize("target", targets())
 def test_numbers_of_every_target(target: str) -> None:
-    """The numerical tests once more for each SIMD target that this machine runs."""
-    named = python("from peerlm.ops.cpu import native; print(native.module.target())", PEERLM_SIMD=target)
-    assert named.stdout == f"{target}\n"
-    folder = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
-        + [str(folder / name) for name in NUMERICAL_TESTS],
-        cwd=folder.parents[1],
-        env=os.environ | {"PEERLM_SIMD": target},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    """The operators' tests once more for each SIMD target of this machine; `make test-targets` runs all others."""
+    status, last_line = run_tests(target, "-m", "numerical and not slow", str(Path(__file__).parent))
+    assert status == 0, last_line
+    assert " passed" in last_line

@@ -9,6 +9,7 @@ from peerlm.ops.cpu import rows as native_rows
 from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.optim import RowAdamW, row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules
+from peerlm.testing import assert_within_budget
 
 pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=f"no native kernels: {native.unavailable()}")
 
@@ -61,12 +62,16 @@ def tensors(table: RowState) -> dict[str, Tensor]:
     return {name: value for name, value in vars(table).items() if value is not None}
 
 
-def twins(table: RowState) -> tuple[RowState, RowState]:
-    def clone() -> RowState:
-        copies = {name: value.clone() for name, value in tensors(table).items()}
-        return RowState(**{name: copies.get(name) for name in vars(table)})
+def copy_of(table: RowState, dtype: torch.dtype | None = None) -> RowState:
+    """A copy, its floats in `dtype` if one is named."""
+    copies = {
+        n: v.to(dtype if dtype and v.is_floating_point() else v.dtype, copy=True) for n, v in tensors(table).items()
+    }
+    return RowState(**{name: copies.get(name) for name in vars(table)})
 
-    return clone(), clone()
+
+def twins(table: RowState) -> tuple[RowState, RowState]:
+    return copy_of(table), copy_of(table)
 
 
 def step_of(table: RowState, *, seed: int | None = 5, learning_rate: float = 1e-2) -> RowStep:
@@ -76,30 +81,40 @@ def step_of(table: RowState, *, seed: int | None = 5, learning_rate: float = 1e-
     )
 
 
-def assert_alike(found: RowState, expected: RowState) -> None:
-    """Equal up to float rounding; in bfloat16 up to one unit, where rounding tips a random decision."""
+def units_apart(a: Tensor, b: Tensor) -> Tensor:
+    """How many bfloat16 numbers lie between two of one sign, and one more where they differ."""
+    return (a.view(torch.int16).int() - b.view(torch.int16).int()).abs()
+
+
+def assert_alike(found: RowState, expected: RowState, exact: RowState) -> None:
+    """Within the budget of the definition; in bfloat16 up to one unit, where rounding tips a random decision."""
     for name, value in tensors(expected).items():
         ours = tensors(found)[name]
         if value.dtype == torch.bfloat16:
-            apart = (ours.view(torch.int16).int() - value.view(torch.int16).int()).abs()
+            apart = units_apart(ours, value)
             assert apart.max() <= 1, name
-            assert (apart > 0).float().mean() < 0.01, name
+            # A unit is 2^16 of float32: so many roundings tip one decision, and a number has a few before it is stored
+            assert (apart > 0).sum() <= 3 + 32 * apart.numel() / 2**16, name
+        elif value.is_floating_point():
+            assert_within_budget(ours, value, tensors(exact)[name])
         else:
-            torch.testing.assert_close(ours, value, rtol=2e-6, atol=0 if name == "exp_avg_sq" else 2e-7, msg=name)
+            assert torch.equal(ours, value), name
 
 
 @pytest.mark.parametrize("row_shape", [(1,), (2, 31), (512,)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_update_is_that_of_the_definition(kind: str, row_shape: tuple[int, ...]) -> None:
     found, expected = twins(random_table(row_shape, **KINDS[kind]))
+    exact = copy_of(found, torch.float64)
     ids = torch.tensor([0, 3, 7, 8, 39])
     gradient = torch.randn(5, *row_shape).to(found.rows.dtype)
-    for functions, table in ((native_rows, found), (row_step, expected)):
-        functions.update_rows(table, ids, gradient, step_of(table))
-    assert_alike(found, expected)
-    functions.update_rows(expected, None, torch.ones_like(expected.rows), step_of(expected))
-    native_rows.update_rows(found, None, torch.ones_like(found.rows), step_of(found))
-    assert_alike(found, expected)
+    sides = (native_rows, found), (row_step, expected), (row_step, exact)
+    for functions, table in sides:
+        functions.update_rows(table, ids, gradient.to(table.rows.dtype), step_of(table))
+    assert_alike(found, expected, exact)
+    for functions, table in sides:
+        functions.update_rows(table, None, torch.ones_like(table.rows), step_of(table))
+    assert_alike(found, expected, exact)
 
 
 @pytest.mark.parametrize("row_shape", [(1,), (2, 31), (512,)])
@@ -113,11 +128,12 @@ def test_catching_up_is_that_of_the_definition(kind: str, row_shape: tuple[int, 
     assert found.weights_step is not None
     ids = (found.weights_step < NOW).nonzero().flatten()
     rules = catch_up_rules(history, found.weights_step[ids].unique().long(), step.beta1, step.beta2)
-    before = found.rows.clone()
+    before, exact = found.rows.clone(), copy_of(found, torch.float64)
     native_rows.catch_up_rows(found, ids, rules, step)
     row_step.catch_up_rows(expected, ids, rules, step)
+    row_step.catch_up_rows(exact, ids, rules, step)
     assert not torch.equal(found.rows, before)
-    assert_alike(found, expected)
+    assert_alike(found, expected, exact)
     again = found.rows.clone()
     rules.index[-1] = 0  # no rule is for rows that are up to date
     native_rows.catch_up_rows(found, ids, rules, step)
@@ -145,8 +161,9 @@ def test_extreme_values_round_alike(value: float, seed: int | None) -> None:
     ids = torch.tensor([2])
     for functions, table in ((native_rows, found), (row_step, expected)):
         functions.update_rows(table, ids, gradient, step_of(table, seed=seed))
-    torch.testing.assert_close(found.rows[2], expected.rows[2], rtol=0, atol=0.02, equal_nan=True)
-    assert (found.rows[2].isnan() == expected.rows[2].isnan()).all()
+    numbers = ~expected.rows[2].isnan()
+    assert torch.equal(~found.rows[2].isnan(), numbers)
+    assert (units_apart(found.rows[2][numbers], expected.rows[2][numbers]) <= 1).all()
 
 
 @pytest.mark.parametrize("row", [-1, 40])
@@ -180,13 +197,13 @@ def test_rows_behind_are_found(num_rows: int, count: int, threads: int) -> None:
 
 
 def test_a_run_of_the_optimizer_is_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def outcome() -> Tensor:
-        table = torch.nn.Parameter(torch.randn(30, 2, 5, generator=torch.Generator().manual_seed(1)))
+    def outcome(dtype: torch.dtype = torch.float32) -> Tensor:
+        table = torch.nn.Parameter(torch.randn(30, 2, 5, generator=torch.Generator().manual_seed(1)).to(dtype))
         optimizer = RowAdamW([{"params": [table], "rows": True}], lr=1e-2, weight_decay=0.1)
         generator = torch.Generator().manual_seed(2)
         for _ in range(50):
             ids = torch.randint(30, (4,), generator=generator).unique()
-            values = torch.randn(len(ids), 2, 5, generator=generator)
+            values = torch.randn(len(ids), 2, 5, generator=generator).to(dtype)
             table.grad = torch.sparse_coo_tensor(ids[None], values, table.shape, check_invariants=True)
             optimizer.step()
         optimizer.catch_up()
@@ -194,4 +211,4 @@ def test_a_run_of_the_optimizer_is_the_same_run(monkeypatch: pytest.MonkeyPatch)
 
     found = outcome()
     monkeypatch.setattr("peerlm.optim.row_adamw._kernels", lambda table: row_step)
-    torch.testing.assert_close(found, outcome(), rtol=0, atol=2e-6)
+    assert_within_budget(found, outcome(), outcome(torch.float64))

@@ -22,8 +22,10 @@ from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops.cpu import native
 from peerlm.ops.row_updates import rows_as_they_are
 from peerlm.optim import RowAdamW, parameter_groups
+from peerlm.optim.catch_up import TOLERANCE
 from peerlm.packs.api import choose_packs, load_pack, loaded_packs, new_pack, pack_parameters, save_pack, unload_pack
 from peerlm.packs.base_hash import base_hash
+from peerlm.testing import assert_within_budget, definition, float64, relative_error
 from peerlm.usage import record_usage
 
 BACKENDS = ["reference", "bag", *([] if native._reason else ["cpu"])]
@@ -70,6 +72,8 @@ def test_unloading_gives_back_every_bit(backend: str, row_format: str, tmp_path:
         add_pack(model, name)
         save_pack(model, name, tmp_path / name)
     with_both = logits(model)
+    with float64():
+        exact = logits(definition(model))
     assert not torch.allclose(with_both, before, atol=1e-2)
     unload_pack(model, "law")
     only_one = logits(model)
@@ -80,7 +84,7 @@ def test_unloading_gives_back_every_bit(backend: str, row_format: str, tmp_path:
     assert torch.equal(logits(model), only_one)
     assert load_pack(model, tmp_path / "law", "statutes") == "statutes"
     assert loaded_packs(model) == ["medicine", "statutes"]
-    torch.testing.assert_close(logits(model), with_both, rtol=1e-4, atol=1e-4)  # another name, another order of sums
+    assert_within_budget(logits(model), with_both, exact)  # another name, another order of sums
     unload_pack(model, "statutes")
     assert torch.equal(logits(model), only_one)
     load_pack(model, tmp_path / "law")
@@ -243,6 +247,7 @@ def test_training_a_pack_leaves_the_rest_as_it_is(row_format: str, tmp_path: Pat
     assert not any(parameter.requires_grad for parameter in pack_parameters(model, "law"))
 
 
+@pytest.mark.usefixtures("float64")
 def test_rows_left_behind_are_brought_up_to_date_when_they_are_read(tmp_path: Path) -> None:
     layer = PEER(8, num_experts=16, heads=2, experts_per_head=2, key_dim=4, query_norm="none").requires_grad_(False)
     new_pack(layer, "law", 25)
@@ -258,9 +263,9 @@ def test_rows_left_behind_are_brought_up_to_date_when_they_are_read(tmp_path: Pa
         behind = layer.packs.by_name()["law"].table.rows.detach().clone()
     save_pack(layer, "law", tmp_path)
     saved, pack = load_file(next(tmp_path.glob("*.safetensors"))), twin.packs.by_name()["law"]
-    torch.testing.assert_close(saved["rows"], pack.table.rows.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(saved["sub_keys"], pack.sub_keys.detach(), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(behind, pack.table.rows, rtol=1e-3, atol=1e-4)
+    assert relative_error(saved["rows"], pack.table.rows.detach()) < TOLERANCE
+    assert relative_error(saved["sub_keys"], pack.sub_keys.detach()) < TOLERANCE
+    assert relative_error(behind, pack.table.rows.detach()) > 100 * TOLERANCE
 
 
 def test_packs_that_are_trained_beside_others_get_gradients_and_others_stay() -> None:
@@ -286,8 +291,10 @@ def test_packs_that_are_trained_beside_others_get_gradients_and_others_stay() ->
     with torch.no_grad():
         pack_parameters(twin, "a")[1].mul_(2)
     assert not torch.equal(logits(twin), trained_logits)
+    with float64():
+        exact = logits(definition(model))
     assert not torch.equal(logits(model.double()).float(), trained_logits)
-    torch.testing.assert_close(logits(model.float()), trained_logits, rtol=1e-4, atol=1e-4)
+    assert_within_budget(logits(model.float()), trained_logits, exact)
 
 
 def test_a_pack_of_chosen_layers(tmp_path: Path) -> None:
@@ -388,7 +395,9 @@ def test_choices_nest_and_padding_stays_out_of_usage() -> None:
     for counts in usage.values():
         assert counts.retrievals_N.sum() == (27 - 4) * 2 * 3
         assert counts.retrievals_N[16:].sum() > 0
-        assert counts.weight_N.sum().item() == pytest.approx((27 - 4) * 2, rel=1e-5)
+        assert counts.weight_N.sum().item() == pytest.approx(
+            (27 - 4) * 2, rel=10 * torch.finfo(torch.float32).eps
+        )  # a head's are 1
 
 
 def test_what_packs_cost() -> None:
