@@ -119,7 +119,7 @@ def test_images_have_no_mask() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "peer"])
 def test_gradient_checkpointing_changes_nothing(name: str, mode: str, reentrant: bool) -> None:
     """Two passes before the backward pass, with other masks: each block's own comes back."""
-    model = awake(name, mode)
+    model = awake(name, mode).double()
     twin = copy.deepcopy(model)
     # transformers renamed it after 5.20, the last release for Python 3.10
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
