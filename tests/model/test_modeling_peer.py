@@ -232,26 +232,6 @@ def test_losses_of_micro_batches_add_up_to_that_of_the_step(tiny_model: Build) -
     torch.testing.assert_close(both[0], model(ids, labels=labels).loss / 2)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # torch.compile warns of what it does
-@pytest.mark.parametrize("kind", FFW_KINDS)
-def test_a_model_compiles_without_graph_breaks_where_it_says_so(tiny_model: Build, kind: str) -> None:
-    model, ids = warmed_up(tiny_model(ffw_layers=kind, num_hidden_layers=1)), draw_tokens(2, 9)
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    compiled = torch.compile(model, fullgraph=True)
-    with torch.no_grad():
-        if model._can_compile_fullgraph:
-            found, expected = (call(ids, attention_mask=mask).logits[mask.bool()] for call in (compiled, model))
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        else:
-            assert kind == "expert_choice"
-            assert not model._supports_context_parallel
-            with pytest.raises(torch._dynamo.exc.TorchDynamoException):
-                compiled(ids, attention_mask=mask)
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", FFW_KINDS)
 def test_saving_and_loading(tiny_model: Build, tmp_path: Path, kind: str, tied: bool) -> None:

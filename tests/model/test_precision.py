@@ -66,3 +66,29 @@ def test_gradient_checkpointing_changes_nothing(tiny_model: Build, kind: str, re
         torch.testing.assert_close(parameter.grad, twin.grad, msg=name)
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(model.get_buffer(name), buffer, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch.compile warns of what it does
+@pytest.mark.parametrize("kind", FFW_KINDS)
+def test_a_model_compiles_without_graph_breaks_where_it_says_so(tiny_model: Build, kind: str) -> None:
+    model, ids = tiny_model(ffw_layers=kind, num_hidden_layers=1), draw_tokens(2, 9)
+    with torch.no_grad():
+        model(ids)  # running statistics are not the initial ones
+    model.eval()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        if model._can_compile_fullgraph:
+            found, plain = (call(ids, attention_mask=mask).logits[mask.bool()] for call in (compiled, model))
+            judge = definition(model)
+            with float64():
+                exact = judge(ids, attention_mask=mask).logits[mask.bool()]
+            assert_within_budget(found, plain, exact)
+        else:
+            assert kind == "expert_choice"
+            assert not model._supports_context_parallel
+            with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+                compiled(ids, attention_mask=mask)
+    torch._dynamo.reset()
