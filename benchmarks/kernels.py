@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from ceilings import Ceilings
 from measure import interleave, report
-from peerlm.layers.row_table import empty_rows
 from torch import Tensor
 
-from peerlm.layers.expert_table import quantise
+from peerlm.layers.row_memory import empty_rows
+from peerlm.layers.table import quantise
 from peerlm.ops import api, reference
 from peerlm.ops.cpu import native
 from peerlm.ops.scoring import half_scores

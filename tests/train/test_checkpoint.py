@@ -99,15 +99,15 @@ def test_damage_is_named_and_the_older_checkpoint_with_it(
         load_checkpoint(folder, model, optimizer)
     assert str(error.value) == (
         f"the checkpoint {folder} is damaged ({name} is missing or changed): delete it and --resume again; "
-        "the run goes on from step-00000002"
+        "the run then resumes from step-00000002"
     )
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_damage_to_the_only_checkpoint_says_that_the_run_begins_anew(saved: Path) -> None:
+def test_damage_to_the_only_checkpoint_says_that_the_run_starts_again(saved: Path) -> None:
     folder = checkpoint_folder(saved, 2)
     truncate(folder / "model.safetensors")
-    with pytest.raises(UserError, match="the run begins anew, for no older one is left"):
+    with pytest.raises(UserError, match="it starts again, for no older one is left"):
         load_checkpoint(folder, *build(7))
 
 
