@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 from peerlm import PEER
-from peerlm.layers.expert_table import quantise
+from peerlm.layers.table import quantise
 from peerlm.ops import api
 from peerlm.ops.cpu import native
 

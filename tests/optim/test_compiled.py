@@ -1,11 +1,13 @@
 """Layers whose tables RowAdamW trains, under torch.compile: reading and updating rows stay outside its graphs."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -27,7 +29,11 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     torch.use_deterministic_algorithms(False)
+    environment = dict(os.environ)
     yield
+    for name in os.environ.keys() - environment.keys():  # TrainingArguments asks accelerate to compile for good
+        del os.environ[name]
+    AcceleratorState._reset_state(reset_partial_state=True)
     torch._dynamo.reset()
 
 

@@ -320,6 +320,7 @@ def test_inspect_of_no_pack_and_of_another_model(saved: Path, capfd: pytest.Capt
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: the pack in")
 
 
+@pytest.mark.filterwarnings("ignore:the tokenizer does not keep:peerlm.errors.PeerlmWarning")
 def test_eval_and_generate_with_a_pack(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = saved / "text.txt"
     plain = evaluate(saved / "model", [text], context=16, progress=False)[str(text)]

@@ -65,6 +65,8 @@ def catch_up_saved(model: nn.Module, folder: Path) -> None:
         if table is None or name != "table":
             raise ValueError(f"{folder / FILE} has the state of a table as parameter {index}, which the model has not")
         twin = nn.Parameter(table.data)  # the same memory, so that no optimizer is left watching the model
-        optimizer = RowAdamW([{"params": [twin], "name": "table"}], betas=saved["betas"], eps=saved["eps"])
+        optimizer = RowAdamW(
+            [{"params": [twin], "name": "table"}], betas=(saved["beta1"], saved["beta2"]), eps=saved["eps"]
+        )
         optimizer.load_state_dict({"state": {0: saved}, "param_groups": optimizer.state_dict()["param_groups"]})
         optimizer.catch_up()
