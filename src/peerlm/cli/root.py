@@ -51,7 +51,7 @@ class Commands(typer.Typer):
 
 
 app = Commands(
-    epilog="Example: peerlm compare recipes/demo.toml",
+    epilog="Example: peerlm train recipes/train-demo.toml --output runs/a",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
