@@ -20,6 +20,13 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    # Triton asks once for all, when it is imported. Processes that tests start do without its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import peerlm.ops.triton.kernels
+
+    del os.environ["TRITON_INTERPRET"]
+
 import peerlm.testing
 
 from .models import Build, build

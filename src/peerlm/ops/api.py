@@ -20,6 +20,7 @@ from peerlm.ops.row_updates import RowState
 
 _BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("peerlm.ops.cpu.kernels",),
+    "triton": ("peerlm.ops.triton.kernels",),
     "bag": ("peerlm.ops.bag", "peerlm.ops.reference"),
     "reference": ("peerlm.ops.reference", "peerlm.ops.reference_operators"),
 }
@@ -145,6 +146,8 @@ def _choose(
     reason = ""
     for name in _BACKENDS if backend == "auto" else (backend,):
         first = _backend(name)
+        if backend == "auto" and not getattr(first, "automatic", True):
+            continue
         reason = first.unavailable() or first.unsupported(
             op, *inputs, ids=ids, rows=rows, scales=scales, row_gradients=row_gradients
         )

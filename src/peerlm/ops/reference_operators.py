@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peerlm.ops import operators, reference
+from peerlm.ops import reference
 from peerlm.ops.functions import ACTIVATIONS
+from peerlm.ops.operators import PEERLM
 from peerlm.ops.pairing import PAIRINGS
 
 Slope = Callable[[Tensor, Tensor], Tensor]
@@ -172,4 +173,4 @@ KERNELS: dict[str, Callable[..., object]] = {
     "row_gradients": _row_gradients,
     "gradients_by_row": _gradients_by_row,
 }
-operators.implement(KERNELS, "CompositeExplicitAutograd")
+PEERLM.implement(KERNELS, "CompositeExplicitAutograd")
