@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from peerlm.ops.tensors import not_plain
+from peerlm.ops.triton.limits import too_many_sub_keys
 from peerlm.ops.triton.runtime import DISPATCH_KEY, INTERPRETED, OPERATORS, description, on_another_device, unavailable
 
 __all__ = [
@@ -27,7 +28,7 @@ automatic = not INTERPRETED
 retrieve, mix_experts = OPERATORS.retrieve, OPERATORS.mix_experts
 mix_values, dot_values = OPERATORS.mix_values, OPERATORS.dot_values
 
-_WRITTEN: dict[str, tuple[str, ...]] = {}
+_WRITTEN: dict[str, tuple[str, ...]] = {"retrieve": ("retrieve",)}
 """Operations, and the operators that they need; grows with the kernels."""
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,8 +53,12 @@ def unsupported(
             return f"a tensor has dtype {tensor.dtype}, and the Triton kernels compute in float32"
     if op not in _WRITTEN:
         return f"Triton kernels for {op} are not written yet"
+    if op == "retrieve" and (reason := too_many_sub_keys(inputs[1])):
+        return reason
     return not_plain(*tensors)
 
 
 if not unavailable():
-    OPERATORS.implement({}, DISPATCH_KEY)
+    from peerlm.ops.triton import retrieval
+
+    OPERATORS.implement({"retrieve": retrieval.retrieve}, DISPATCH_KEY)

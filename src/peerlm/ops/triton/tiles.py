@@ -1,0 +1,36 @@
+"""How much of a tensor a program holds at once, and by how many warps: the tile configurations of all kernels.
+
+They follow from shapes alone: nothing is tuned when a kernel first runs.
+"""
+
+from typing import NamedTuple
+
+import triton
+
+
+class Tile(NamedTuple):
+    """What a program computes at once."""
+
+    rows: int
+    """A power of two."""
+    columns: int
+    """A power of two."""
+    warps: int
+
+
+def _tile(columns: int, numbers: int, most_rows: int, numbers_per_warp: int) -> Tile:
+    """As many rows as make `numbers`, from one to `most_rows`."""
+    width = triton.next_power_of_2(columns)
+    rows = min(max(numbers // width, 1), most_rows)
+    warps = min(max(rows * width // numbers_per_warp, 1), 16)
+    return Tile(rows=rows, columns=width, warps=warps)
+
+
+def exhaustive(n: int) -> Tile:
+    """Tokens and sub-keys of `exhaustive.best_of_all`: their float64 scores stay in registers, 16 to a thread."""
+    return _tile(n, 4096, 16, 512)
+
+
+def merge(k: int) -> Tile:
+    """Heads of tokens and ranks of `merge.best_pairs`, 4 to a thread."""
+    return _tile(k, 512, 64, 128)
