@@ -56,4 +56,6 @@ def unsupported(
 
 
 if not unavailable():
+    import peerlm.ops.triton.segments  # noqa: F401 -- an interpreter has to be on when kernels are defined
+
     OPERATORS.implement({}, DISPATCH_KEY)
