@@ -56,6 +56,9 @@ def unsupported(
 
 
 if not unavailable():
-    import peerlm.ops.triton.segments  # noqa: F401 -- an interpreter has to be on when kernels are defined
+    from peerlm.ops.triton import row_gradients
 
-    OPERATORS.implement({}, DISPATCH_KEY)
+    OPERATORS.implement(
+        {"row_gradients": row_gradients.row_gradients, "gradients_by_row": row_gradients.gradients_by_row},
+        DISPATCH_KEY,
+    )
