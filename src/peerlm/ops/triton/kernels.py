@@ -59,6 +59,13 @@ def unsupported(
 
 
 if not unavailable():
-    from peerlm.ops.triton import retrieval
+    from peerlm.ops.triton import retrieval, row_gradients
 
-    OPERATORS.implement({"retrieve": retrieval.retrieve}, DISPATCH_KEY)
+    OPERATORS.implement(
+        {
+            "retrieve": retrieval.retrieve,
+            "row_gradients": row_gradients.row_gradients,
+            "gradients_by_row": row_gradients.gradients_by_row,
+        },
+        DISPATCH_KEY,
+    )
