@@ -28,7 +28,7 @@ automatic = not INTERPRETED
 retrieve, mix_experts = OPERATORS.retrieve, OPERATORS.mix_experts
 mix_values, dot_values = OPERATORS.mix_values, OPERATORS.dot_values
 
-_WRITTEN: dict[str, tuple[str, ...]] = {"retrieve": ("retrieve",)}
+_WRITTEN: dict[str, tuple[str, ...]] = {"retrieve": ("retrieve", "retrieve_backward")}
 """Operations, and the operators that they need; grows with the kernels."""
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,6 +64,7 @@ if not unavailable():
     OPERATORS.implement(
         {
             "retrieve": retrieval.retrieve,
+            "retrieve_backward": retrieval.retrieve_backward,
             "row_gradients": row_gradients.row_gradients,
             "gradients_by_row": row_gradients.gradients_by_row,
         },

@@ -11,6 +11,8 @@ from peerlm.ops.triton import tiles
 from peerlm.ops.triton.exhaustive import best_of_all
 from peerlm.ops.triton.limits import too_many_sub_keys
 from peerlm.ops.triton.merge import best_pairs
+from peerlm.ops.triton.retrieval_backward import score_gradients
+from peerlm.ops.triton.row_gradients import row_gradients
 
 
 def _check(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int) -> None:
@@ -81,3 +83,52 @@ def _best_of_halves(query_THX: Tensor, sub_keys_2HnC: Tensor, k: int) -> tuple[T
         num_warps=tile.warps,
     )
     return scores, indices
+
+
+def retrieve_backward(
+    grad_weights: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    query: Tensor,
+    sub_keys: Tensor,
+    weighting: str,
+    pairing: str = "row-major",
+) -> tuple[Tensor, Tensor]:
+    """The operator `retrieve_backward`: gradients of the query and of the sub-keys, float32.
+
+    An id that is no expert's gives NaN: to ask for it would be to wait for the device.
+    """
+    _check(query, sub_keys, ids.shape[-1])
+    tokens, heads, _ = query.shape
+    _, sets, n, half_dim = sub_keys.shape
+    k = ids.shape[-1]
+    grad_query = torch.empty_like(query)
+    if tokens * heads == 0:
+        return grad_query, torch.zeros_like(sub_keys)
+    keys_of_entries = ids.new_empty(tokens * heads * 2, k)
+    grad_scores = query.new_empty(tokens * heads * 2, k, 1)
+    tile = tiles.score_gradients(k, half_dim)
+    with torch.cuda.device_of(query):
+        score_gradients[(tokens * heads,)](
+            grad_weights.contiguous(),
+            weights,
+            ids,
+            query,
+            sub_keys,
+            grad_query,
+            keys_of_entries,
+            grad_scores,
+            HEADS=heads,
+            SETS=sets,
+            N=n,
+            HALF_DIM=half_dim,
+            K=k,
+            WEIGHTING=weighting,
+            PAIRING=pairing,
+            K_PADDED=tile.rows,
+            BLOCK_C=tile.columns,
+            num_warps=tile.warps,
+        )
+        queries = query.view(tokens * heads * 2, half_dim)
+        grad_sub_keys = row_gradients(None, queries, keys_of_entries, grad_scores, 2 * sets * n)
+    return grad_query, grad_sub_keys.view(sub_keys.shape)

@@ -34,3 +34,10 @@ def exhaustive(n: int) -> Tile:
 def merge(k: int) -> Tile:
     """Heads of tokens and ranks of `merge.best_pairs`, 4 to a thread."""
     return _tile(k, 512, 64, 128)
+
+
+def score_gradients(k: int, half_dim: int) -> Tile:
+    """Ranks and features of sub-keys of `retrieval_backward.score_gradients`, 32 to a thread."""
+    ranks = triton.next_power_of_2(k)
+    features = min(triton.next_power_of_2(half_dim), max(4096 // ranks, 16))
+    return Tile(rows=ranks, columns=features, warps=min(max(ranks * features // 1024, 1), 8))
