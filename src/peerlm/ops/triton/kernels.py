@@ -4,12 +4,23 @@ They compute in float32, scores of sub-keys in float64; rows may be float32, bfl
 the same bits in every run.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peerlm.ops.tensors import not_plain
-from peerlm.ops.triton.runtime import DISPATCH_KEY, INTERPRETED, OPERATORS, description, on_another_device, unavailable
+from peerlm.ops.row_updates import RowState
+from peerlm.ops.tensors import has_values, not_plain
+from peerlm.ops.triton.runtime import (
+    DEVICE_TYPE,
+    DISPATCH_KEY,
+    INTERPRETED,
+    OPERATORS,
+    description,
+    on_another_device,
+    unavailable,
+)
 
 __all__ = [
     "description",
@@ -18,8 +29,10 @@ __all__ = [
     "mix_experts",
     "mix_values",
     "retrieve",
+    "row_kernels",
     "unavailable",
     "unsupported",
+    "updates_rows_on",
 ]
 
 automatic = not INTERPRETED
@@ -55,7 +68,24 @@ def unsupported(
     return not_plain(*tensors)
 
 
+def updates_rows_on(device: torch.device) -> bool:
+    """Whether there are kernels for tables on this device; interpreted ones are called by tests alone."""
+    return device.type == DEVICE_TYPE and automatic and not unavailable()
+
+
+def row_kernels(table: RowState) -> ModuleType | None:
+    """The module with kernels for steps of this table; None where they do not work on it."""
+    if not updates_rows_on(table.rows.device) or not has_values(table.rows):
+        return None
+    from peerlm.ops.triton import row_steps
+
+    return row_steps if row_steps.supports(table) else None
+
+
 if not unavailable():
-    import peerlm.ops.triton.segments  # noqa: F401 -- an interpreter has to be on when kernels are defined
+    import peerlm.ops.triton.row_steps  # an interpreter has to be on when kernels are defined
+    import peerlm.ops.triton.segments  # noqa: F401
+    from peerlm.ops.triton.fused_update import update_by_gradients
 
     OPERATORS.implement({}, DISPATCH_KEY)
+    OPERATORS.implement_fused_update(update_by_gradients, DEVICE_TYPE)
