@@ -51,6 +51,8 @@ def test_no_id_is_of_a_row(ids: list[list[int]], device: torch.device) -> None:
     assert_as_defined(segments(wrong, 5), wrong, 5)
 
 
-def test_too_many_rows(device: torch.device) -> None:
-    with pytest.raises(ValueError, match="2147483648 rows are too many; Triton kernels take up to 2147483647 each"):
+def test_too_many(device: torch.device) -> None:
+    with pytest.raises(ValueError, match=r"2147483648 rows of a table are too many; .* take up to 2147483647"):
         segments(torch.zeros(1, 1, dtype=torch.int64, device=device), 2**31)
+    with pytest.raises(ValueError, match=r"1073741825 entries of tokens are too many; .* take up to 1073741824"):
+        segments(torch.zeros(1, 1, dtype=torch.int64, device=device).expand(2**30 + 1, 1), 5)

@@ -83,9 +83,12 @@ def row_kernels(table: RowState) -> ModuleType | None:
 
 
 if not unavailable():
-    import peerlm.ops.triton.row_steps  # an interpreter has to be on when kernels are defined
-    import peerlm.ops.triton.segments  # noqa: F401
+    import peerlm.ops.triton.row_steps  # noqa: F401 -- an interpreter has to be on when kernels are defined
+    from peerlm.ops.triton import row_gradients
     from peerlm.ops.triton.fused_update import update_by_gradients
 
-    OPERATORS.implement({}, DISPATCH_KEY)
+    OPERATORS.implement(
+        {"row_gradients": row_gradients.row_gradients, "gradients_by_row": row_gradients.gradients_by_row},
+        DISPATCH_KEY,
+    )
     OPERATORS.implement_fused_update(update_by_gradients, DEVICE_TYPE)

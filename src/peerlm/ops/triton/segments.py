@@ -11,7 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024
-_MOST = 2**31 - 1
+_MOST_ENTRIES = 2**30
+"""Kernels count entries in int32, and somewhat beyond the last."""
+_MOST_ROWS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,12 @@ def segments(ids_TP: Tensor, num_rows: int) -> Segments:
     end with fewer than T * P.
 
     Raises:
-        ValueError: there are 2^31 entries or more, or as many rows.
+        ValueError: there are more than 2^30 entries, or 2^31 rows or more.
     """
     entries = ids_TP.numel()
-    if max(entries, num_rows) > _MOST:
-        raise ValueError(f"{entries} entries and {num_rows} rows are too many; Triton kernels take up to {_MOST} each")
+    for many, most, what in ((entries, _MOST_ENTRIES, "entries of tokens"), (num_rows, _MOST_ROWS, "rows of a table")):
+        if many > most:
+            raise ValueError(f"{many} {what} are too many; the Triton kernels take up to {most}")
     device = ids_TP.device
     ids = torch.empty(entries, dtype=torch.int64, device=device)
     starts = torch.empty(entries + 1, dtype=torch.int32, device=device)
@@ -66,14 +69,14 @@ def segments(ids_TP: Tensor, num_rows: int) -> Segments:
 @triton.jit(do_not_specialize=["entries"])
 def _write_segments(sorted_E, segments_so_far_E, num_in_segments, ids, starts, entries, BLOCK: tl.constexpr):
     """Each place of ids and starts is written once: that of a segment by its first entry, padding by its own number."""
-    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # the last block may reach beyond 2^31
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < entries
     so_far = tl.load(segments_so_far_E + entry, mask=inside, other=0)
     before = tl.load(segments_so_far_E + entry - 1, mask=inside & (entry > 0), other=0)
     row = tl.load(sorted_E + entry, mask=inside, other=0)
     first = inside & (so_far > before)
     tl.store(ids + before, row.to(tl.int64), mask=first)
-    tl.store(starts + before, entry.to(tl.int32), mask=first)
+    tl.store(starts + before, entry, mask=first)
     count = tl.load(segments_so_far_E + entries - 1)
     behind = tl.load(num_in_segments)
     tl.store(ids + entry, tl.full([BLOCK], -1, tl.int64), mask=inside & (entry >= count))
