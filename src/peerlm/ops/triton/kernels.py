@@ -4,13 +4,24 @@ They compute in float32, scores of sub-keys in float64; rows may be float32, bfl
 the same bits in every run.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peerlm.ops.tensors import not_plain
+from peerlm.ops.row_updates import RowState
+from peerlm.ops.tensors import has_values, not_plain
 from peerlm.ops.triton.limits import too_many_sub_keys
-from peerlm.ops.triton.runtime import DISPATCH_KEY, INTERPRETED, OPERATORS, description, on_another_device, unavailable
+from peerlm.ops.triton.runtime import (
+    DEVICE_TYPE,
+    DISPATCH_KEY,
+    INTERPRETED,
+    OPERATORS,
+    description,
+    on_another_device,
+    unavailable,
+)
 
 __all__ = [
     "description",
@@ -19,8 +30,10 @@ __all__ = [
     "mix_experts",
     "mix_values",
     "retrieve",
+    "row_kernels",
     "unavailable",
     "unsupported",
+    "updates_rows_on",
 ]
 
 automatic = not INTERPRETED
@@ -58,8 +71,24 @@ def unsupported(
     return not_plain(*tensors)
 
 
+def updates_rows_on(device: torch.device) -> bool:
+    """Whether there are kernels for tables on this device; interpreted ones are called by tests alone."""
+    return device.type == DEVICE_TYPE and automatic and not unavailable()
+
+
+def row_kernels(table: RowState) -> ModuleType | None:
+    """The module with kernels for steps of this table; None where they do not work on it."""
+    if not updates_rows_on(table.rows.device) or not has_values(table.rows):
+        return None
+    from peerlm.ops.triton import row_steps
+
+    return row_steps if row_steps.supports(table) else None
+
+
 if not unavailable():
+    import peerlm.ops.triton.row_steps  # noqa: F401 -- an interpreter has to be on when kernels are defined
     from peerlm.ops.triton import retrieval, row_gradients
+    from peerlm.ops.triton.fused_update import update_by_gradients
 
     OPERATORS.implement(
         {
@@ -70,3 +99,4 @@ if not unavailable():
         },
         DISPATCH_KEY,
     )
+    OPERATORS.implement_fused_update(update_by_gradients, DEVICE_TYPE)

@@ -37,7 +37,8 @@ def merge(k: int) -> Tile:
 
 
 def score_gradients(k: int, half_dim: int) -> Tile:
-    """Ranks and features of sub-keys of `retrieval_backward.score_gradients`, 16 to a thread."""
+    """Ranks and features of sub-keys of `retrieval_backward.score_gradients`, up to 32 to a thread."""
     ranks = triton.next_power_of_2(k)
     features = min(triton.next_power_of_2(half_dim), max(4096 // ranks, 16))
-    return Tile(rows=ranks, columns=features, warps=min(max(ranks * features // 512, 1), 8))
+    warps = 1 if ranks * features <= 1024 else min(ranks * features // 512, 16)
+    return Tile(rows=ranks, columns=features, warps=warps)
