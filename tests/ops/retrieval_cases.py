@@ -73,8 +73,8 @@ def cases(
 def against_bfloat16(tokens: int, n: int) -> tuple[Tensor, Tensor]:
     """Queries (T, 1, 32) and sub_keys (2, 1, n, 16) that bfloat16 misjudges as much as it can.
 
-    The best sub-key, the first, loses most by rounding, itself and what it meets in the query; the next three, which are
-    hardly worse, gain as much. All others are zero.
+    The best sub-key, the first, loses most by rounding, itself and what it meets in the query; the next three are
+    hardly worse, and gain as much. All others are zero.
     """
     half_ulp, little = 2.0**-8, 2.0**-18
     down, up = 1 + half_ulp - little, 1 + half_ulp + little
