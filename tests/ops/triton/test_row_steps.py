@@ -1,7 +1,8 @@
 """Steps of tables by Triton kernels against their definition in `optim/row_step.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from peerlm.layers import ExpertTable
 from peerlm.ops.operators import PEERLM
 from peerlm.ops.reference_operators import KERNELS
-from peerlm.ops.row_updates import CatchUpRules, RowState, RowStep
+from peerlm.ops.row_updates import CatchUpRules, RowState, RowStep, prepare_rows
 from peerlm.ops.triton import fused_update, row_arithmetic, row_catch_up, row_steps
 from peerlm.ops.triton.fused_update import update_by_gradients
 from peerlm.optim import RowAdamW, row_step
@@ -305,3 +306,117 @@ def test_a_training_is_that_of_the_definition(
     plain = trained(settings, monkeypatch, device)
     exact = trained(settings, monkeypatch, device, dtype=torch.float64)
     assert_within_budget(found, plain, exact)
+
+
+@pytest.mark.parametrize("kind", ["plain", "row-wise", "bf16"])
+def test_gradients_of_repeated_rows_are_added_up(kind: str, device: torch.device) -> None:
+    before = random_table((2, 9), **KINDS[kind])
+    (found, expected), exact = twins(before), copy_of(before, torch.float64)
+    found = placed_on(device, found)
+    ids, gradient = torch.tensor([7, 3, 39, 7, -1, 3, 7]), torch.randn(7, 2, 9).to(before.rows.dtype)
+    rows, places = ids[ids >= 0].unique(return_inverse=True)
+    for table, dtype in ((expected, torch.float32), (exact, torch.float64)):
+        summed = torch.zeros(3, 2, 9, dtype=dtype).index_add_(0, places, gradient[ids >= 0].to(dtype))
+        row_step.update_rows(table, rows, summed, step_of(table))
+    row_steps.update_entries(found, ids.to(device), gradient.to(device), step_of(found))
+    assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
+
+
+class Recorded:
+    """The kernels of `row_steps`; while a graph is captured, calls are kept and not made."""
+
+    def __init__(self) -> None:
+        self.capturing = False
+        self.calls: list[Callable[[], None]] = []
+        self.place_step, self.place_rules = row_steps.place_step, row_steps.place_rules
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        if self.capturing:
+            self.calls.append(partial(function, *arguments))
+        else:
+            function(*arguments)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return partial(self._call, getattr(row_steps, name))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_replayed_step_is_the_next_step(lazy: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    recorded = Recorded()
+    monkeypatch.setattr("peerlm.optim.row_adamw._kernels", lambda table: recorded)
+    for module in ("placed", "row_adamw"):
+        monkeypatch.setattr(f"peerlm.optim.{module}.capturing", lambda device: recorded.capturing)
+    monkeypatch.setattr("peerlm.optim.row_adamw._SWEEP_EVERY", 8)
+    tables = [torch.nn.Parameter(torch.randn(12, 3, generator=torch.Generator().manual_seed(i))) for i in (0, 0)]
+    eager, replaying = ([{"params": [table.to(device)], "rows": True}] for table in tables)
+    optimizers = [RowAdamW(groups, lr=1e-2, weight_decay=0.1, lazy=lazy) for groups in (eager, replaying)]
+    eager_table, replayed_table = (optimizer.param_groups[0]["params"][0] for optimizer in optimizers)
+    ids, values = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(4, 3, device=device)
+
+    def step(table: Tensor, optimizer: RowAdamW) -> None:
+        prepare_rows(table, ids)
+        table.grad = torch.sparse_coo_tensor(ids[None], values, table.shape, check_invariants=False)
+        optimizer.step()
+
+    generator = torch.Generator().manual_seed(5)
+    for number in range(12):
+        ids.copy_(torch.randint(12, (4,), generator=generator))
+        values.copy_(torch.randn(4, 3, generator=generator))
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
+        step(eager_table, optimizers[0])
+        if number == 2:
+            with optimizers[1].captured_step():
+                recorded.capturing = True
+                step(replayed_table, optimizers[1])
+                recorded.capturing = False
+            assert len(recorded.calls) == (1 if lazy else 3)
+        if number < 2:
+            step(replayed_table, optimizers[1])
+        else:
+            with optimizers[1].replayed_step():
+                for call in recorded.calls:
+                    call()
+        if number == 4:
+            optimizers[1].catch_up()
+            optimizers[0].catch_up()
+    for optimizer in optimizers:
+        optimizer.catch_up()
+    assert torch.equal(eager_table.detach(), replayed_table.detach())
+    states = [optimizer.state[optimizer.param_groups[0]["params"][0]] for optimizer in optimizers]
+    assert states[0]["step"] == states[1]["step"] == 12
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items() if isinstance(value, Tensor))
+
+
+def test_a_step_whose_numbers_come_from_the_host_is_not_captured() -> None:
+    table = torch.nn.Parameter(torch.randn(3, 2, dtype=torch.float64))
+    optimizer = RowAdamW([{"params": [table], "rows": True}])
+    table.grad = torch.ones_like(table)
+    optimizer.step()
+    with (
+        pytest.raises(RuntimeError, match=r"table \(3, 2\) in torch.float64 on cpu cannot be captured"),
+        optimizer.captured_step(),
+    ):
+        pass
+
+
+def test_a_learning_rate_in_a_tensor_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    def asked(self: Tensor) -> float:
+        raise AssertionError("a host waits for a device")
+
+    monkeypatch.setattr("peerlm.optim.row_adamw._kernels", lambda table: row_steps)
+    monkeypatch.setattr("peerlm.optim.row_adamw._is_on_device", lambda rate: isinstance(rate, Tensor))
+    tables = [torch.nn.Parameter(torch.randn(6, 3, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    rates = (0.25, torch.tensor(0.25, device=device))
+    for table, rate in zip(tables, rates, strict=True):
+        optimizer = RowAdamW([{"params": [table], "rows": True}], lr=rate, lazy=True)  # type: ignore[arg-type]
+        with monkeypatch.context() as patch:
+            if isinstance(rate, Tensor):
+                patch.setattr(Tensor, "__float__", asked)
+                patch.setattr(Tensor, "item", asked)
+            for number in range(3):
+                table.grad = torch.sparse_coo_tensor(
+                    torch.tensor([[1, 4, 1]]), torch.full((3, 3), 1.0 + number), table.shape, check_invariants=False
+                )
+                optimizer.step()
+    assert torch.equal(*tables)
