@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,7 @@ def test_looked_up_entries_catch_up_their_rows(kind: str, row_shape: tuple[int, 
     for table in (expected, exact):
         row_step.catch_up_rows(table, torch.tensor(stale), rules, step)
     placed = row_steps.place_rules(rules, step.eps, device)
+    placed = torch.cat([placed, torch.full_like(placed[:1], 3.0)])  # for rows that are up to date: to be used for none
     with small_pieces():
         row_steps.catch_up_entries(found, ids.to(device), placed, step)
     assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
@@ -162,16 +164,19 @@ def test_all_rows_catch_up(kind: str, device: torch.device) -> None:
     assert same(found, listed)
 
 
+LATE = 2**30 - 5
+
+
 def test_rules_may_begin_late(device: torch.device) -> None:
     table = placed_on(device, random_table((3,)))
-    table.weights_step.fill_(2**30 + 7)  # type: ignore[union-attr]
-    table.moments_step.fill_(2**30 + 7)  # type: ignore[union-attr]
+    table.weights_step.fill_(LATE + 2)  # type: ignore[union-attr]
+    table.moments_step.fill_(LATE + 2)  # type: ignore[union-attr]
     before = table.rows.clone()
-    history = RateHistory.empty(2**30 + 5)
+    history = RateHistory.empty(LATE)
     for rate in (0.5, 0.25, 0.125):
         history = history.append(rate, 0.5)
-    rules = catch_up_rules(history, torch.tensor([2**30 + 7]), 0.0, 0.999)
-    step = RowStep(step=2**30 + 8, learning_rate=0.0, weight_decay=0.0, beta1=0.0, beta2=0.999, eps=1e-8, seed=None)
+    rules = catch_up_rules(history, torch.tensor([LATE + 2]), 0.0, 0.999)
+    step = RowStep(step=LATE + 3, learning_rate=0.0, weight_decay=0.0, beta1=0.0, beta2=0.999, eps=1e-8, seed=None)
     row_steps.catch_up_rows(table, torch.tensor([3], device=device), rules, step)
     torch.testing.assert_close(table.rows[3], before[3] * (1 - 0.125 * 0.5))
     assert torch.equal(table.rows[4:], before[4:])
@@ -343,7 +348,7 @@ class Recorded:
 @pytest.mark.parametrize("lazy", [False, True])
 def test_a_replayed_step_is_the_next_step(lazy: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     recorded = Recorded()
-    monkeypatch.setattr("peerlm.optim.row_adamw._kernels", lambda table: recorded)
+    unplaced = SimpleNamespace(**{name: getattr(row_steps, name) for name in row_steps.__all__ if name != "place_step"})
     for module in ("placed", "row_adamw"):
         monkeypatch.setattr(f"peerlm.optim.{module}.capturing", lambda device: recorded.capturing)
     monkeypatch.setattr("peerlm.optim.row_adamw._SWEEP_EVERY", 8)
@@ -351,6 +356,10 @@ def test_a_replayed_step_is_the_next_step(lazy: bool, monkeypatch: pytest.Monkey
     eager, replaying = ([{"params": [table.to(device)], "rows": True}] for table in tables)
     optimizers = [RowAdamW(groups, lr=1e-2, weight_decay=0.1, lazy=lazy) for groups in (eager, replaying)]
     eager_table, replayed_table = (optimizer.param_groups[0]["params"][0] for optimizer in optimizers)
+    monkeypatch.setattr(
+        "peerlm.optim.row_adamw._kernels",
+        lambda table: unplaced if table.rows.data_ptr() == eager_table.data_ptr() else recorded,
+    )
     ids, values = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(4, 3, device=device)
 
     def step(table: Tensor, optimizer: RowAdamW) -> None:
@@ -364,6 +373,9 @@ def test_a_replayed_step_is_the_next_step(lazy: bool, monkeypatch: pytest.Monkey
         values.copy_(torch.randn(4, 3, generator=generator))
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
+        if number in (2, 4):
+            for optimizer in optimizers:
+                optimizer.catch_up()
         step(eager_table, optimizers[0])
         if number == 2:
             with optimizers[1].captured_step():
@@ -377,9 +389,6 @@ def test_a_replayed_step_is_the_next_step(lazy: bool, monkeypatch: pytest.Monkey
             with optimizers[1].replayed_step():
                 for call in recorded.calls:
                     call()
-        if number == 4:
-            optimizers[1].catch_up()
-            optimizers[0].catch_up()
     for optimizer in optimizers:
         optimizer.catch_up()
     assert torch.equal(eager_table.detach(), replayed_table.detach())
