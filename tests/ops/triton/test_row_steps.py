@@ -138,7 +138,7 @@ def test_looked_up_entries_catch_up_their_rows(kind: str, row_shape: tuple[int, 
     for table in (expected, exact):
         row_step.catch_up_rows(table, torch.tensor(stale), rules, step)
     placed = row_steps.place_rules(rules, step.eps, device)
-    placed = torch.cat([placed, torch.full_like(placed[:1], 3.0)])  # for rows that are up to date: to be used for none
+    placed[1 + NOW] = 3.0  # for rows that are up to date: to be used for none
     with small_pieces():
         row_steps.catch_up_entries(found, ids.to(device), placed, step)
     assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
@@ -352,13 +352,14 @@ def test_a_replayed_step_is_the_next_step(lazy: bool, monkeypatch: pytest.Monkey
     for module in ("placed", "row_adamw"):
         monkeypatch.setattr(f"peerlm.optim.{module}.capturing", lambda device: recorded.capturing)
     monkeypatch.setattr("peerlm.optim.row_adamw._SWEEP_EVERY", 8)
-    tables = [torch.nn.Parameter(torch.randn(12, 3, generator=torch.Generator().manual_seed(i))) for i in (0, 0)]
-    eager, replaying = ([{"params": [table.to(device)], "rows": True}] for table in tables)
-    optimizers = [RowAdamW(groups, lr=1e-2, weight_decay=0.1, lazy=lazy) for groups in (eager, replaying)]
-    eager_table, replayed_table = (optimizer.param_groups[0]["params"][0] for optimizer in optimizers)
+    tables = [torch.randn(12, 3, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    eager_table, replayed_table = (torch.nn.Parameter(table.to(device)) for table in tables)
+    eager_rows = eager_table.data_ptr()  # asked for before it is watched
+    groups = [[{"params": [table], "rows": True}] for table in (eager_table, replayed_table)]
+    optimizers = [RowAdamW(group, lr=1e-2, weight_decay=0.1, lazy=lazy) for group in groups]
     monkeypatch.setattr(
         "peerlm.optim.row_adamw._kernels",
-        lambda table: unplaced if table.rows.data_ptr() == eager_table.data_ptr() else recorded,
+        lambda table: unplaced if table.rows.data_ptr() == eager_rows else recorded,
     )
     ids, values = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(4, 3, device=device)
 
