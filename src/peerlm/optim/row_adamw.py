@@ -299,7 +299,8 @@ class RowAdamW(torch.optim.Optimizer):
         tensors, as torch's AdamW wants it for graphs.
 
         Raises:
-            RuntimeError: a table's kernels take the numbers of a step from the host, and a graph would keep them.
+            RuntimeError: a table's kernels take the numbers of a step from the host, and a graph would keep them; or
+                tables of one group have made different numbers of steps.
         """
         for table, _ in self._trained_tables():
             if not hasattr(_kernels(self._table(table)), "place_step"):
@@ -334,9 +335,15 @@ class RowAdamW(torch.optim.Optimizer):
     def _place_next_step(self) -> None:
         """Place what the kernels of the next step read, for all tables."""
         tables = self._trained_tables()
-        starts = {self.state[table]["history_start"] for table, group in tables if not group["lazy"]}
-        if len(starts) > 1:  # tables of a group share one tensor of rules
-            self.catch_up()
+        for group in self.param_groups:  # whose tables share one tensor of rules
+            states = [self.state[table] for table, each in tables if each is group and not group["lazy"]]
+            if len({state["step"] for state in states}) > 1:
+                raise RuntimeError(
+                    "tables of one group have made different numbers of steps, and their steps cannot be captured "
+                    "together: give these tables groups of their own"
+                )
+            if len({state["history_start"] for state in states}) > 1:
+                self.catch_up()
         for table, group in tables:
             self._ready_state(table, group)
             self._row_step(table, group, self.state[table]["step"] + 1)

@@ -410,6 +410,32 @@ def test_a_step_whose_numbers_come_from_the_host_is_not_captured() -> None:
         pass
 
 
+def test_tables_of_a_group_are_captured_with_one_history(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setattr("peerlm.optim.row_adamw._kernels", lambda table: row_steps)
+    tables = [torch.nn.Parameter(torch.randn(3, 2, device=device)) for _ in range(2)]
+    optimizer = RowAdamW([{"params": tables, "rows": True}], betas=(0.5, 0.9))
+
+    def step(some: list[torch.nn.Parameter]) -> None:
+        for table in some:
+            table.grad = torch.sparse_coo_tensor(
+                torch.tensor([[1]], device=device), torch.ones(1, 2, device=device), (3, 2), check_invariants=True
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(tables)
+    prepare_rows(tables[0], None)
+    starts = [optimizer.state[table]["history_start"] for table in tables]
+    assert starts == [1, 0]
+    with optimizer.captured_step():
+        pass
+    starts = [optimizer.state[table]["history_start"] for table in tables]
+    assert starts == [1, 1]
+    step(tables[:1])
+    with pytest.raises(RuntimeError, match="different numbers of steps"), optimizer.captured_step():
+        pass
+
+
 def test_a_learning_rate_in_a_tensor_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     def asked(self: Tensor) -> float:
         raise AssertionError("a host waits for a device")
