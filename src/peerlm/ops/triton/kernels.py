@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from peerlm.ops.row_updates import RowState
 from peerlm.ops.tensors import has_values, not_plain
+from peerlm.ops.triton.limits import too_many_sub_keys
 from peerlm.ops.triton.runtime import (
     DEVICE_TYPE,
     DISPATCH_KEY,
@@ -40,7 +41,7 @@ automatic = not INTERPRETED
 retrieve, mix_experts = OPERATORS.retrieve, OPERATORS.mix_experts
 mix_values, dot_values = OPERATORS.mix_values, OPERATORS.dot_values
 
-_WRITTEN: dict[str, tuple[str, ...]] = {}
+_WRITTEN: dict[str, tuple[str, ...]] = {"retrieve": ("retrieve", "retrieve_backward")}
 """Operations, and the operators that they need; grows with the kernels."""
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,6 +66,8 @@ def unsupported(
             return f"a tensor has dtype {tensor.dtype}, and the Triton kernels compute in float32"
     if op not in _WRITTEN:
         return f"Triton kernels for {op} are not written yet"
+    if op == "retrieve" and (reason := too_many_sub_keys(inputs[1])):
+        return reason
     return not_plain(*tensors)
 
 
@@ -84,11 +87,16 @@ def row_kernels(table: RowState) -> ModuleType | None:
 
 if not unavailable():
     import peerlm.ops.triton.row_steps  # noqa: F401 -- an interpreter has to be on when kernels are defined
-    from peerlm.ops.triton import row_gradients
+    from peerlm.ops.triton import retrieval, row_gradients
     from peerlm.ops.triton.fused_update import update_by_gradients
 
     OPERATORS.implement(
-        {"row_gradients": row_gradients.row_gradients, "gradients_by_row": row_gradients.gradients_by_row},
+        {
+            "retrieve": retrieval.retrieve,
+            "retrieve_backward": retrieval.retrieve_backward,
+            "row_gradients": row_gradients.row_gradients,
+            "gradients_by_row": row_gradients.gradients_by_row,
+        },
         DISPATCH_KEY,
     )
     OPERATORS.implement_fused_update(update_by_gradients, DEVICE_TYPE)
