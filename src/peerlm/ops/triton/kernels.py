@@ -8,8 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.tensors import not_plain
-from peerlm.ops.triton.runtime import DISPATCH_KEY, INTERPRETED, OPERATORS, description, on_another_device, unavailable
+from peerlm.ops.triton.runtime import (
+    DISPATCH_KEY,
+    INTERPRETED,
+    OPERATORS,
+    description,
+    no_float8,
+    on_another_device,
+    unavailable,
+)
 
 __all__ = [
     "description",
@@ -27,10 +36,15 @@ automatic = not INTERPRETED
 retrieve, mix_experts = OPERATORS.retrieve, OPERATORS.mix_experts
 mix_values, dot_values = OPERATORS.mix_values, OPERATORS.dot_values
 
-_WRITTEN: dict[str, tuple[str, ...]] = {}
+_WRITTEN: dict[str, tuple[str, ...]] = {
+    "mix_experts": ("mix_experts", "mix_experts_backward", "row_gradients", "gradients_by_row"),
+    "mix_values": ("mix_values", "mix_values_backward", "row_gradients", "gradients_by_row"),
+    "dot_values": ("dot_values", "mix_values", "row_gradients", "gradients_by_row"),
+}
 """Operations, and the operators that they need; grows with the kernels."""
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ROW_DTYPES = (*_INPUT_DTYPES, *SCALED_DTYPES)
 
 
 def unsupported(
@@ -50,15 +64,29 @@ def unsupported(
     for tensor in inputs:
         if tensor.dtype not in _INPUT_DTYPES:
             return f"a tensor has dtype {tensor.dtype}, and the Triton kernels compute in float32"
+    if rows is not None:
+        if rows.dtype not in _ROW_DTYPES:
+            taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in _ROW_DTYPES)
+            return f"rows have dtype {rows.dtype}, and the Triton kernels take {taken}"
+        if rows.dtype == torch.float8_e4m3fn and (reason := no_float8()):
+            return reason
     if op not in _WRITTEN:
         return f"Triton kernels for {op} are not written yet"
     return not_plain(*tensors)
 
 
 if not unavailable():
-    from peerlm.ops.triton import row_gradients
+    from peerlm.ops.triton import experts, experts_backward, row_gradients, values
 
     OPERATORS.implement(
-        {"row_gradients": row_gradients.row_gradients, "gradients_by_row": row_gradients.gradients_by_row},
+        {
+            "mix_experts": experts.mix_experts,
+            "mix_experts_backward": experts_backward.mix_experts_backward,
+            "mix_values": values.mix_values,
+            "mix_values_backward": values.mix_values_backward,
+            "dot_values": values.dot_values,
+            "row_gradients": row_gradients.row_gradients,
+            "gradients_by_row": row_gradients.gradients_by_row,
+        },
         DISPATCH_KEY,
     )
