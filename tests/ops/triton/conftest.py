@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,13 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_arithmetic() -> Iterator[None]:
+    """The interpreter computes by NumPy, which warns where a GPU gives infinity or NaN."""
+    with np.errstate(all="ignore"):
+        yield
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from peerlm.ops.triton.activations import activate
 from peerlm.ops.triton.gather import (
-    WIDEST,
     dots,
+    is_held_whole,
     load_ids,
     load_scales,
     load_token,
@@ -91,6 +91,13 @@ def _weigh_neurons(weights, hidden, weighted, entries, R: tl.constexpr, ACTIVATI
     tl.store(weighted + entry, tl.load(weights + entry, mask=is_entry, other=0.0) * value, mask=is_entry)
 
 
+def weigh_neurons(weights: Tensor, hidden: Tensor, weighted: Tensor, parts: int, activation: str) -> None:
+    """Write weighted = weight * what the neuron puts out, for weights (T, P) and hidden (T, P, R - 1)."""
+    entries = weights.numel()
+    if entries:
+        _weigh_neurons[(triton.cdiv(entries, _BLOCK),)](weights, hidden, weighted, entries, parts, activation, _BLOCK)
+
+
 def mix_experts(
     x: Tensor, weights: Tensor, ids: Tensor, rows: Tensor, scales: Tensor | None, activation: str, row_gradients: bool
 ) -> tuple[Tensor, Tensor]:
@@ -101,13 +108,10 @@ def mix_experts(
     tokens, per_token = ids.shape
     num_rows, parts, dim = rows.shape
     x, weights, rows = x.detach(), weights.detach(), rows.detach()
-    if dim > WIDEST:
+    if not is_held_whole(dim):
         hidden = dot_rows(x, ids, rows, scales, first=0, step=2, places=parts - 1)
         weighted = torch.empty_like(weights)
-        if weighted.numel():
-            _weigh_neurons[(triton.cdiv(weighted.numel(), _BLOCK),)](
-                weights, hidden, weighted, weighted.numel(), parts, activation, _BLOCK
-            )
+        weigh_neurons(weights, hidden, weighted, parts, activation)
         return sum_rows(weighted[..., None], ids, rows, scales, first=1, step=parts), hidden
     y, hidden = torch.empty_like(x), x.new_empty(tokens, per_token, parts - 1)
     tile, block_d, warps = tile_of_entries(dim)

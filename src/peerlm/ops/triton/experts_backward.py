@@ -11,8 +11,8 @@ from torch import Tensor
 
 from peerlm.ops.triton.experts import load_hidden, neuron
 from peerlm.ops.triton.gather import (
-    WIDEST,
     dots,
+    is_held_whole,
     load_ids,
     load_scales,
     load_token,
@@ -105,6 +105,23 @@ def _through_all_neurons(
     _through_neurons(grad, weights, hidden, grad_weights, coefficients, entry, is_entry, R, ACTIVATION)
 
 
+def through_neurons(
+    grads: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    grad_weights: Tensor,
+    coefficients: Tensor,
+    parts: int,
+    activation: str,
+) -> None:
+    """Write grad_weights (T, P) and coefficients (T, P, R), of grads = grad_y . v (T, P) and hidden (T, P, R - 1)."""
+    entries = grads.numel()
+    if entries:
+        _through_all_neurons[(triton.cdiv(entries, _BLOCK),)](
+            grads, weights, hidden, grad_weights, coefficients, entries, parts, activation, _BLOCK
+        )
+
+
 def mix_experts_backward(
     grad_y: Tensor,
     weights: Tensor,
@@ -122,12 +139,9 @@ def mix_experts_backward(
     num_rows, parts, dim = rows.shape
     grad_y, weights, rows = grad_y.detach(), weights.detach(), rows.detach()
     grad_weights, coefficients = torch.empty_like(weights), weights.new_empty(tokens, per_token, parts)
-    if dim > WIDEST:
+    if not is_held_whole(dim):
         grads = dot_rows(grad_y, ids, rows, scales, first=1, step=parts, places=1)
-        if grads.numel():
-            _through_all_neurons[(triton.cdiv(grads.numel(), _BLOCK),)](
-                grads, weights, hidden, grad_weights, coefficients, grads.numel(), parts, activation, _BLOCK
-            )
+        through_neurons(grads, weights, hidden, grad_weights, coefficients, parts, activation)
         return sum_rows(coefficients, ids, rows, scales, first=0, step=2), grad_weights, coefficients
     grad_x = torch.empty_like(grad_y)
     tile, block_d, warps = tile_of_entries(dim)

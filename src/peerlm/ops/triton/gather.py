@@ -14,6 +14,11 @@ _NUMBERS = 4096
 """Of one part that a program gathers at a time: u and v in bfloat16 are 16 KB, and four programs fit on a processor."""
 
 
+def is_held_whole(dim: int) -> bool:
+    """Whether a program holds vectors of D numbers whole."""
+    return dim <= WIDEST
+
+
 def tile_of_entries(dim: int) -> tuple[int, int, int]:
     """How a program gathers vectors of D numbers: TILE of entries, BLOCK_D of numbers, and how many warps it has."""
     block_d = min(triton.next_power_of_2(dim), WIDEST)
