@@ -15,6 +15,7 @@ from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.ops.watched import raw
 from peerlm.optim import row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
+from peerlm.optim.placed import Placed
 from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_norms
 
 State = dict[str, Any]
@@ -90,6 +91,7 @@ class RowAdamW(torch.optim.Optimizer):
         if maximize:
             raise ValueError("maximize=True is not supported: negate the loss")
         teach_torch_sparse_norms()
+        self._placed = Placed(_SWEEP_EVERY + 1)
         self._watcher = _Watcher(self)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         defaults = {
@@ -216,15 +218,15 @@ class RowAdamW(torch.optim.Optimizer):
         else:
             table, step = self._table(parameter), self._row_step(parameter, group, state["step"] + 1)
             _kernels(table).update_rows(table, ids, gradient, step)
-        self._finish_step(parameter, group, float(group["lr"]), group["weight_decay"])
+        self._finish_step(parameter, group, group["lr"], group["weight_decay"])
 
-    def _finish_step(self, parameter: Tensor, group: dict[str, Any], lr: float, weight_decay: float) -> None:
+    def _finish_step(self, parameter: Tensor, group: dict[str, Any], lr: float | Tensor, weight_decay: float) -> None:
         """Count a step whose updates are made, at this learning rate and decay."""
         state = self.state[parameter]
         state["step"] += 1
         if group["lazy"]:
             return
-        _keep_history(state, _history(state).append(lr, weight_decay))
+        _keep_history(state, _history(state).append(float(lr), weight_decay))
         if state["step"] % _SWEEP_EVERY == 0:
             self._catch_up_rows(parameter, None)
 
@@ -270,13 +272,15 @@ class RowAdamW(torch.optim.Optimizer):
         if history.start == now:  # no row is behind
             return
         table = self._table(parameter)
-        ids_U = _kernels(table).rows_behind(table, ids, now)
-        if len(ids_U):
+        kernels, group = _kernels(table), self._group(parameter)
+        if hasattr(kernels, "catch_up_entries"):  # no host learns which rows are stale
+            step = self._row_step(parameter, group, now)
+            kernels.catch_up_entries(table, ids, self._placed.rules(kernels, table, history, step), step)
+        elif len(ids_U := kernels.rows_behind(table, ids, now)):
             seen = torch.zeros(now - history.start + 1, dtype=torch.bool)
             seen[weights_step[ids_U].cpu().long() - history.start] = True
             rules = catch_up_rules(history, seen.nonzero().flatten() + history.start, state["beta1"], state["beta2"])
-            step = self._row_step(parameter, self._group(parameter), now)
-            _kernels(table).catch_up_rows(table, ids_U, rules, step)
+            kernels.catch_up_rows(table, ids_U, rules, self._row_step(parameter, group, now))
         if ids is None:
             _keep_history(state, RateHistory.empty(now))
 
@@ -294,20 +298,24 @@ class RowAdamW(torch.optim.Optimizer):
         )
 
     def _row_step(self, parameter: Tensor, group: dict[str, Any], number: int) -> RowStep:
-        state = self.state[parameter]
-        return RowStep(
+        """The numbers of step `number`: the next one, to be made, or the present one, up to which rows catch up."""
+        state, table = self.state[parameter], self._table(parameter)
+        kernels = _kernels(table)
+        stays = hasattr(kernels, "place_step") and group["lazy"]
+        step = RowStep(
             step=number,
-            learning_rate=float(group["lr"]),
+            learning_rate=group["lr"] if stays else float(group["lr"]),
             weight_decay=group["weight_decay"],
             beta1=state["beta1"],
             beta2=state["beta2"],
             eps=state["eps"],
             seed=group["seed"] + state["number"] if group["stochastic_rounding"] else None,
         )
+        return self._placed.step(kernels, table, step, state["number"], number - state["step"])
 
     def _ready_state(self, parameter: Tensor, group: dict[str, Any]) -> State:
         """The state of a table, made when first needed; a change of betas or eps sets in here."""
-        _check(group)
+        _check(group, wait=False)
         state: State = self.state[parameter]
         if not state:
             state.update(_new_state(parameter, group))
@@ -369,6 +377,7 @@ class RowAdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_watcher" not in self.__dict__:  # a copy, or unpickled
+            self._placed = Placed(_SWEEP_EVERY + 1)
             self._watcher, self._hooks = _Watcher(self), []
             for group in self.param_groups:
                 if group["rows"]:
@@ -398,6 +407,11 @@ class _Watcher:
         self.before_read(parameter, None)
         for hook in self.optimizer._hooks:
             hook.remove()
+
+
+def _is_on_device(rate: object) -> bool:
+    """Whether a learning rate is a tensor that is not on the CPU."""
+    return isinstance(rate, Tensor) and rate.device.type != "cpu"
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
@@ -457,11 +471,15 @@ def _row_gradient(parameter: Tensor) -> tuple[Tensor | None, Tensor]:
     return gradient.indices()[0], gradient.values()
 
 
-def _check(group: dict[str, Any]) -> None:
-    """Raise ValueError where the numbers of a group are out of range or do not go together."""
+def _check(group: dict[str, Any], *, wait: bool = True) -> None:
+    """Raise ValueError where the numbers of a group are out of range or do not go together.
+
+    Unless told to wait for it, a learning rate on a device is not looked at.
+    """
     beta1, beta2 = group["betas"]
+    lr = float(group["lr"]) if wait or not _is_on_device(group["lr"]) else 0.0
     for name, value, right in (
-        ("lr", float(group["lr"]), float(group["lr"]) >= 0),
+        ("lr", lr, lr >= 0),
         ("betas", (beta1, beta2), 0 <= beta1 < 1 and 0 <= beta2 < 1),
         ("eps", group["eps"], group["eps"] >= 0),
         ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),

@@ -1,16 +1,21 @@
 """The Triton kernels as a backend: what they take, and the operators that they implement.
 
-They compute in float32, scores of sub-keys in float64; rows may be float32, bfloat16, or 8-bit with scales. Results are
+They compute in float32, scores of sub-keys in float64; rows may be float32, bfloat16, float16, or of 8 bits with
+scales. Results are
 the same bits in every run.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from peerlm.ops.row_formats import SCALED_DTYPES
-from peerlm.ops.tensors import not_plain
+from peerlm.ops.row_updates import RowState
+from peerlm.ops.tensors import has_values, not_plain
 from peerlm.ops.triton.runtime import (
+    DEVICE_TYPE,
     DISPATCH_KEY,
     INTERPRETED,
     OPERATORS,
@@ -27,8 +32,10 @@ __all__ = [
     "mix_experts",
     "mix_values",
     "retrieve",
+    "row_kernels",
     "unavailable",
     "unsupported",
+    "updates_rows_on",
 ]
 
 automatic = not INTERPRETED
@@ -75,8 +82,24 @@ def unsupported(
     return not_plain(*tensors)
 
 
+def updates_rows_on(device: torch.device) -> bool:
+    """Whether there are kernels for tables on this device; interpreted ones are called by tests alone."""
+    return device.type == DEVICE_TYPE and automatic and not unavailable()
+
+
+def row_kernels(table: RowState) -> ModuleType | None:
+    """The module with kernels for steps of this table; None where they do not work on it."""
+    if not updates_rows_on(table.rows.device) or not has_values(table.rows):
+        return None
+    from peerlm.ops.triton import row_steps
+
+    return row_steps if row_steps.supports(table) else None
+
+
 if not unavailable():
+    import peerlm.ops.triton.row_steps  # noqa: F401 -- an interpreter has to be on when kernels are defined
     from peerlm.ops.triton import experts, experts_backward, row_gradients, values
+    from peerlm.ops.triton.fused_update import update_by_gradients
 
     OPERATORS.implement(
         {
@@ -90,3 +113,4 @@ if not unavailable():
         },
         DISPATCH_KEY,
     )
+    OPERATORS.implement_fused_update(update_by_gradients, DEVICE_TYPE)
