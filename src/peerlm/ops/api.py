@@ -49,6 +49,11 @@ def _import(path: str) -> Backend:
     return _loaded[path]
 
 
+def _is_automatic(name: str) -> bool:
+    """Whether "auto" may take a backend."""
+    return getattr(_backend(name), "automatic", True)
+
+
 def load_backends() -> None:
     """Import every backend, so that `torch.ops.peerlm` is complete, as `torch.export.load` needs it."""
     for paths in _BACKENDS.values():
@@ -58,7 +63,7 @@ def load_backends() -> None:
 
 def available_backends() -> dict[str, str]:
     """Each backend by name, and in one phrase what it is; "auto" says what it stands for."""
-    able = [name for name in _BACKENDS if not _backend(name).unavailable()]
+    able = [name for name in _BACKENDS if _is_automatic(name) and not _backend(name).unavailable()]
     auto = f"the first that can compute with the tensors, of {', '.join(able)}"
     return {"auto": auto} | {name: _backend(name).description() for name in _BACKENDS}
 
@@ -147,7 +152,7 @@ def _choose(
     reason = ""
     for name in _BACKENDS if backend == "auto" else (backend,):
         first = _backend(name)
-        if backend == "auto" and not getattr(first, "automatic", True):
+        if backend == "auto" and not _is_automatic(name):
             continue
         reason = first.unavailable() or first.unsupported(
             op, *inputs, ids=ids, rows=rows, scales=scales, row_gradients=row_gradients

@@ -1,8 +1,7 @@
 """The Triton kernels as a backend: what they take, and the operators that they implement.
 
 They compute in float32, scores of sub-keys in float64; rows may be float32, bfloat16, float16, or of 8 bits with
-scales. Results are
-the same bits in every run.
+scales. Results are the same bits in every run.
 """
 
 from types import ModuleType
