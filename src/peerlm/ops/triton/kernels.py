@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.row_updates import RowState
 from peerlm.ops.tensors import has_values, not_plain
+from peerlm.ops.triton.limits import too_many_sub_keys
 from peerlm.ops.triton.runtime import (
     DEVICE_TYPE,
     DISPATCH_KEY,
@@ -42,13 +43,6 @@ automatic = not INTERPRETED
 retrieve, mix_experts = OPERATORS.retrieve, OPERATORS.mix_experts
 mix_values, dot_values = OPERATORS.mix_values, OPERATORS.dot_values
 
-_WRITTEN: dict[str, tuple[str, ...]] = {
-    "mix_experts": ("mix_experts", "mix_experts_backward", "row_gradients", "gradients_by_row"),
-    "mix_values": ("mix_values", "mix_values_backward", "row_gradients", "gradients_by_row"),
-    "dot_values": ("dot_values", "mix_values", "row_gradients", "gradients_by_row"),
-}
-"""Operations, and the operators that they need; grows with the kernels."""
-
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROW_DTYPES = (*_INPUT_DTYPES, *SCALED_DTYPES)
 
@@ -76,8 +70,8 @@ def unsupported(
             return f"rows have dtype {rows.dtype}, and the Triton kernels take {taken}"
         if rows.dtype == torch.float8_e4m3fn and (reason := no_float8()):
             return reason
-    if op not in _WRITTEN:
-        return f"Triton kernels for {op} are not written yet"
+    if op == "retrieve" and (reason := too_many_sub_keys(inputs[1])):
+        return reason
     return not_plain(*tensors)
 
 
@@ -97,11 +91,13 @@ def row_kernels(table: RowState) -> ModuleType | None:
 
 if not unavailable():
     import peerlm.ops.triton.row_steps  # noqa: F401 -- an interpreter has to be on when kernels are defined
-    from peerlm.ops.triton import experts, experts_backward, row_gradients, values
+    from peerlm.ops.triton import experts, experts_backward, retrieval, row_gradients, values
     from peerlm.ops.triton.fused_update import update_by_gradients
 
     OPERATORS.implement(
         {
+            "retrieve": retrieval.retrieve,
+            "retrieve_backward": retrieval.retrieve_backward,
             "mix_experts": experts.mix_experts,
             "mix_experts_backward": experts_backward.mix_experts_backward,
             "mix_values": values.mix_values,
