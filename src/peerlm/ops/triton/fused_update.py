@@ -1,8 +1,9 @@
-"""A row's gradient and its step in one kernel: the gradient is summed in registers and never stored.
+"""A row's gradient and its step in one kernel: what adds up to the gradient is summed in registers.
 
 Shape suffixes: T tokens, P entries per token, R vectors per row, D their width.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -65,6 +66,17 @@ def update_by_gradients(
         num_warps=max(1, block_d // _ELEMENTS_PER_WARP),
         **PRECISE,
     )
+
+
+def update_entries(table: RowState, ids: Tensor, gradient_EX: Tensor, step: RowStep) -> None:
+    """One AdamW step of the rows that occur in ids (E,) int64, in any order, each by the sum of its gradients.
+
+    So the gradients of several backward passes are added up, and no host learns how many rows there are. gradient_EX:
+    (E, *row_shape), float32 or bfloat16, of which the sums are in float32.
+    """
+    gradient = gradient_EX.detach().flatten(1)
+    ones = torch.ones(len(ids), 1, 1, device=ids.device)
+    update_by_gradients(table, step, None, gradient, ids[:, None], ones)
 
 
 @triton.jit

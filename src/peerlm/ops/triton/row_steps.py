@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peerlm.ops.row_updates import RowState, RowStep
+from peerlm.ops.triton.fused_update import update_entries
 from peerlm.ops.triton.row_arithmetic import (
     PRECISE,
     UPDATE_KEY,
@@ -32,6 +33,7 @@ __all__ = [
     "place_step",
     "rows_behind",
     "supports",
+    "update_entries",
     "update_rows",
 ]
 
