@@ -41,7 +41,8 @@ class RowAdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups.
-        lr: learning rate. Each group's "lr" may change before every step.
+        lr: learning rate. Each group's "lr" may change before every step. In a tensor on a GPU it stays there in lazy
+            mode; exact mode reads it in each step, and so waits for the device.
         betas: decay of the moments. Exact mode needs a row left alone to come to rest soon: it refuses betas for
             which `catch_up_rules` misses its tolerance. With beta1 = 0 tables have no first moment.
         eps: added to the root of the second moment; positive in exact mode.
