@@ -25,6 +25,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import peerlm.ops.triton.kernels
 
+    if importlib.util.find_spec("triton"):
+        importlib.import_module("triton.experimental.gluon")  # or Triton does it when it first runs a kernel
+
     del os.environ["TRITON_INTERPRET"]
 
 import peerlm.testing

@@ -83,7 +83,7 @@ def test_rows_of_another_dtype_are_refused_by_name_and_taken_by_auto() -> None:
     ("options", "reason"),
     [
         ({"row_gradients": True}, "have no sparse row gradients"),
-        ({"scales": torch.ones(5, 2)}, "take no int8 rows"),
+        ({"scales": torch.ones(5, 2)}, "take no rows of 8 bits"),
     ],
     ids=["sparse", "int8"],
 )

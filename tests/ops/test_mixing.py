@@ -178,7 +178,7 @@ def test_auto_is_the_backend_that_suits_the_arguments(
 
 def test_unknown_backend() -> None:
     inputs = mix_inputs(3, 4, 6, 4)
-    message = "backend is 'cuda'; choose one of auto, cpu, bag, reference"
+    message = "backend is 'cuda'; choose one of auto, cpu, triton, bag, reference"
     with pytest.raises(ValueError, match=message):
         api.mix_experts(*inputs.arguments(), backend="cuda")
     with pytest.raises(ValueError, match=message):

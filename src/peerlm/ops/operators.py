@@ -178,7 +178,7 @@ class Operators:
     """The operators of one namespace. Kernels that run on the same device as others need a namespace of their own.
 
     The methods without an underscore give operators what all kernels may rely on: contiguous tensors, float32 but for
-    rows, which are float32, bfloat16 or int8 with scales.
+    rows, which keep their dtype; those of 8 bits have scales.
     """
 
     def __init__(self, namespace: str):

@@ -70,7 +70,7 @@ def _retrieve_backward(
 
 
 def _gather(rows: Tensor, ids_TP: Tensor, scales: Tensor | None) -> Tensor:
-    """rows[ids], int8 rows by their scales; in float32 at least."""
+    """rows[ids], 8-bit rows by their scales; in float32 at least."""
     gathered = rows[ids_TP].to(torch.promote_types(rows.dtype, torch.float32))
     return gathered if scales is None else gathered * scales[ids_TP][..., None]
 

@@ -33,16 +33,16 @@ class Placed:
         device = table.rows.device
         key = (*key, device)
         into = self._tensors.get(key)
-        if into is None or not _capturing(device):
+        if into is None or not capturing(device):
             into = self._tensors[key] = place(step, device, into)
         return replace(step, placed=into)
 
-    def rules(self, kernels: ModuleType, table: RowState, history: RateHistory, step: RowStep) -> Tensor:
-        """Rules for every step of a history, as `place_rules` of the kernels gives them."""
+    def rules(self, kernels: ModuleType, table: RowState, history: RateHistory, step: RowStep, *key: object) -> Tensor:
+        """Rules for every step of a history, as `place_rules` of the kernels gives them, in the tensor of this key."""
         device = table.rows.device
-        key = ("rules", step.beta1, step.beta2, step.eps, device)
+        key = ("rules", *key, step.beta1, step.beta2, step.eps, device)
         into = self._tensors.get(key)
-        if into is not None and (_capturing(device) or _same(self._placed_rules[key], history)):
+        if into is not None and (capturing(device) or _same(self._placed_rules[key], history)):
             return into
         rules = self._rules.up_to(history, step.beta1, step.beta2)
         self._tensors[key] = kernels.place_rules(rules, step.eps, device, into, most=self._most_rules)
@@ -57,5 +57,6 @@ def _same(a: RateHistory, b: RateHistory) -> bool:
     )
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
+    """Whether what is asked of a device now is not done, but kept in a graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

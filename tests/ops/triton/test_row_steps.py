@@ -1,7 +1,9 @@
 """Steps of tables by Triton kernels against their definition in `optim/row_step.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 from peerlm.layers import ExpertTable
 from peerlm.ops.operators import PEERLM
 from peerlm.ops.reference_operators import KERNELS
-from peerlm.ops.row_updates import CatchUpRules, RowState, RowStep
+from peerlm.ops.row_updates import CatchUpRules, RowState, RowStep, prepare_rows
 from peerlm.ops.triton import fused_update, row_arithmetic, row_catch_up, row_steps
 from peerlm.ops.triton.fused_update import update_by_gradients
 from peerlm.optim import RowAdamW, row_step
@@ -19,14 +21,23 @@ from peerlm.optim.catch_up import RateHistory, catch_up_rules
 from peerlm.testing import assert_within_budget
 
 from ...row_tables import KINDS, NOW, assert_alike, copy_of, random_table, step_of, tensors, twins, units_apart
+from .guards import assert_guards_kept, between_poison
 
 EXACT_KINDS = [kind for kind in KINDS if kind != "lazy"]
 SHAPES = [(1,), (2, 31)]
 
 
 def placed_on(device: torch.device, table: RowState) -> RowState:
-    """A copy on the kernels' device."""
-    copies = {name: value.to(device, copy=True) for name, value in tensors(table).items()}
+    """A copy on the kernels' device, each tensor in the middle of poisoned memory."""
+    copies = {name: between_poison(value.to(device)) for name, value in tensors(table).items()}
+    return RowState(**{name: copies.get(name) for name in vars(table)})
+
+
+def read_back(table: RowState) -> RowState:
+    """A copy on the CPU of what `placed_on` has placed, beside which nothing was written."""
+    for tensor in tensors(table).values():
+        assert_guards_kept(tensor)
+    copies = {name: value.cpu() for name, value in tensors(table).items()}
     return RowState(**{name: copies.get(name) for name in vars(table)})
 
 
@@ -68,7 +79,7 @@ def test_an_update_is_that_of_the_definition(kind: str, row_shape: tuple[int, ..
         row_steps.update_rows(found, ids.to(device), gradient.to(device), step_of(found))
     for table in (expected, exact):
         row_step.update_rows(table, ids, gradient.to(table.rows.dtype), step_of(table))
-    assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
+    assert_alike(read_back(found), expected, exact)
     assert untouched(found, before, [1, 2, 4, 5, 6, 9, 38])
 
 
@@ -80,7 +91,7 @@ def test_an_update_of_all_rows_is_that_of_the_definition(kind: str, device: torc
     row_steps.update_rows(found, None, gradient.to(device), step_of(found))
     for table in (expected, exact):
         row_step.update_rows(table, None, gradient.to(table.rows.dtype), step_of(table))
-    assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
+    assert_alike(read_back(found), expected, exact)
 
 
 @pytest.mark.parametrize("seed", [None, 5, -3, 2**40])
@@ -136,9 +147,10 @@ def test_looked_up_entries_catch_up_their_rows(kind: str, row_shape: tuple[int, 
     for table in (expected, exact):
         row_step.catch_up_rows(table, torch.tensor(stale), rules, step)
     placed = row_steps.place_rules(rules, step.eps, device)
+    placed[1 + NOW] = 3.0  # for rows that are up to date: to be used for none
     with small_pieces():
         row_steps.catch_up_entries(found, ids.to(device), placed, step)
-    assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
+    assert_alike(read_back(found), expected, exact)
     assert untouched(found, before, [row for row in range(40) if row not in stale])
     once = copy_of(found)
     row_steps.catch_up_entries(found, ids.to(device), placed, step)
@@ -157,20 +169,23 @@ def test_all_rows_catch_up(kind: str, device: torch.device) -> None:
     listed = copy_of(found)
     row_steps.catch_up_rows(listed, stale.to(device), rules, step)
     row_steps.catch_up_entries(found, None, row_steps.place_rules(rules, step.eps, device), step)
-    assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
+    assert_alike(read_back(found), expected, exact)
     assert same(found, listed)
+
+
+LATE = 2**30 - 5
 
 
 def test_rules_may_begin_late(device: torch.device) -> None:
     table = placed_on(device, random_table((3,)))
-    table.weights_step.fill_(2**30 + 7)  # type: ignore[union-attr]
-    table.moments_step.fill_(2**30 + 7)  # type: ignore[union-attr]
+    table.weights_step.fill_(LATE + 2)  # type: ignore[union-attr]
+    table.moments_step.fill_(LATE + 2)  # type: ignore[union-attr]
     before = table.rows.clone()
-    history = RateHistory.empty(2**30 + 5)
+    history = RateHistory.empty(LATE)
     for rate in (0.5, 0.25, 0.125):
         history = history.append(rate, 0.5)
-    rules = catch_up_rules(history, torch.tensor([2**30 + 7]), 0.0, 0.999)
-    step = RowStep(step=2**30 + 8, learning_rate=0.0, weight_decay=0.0, beta1=0.0, beta2=0.999, eps=1e-8, seed=None)
+    rules = catch_up_rules(history, torch.tensor([LATE + 2]), 0.0, 0.999)
+    step = RowStep(step=LATE + 3, learning_rate=0.0, weight_decay=0.0, beta1=0.0, beta2=0.999, eps=1e-8, seed=None)
     row_steps.catch_up_rows(table, torch.tensor([3], device=device), rules, step)
     torch.testing.assert_close(table.rows[3], before[3] * (1 - 0.125 * 0.5))
     assert torch.equal(table.rows[4:], before[4:])
@@ -216,7 +231,7 @@ def test_a_fused_update_is_that_of_the_definition(
     with small_pieces():
         for table in (found, again):
             update_by_gradients(table, step_of(table), *arguments)  # type: ignore[arg-type]
-    assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
+    assert_alike(read_back(found), expected, exact)
     assert same(found, again)
     assert untouched(found, before, sorted(set(range(40)) - set(ids.flatten().tolist())))
 
@@ -305,3 +320,148 @@ def test_a_training_is_that_of_the_definition(
     plain = trained(settings, monkeypatch, device)
     exact = trained(settings, monkeypatch, device, dtype=torch.float64)
     assert_within_budget(found, plain, exact)
+
+
+@pytest.mark.parametrize("kind", ["plain", "row-wise", "bf16"])
+def test_gradients_of_repeated_rows_are_added_up(kind: str, device: torch.device) -> None:
+    before = random_table((2, 9), **KINDS[kind])
+    (found, expected), exact = twins(before), copy_of(before, torch.float64)
+    found = placed_on(device, found)
+    ids, gradient = torch.tensor([7, 3, 39, 7, -1, 3, 7]), torch.randn(7, 2, 9).to(before.rows.dtype)
+    rows, places = ids[ids >= 0].unique(return_inverse=True)
+    for table, dtype in ((expected, torch.float32), (exact, torch.float64)):
+        summed = torch.zeros(3, 2, 9, dtype=dtype).index_add_(0, places, gradient[ids >= 0].to(dtype))
+        row_step.update_rows(table, rows, summed, step_of(table))
+    row_steps.update_entries(found, ids.to(device), gradient.to(device), step_of(found))
+    assert_alike(read_back(found), expected, exact)
+
+
+class Recorded:
+    """The kernels of `row_steps`; while a graph is captured, calls are kept and not made."""
+
+    def __init__(self) -> None:
+        self.capturing = False
+        self.calls: list[Callable[[], None]] = []
+        self.place_step, self.place_rules = row_steps.place_step, row_steps.place_rules
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        if self.capturing:
+            self.calls.append(partial(function, *arguments))
+        else:
+            function(*arguments)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return partial(self._call, getattr(row_steps, name))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_replayed_step_is_the_next_step(lazy: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    recorded = Recorded()
+    unplaced = SimpleNamespace(**{name: getattr(row_steps, name) for name in row_steps.__all__ if name != "place_step"})
+    for module in ("placed", "row_adamw"):
+        monkeypatch.setattr(f"peerlm.optim.{module}.capturing", lambda device: recorded.capturing)
+    monkeypatch.setattr("peerlm.optim.row_adamw._SWEEP_EVERY", 8)
+    tables = [torch.randn(12, 3, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    eager_table, replayed_table = (torch.nn.Parameter(table.to(device)) for table in tables)
+    eager_rows = eager_table.data_ptr()  # asked for before it is watched
+    groups = [[{"params": [table], "rows": True}] for table in (eager_table, replayed_table)]
+    optimizers = [RowAdamW(group, lr=1e-2, weight_decay=0.1, lazy=lazy) for group in groups]
+    monkeypatch.setattr(
+        "peerlm.optim.row_adamw._kernels",
+        lambda table: unplaced if table.rows.data_ptr() == eager_rows else recorded,
+    )
+    ids, values = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(4, 3, device=device)
+
+    def step(table: Tensor, optimizer: RowAdamW) -> None:
+        prepare_rows(table, ids)
+        table.grad = torch.sparse_coo_tensor(ids[None], values, table.shape, check_invariants=False)
+        optimizer.step()
+
+    generator = torch.Generator().manual_seed(5)
+    for number in range(12):
+        ids.copy_(torch.randint(12, (4,), generator=generator))
+        values.copy_(torch.randn(4, 3, generator=generator))
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
+        if number in (2, 4):
+            for optimizer in optimizers:
+                optimizer.catch_up()
+        step(eager_table, optimizers[0])
+        if number == 2:
+            with optimizers[1].captured_step():
+                recorded.capturing = True
+                step(replayed_table, optimizers[1])
+                recorded.capturing = False
+            assert len(recorded.calls) == (1 if lazy else 3)
+        if number < 2:
+            step(replayed_table, optimizers[1])
+        else:
+            with optimizers[1].replayed_step():
+                for call in recorded.calls:
+                    call()
+    for optimizer in optimizers:
+        optimizer.catch_up()
+    assert torch.equal(eager_table.detach(), replayed_table.detach())
+    states = [optimizer.state[optimizer.param_groups[0]["params"][0]] for optimizer in optimizers]
+    assert states[0]["step"] == states[1]["step"] == 12
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items() if isinstance(value, Tensor))
+
+
+def test_a_step_whose_numbers_come_from_the_host_is_not_captured() -> None:
+    table = torch.nn.Parameter(torch.randn(3, 2, dtype=torch.float64))
+    optimizer = RowAdamW([{"params": [table], "rows": True}])
+    table.grad = torch.ones_like(table)
+    optimizer.step()
+    with (
+        pytest.raises(RuntimeError, match=r"table \(3, 2\) in torch.float64 on cpu cannot be captured"),
+        optimizer.captured_step(),
+    ):
+        pass
+
+
+def test_tables_of_a_group_are_captured_with_one_history(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setattr("peerlm.optim.row_adamw._kernels", lambda table: row_steps)
+    tables = [torch.nn.Parameter(torch.randn(3, 2, device=device)) for _ in range(2)]
+    optimizer = RowAdamW([{"params": tables, "rows": True}], betas=(0.5, 0.9))
+
+    def step(some: list[torch.nn.Parameter]) -> None:
+        for table in some:
+            table.grad = torch.sparse_coo_tensor(
+                torch.tensor([[1]], device=device), torch.ones(1, 2, device=device), (3, 2), check_invariants=True
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(tables)
+    prepare_rows(tables[0], None)
+    starts = [optimizer.state[table]["history_start"] for table in tables]
+    assert starts == [1, 0]
+    with optimizer.captured_step():
+        pass
+    starts = [optimizer.state[table]["history_start"] for table in tables]
+    assert starts == [1, 1]
+    step(tables[:1])
+    with pytest.raises(RuntimeError, match="different numbers of steps"), optimizer.captured_step():
+        pass
+
+
+def test_a_learning_rate_in_a_tensor_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    def asked(self: Tensor) -> float:
+        raise AssertionError("a host waits for a device")
+
+    monkeypatch.setattr("peerlm.optim.row_adamw._kernels", lambda table: row_steps)
+    monkeypatch.setattr("peerlm.optim.row_adamw._is_on_device", lambda rate: isinstance(rate, Tensor))
+    tables = [torch.nn.Parameter(torch.randn(6, 3, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    rates = (0.25, torch.tensor(0.25, device=device))
+    for table, rate in zip(tables, rates, strict=True):
+        optimizer = RowAdamW([{"params": [table], "rows": True}], lr=rate, lazy=True)  # type: ignore[arg-type]
+        with monkeypatch.context() as patch:
+            if isinstance(rate, Tensor):
+                patch.setattr(Tensor, "__float__", asked)
+                patch.setattr(Tensor, "item", asked)
+            for number in range(3):
+                table.grad = torch.sparse_coo_tensor(
+                    torch.tensor([[1, 4, 1]]), torch.full((3, 3), 1.0 + number), table.shape, check_invariants=False
+                )
+                optimizer.step()
+    assert torch.equal(*tables)

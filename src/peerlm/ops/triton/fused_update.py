@@ -1,8 +1,9 @@
-"""A row's gradient and its step in one kernel: the gradient is summed in registers and never stored.
+"""A row's gradient and its step in one kernel: what adds up to the gradient is summed in registers.
 
 Shape suffixes: T tokens, P entries per token, R vectors per row, D their width.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,34 +38,46 @@ def update_by_gradients(
     most_segments = min(ids.numel(), num_rows)
     if most_segments == 0 or dim == 0:
         return
-    by_row = segments(ids, num_rows)
-    x = None if x is None else x.detach().contiguous()
-    grad_y, coefficients = grad_y.detach().contiguous(), coefficients.detach().contiguous()
-    tile, block_d = tile_of_entries(dim)
-    _fused_update[(most_segments,)](
-        table.rows,
-        table.exp_avg,
-        table.exp_avg_sq,
-        table.moments_step,
-        table.weights_step,
-        by_row.order,
-        by_row.ids,
-        by_row.starts,
-        grad_y if x is None else x,
-        grad_y,
-        coefficients,
-        sum_later_chunks(by_row, x, grad_y, coefficients),
-        numbers_of(step, table.rows.device),
-        P=ids.shape[1],
-        PARTS=coefficients.shape[-1],
-        D=dim,
-        TILE=tile,
-        BLOCK_D=block_d,
-        ROW_WISE=table.exp_avg_sq.ndim == 1,
-        RANDOM=step.seed is not None,
-        num_warps=max(1, block_d // _ELEMENTS_PER_WARP),
-        **PRECISE,
-    )
+    with torch.cuda.device_of(table.rows):
+        by_row = segments(ids, num_rows)
+        x = None if x is None else x.detach().contiguous()
+        grad_y, coefficients = grad_y.detach().contiguous(), coefficients.detach().contiguous()
+        tile, block_d = tile_of_entries(dim)
+        _fused_update[(most_segments,)](
+            table.rows,
+            table.exp_avg,
+            table.exp_avg_sq,
+            table.moments_step,
+            table.weights_step,
+            by_row.order,
+            by_row.ids,
+            by_row.starts,
+            grad_y if x is None else x,
+            grad_y,
+            coefficients,
+            sum_later_chunks(by_row, x, grad_y, coefficients),
+            numbers_of(step, table.rows.device),
+            P=ids.shape[1],
+            PARTS=coefficients.shape[-1],
+            D=dim,
+            TILE=tile,
+            BLOCK_D=block_d,
+            ROW_WISE=table.exp_avg_sq.ndim == 1,
+            RANDOM=step.seed is not None,
+            num_warps=max(1, block_d // _ELEMENTS_PER_WARP),
+            **PRECISE,
+        )
+
+
+def update_entries(table: RowState, ids: Tensor, gradient_EX: Tensor, step: RowStep) -> None:
+    """One AdamW step of the rows that occur in ids (E,) int64, in any order, each by the sum of its gradients.
+
+    So the gradients of several backward passes are added up, and no host learns how many rows there are. gradient_EX:
+    (E, *row_shape), float32 or bfloat16, of which the sums are in float32.
+    """
+    gradient = gradient_EX.detach().flatten(1)
+    ones = torch.ones(len(ids), 1, 1, device=ids.device)
+    update_by_gradients(table, step, None, gradient, ids[:, None], ones)
 
 
 @triton.jit

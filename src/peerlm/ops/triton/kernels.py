@@ -1,7 +1,7 @@
 """The Triton kernels as a backend: what they take, and the operators that they implement.
 
-They compute in float32, scores of sub-keys in float64; rows may be float32, bfloat16, or 8-bit with scales. Results are
-the same bits in every run.
+They compute in float32, scores of sub-keys in float64; rows may be float32, bfloat16, float16, or of 8 bits with
+scales. Results are the same bits in every run.
 """
 
 from types import ModuleType
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.row_updates import RowState
 from peerlm.ops.tensors import has_values, not_plain
 from peerlm.ops.triton.limits import too_many_sub_keys
@@ -19,6 +20,7 @@ from peerlm.ops.triton.runtime import (
     INTERPRETED,
     OPERATORS,
     description,
+    no_float8,
     on_another_device,
     unavailable,
 )
@@ -41,10 +43,8 @@ automatic = not INTERPRETED
 retrieve, mix_experts = OPERATORS.retrieve, OPERATORS.mix_experts
 mix_values, dot_values = OPERATORS.mix_values, OPERATORS.dot_values
 
-_WRITTEN: dict[str, tuple[str, ...]] = {"retrieve": ("retrieve", "retrieve_backward")}
-"""Operations, and the operators that they need; grows with the kernels."""
-
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ROW_DTYPES = (*_INPUT_DTYPES, *SCALED_DTYPES)
 
 
 def unsupported(
@@ -64,8 +64,12 @@ def unsupported(
     for tensor in inputs:
         if tensor.dtype not in _INPUT_DTYPES:
             return f"a tensor has dtype {tensor.dtype}, and the Triton kernels compute in float32"
-    if op not in _WRITTEN:
-        return f"Triton kernels for {op} are not written yet"
+    if rows is not None:
+        if rows.dtype not in _ROW_DTYPES:
+            taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in _ROW_DTYPES)
+            return f"rows have dtype {rows.dtype}, and the Triton kernels take {taken}"
+        if rows.dtype == torch.float8_e4m3fn and (reason := no_float8()):
+            return reason
     if op == "retrieve" and (reason := too_many_sub_keys(inputs[1])):
         return reason
     return not_plain(*tensors)
@@ -87,13 +91,18 @@ def row_kernels(table: RowState) -> ModuleType | None:
 
 if not unavailable():
     import peerlm.ops.triton.row_steps  # noqa: F401 -- an interpreter has to be on when kernels are defined
-    from peerlm.ops.triton import retrieval, row_gradients
+    from peerlm.ops.triton import experts, experts_backward, retrieval, row_gradients, values
     from peerlm.ops.triton.fused_update import update_by_gradients
 
     OPERATORS.implement(
         {
             "retrieve": retrieval.retrieve,
             "retrieve_backward": retrieval.retrieve_backward,
+            "mix_experts": experts.mix_experts,
+            "mix_experts_backward": experts_backward.mix_experts_backward,
+            "mix_values": values.mix_values,
+            "mix_values_backward": values.mix_values_backward,
+            "dot_values": values.dot_values,
             "row_gradients": row_gradients.row_gradients,
             "gradients_by_row": row_gradients.gradients_by_row,
         },

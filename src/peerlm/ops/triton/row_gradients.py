@@ -50,7 +50,7 @@ def _sum_entries(
         vector = tl.load(
             vectors + (entry // P * D)[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0
         )
-        total += coefficient[:, None] * vector
+        total += coefficient[:, None] * vector.to(tl.float32)
     return tl.sum(total, axis=0)
 
 

@@ -59,3 +59,11 @@ def on_another_device(*tensors: Tensor | None) -> str:
             where = "the CPU, interpreted" if INTERPRETED else "a GPU"
             return f"a tensor is on {tensor.device}, and the Triton kernels run on {where}"
     return ""
+
+
+@torch.compiler.assume_constant_result
+def no_float8() -> str:
+    """Why rows in float8_e4m3fn cannot be read here; empty where they can."""
+    if INTERPRETED or torch.version.hip or torch.cuda.get_device_capability() >= (8, 9):
+        return ""
+    return f"{torch.cuda.get_device_name()} does not convert torch.float8_e4m3fn, in which the rows are"
