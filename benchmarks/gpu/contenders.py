@@ -31,7 +31,7 @@ def check_backend(backend: str) -> None:
     try:
         api.check_backend(backend)
     except ValueError as error:
-        raise SkippedError(f"no backend {backend!r}") from error
+        raise SkippedError(str(error)) from error
 
 
 def peer(
@@ -62,7 +62,10 @@ def peer(
 
 def peer_pytorch(sizes: Sizes, device: str, *, heads: int | None = None) -> nn.Module:
     """The package from PyPI, its weights like ours; without `non_competing_scores=False` it retrieves one per head."""
-    from PEER_pytorch import PEER as PeerPytorch  # noqa: N811
+    try:
+        from PEER_pytorch import PEER as PeerPytorch  # noqa: N811
+    except ImportError as error:
+        raise SkippedError(f"{error}; run.py --prepare fetches it") from error
 
     with torch.device(device):
         layer = PeerPytorch(

@@ -1,8 +1,12 @@
 """What a row says of the machine: card, driver, versions, and the commit of peerlm."""
 
 import datetime
+import json
+import os
 import platform
 import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -32,8 +36,21 @@ def driver() -> str:
     return found.partition("\n")[0]
 
 
-def description() -> dict[str, object]:
-    """What every row says: card, its memory, driver, versions, date."""
+def description(environment: Mapping[str, str]) -> dict[str, object]:
+    """What every row says, found out in a process of its own, which leaves nothing on the card.
+
+    Raises:
+        RuntimeError: torch cannot be imported there; the message is the last line of what it said.
+    """
+    command = [sys.executable, str(Path(__file__))]
+    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    if found.returncode:
+        raise RuntimeError((found.stderr.strip() or f"exit code {found.returncode}").splitlines()[-1])
+    return json.loads(found.stdout)
+
+
+def _described() -> dict[str, object]:
+    """Card, its memory, driver, versions, date."""
     import torch
 
     found: dict[str, object] = {"card": "", "date": datetime.date.today().isoformat()}
@@ -59,3 +76,7 @@ def description() -> dict[str, object]:
 
 def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+
+
+if __name__ == "__main__":
+    print(json.dumps(_described()))  # noqa: T201, for `description`

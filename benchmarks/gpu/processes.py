@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from report import append, current_file, note_current
+from rows import append, current_file, note_current
 from sections import Section
 
 HERE = Path(__file__).parent

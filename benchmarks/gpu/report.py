@@ -3,13 +3,13 @@
 # ruff: noqa: T201, progress on the terminal is wanted
 
 import gc
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rows import append, note_current
 from sizes import Sizes
 from timing import Case, Timer, interleaved, summary
 
@@ -183,22 +183,6 @@ class Report:
         self.row(case, failed=_first_line(error), **reason, **figures)
         if is_fatal(error):
             raise SystemExit(f"the device is lost: {_first_line(error)}")
-
-
-def append(file: Path, row: Mapping[str, object]) -> None:
-    """Append a line of JSON; it is on disk afterwards."""
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(row) + "\n")
-
-
-def note_current(rows: Path, case: str) -> None:
-    """Leave the name of the case that runs for whoever finds this process dead."""
-    current_file(rows).write_text(case, encoding="utf-8")
-
-
-def current_file(rows: Path) -> Path:
-    """Where `note_current` leaves it."""
-    return rows.with_suffix(".current")
 
 
 def is_fatal(error: BaseException) -> bool:

@@ -18,10 +18,13 @@ import sys
 import time
 from pathlib import Path
 
-from machine import ROOT, commit
+from machine import ROOT, commit, description
+from processes import run_sections
+from rows import read_rows
 from sections import SECTIONS
 from sizes import SIZES
-from table import lines, read_rows
+from table import lines
+from wheels import prepare
 
 _TO_END = 8
 """Seconds kept for the table."""
@@ -49,20 +52,15 @@ def main() -> None:
         print("\n".join(lines(read_rows(options.table))))
         return
     if options.prepare:
-        from wheels import prepare
-
         folder = prepare()
         print(f"{folder} holds PEER-pytorch: take it along with the checkout")
         return
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))}
     if options.interpret:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-    os.environ.update(environment)
     try:
-        from machine import description
-
-        machine = description()
-    except ImportError as error:
+        machine = description(environment)
+    except RuntimeError as error:
         parser.error(f"{error}; this needs torch >= 2.11 and numpy, and triton >= 3.6 for its own kernels")
     interpreted = not machine["card"]
     if interpreted:
@@ -73,8 +71,6 @@ def main() -> None:
     before = len(read_rows(output)) if output.is_file() else 0
     every_row = {"commit": commit(), "sizes": sizes, "interpreted": interpreted, **machine}
     print(f"{machine['card'] or 'no GPU: tiny sizes in the interpreter, figures mean nothing'}; rows in {output}")
-    from processes import run_sections
-
     run_sections(
         [next(each for each in SECTIONS if each.name == name) for name in options.only or names],
         output,

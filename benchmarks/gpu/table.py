@@ -1,23 +1,10 @@
 """The rows of a run as one table of 80 columns."""
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 WIDTH = 80
 _NAME = 50
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file, those of a run that was cut off in the middle of a line included but for that line."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 def lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
