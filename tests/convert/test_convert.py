@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peerlm.convert import convert, find_ffws, unconvert
-from peerlm.convert.insertion import Site, put_beside
+from peerlm.convert.insertion import FFWSite, put_beside
 from peerlm.convert.record import ConversionConfig
 from peerlm.layers import PEER
 from peerlm.optim import RowAdamW, parameter_groups
@@ -379,7 +379,7 @@ class Constant(torch.nn.Module):
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_adding_a_zero_of_either_sign_keeps_every_bit(output: float, zero: float) -> None:
     model: Any = build("llama")
-    site = Site.of(find_ffws(model)[0])
+    site = FFWSite.of(find_ffws(model)[0])
     model.model.layers[0].mlp = Constant(output)
     put_beside(model, {site: Constant(zero)})
     found = model.model.layers[0].mlp(torch.randn(2, 5, 16))
