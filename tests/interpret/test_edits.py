@@ -87,17 +87,15 @@ def test_effects_are_those_of_each_edit_alone(new_model):
             change = F.nll_loss(new[:-1], window[1:], reduction="none") - F.nll_loss(
                 old[:-1], window[1:], reduction="none"
             )
-            torch.testing.assert_close(
-                effect.change[start + 1 : start + len(window)].float(), change, rtol=1e-3, atol=1e-5
-            )
+            torch.testing.assert_close(effect.change[start + 1 : start + len(window)], change)
             assert effect.change[start] == 0
             for place, tokens in zip(effect.positions, effect.tokens, strict=True):
                 if start <= place < start + 16:
                     best = new[place - start].exp().sort(descending=True)
                     assert [token for token, _ in tokens] == best.indices[:5].tolist()
-                    assert [p for _, p in tokens] == pytest.approx(best.values[:5].tolist(), rel=1e-3)
+                    assert [p for _, p in tokens] == pytest.approx(best.values[:5].tolist())
         assert effect.positions == divergence.sort(descending=True).indices[:4].tolist()
-        assert effect.divergence == pytest.approx(divergence.sort(descending=True).values[:4].tolist(), rel=1e-2)
+        assert effect.divergence == pytest.approx(divergence.sort(descending=True).values[:4].tolist())
 
 
 def _fired(model):
