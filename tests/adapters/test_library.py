@@ -189,10 +189,10 @@ def test_route_token_is_causal_and_mixes_by_the_mean_up_to_each_token(tmp_path: 
     hidden = library.model(input_ids=IDS, output_hidden_states=True).hidden_states[2].detach()
     for tokens in (1, 4, 6):
         weights, names = library.retrieve(hidden[:, :tokens])
-        assert library._mix is None
+        assert library._attached.mix is None
         with library:
             logits(library.model)
-            mix = library._mix
+            mix = library._attached.mix
         assert mix is not None
         position = [[library.cache(name) for name in row] for row in names]
         for row in range(3):
@@ -438,7 +438,7 @@ def test_wrong_calls_of_the_model_are_named(library: AdapterLibrary) -> None:
         past = library.model(input_ids=IDS[:2], use_cache=True).past_key_values
         with pytest.raises(ValueError, match="past_key_values hold a prompt of 3 sequences"):
             logits(library.model, IDS[:, :1], past_key_values=past)
-    mix = library._mix_of(*library._choose(torch.zeros(3, 16)))
+    mix = library._attached._mix_of(*library._choose(torch.zeros(3, 16)))
     with pytest.raises(ValueError, match=r"q_proj reads \(18, 16\), but adapters were chosen for \(3,\) sequences"):
         mix.output("model.layers.0.self_attn.q_proj", torch.zeros(18, 16))
 

@@ -47,12 +47,15 @@ class IndexedLayer:
 SIZE_NAMES: dict[type, str] = {PEER: "num_experts", ProductKeyMemory: "num_values"}
 
 
-def find_indexed_layers(model: nn.Module) -> list[IndexedLayer]:
-    """The PEER layers and product-key memories of a model, in its order. Raises a ValueError where it has none."""
+def indexed_layers(model: nn.Module) -> list[IndexedLayer]:
+    """The PEER layers and product-key memories of a model, in its order."""
     modules = model.named_modules()
-    layers = [
-        IndexedLayer(name=name, module=each) for name, each in modules if isinstance(each, PEER | ProductKeyMemory)
-    ]
+    return [IndexedLayer(name=name, module=each) for name, each in modules if isinstance(each, PEER | ProductKeyMemory)]
+
+
+def find_indexed_layers(model: nn.Module) -> list[IndexedLayer]:
+    """As `indexed_layers`; raises a ValueError where there are none."""
+    layers = indexed_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no PEER layer and no product-key memory")
     return layers

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from peerlm.errors import UserError, listed
-from peerlm.layers import PEER, ProductKeyMemory, ProductKeys
+from peerlm.growth.indexed import IndexedLayer, indexed_layers
+from peerlm.layers import PEER, ProductKeyMemory
 from peerlm.ops.functions import ACTIVATIONS
 from peerlm.ops.pairing import PAIRINGS
 
@@ -20,7 +21,7 @@ GATHERED_NUMBERS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectedLayer:
+class InspectedLayer(IndexedLayer):
     """One layer whose experts are looked at. An expert adds `strength * v` to the layer's output.
 
     In PEER the strength is weight * act(u . x), gated: weight * (u . x) * act(g . x); in product-key memory, whose
@@ -29,14 +30,6 @@ class InspectedLayer:
 
     number: int
     """By which a user names the layer; see `find_inspected_layers`."""
-    name: str
-    """The module's path in the model."""
-    module: PEER | ProductKeyMemory
-
-    @property
-    def index(self) -> ProductKeys:
-        """What retrieves."""
-        return self.module.product_keys
 
     @property
     def kind(self) -> str:
@@ -82,9 +75,7 @@ class InspectedLayer:
 
     def _gathered(self, ids: Tensor, part: int) -> Tensor:
         """Vectors u (0), v (1) or g (2) of experts, with the scales of int8 rows."""
-        if isinstance(self.module, ProductKeyMemory):
-            return self.module.values.gather(ids)
-        return self.module.experts.gather(ids, part)
+        return self.table.gather(ids) if isinstance(self.module, ProductKeyMemory) else self.table.gather(ids, part)
 
     def norms(self) -> Tensor:
         """Length of each expert's v, (N,) float32 on the CPU; the table is read in parts."""
@@ -100,19 +91,19 @@ def find_inspected_layers(model: nn.Module) -> list[InspectedLayer]:
     A layer's number is the first number in its module's path, the block's; where these are missing or not distinct,
     layers are counted from 0. Raises UserError where there are none.
     """
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, PEER | ProductKeyMemory)}
-    if not modules:
+    found = indexed_layers(model)
+    if not found:
         raise UserError(
             f"{type(model).__name__} has no PEER layer and no product-key memory, so that there are no experts to look "
             "at; name a model that has one, or `peerlm convert` it"
         )
-    found = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in modules]
-    numbers = [int(match[1]) for match in found if match]
-    if len(set(numbers)) < len(modules):
-        numbers = list(range(len(modules)))
+    blocks = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer.name) for layer in found]
+    numbers = [int(match[1]) for match in blocks if match]
+    if len(set(numbers)) < len(found):
+        numbers = list(range(len(found)))
     return [
-        InspectedLayer(number=number, name=name, module=module)
-        for number, (name, module) in zip(numbers, modules.items(), strict=True)
+        InspectedLayer(number=number, name=layer.name, module=layer.module)
+        for number, layer in zip(numbers, found, strict=True)
     ]
 
 
