@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from peerlm.convert.ffws import FFW, mixture_sentence, survey
 from peerlm.convert.insertion import (
-    Site,
+    FFWSite,
     check_replaceable,
     put_back,
     put_beside,
@@ -77,7 +77,7 @@ def convert(
     if mixtures and (layers is None or layers == "middle"):
         raise ValueError(mixture_sentence(model, mixtures))
     ffws = _choose(model, found, layers)
-    sites = [Site.of(ffw) for ffw in ffws]
+    sites = [FFWSite.of(ffw) for ffw in ffws]
     if mode == "replace":
         for site in sites:
             check_replaceable(site)

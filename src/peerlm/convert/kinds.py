@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from peerlm.convert.ffws import FFW
-from peerlm.convert.insertion import Site
+from peerlm.convert.insertion import FFWSite
 from peerlm.convert.neurons import neuron_layer, neuron_layer_skeleton, pool_tables
 from peerlm.convert.neurons.layer import check_neuron_settings
 from peerlm.layers import PEER
@@ -22,7 +22,7 @@ class Kind:
 
     build: Callable[[FFW, str, dict[str, Any]], nn.Module]
     """From the feed-forward layer that it stands for, and the mode of the conversion."""
-    skeleton: Callable[[Site, dict[str, Any]], nn.Module]
+    skeleton: Callable[[FFWSite, dict[str, Any]], nn.Module]
     """The same layer before its weights are loaded."""
     modes: tuple[str, ...]
     check: Callable[[Mapping[str, Any]], None]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from peerlm.convert.insertion import Site, put_beside, put_in_place
+from peerlm.convert.insertion import FFWSite, put_beside, put_in_place
 from peerlm.convert.kinds import KINDS
 from peerlm.files import write_json
 from peerlm.registration import CONVERTED
@@ -62,13 +62,13 @@ class ConversionConfig(QuantizationConfigMixin):
         self.sites = sites
 
     @classmethod
-    def of(cls, mode: str, init: str, settings: dict[str, Any], sites: list[Site]) -> "ConversionConfig":
+    def of(cls, mode: str, init: str, settings: dict[str, Any], sites: list[FFWSite]) -> "ConversionConfig":
         """The record of a conversion."""
         return cls(mode=mode, init=init, settings=settings, sites=[asdict(site) for site in sites])
 
-    def read_sites(self) -> list[Site]:
+    def read_sites(self) -> list[FFWSite]:
         """The feed-forward layers that were converted."""
-        return [Site(**site) for site in self.sites]
+        return [FFWSite(**site) for site in self.sites]
 
 
 def conversion_of(model: PreTrainedModel) -> ConversionConfig | None:

@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from peerlm.growth.indexed import find_pools
+from peerlm.growth.indexed import find_indexed_layers
 from peerlm.optim.replace import holds
 from peerlm.optim.restrict import restrict_gradient
 
@@ -79,36 +79,36 @@ def freeze_grown(
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"what has {part!r}; choose of {', '.join(PARTS)}")
-    pools = find_pools(model)
+    layers = find_indexed_layers(model)
     held: list[tuple[nn.Parameter, Tensor, int]] = []
-    for pool in pools:
-        old = pool.keys.grown_from if before is None else before
+    for layer in layers:
+        old = layer.index.grown_from if before is None else before
         if old is None:
-            raise ValueError(f"{pool.where()} does not say how many experts it had before it grew; give before=")
-        if not 0 < old <= pool.keys.num_experts or math.isqrt(old) ** 2 != old:
+            raise ValueError(f"{layer.where()} does not say how many experts it had before it grew; give before=")
+        if not 0 < old <= layer.index.num_experts or math.isqrt(old) ** 2 != old:
             raise ValueError(
-                f"before is {old}; give a square number up to the {pool.keys.num_experts} of {pool.where()}"
+                f"before is {old}; give a square number up to the {layer.index.num_experts} of {layer.where()}"
             )
         if "rows" in parts:
-            keep = torch.arange(pool.table.num_rows, device=pool.table.device) >= old
-            held += [(parameter, keep[rows], 0) for parameter, rows in pool.table.parts()]
+            keep = torch.arange(layer.table.num_rows, device=layer.table.device) >= old
+            held += [(parameter, keep[rows], 0) for parameter, rows in layer.table.parts()]
         if "keys" in parts:
-            sub_keys = pool.keys.sub_keys
+            sub_keys = layer.index.sub_keys
             held.append((sub_keys, torch.arange(sub_keys.shape[2], device=sub_keys.device) >= math.isqrt(old), 2))
     for parameter, _, _ in held:
         _check_optimizer(optimizer, parameter)
     frozen = Frozen()
     if "rows" in parts:
-        for pool in pools:
-            pool.table.catch_up()
+        for layer in layers:
+            layer.table.catch_up()
     for parameter, keep, dim in held:
         frozen._hold(parameter, keep, dim)
         _forget(optimizer, parameter, keep, dim)
     if "query" in parts:
-        for pool in pools:
-            frozen._stop([*pool.keys.query_proj.parameters(), *pool.keys.query_norm.parameters()])
+        for layer in layers:
+            frozen._stop([*layer.index.query_proj.parameters(), *layer.index.query_norm.parameters()])
     if "rest" in parts:
-        inside = {parameter for pool in pools for parameter in pool.layer.parameters()}
+        inside = {parameter for layer in layers for parameter in layer.module.parameters()}
         frozen._stop(parameter for parameter in model.parameters() if parameter not in inside)
     return frozen
 

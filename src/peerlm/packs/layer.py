@@ -42,7 +42,7 @@ class Pack(nn.Module):
         return self.table.num_rows
 
 
-class Packs(nn.Module):
+class LayerPacks(nn.Module):
     """All packs of one layer, which stand for nothing in its state dict.
 
     Ids in the union: the layer's own come first, then each pack's, in the order of names. Results do not depend on the

@@ -74,8 +74,9 @@ def _scaling(config: SectionConfig, root: Path) -> Section:
     tables = [
         *([f"Rows have changed since this was fitted: `{config.command}` fits it anew."] if stale else []),
         law_markdown(law),
-        "Constants with the middle 95% of bootstrap draws; errors are shares of the loss. Held-out runs, and each "
-        "model left out in turn, were predicted by a fit without them.",
+        f"Constants with the middle 95% of bootstrap draws. `{config.rows[0]}` has all of them, and "
+        "predictions use all of them; errors are shares of the loss. Held-out runs, "
+        "and each model left out in turn, were predicted by a fit without them.",
     ]
     fitted: list[Row] = [row for each in files if each.is_file() for row in read_rows(each)]
     return Section(rows=fitted or [law], tables=tables, figures={"law": plot_law(law)})

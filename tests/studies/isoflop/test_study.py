@@ -96,7 +96,17 @@ def test_intervals_are_of_seeds_pooled_over_all_runs_of_a_budget(study: Any) -> 
     other = row["perplexity"]["other"]
     assert other["mean"] == pytest.approx(math.exp(row["loss"] + 1))
     assert other["half_width"] == pytest.approx(other["mean"] * row["loss_half_width"])
-    assert f"{row['loss']:.3f} ± {row['loss_half_width']:.3f}" in optima_markdown(table)
+    shown = optima_markdown(table)
+    assert f"{row['loss']:.3f} ± {row['loss_half_width']:.3f}" in shown
+    # Seeds of the other budget differ by more than their loss.
+    wide = [row for row in table if row["flops"] == 4e9]
+    lines = [line for line in shown.splitlines() if line.startswith("| 4e+09 |")]
+    assert len(lines) == len(wide) > 0
+    for row, line in zip(wide, lines, strict=True):
+        assert 2 * row["loss_half_width"] > row["loss"]
+        assert "| no estimate |" in line
+        assert f"{row['loss']:.3f} ±" not in line
+    assert '"no estimate": the interval is wider than the value.' in shown
 
 
 def test_one_seed_has_no_interval_and_missing_rows_leave_gaps(study: Any) -> None:
