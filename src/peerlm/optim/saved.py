@@ -36,7 +36,7 @@ def save_state(optimizer: Optimizer, folder: Path, model: nn.Module) -> bool:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: State = {
         index: {**entries, _NAME: path_of.get(id(parameters[index]))}
-        for index, entries in optimizer.state_dict()["state"].items()
+        for index, entries in sorted(optimizer.state_dict()["state"].items())
     }
     flat = {f"{index}.{key}": value for index, entries in state.items() for key, value in entries.items()}
     tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, Tensor)}
