@@ -15,8 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from peerlm.ranks import Ranks
 
 
 class ExpertUsage:
@@ -68,14 +69,10 @@ class ExpertUsage:
             setattr(self, name, torch.cat([counted, counted.new_zeros(num_experts - self.num_experts)]))
         self.num_experts = num_experts
 
-    def merge(self) -> None:
-        """Sum over all ranks, in place; nothing when torch.distributed is not initialised.
-
-        Every rank must call it, once, after its last `add`.
-        """
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.weight_N)
-            dist.all_reduce(self.retrievals_N)
+    def merge(self, ranks: Ranks) -> None:
+        """Sum over ranks, in place; each must call it, once, after its last `add`."""
+        ranks.total(self.weight_N)
+        ranks.total(self.retrievals_N)
 
     @property
     def share(self) -> float:

@@ -470,24 +470,18 @@ def test_training_never_sweeps_a_table(
     assert sweeps
 
 
-def test_distributed_data_parallel_never_sweeps_a_table(
-    sweeps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("peerlm.optim.row_adamw._several_ranks", lambda: True)
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        layer, optimizer = trained(4)
-        parallel = nn.parallel.DistributedDataParallel(layer)
-        assert sweeps  # ranks start alike
-        sweeps.clear()
-        train(parallel, optimizer, BATCHES[:3])
-        assert sweeps == []
-        with torch.no_grad():
-            dist.broadcast(layer.experts.rows, src=0)
-        assert sweeps
-        del parallel
-    finally:
-        dist.destroy_process_group()
+@pytest.mark.usefixtures("one_rank")
+def test_distributed_data_parallel_never_sweeps_a_table(sweeps: list[str]) -> None:
+    layer, optimizer = trained(4)
+    parallel = nn.parallel.DistributedDataParallel(layer)
+    assert sweeps  # ranks start alike
+    sweeps.clear()
+    train(parallel, optimizer, BATCHES[:3])
+    assert sweeps == []
+    with torch.no_grad():
+        dist.broadcast(layer.experts.rows, src=0)
+    assert sweeps
+    del parallel
 
 
 @pytest.mark.usefixtures("float64")

@@ -18,7 +18,6 @@ from peerlm.convert.card import conversion_card
 from peerlm.convert.record import conversion_of, refuse_without_peerlm
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder
-from peerlm.optim.saved import catch_up_saved
 
 _COMPANIONS = (
     "added_tokens.json",
@@ -62,7 +61,6 @@ def load_saved(folder: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         loaded: Any = _class_of(config, folder).from_pretrained(folder, output_loading_info=True)
         model, report = loaded
-        catch_up_saved(model, folder)  # where it is a checkpoint
     for keys, what in ((report["missing_keys"], "lacks"), (report["unexpected_keys"], "has unknown")):
         if keys:
             raise UserError(f"{folder} {what} weights, such as {min(keys)}; restore it")

@@ -6,6 +6,7 @@ its feed-forward layer the mask of real tokens, and the initialisation.
 
 # ruff: noqa: RUF012, transformers declares its class settings as instance variables
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from peerlm.layers import DenseFFW, TokenChoiceMoE
 from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig
+from peerlm.optim.saved import FILE, STALE, catch_up_saved
 
 logger = logging.get_logger(__name__)
 
@@ -105,6 +107,25 @@ class PeerPreTrainedModel(PreTrainedModel):
         assert config.ffw_layers is not None  # filled in by PeerConfig
         # An expert chooses among all tokens of a call, and how many depends on the values of the mask.
         self._can_compile_fullgraph = self._supports_context_parallel = "expert_choice" not in config.ffw_layers
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As transformers loads a model; rows that were stale when a run saved a checkpoint are updated.
+
+        Raises ValueError where the optimizer's state, which that needs, is no longer beside them.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        if (folder / FILE).is_file():
+            catch_up_saved(model, folder, prefix=f"{cls.base_model_prefix}.")
+        elif getattr(model.config, STALE, False):
+            raise ValueError(
+                f"rows in {pretrained_model_name_or_path} are stale, as a run saved them between two steps: "
+                f"put {FILE} of the same checkpoint beside them, or load the run's finished model"
+            )
+        vars(model.config).pop(STALE, None)
+        return loaded
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Initialise what was not loaded.
