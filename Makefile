@@ -12,7 +12,7 @@ help:  ## these lines
 
 setup: $(VENV)/.package  ## an environment in .venv with peerlm and its tools
 
-demo: setup  ## compare PEER with its rivals on the embedded corpus: table, plots, a sample of text
+demo: setup  ## compare PEER with its baselines on the embedded corpus: table, plots, a sample of text
 	$(BIN)/peerlm compare recipes/demo.toml
 
 test: setup  ## every test, on all cores, against the installed package

@@ -23,7 +23,8 @@ def main() -> None:
     parser.add_argument("--until", type=float, required=True, help="deadline, as time.time() counts")
     parser.add_argument("--skip", action="append", default=[], help="a case that is left out")
     options = parser.parse_args()
-    sys.path[1:1] = [str(ROOT / "src"), str(PACKAGES / "packages")]
+    sys.path.insert(1, str(ROOT / "src"))
+    sys.path.append(str(PACKAGES / "packages"))  # last: some packages bring folders named "test" and "docs"
 
     import torch
     from report import Report

@@ -61,7 +61,7 @@ class ExpertUsage:
         self.retrievals_N.scatter_add_(0, ids, counts.expand(expert_ids.shape).reshape(-1))
 
     def grow(self, num_experts: int) -> None:
-        """Go on with more experts, whose sums are zero; raises ValueError where there would be fewer."""
+        """Count more experts from now on, with sums of zero; raises ValueError where there would be fewer."""
         if num_experts < self.num_experts:
             raise ValueError(f"num_experts is {num_experts}, fewer than the {self.num_experts} that were counted")
         for name in ("weight_N", "retrievals_N"):
@@ -94,7 +94,7 @@ def record_usage(model: nn.Module) -> Iterator[dict[str, ExpertUsage]]:
     Yields a dict from a submodule's name to its `ExpertUsage`, filled as the model runs. A submodule is
     recorded when it has an integer attribute `num_experts` and returns (weights, expert_ids), each (..., H,
     K), as `ProductKeys` does. Padding is excluded where the submodule is called with a `mask`, by position
-    after x or by name. Counts go on where a layer grows (`peerlm.growth.grow`). The hooks are removed on exit,
+    after x or by name. Counts continue where a layer grows (`peerlm.growth.grow`). The hooks are removed on exit,
     also when an exception passes through.
     """
     usage: dict[str, ExpertUsage] = {}

@@ -202,7 +202,7 @@ def test_what_is_generated_follows_the_beginning(llama):
     text = sample_text(model, tokenizer, "river", tokens=6, temperature=0)
     assert text == tokenizer.decode(expected[0], skip_special_tokens=True)
     assert sample_text(model, tokenizer, "river", tokens=6, temperature=0, document_start="none") != text
-    with pytest.raises(UserError, match="an empty prompt with --document-start none leaves nothing to go on from"):
+    with pytest.raises(UserError, match="an empty prompt with --document-start none leaves nothing to continue"):
         sample_text(model, tokenizer, "", tokens=6, document_start="none")
 
 

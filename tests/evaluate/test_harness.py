@@ -172,7 +172,7 @@ def test_what_a_task_file_gets_wrong_is_one_sentence(saved, tasks, change, reaso
     (tasks / "none.jsonl").write_text("")
     file = tasks / "words.yaml"
     file.write_text(file.read_text().replace(*change))
-    with pytest.raises(UserError, match=rf"lm-eval cannot run words \({reason}.*\); mend the task file"):
+    with pytest.raises(UserError, match=rf"lm-eval cannot run words \({reason}.*\); fix the task file"):
         harness.evaluate_tasks(saved, [file])
 
 

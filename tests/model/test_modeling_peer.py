@@ -211,7 +211,7 @@ def test_the_balance_loss_stands_apart_for_losses_of_others(
     losses = [block.ffw.balance_loss for block in model.model.layers]
     torch.testing.assert_close(out.aux_loss, 0.5 * torch.stack(losses).mean())
     torch.testing.assert_close(model(ids).aux_loss, out.aux_loss)
-    assert "lacks the balance loss of token-choice layers: add `outputs.aux_loss`" in caplog.text
+    assert "lacks the balance loss of token-choice layers. Add `outputs.aux_loss`" in caplog.text
     assert model.eval()(ids, labels=ids).aux_loss is None
 
 

@@ -45,7 +45,7 @@ class AdapterPool(RetrievalLayer):
         down, up: u and v, a `Table` each of N * rank rows; expert i has rows i * rank up to (i + 1) * rank.
 
     Raises:
-        ValueError: a setting is impossible; the message has the setting, its value, and the mend.
+        ValueError: a setting is impossible; the message has the setting, its value, and the fix.
     """
 
     def __init__(

@@ -8,9 +8,9 @@ from peerlm.errors import UserError
 from peerlm.train.config import BudgetConfig, OptimConfig
 
 
-def _require(holds: bool, key: str, value: object, mend: str) -> None:
+def _require(holds: bool, key: str, value: object, fix: str) -> None:
     if not holds:
-        raise UserError(f"{key} = {value!r}: {mend}")
+        raise UserError(f"{key} = {value!r}: {fix}")
 
 
 @dataclass(frozen=True, kw_only=True)

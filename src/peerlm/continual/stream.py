@@ -43,13 +43,13 @@ def learn(
     """Learn the stages of a configuration, in order, into the folder `config.run`.
 
     It gets config.json, data/ (the texts as tokens), and for each stage stages/NUMBER-NAME/ with log.jsonl, what the
-    method leaves (model/, or pack/), and summary.json; then rows.json and table.md. With `resume` a stream goes on
-    from its newest checkpoint; however it was ended, weights become bit for bit those of a stream never interrupted,
-    given the same number of threads and a budget other than minutes.
+    method leaves (model/, or pack/), and summary.json; then rows.json and table.md. With `resume` a stream continues
+    from its newest checkpoint. Its weights become bit for bit those of a stream never interrupted, given the
+    same number of threads and a budget other than minutes.
 
     Args:
         config: what is learned and how.
-        resume: whether `config.run` is a stream to go on with; otherwise it must not exist or be empty.
+        resume: whether `config.run` is a stream to resume; otherwise it must not exist or be empty.
         progress: whether to show a bar (on a terminal) or lines (elsewhere) on stderr.
         measure: called with the model, in evaluation mode, and its tokenizer before and after each stage; its figures
             join the row.
@@ -70,7 +70,7 @@ def learn(
         return _Stream(config, progress=progress, measure=measure).run()
     except UserError:
         if not resume and not any(folder.glob("stages/*/log.jsonl")):
-            rmtree(folder, ignore_errors=True)  # so that the same command works once the mistake is mended
+            rmtree(folder, ignore_errors=True)  # so that the same command works once the mistake is fixed
         raise
 
 
@@ -228,7 +228,7 @@ def _check_stages(stages: Sequence[StageConfig]) -> None:
 
 
 def _check_folder(config: LearnConfig, folder: Path, *, resume: bool) -> None:
-    """UserError unless the folder is new, or is that of this very stream and shall be gone on with."""
+    """Require an empty folder, or this same stream when resuming."""
     if not resume:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists already: --resume it, or choose another --output")

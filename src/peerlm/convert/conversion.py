@@ -46,7 +46,7 @@ def convert(
         model: any transformers model with dense feed-forward layers in its blocks, plain or gated; the whole model that
             is to be saved, not a part of it.
         mode: "beside": y = ffw(x) + peer(x), where peer(x) is exactly zero before training, so that the model's
-            output keeps its bits. "replace": y = peer(x), at the start as loud as ffw(x) was on random tokens.
+            output keeps its bits. "replace": y = peer(x), at the start of the scale of ffw(x) on random tokens.
         layers: which of `find_ffws(model)`: None for all, "middle", or indices, of which negative ones count from
             the end. In a model whose every block has a dense layer, these are the numbers of blocks.
         init: what is built, a name in `peerlm.convert.kinds.KINDS`: "random" is PEER with random experts; "neurons",
@@ -110,8 +110,8 @@ def kind_named(init: str, *, mode: str, settings: Mapping[str, Any], has_samples
     kind = KINDS[init]
     kind.check(settings)
     if kind.learns_index != has_samples:
-        mend = "pass samples=, arguments of forward passes" if kind.learns_index else "leave samples out"
-        raise ValueError(f"init={init!r} {'learns' if kind.learns_index else 'does not learn'} from samples; {mend}")
+        fix = "pass samples=, arguments of forward passes" if kind.learns_index else "leave samples out"
+        raise ValueError(f"init={init!r} {'learns' if kind.learns_index else 'does not learn'} from samples; {fix}")
     return kind
 
 

@@ -1,4 +1,4 @@
-"""Find a model's dense feed-forward layers by what they compute, whatever the model calls them."""
+"""Find a model's dense feed-forward layers by what they compute, not by their names."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -34,7 +34,7 @@ class Kind:
 
 
 def _random_peer(ffw: FFW, mode: str, settings: dict[str, Any]) -> PEER:
-    """PEER whose output is zero beside a layer, or as loud as that of the layer which it replaces."""
+    """PEER whose output is zero beside a layer, or of the scale of the layer that it replaces."""
     peer = PEER(ffw.dim, **settings)
     if not peer.experts.can_be_trained:
         raise ValueError("row_format is 'int8', whose rows are not trained; choose 'float32' or 'bfloat16'")
@@ -43,8 +43,8 @@ def _random_peer(ffw: FFW, mode: str, settings: dict[str, Any]) -> PEER:
         factor = 0.0
     else:
         with evaluating(peer):
-            loudness = peer(ffw.sample_input.to(up)).float().norm().item()
-        factor = ffw.sample_output.float().norm().item() / loudness
+            scale = peer(ffw.sample_input.to(up)).float().norm().item()
+        factor = ffw.sample_output.float().norm().item() / scale
     peer.experts.write(up * factor, vector=1)
     return peer
 

@@ -64,7 +64,7 @@ Documents = Callable[[], Iterator[str]]
 """Begins to read the documents, each time from the start."""
 
 log = logging.getLogger(__name__)
-"""Says on stderr, where nobody has set it up otherwise, what was passed over or is not as asked for."""
+"""Says on stderr, unless logging is set up otherwise, what was skipped or is not as asked for."""
 
 
 def prepare(
@@ -235,7 +235,7 @@ def _existing(output: Path, request: dict[str, Any]) -> Manifest | None:
         if before != value:
             raise UserError(
                 f"{output} was prepared with {difference(name, before, value)}: choose another output, or delete it to "
-                "prepare it anew"
+                "prepare it again"
             )
     for split in SPLITS:
         TokenShards(output, split)
@@ -249,7 +249,7 @@ def say_old_split(folder: str | Path, manifest: Manifest) -> None:
     if manifest.copies is None:
         log.warning(
             "%s was prepared by an older version: held-out documents may have copies in the training text that differ "
-            "in white space or line ends. Delete the folder to prepare it anew.",
+            "in white space or line ends. Delete the folder to prepare it again.",
             folder,
         )
 
@@ -281,8 +281,8 @@ def _say_passed_over(surveyed: Survey) -> None:
 def _say_cut(scan: _Scan, copies: int) -> None:
     left_out = f" Its other copies, {copies:,} of them, are left out." if copies else ""
     log.warning(
-        "The text is one document, so its end is held out: %s of %s bytes, %.1f%%.%s Put lines <|endoftext|> between "
-        "documents to hold out whole ones.",
+        "The text is one document, so its end is held out: %s of %s bytes, %.1f%%.%s To hold out whole documents, put "
+        "lines <|endoftext|> between them.",
         f"{scan.sizes[1]:,}",
         f"{sum(scan.sizes):,}",
         100 * scan.sizes[1] / sum(scan.sizes),
@@ -467,5 +467,5 @@ def _check_unchanged(splits: dict[str, SplitRecord], scan: _Scan, heldout: froze
     ):
         raise UserError(
             f"the sources changed while they were read, from {len(scan.sizes)} documents of "
-            f"{sum(scan.sizes)} bytes to {documents} of {num_bytes}: prepare them again when they are at rest"
+            f"{sum(scan.sizes)} bytes to {documents} of {num_bytes}: prepare them again when they no longer change"
         )

@@ -107,7 +107,7 @@ def choose_heldout(
     if len(unique) < 2:
         raise UserError(
             f"the sources hold {len(unique)} distinct document, and a held-out split needs at least two: add "
-            "files, or put lines <|endoftext|> between the documents of a text file"
+            "files, or lines <|endoftext|> between documents"
         )
     totals = np.bincount(inverse, weights=np.asarray(sizes)).astype(np.int64)
     size_class = np.frexp(totals)[1]

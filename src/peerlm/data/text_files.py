@@ -94,7 +94,7 @@ class FolderFiles:
 
 
 def files_of(folder: Path) -> FolderFiles:
-    """The files of a folder and its subfolders, links followed; each file and folder once, by whatever links.
+    """The files of a folder and its subfolders, links followed; each file and folder once.
 
     Passed over, and counted, are names that begin with a point (a hidden folder counts as one), files of no known
     suffix, empty files, pipes, sockets and devices, links to a folder that the folder lies in, and what another name

@@ -73,4 +73,4 @@ def read_documents(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
 
 
 def _ignore(num_bytes: int) -> None:
-    """Nobody wants to know how many bytes were read."""
+    """Counts of bytes are not needed here."""

@@ -33,7 +33,7 @@ class LastWordScore:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per last word), whatever the number of its tokens."""
+        """exp(nats per last word), however many tokens it has."""
         return exp(self.nats / self.passages)
 
     @property

@@ -47,7 +47,7 @@ def evaluate(
         files: text, JSONL or parquet files, as `evaluate.files` reads them; none: the documents that were held out of
             the data that the run was trained on.
         context: tokens read at once; default: those of the run's training, else 2,048 or the most
-            that the model reads, whichever is less.
+            that the model reads, the smaller of the two.
         stride: tokens that each window scores of text; default: half the context.
         limit: tokens of each file that are read; default: all.
         detokenized: read tokenised text, such as WikiText's, as people write it (see `evaluate.detokenize`); its bytes

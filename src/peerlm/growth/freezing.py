@@ -1,4 +1,4 @@
-"""Hold still what a model had before it grew, while the experts that were added learn."""
+"""Freeze what a model had before it grew, while the experts that were added learn."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ PARTS = ("rows", "keys", "query", "rest")
 
 
 class Frozen:
-    """What `freeze_grown` holds still, until `remove()`, or the end of a `with` block."""
+    """What `freeze_grown` freezes, until `remove()`, or the end of a `with` block."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
@@ -57,10 +57,10 @@ def freeze_grown(
     before: int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Frozen:
-    """Hold parts of a model still that has grown (`peerlm.growth.grow`), bit for bit, while it is trained.
+    """Freeze parts of a model that has grown (`peerlm.growth.grow`), bit for bit, while it is trained.
 
-    Entries that are held get no gradient. A query norm of kind "batch" that is held takes its running statistics in
-    training, too. In a copy of the model (`copy.deepcopy`) rows and keys are not held.
+    Frozen entries get no gradient. A frozen query norm of kind "batch" uses its running statistics in training, too.
+    In a copy of the model (`copy.deepcopy`) rows and keys are not frozen.
 
     Args:
         model: a layer or a model with PEER layers or product-key memories.
@@ -68,12 +68,12 @@ def freeze_grown(
             all that is outside of these layers.
         before: how many experts, or values, each layer had; by default `grown_from`, which a layer has until it is
             fully open.
-        optimizer: the one that trains the model: it forgets its momentum of rows and sub-keys that are held. One built
-            after the growth needs not be given.
+        optimizer: the one that trains the model: it forgets its momentum of frozen rows and sub-keys. One built after
+            the growth need not be given.
 
     Raises:
         ValueError: a part that does not exist; the layers do not say what they had before and nor does `before`; the
-            optimizer would move what has no gradient, by weight decay or in the backward pass. Nothing is held then.
+            optimizer would move what has no gradient, by weight decay or in the backward pass. Nothing is frozen then.
     """
     parts = tuple(what)
     for part in parts:
@@ -119,7 +119,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None, parameter: Tensor)
     group = next(g for g in optimizer.param_groups if any(member is parameter for member in g["params"]))
     if group.get("weight_decay"):
         raise ValueError(
-            f"weight_decay is {group['weight_decay']} for a table or sub-keys, and would move what is held; set it to 0"
+            f"weight_decay is {group['weight_decay']} for a table or sub-keys, and would move "
+            "what is frozen; set it to 0"
         )
     if group.get("fused") and group.get("rows"):
         raise ValueError("RowAdamW(fused=True) updates rows in the backward pass, held or not; take fused=False")

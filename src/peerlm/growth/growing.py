@@ -44,9 +44,8 @@ def grow(
             `ProductKeys.query` gives them. Each half of a new expert's key is that half of one of them, of the root
             mean square of the old sub-keys.
         noise: of "crowded", what is added to the sub-keys, as a share of their root mean square.
-        optimizer: the one that trains the model, between two steps: RowAdamW or one of torch's. It goes on with its
-            state, in which the new entries are zero. Without it, an optimizer must be built anew. Gradients are
-            dropped.
+        optimizer: the one that trains the model, between two steps: RowAdamW or one of torch's. It keeps its
+            state, in which the new entries are zero. Without it, build a new optimizer. Gradients are dropped.
         seed: of what is random; the global generator is not used.
 
     Parameters are replaced and the old ones emptied, as are the optimizer's old tensors of a table. The memory of a

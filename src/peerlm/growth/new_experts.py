@@ -34,7 +34,7 @@ def new_sub_keys(
     old = layer.index.sub_keys.detach()
     halves, sets, n, size = old.shape
     shape = (halves, sets, count, size)
-    loudness = old.double().square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    scale_of_old = old.double().square().mean(dim=(-2, -1), keepdim=True).sqrt()
     if how == "random":
         bound = size**-0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(old)
@@ -44,7 +44,7 @@ def new_sub_keys(
         each = query.permute(2, 1, 0, 3) if sets > 1 else query.flatten(0, 1).permute(1, 0, 2)[:, None]
         tokens = torch.randint(each.shape[2], (halves, sets, count), generator=generator).to(each.device)
         near = each.gather(2, tokens[..., None].expand(shape))
-        scale = loudness.to(near.device) / near.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-30)
+        scale = scale_of_old.to(near.device) / near.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-30)
         return (near * scale).to(old)
     assert usage is not None
     used = usage[layer.index_name].detach().double().cpu()
@@ -52,7 +52,7 @@ def new_sub_keys(
         used = used.reshape(-1, used.shape[-1]).sum(dim=0, keepdim=True).expand(sets, -1)
     ranked = usage_of_sub_keys(layer, used).argsort(dim=-1, descending=True, stable=True)[..., torch.arange(count) % n]
     near = old.gather(2, ranked.to(old.device)[..., None].expand(shape))
-    return near + (torch.randn(shape, generator=generator).to(old.device) * (loudness * noise)).to(old)
+    return near + (torch.randn(shape, generator=generator).to(old.device) * (scale_of_old * noise)).to(old)
 
 
 def usage_of_sub_keys(layer: IndexedLayer, usage: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ def shrink(
             count in any layer.
         usage: for the name of each layer's index how often each expert was retrieved, as `grow` takes it.
             `peerlm.growth.observe` measures it.
-        optimizer: the one that trains the model, between two steps; it goes on with its state. Without it, an
-            optimizer must be built anew. Gradients are dropped.
+        optimizer: the one that trains the model, between two steps; it keeps its state. Without it, build a
+            new optimizer. Gradients are dropped.
 
     Returns:
         By the name of each index, the old id of each expert that is left, (N',) int64.

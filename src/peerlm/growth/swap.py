@@ -1,4 +1,4 @@
-"""A layer's table or sub-keys give way to others that carry on from them, in the optimizer too."""
+"""Replace a layer's table or its sub-keys, carrying the optimizer's state over."""
 
 from collections.abc import Callable, Iterable
 
@@ -37,7 +37,7 @@ def hand_over(replaced: Replaced, optimizer: torch.optim.Optimizer | None) -> No
     if optimizer is not None and all(holds(optimizer, parameter) for parameter in replaced.old):
         replace_parameters(optimizer, replaced.old, replaced.new, replaced.carry)
     for old in replaced.old:
-        old.data = old.data.new_empty(0)  # who still holds it shall notice, and its memory is not needed
+        old.data = old.data.new_empty(0)  # a stale reference fails at once, and the memory is free
         old.grad = None
 
 

@@ -96,7 +96,7 @@ class LayerRecord:
 
 
 def _by_expert(weights_TP: Tensor, ids_TP: Tensor, activation_TP: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Firings (E,), one for each token and expert, whatever the number of heads: token, id, weight, activation."""
+    """Firings (E,), one for each token and expert, over all heads: token, id, weight, activation."""
     ids_TP, order_TP = ids_TP.sort(dim=-1, stable=True)
     first_TP = torch.ones_like(ids_TP, dtype=torch.bool)
     first_TP[:, 1:] = ids_TP[:, 1:] != ids_TP[:, :-1]

@@ -37,10 +37,10 @@ class PEER(RetrievalLayer):
         backend: a name in `peerlm.ops.api.BACKENDS`.
         row_format: how experts are stored: "float32", "bfloat16", or "int8", which is not trained.
         weight_scale: what weights are multiplied by; 1 is the paper's. Vectors v start smaller by as much, so that
-            the layer starts as loud as ever, but steps of AdamW, whose size is that of the learning rate, change
-            its output more.
-        pairing: the id of the expert of sub-keys i and j: "row-major", i * n + j, or "shells", which a layer that
-            shall grow needs (`peerlm.growth.grow`).
+            the output scale at the start is the same; steps of AdamW, whose size is the learning rate, then change
+            the output more.
+        pairing: the id of the expert of sub-keys i and j: "row-major", i * n + j, or "shells", which a layer needs
+            to grow (`peerlm.growth.grow`).
         grown_from: of a layer that has grown and is not fully open, the number of experts before; see `ProductKeys`.
 
     Attributes:
@@ -49,7 +49,7 @@ class PEER(RetrievalLayer):
         packs: None, or further experts that are retrieved together with these (`peerlm.packs.api`).
 
     Raises:
-        ValueError: a setting is impossible; the message has the setting, its value, and the mend.
+        ValueError: a setting is impossible; the message has the setting, its value, and the fix.
     """
 
     packs: Any

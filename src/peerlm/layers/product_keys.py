@@ -75,8 +75,8 @@ class ProductKeys(nn.Module):
         key_dim: size of a query, even.
         shared_keys: one set of sub-keys for all heads (He 2024's text), or one per head (Lample 2019).
         query_norm: "batch" over the H * key_dim features, "layer" over each head's key_dim, or "none".
-        key_norm: compare queries with sub-keys of one length, sqrt(1/3), about what they have at the start. Otherwise
-            one that training made short is retrieved by nobody, and stays short.
+        key_norm: normalise sub-keys to one length, sqrt(1/3), about that of the start. Otherwise a short sub-key is
+            never retrieved and never recovers.
         weighting: "softmax" over a head's k scores, "sigmoid", "relu", or "none" (the raw score).
         pairing: the id of expert (i, j): "row-major", i * n + j, or "shells", in which more sub-keys only append ids.
         grown_from: how many experts there were before the last growth, while those that it added are being opened
@@ -90,7 +90,7 @@ class ProductKeys(nn.Module):
             half of an expert that is new. At 0, where it starts, new sub-keys are left out.
 
     Raises:
-        ValueError: a setting is impossible; the message has the setting, its value, and the mend.
+        ValueError: a setting is impossible; the message has the setting, its value, and the fix.
     """
 
     parameter_roles: ClassVar[dict[str, str]] = {"sub_keys": "keys"}

@@ -1,4 +1,4 @@
-"""PeerConfig: what a language model of PEER blocks, dense blocks and their rivals is made of."""
+"""PeerConfig: what a language model of PEER blocks, dense blocks and the baselines is made of."""
 
 from typing import Any, ClassVar
 
@@ -57,7 +57,7 @@ class PeerConfig(PreTrainedConfig):
         peer, pkm, expert_choice, token_choice: keyword arguments of `PEER`, `ProductKeyMemory`,
             `ExpertChoiceMoE`, `TokenChoiceMoE`.
         balance_loss_coefficient: weight of the load-balancing loss that token-choice layers add in training.
-        ffw_init_scale: how loud feed-forward layers are at the start, relative to the rule of `layers.output_scale`
+        ffw_init_scale: output scale of feed-forward layers at the start, relative to the rule of `layers.output_scale`
             over sqrt(2 * num_hidden_layers). The default is the best of recipes/tune.toml, for every kind of layer.
         rms_norm_eps, rope_parameters, attention_bias, attention_dropout, tie_word_embeddings, use_cache: as
             in LlamaConfig.

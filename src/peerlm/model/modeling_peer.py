@@ -31,8 +31,8 @@ logger = logging.get_logger(__name__)
 class PeerEmbedding(nn.Embedding):
     """Embeddings of variance 1 / dim, scaled to unit mean square.
 
-    The residual stream then begins as loud as what blocks add to it, so that attention does not drown the token it
-    starts from, while the same matrix, tied to the output, gives logits of unit variance (as in Gemma).
+    The residual stream then begins at the scale of what blocks add to it, so that attention does not outweigh the
+    token. The same matrix, tied to the output, gives logits of unit variance (as in Gemma).
     """
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class PeerPreTrainedModel(PreTrainedModel):
         return loaded
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """Initialise whatever was not loaded.
+        """Initialise what was not loaded.
 
         For code outside of transformers, modules without parameters of their own are passed over, which would
         leave out feed-forward layers made of linear ones. Every initialisation here spares loaded weights, so
@@ -269,8 +269,8 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
                 loss = loss + balance_loss * _share_of_step(labels, **kwargs)
         elif balance_loss is not None and torch.is_grad_enabled():
             logger.warning_once(
-                "Without labels the loss is the caller's, as with label smoothing, and lacks the balance loss of "
-                "token-choice layers: add `outputs.aux_loss` to it, or set balance_loss_coefficient to 0."
+                "Without labels, as with label smoothing, the caller's loss lacks the balance loss of token-choice "
+                "layers. Add `outputs.aux_loss` to it, or set balance_loss_coefficient to 0."
             )
         return MoeCausalLMOutputWithPast(
             loss=loss,

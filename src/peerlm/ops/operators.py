@@ -1,6 +1,6 @@
 """The operators `torch.ops.peerlm.*`: schemas, fakes for tracing and autograd formulas, the same for every device.
 
-Whoever has kernels registers them for a dispatch key (`implement`); torch.compile, torch.export and gradient
+A backend with kernels registers them for a dispatch key (`implement`); torch.compile, torch.export and gradient
 checkpointing then take models that use them. The functions without an underscore give operators what all kernels may
 rely on: contiguous tensors, float32 but for rows, which are float32, bfloat16 or int8 with scales. Shape suffixes as in
 `reference.py`.

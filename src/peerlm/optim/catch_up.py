@@ -8,7 +8,7 @@ now, t, it would have moved the weights by (Loshchilov 2019, algorithm 2, with g
     P(i, j) = product of (1 - lr_n wd) over i < n <= j
 
 The sum is a Stieltjes function of r = sqrt(v) / eps, sum a_k c_k / (r + c_k), and is replaced by the Gauss rule
-sum B_j / (r + R_j) of few nodes that agrees with it at chosen r (docs/mathematics.md, "Rows left behind").
+sum B_j / (r + R_j) of few nodes that agrees with it at chosen r (docs/mathematics.md, "Stale rows").
 Scalars only, in float64. Shape suffixes: S distinct steps s, K missed steps, J nodes.
 """
 

@@ -70,7 +70,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     State: dense parameters have torch's "step", "exp_avg", "exp_avg_sq". Tables have these ("step" an int), in
     exact mode also "moments_step" and "weights_step", (N,) int32, and the learning rates of the steps since the
-    row longest left behind. Saving lets all rows catch up, which changes weights within rounding: a resumed run has
+    stalest row. Saving lets all rows catch up, which changes weights within rounding: a resumed run has
     the bits of the one that saved. See `state_dict`.
 
     Raises:
@@ -134,7 +134,7 @@ class RowAdamW(torch.optim.Optimizer):
                     self._watch(parameter, added)
 
     def _put_tables_apart(self, group: dict[str, Any]) -> None:
-        """Make a group "table" of the tables that nobody has called so, in this new last group."""
+        """Put the tables of this new last group that have no name into a group "table"."""
         known = row_updates.known_rows()
         tables = [parameter.requires_grad and id(parameter) in known for parameter in group["params"]]
         if all(tables):

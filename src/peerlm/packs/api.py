@@ -48,7 +48,7 @@ def new_pack(
         num_experts: of each layer, a square number; it need not be as large as experts_per_head.
         layers: paths of PEER layers, such as "model.layers.1.ffw"; None for all.
         keys, usage, queries, noise: what sub-keys start as, as in `peerlm.growth.grow`.
-        row_format: "float32" (torch's default dtype, should that be another), or "bfloat16".
+        row_format: "float32" (torch's default dtype where that is another), or "bfloat16".
         seed: of what is random; the global generator is not used.
 
     Returns:
@@ -158,8 +158,8 @@ def load_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> 
     found = base_hash(model)
     if found != manifest.base:
         raise UserError(
-            f"the pack in {folder} was made for the model {manifest.base[:12]}, a {manifest.architecture}, but this "
-            f"one is {found[:12]}: load the model that it was trained on, in the same format, or train a new pack"
+            f"the pack in {folder} was made for the model {manifest.base[:12]}, a {manifest.architecture}; this one "
+            f"is {found[:12]}: load that model in the same format, or train a new pack"
         )
     tensors = read_tensors(folder, manifest)
     layers = _peer_layers(model)

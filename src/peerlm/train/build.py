@@ -235,7 +235,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
 
 
 def _obstacle_to_rows(config: TrainConfig, ranks: Ranks) -> str:
-    """What keeps gradients from being sparse, and its mend; empty where nothing does."""
+    """What keeps gradients from being sparse, and its fix; empty where nothing does."""
     if ranks.world_size > 1:
         return f"{ranks.world_size} processes, which exchange dense gradients: train with one"
     if config.compile:

@@ -164,7 +164,7 @@ class Growing(Hook):
 
 
 def _adapt(training: Training) -> None:
-    """Wrap the model anew, whose parameters are others now, and count what a step costs."""
+    """Wrap the model again, whose parameters are others now, and count what a step costs."""
     training.wrap()
     cost = model_cost(training.model, training.config.data.context)
     training.flops_per_step = training.tokens_per_step * cost.training_flops_per_token

@@ -32,7 +32,7 @@ class CompareConfig:
     sample: str = "peer"
     """Method whose first model writes the sample of text."""
     prompt: str = "The"
-    """What the sample goes on from."""
+    """The prompt of the sample."""
     sample_tokens: int = 120
     """Tokens the sample is long at the most."""
 

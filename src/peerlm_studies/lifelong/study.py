@@ -61,7 +61,7 @@ def lifelong(recipe: str | Path, overrides: Sequence[str] = (), *, progress: boo
 
 
 def train_base(config: TrainConfig, *, progress: bool) -> None:
-    """Train a base model, or go on with it; nothing where it is finished."""
+    """Train a base model, or resume it; nothing where it is finished."""
     train(config, resume=Path(config.run).is_dir() and any(Path(config.run).iterdir()), progress=progress)
 
 

@@ -155,7 +155,7 @@ def _held_out(group: Group, least: float | None, starts: int) -> dict[str, Any] 
 
 
 def _left_out_in_turn(group: Group, starts: int) -> dict[str, float] | None:
-    """How fits without one model each, whatever its seeds, predict it; None where too few would be left."""
+    """How fits without one model each, all its seeds, predict it; None where too few would be left."""
     of_model: dict[tuple[float, ...], list[RunPoint]] = {}
     for point in group.points:
         of_model.setdefault((point.size, point.tokens, point.granularity, point.expansion), []).append(point)

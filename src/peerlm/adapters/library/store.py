@@ -179,7 +179,7 @@ class AdapterLibrary:
         self._save(self._keys.without(name))
 
     def fit_keys(self, texts: Mapping[str, Sequence[Text]], *, steps: int = 100, learning_rate: float = 0.05) -> float:
-        """Make keys anew from texts whose adapters are known, fit them and the softmax's temperature, and save.
+        """Make keys again from texts whose adapters are known, fit them and the softmax's temperature, and save.
 
         The last fifth of each adapter's pieces is held out, and decides how long keys are fitted and which temperature
         is right (`Keys.fitted`).
@@ -272,7 +272,7 @@ class AdapterLibrary:
 
     @contextmanager
     def using(self, weights: Mapping[str, float]) -> Iterator[None]:
-        """Attached, but with these adapters at these weights for every sequence, whatever it is."""
+        """Attached, but with these adapters at these weights for every sequence."""
         self._check_known(weights)
         with self._attached.using({name: float(weight) for name, weight in weights.items()}):
             yield

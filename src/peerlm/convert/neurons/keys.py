@@ -38,7 +38,7 @@ class NeuronKeys(nn.Module):
         sub_keys: (2, heads, n, key_dim / 2).
 
     Raises:
-        ValueError: a setting is impossible; the message has the setting, its value, and the mend.
+        ValueError: a setting is impossible; the message has the setting, its value, and the fix.
     """
 
     parameter_roles: ClassVar[dict[str, str]] = {"sub_keys": "keys"}

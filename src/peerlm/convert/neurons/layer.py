@@ -47,7 +47,7 @@ class NeuronLayer(nn.Module):
         mean_rest: (dim,), a buffer; zero until `fit_index` or `center` has measured it.
 
     Raises:
-        ValueError: a setting is impossible; the message has the setting, its value, and the mend.
+        ValueError: a setting is impossible; the message has the setting, its value, and the fix.
     """
 
     mean_rest: Tensor
@@ -111,7 +111,7 @@ class NeuronLayer(nn.Module):
         return self._first_row
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
-        """A random index and random neurons, as loud as a dense layer (see `output_scale.py`) times `output_scale`."""
+        """A random index, and random neurons at a dense layer's scale (`output_scale.py`) times `output_scale`."""
         self.index.reset_parameters()
         if self.experts is not None:
             std = output_scale * output_std(self.index.retrieved, self.table.activation)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_COMPARED = 1024
-"""Neurons compared with each other in one sweep: what a sweep costs is this squared, whatever their number."""
+"""Neurons compared with each other in one sweep: what a sweep costs is this squared, however many there are."""
 START_TEMPERATURE = 0.3
 """Temperature of the first sweep, in shares of the mean squared distance of a predictor from the mean of all."""
 

@@ -85,7 +85,7 @@ def move_to_start(source: Tensor, target: Tensor) -> bool:
 
 
 def _is_of_a_file(address: int) -> bool:
-    """Whether memory is that of a mapped file, as of weights that were loaded; it is nobody else's."""
+    """Whether memory is that of a mapped file, as of weights that were loaded; no other tensor's."""
     maps = Path("/proc/self/maps")
     for line in maps.read_text().splitlines() if maps.is_file() else []:
         fields = line.split(maxsplit=5)  # range, permissions, offset, device, inode, path
