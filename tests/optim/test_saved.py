@@ -1,5 +1,6 @@
 """An optimizer's state in a file: it comes back whole, and stale rows of the model beside it catch up."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def test_a_state_without_names_is_refused_where_it_owes_updates(tmp_path: Path) 
         save_state(optimizer, tmp_path, layer)
     with safe_open(tmp_path / FILE, framework="pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    save_file(tensors, tmp_path / FILE, metadata={"values": metadata["values"]})
+    values = {key: value for key, value in json.loads(metadata["values"]).items() if not key.endswith(".name")}
+    save_file(tensors, tmp_path / FILE, metadata={"values": json.dumps(values)})
     with pytest.raises(ValueError, match=r"does not name the tables whose rows are stale.*resume its run"):
         catch_up_saved(layer, tmp_path)

@@ -18,8 +18,10 @@ STALE = "stale_rows"
 FILE = "optimizer.safetensors"
 """Entry KEY of the state of parameter number INDEX is "INDEX.KEY"; what is no tensor is in the metadata as JSON.
 
-So are the names of parameters in the model, by their number.
+So is, as KEY "name", the name that the parameter has in the model. The metadata has one entry, since safetensors writes
+several in any order.
 """
+_NAME = "name"
 
 State = dict[int, dict[str, Any]]
 """What an optimizer remembers, by the number of the parameter over its groups."""
@@ -30,20 +32,25 @@ def save_state(optimizer: Optimizer, folder: Path, model: nn.Module) -> bool:
 
     model: whose parameters the optimizer has. Returns whether the state owes updates to rows of it.
     """
-    state: State = optimizer.state_dict()["state"]
     path_of = {id(parameter): path for path, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    names = {index: path_of.get(id(parameters[index])) for index in state}
+    state: State = {
+        index: {**entries, _NAME: path_of.get(id(parameters[index]))}
+        for index, entries in sorted(optimizer.state_dict()["state"].items())
+    }
     flat = {f"{index}.{key}": value for index, entries in state.items() for key, value in entries.items()}
     tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, Tensor)}
     values = {name: value for name, value in flat.items() if name not in tensors}
-    save_file(tensors, folder / FILE, metadata={"values": json.dumps(values), "names": json.dumps(names)})
+    save_file(tensors, folder / FILE, metadata={"values": json.dumps(values)})
     return any(_owes_updates(entries) for entries in state.values())
 
 
 def load_state(optimizer: Optimizer, folder: Path) -> None:
     """Load what `save_state` wrote; settings stay those of the optimizer."""
-    optimizer.load_state_dict({"state": read_state(folder), "param_groups": optimizer.state_dict()["param_groups"]})
+    state = read_state(folder)
+    for entries in state.values():
+        entries.pop(_NAME, None)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def read_state(folder: Path) -> State:
@@ -69,13 +76,11 @@ def catch_up_saved(model: nn.Module, folder: Path, prefix: str = "") -> None:
     Raises:
         ValueError: the state is of another model, or of an earlier version of peerlm, or rows are not in memory.
     """
-    with safe_open(folder / FILE, framework="pt") as file:
-        names: dict[str, str] = json.loads((file.metadata() or {}).get("names", "{}"))
     parameters = dict(model.named_parameters())
-    for index, saved in read_state(folder).items():
+    for saved in read_state(folder).values():
         if not _owes_updates(saved):
             continue
-        name = names.get(str(index))
+        name = saved.get(_NAME)
         if name is None:
             raise ValueError(
                 f"{folder / FILE}, of another version of peerlm, does not name the tables whose rows are stale: "
