@@ -80,20 +80,27 @@ def _gathers(report: Report, width: int, kind: str, per_token: int, num_rows: in
 def _updates(report: Report, width: int, dtype: torch.dtype) -> None:
     sizes, device = report.sizes, report.device
     touched = min(sizes.num_experts // 2, sizes.tokens * sizes.per_token)
+    case, name = "read and write rows and two moments", str(dtype).removeprefix("torch.")
 
-    def build(programs: int | None) -> Case:
-        rows = torch.zeros(sizes.num_experts, width, dtype=dtype, device=device)
-        m, v = (torch.zeros(sizes.num_experts, width, dtype=dtype, device=device) for _ in range(2))
-        gradient = torch.zeros(touched, width, device=device)
-        ids = [torch.randperm(sizes.num_experts, device=device)[:touched].sort().values for _ in range(2)]
-        return lambda turn: update(ids[turn % 2], gradient, rows, m, v, programs=programs)
+    def tables() -> list[torch.Tensor]:
+        return [torch.zeros(sizes.num_experts, width, dtype=dtype, device=device) for _ in range(3)]
 
+    rows_m_v = report.attempt(f"{case}: tables", tables, rows=name)
+    if rows_m_v is None:
+        return
+    gradient = torch.zeros(touched, width, device=device)
+    ids = [torch.randperm(sizes.num_experts, device=device)[:touched].sort().values for _ in range(2)]
     report.time(
-        "read and write rows and two moments",
-        {"one program per row": lambda: build(None), "persistent programs": lambda: build(sizes.programs)},
+        case,
+        {
+            "one program per row": lambda: lambda turn: update(ids[turn % 2], gradient, *rows_m_v),
+            "persistent programs": lambda: (
+                lambda turn: update(ids[turn % 2], gradient, *rows_m_v, programs=sizes.programs)
+            ),
+        },
         traffic=touched * width * (4 + 6 * dtype.itemsize),
         row_bytes=width * dtype.itemsize,
-        rows=str(dtype).removeprefix("torch."),
+        rows=name,
         touched=touched,
     )
 

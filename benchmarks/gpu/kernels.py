@@ -131,13 +131,14 @@ def _experts_backward(report: Report, kind: str) -> None:
 def _row_update(report: Report, dtype: torch.dtype) -> None:
     """One step of the row-sparse AdamW of the rows that a batch touches; the gradient is there already."""
     sizes, device = report.sizes, report.device
-    touched = min(sizes.num_experts // 2, sizes.tokens * sizes.per_token)
-    shape = (sizes.num_experts, 2, sizes.dim)
+    count = sizes.num_experts // (dtype.itemsize // 2)  # so many that all contenders fit into memory together
+    touched = min(count // 2, sizes.tokens * sizes.per_token)
+    shape = (count, 2, sizes.dim)
     made = report.attempt("row update: gradient", lambda: torch.randn(touched, 2, sizes.dim, device=device))
     if made is None:
         return
     values = made
-    ids = torch.randperm(sizes.num_experts, device=device)[:touched].sort().values
+    ids = torch.randperm(count, device=device)[:touched].sort().values
 
     def ceiling() -> Case:
         flat = [torch.zeros(shape[0], 2 * sizes.dim, dtype=dtype, device=device) for _ in range(3)]
@@ -161,4 +162,6 @@ def _row_update(report: Report, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         contenders["peerlm, exact AdamW"] = ours
     moved = touched * 2 * sizes.dim * (4 + 6 * dtype.itemsize)
-    report.time("row update", contenders, traffic=moved, touched=touched, dim=sizes.dim, rows=str(dtype)[6:])
+    report.time(
+        "row update", contenders, traffic=moved, num_rows=count, touched=touched, dim=sizes.dim, rows=str(dtype)[6:]
+    )

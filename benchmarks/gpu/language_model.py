@@ -1,5 +1,6 @@
 """A short training of a language model: tokens per second, share of the card's peak, and that the loss goes down."""
 
+import itertools
 import lzma
 import math
 import runpy
@@ -159,26 +160,30 @@ def _trained(report: Report, build: Callable[[], nn.Module], ids: Tensor, peak: 
     length = sizes.model_context + 1
     windows = ids[: len(ids) // length * length].view(-1, length)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).to(ids.device)
-    losses, times = [], []
+    losses: list[Tensor] = []
+    seconds: list[float] = []
+    together = max(1, sizes.model_steps // 6)
     if report.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step in range(sizes.model_steps):
         if report.left() <= 0:
             break
+        if step % together == 0:
+            report.timer.synchronise()
+            seconds.append(time.perf_counter())
         batch = windows[order[step * sizes.model_batch : (step + 1) * sizes.model_batch]]
-        started = time.perf_counter()
         with torch.autocast(report.device, dtype=torch.bfloat16):
             loss = model(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        report.timer.synchronise()
-        times.append(time.perf_counter() - started)
         losses.append(loss.detach())
-    several = max(1, len(losses) // 6)
+    report.timer.synchronise()
+    seconds.append(time.perf_counter())
     values = torch.stack(losses).tolist()
-    first, last = statistics.mean(values[:several]), statistics.mean(values[-several:])
-    tokens_per_second = sizes.model_batch * sizes.model_context / statistics.median(times[len(times) // 4 :])
+    first, last = statistics.mean(values[:together]), statistics.mean(values[-together:])
+    whole = [b - a for a, b in itertools.pairwise(seconds[1:])] or [seconds[-1] - seconds[0]]  # the first compiles
+    tokens_per_second = together * sizes.model_batch * sizes.model_context / statistics.median(whole)
     flops = model_cost(model, sizes.model_context).training_flops_per_token
     found: dict[str, object] = {
         "tokens_per_s": round(tokens_per_second),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rows import append, current_file, note_current
+from rows import DEVICE_LOST, Progress, append
 from sections import Section
 
 HERE = Path(__file__).parent
@@ -20,7 +20,7 @@ _TO_END = 3.0
 """Seconds between a section's deadline, at which it starts nothing new, and its end by force."""
 _LEAST = 5.0
 """Seconds without which no section starts."""
-_STARTS = 3
+_STARTS = 6
 """How often a section that crashes is started."""
 
 
@@ -59,37 +59,39 @@ def _run(
     limit: float,
     environment: Mapping[str, str],
 ) -> None:
-    """Run one section; after a crash again, without the case that crashed it."""
+    """Run one section; after a crash again, with the cases that come after the one that crashed it."""
     started = time.monotonic()
-    skip: list[str] = []
-    for _ in range(_STARTS):
+    progress = Progress(rows)
+    progress.clear()
+    for start in range(_STARTS):
         left = limit - (time.monotonic() - started)
-        reason, errors = _child(section, rows, skip, sizes, every_row, left, environment)
+        if start and left < _LEAST:
+            return
+        reason, errors, code = _child(section, rows, sizes, every_row, left, environment)
         if not reason:
             return
-        case = current_file(rows).read_text(encoding="utf-8") if current_file(rows).is_file() else ""
+        if code == DEVICE_LOST:
+            continue
+        case = progress.current()
         append(rows, {"section": section.name, "case": case, "failed": reason, "errors": errors, **every_row})
         print(f"  {case or section.name}: {reason}", flush=True)
-        if not case or case in skip or limit - (time.monotonic() - started) < _LEAST:
+        if not case:
             return
-        skip.append(case)
+        progress.give_up()
 
 
 def _child(
     section: Section,
     rows: Path,
-    skip: Sequence[str],
     sizes: str,
     every_row: Mapping[str, object],
     seconds: float,
     environment: Mapping[str, str],
-) -> tuple[str, str]:
-    """Why the section's process failed, and the end of its errors; empty where it did not."""
-    note_current(rows, "")
+) -> tuple[str, str, int | None]:
+    """Why the section's process failed, the end of its errors, both empty where it did not; and its exit code."""
     command = [sys.executable, str(HERE / "section.py"), section.name, section.module, section.function]
     command += ["--rows", str(rows), "--sizes", sizes, "--every-row", json.dumps(every_row)]
     command += ["--until", str(time.time() + max(0.0, seconds - _TO_END))]
-    command += [part for case in skip for part in ("--skip", case)]
     log = rows.with_suffix(f".{section.name}.log")
     with log.open("a", encoding="utf-8") as errors:
         process = subprocess.Popen(command, stderr=errors, env={**os.environ, **environment}, start_new_session=True)
@@ -102,10 +104,10 @@ def _child(
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last = lines[-1][:300] if lines else ""
     if code is None:
-        return f"over its deadline of {seconds:.0f} s", last
+        return f"over its deadline of {seconds:.0f} s", last, None
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}", last
-    return (last or f"exit code {code}", last) if code else ("", "")
+        return f"ended by {signal.Signals(-code).name}", last, code
+    return (last or f"exit code {code}", last, code) if code else ("", "", 0)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -3,13 +3,14 @@
 # ruff: noqa: T201, progress on the terminal is wanted
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rows import append, note_current
+from rows import DEVICE_LOST, Progress, append
 from sizes import Sizes
 from timing import Case, Timer, interleaved, summary
 
@@ -29,7 +30,6 @@ class Report:
         sizes: the shapes.
         every_row: what is said in each row: the machine, the commit.
         until: when the section ends, as `time.time()` counts.
-        skip: names of cases that crashed the section before; they are left out.
     """
 
     def __init__(
@@ -40,7 +40,6 @@ class Report:
         every_row: Mapping[str, object],
         *,
         until: float,
-        skip: frozenset[str] = frozenset(),
     ):
         self.section = section
         self.rows = rows
@@ -49,7 +48,7 @@ class Report:
         self.timer = Timer(self.device)
         self._every_row = every_row
         self._until = until
-        self._skip = skip
+        self._progress = Progress(rows)
         self._first: dict[tuple[object, ...], tuple[str, float]] = {}
 
     def left(self) -> float:
@@ -62,21 +61,24 @@ class Report:
         print(f"  {case}: {_shown(figures)}", flush=True)
 
     def attempt(self, case: str, run: Callable[[], Result], **figures: object) -> Result | None:
-        """What `run` gives; None, and a row that says why, where it fails or there is no time left for it."""
-        if case in self._skip:
+        """What `run` gives; None, and a row that says why, where it fails or there is no time left for it.
+
+        Nothing is done, and the answer is None, where the case has its row from before the section crashed.
+        """
+        if self._progress.is_done(case, figures):
             return None
         if self.left() <= 0:
-            self.row(case, skipped="time is up", **figures)
+            self._end(case, figures, skipped="time is up")
             return None
-        note_current(self.rows, case)
+        self._progress.begin(case, figures)
         try:
             return run()
         except SkippedError as reason:
-            self.row(case, skipped=str(reason), **figures)
+            self._end(case, figures, skipped=str(reason))
         except Exception as error:
             self._failed(case, error, figures)
         finally:
-            note_current(self.rows, "")
+            self._progress.begin("", {})
         self.give_back()
         return None
 
@@ -84,7 +86,7 @@ class Report:
         """One row of a check: `run` gives its figures, "ok" among them."""
         found = self.attempt(case, run, **figures)
         if found is not None:
-            self.row(case, **found, **figures)
+            self._end(case, figures, **found)
         self.give_back()
 
     def time(
@@ -120,7 +122,9 @@ class Report:
             cases,
             rounds=rounds or self.sizes.rounds,
             seconds=max(0.0, min(seconds, self.left())),
-            starts=lambda name: note_current(self.rows, f"{case} / {name}" if name else ""),
+            starts=lambda name: self._progress.begin(
+                f"{case} / {name}" if name else "", {"contender": name, **figures}
+            ),
             failed=lambda name, error: self._failed(f"{case} / {name}", error, {"contender": name, **figures}),
         )
         del cases
@@ -133,7 +137,7 @@ class Report:
                 more["TB_per_s"] = round(traffic / found["ms"] / 1e9, 4)
             if flops and found["ms"]:
                 more["TFLOP_per_s"] = round(flops / found["ms"] / 1e9, 2)
-            self.row(f"{case} / {name}", contender=name, **found, **more, **facts[name], **figures)
+            self._end(f"{case} / {name}", {"contender": name, **figures}, **found, **more, **facts[name])
 
     def _warm(
         self,
@@ -175,14 +179,24 @@ class Report:
             try:
                 torch.cuda.empty_cache()
             except RuntimeError as error:  # after an illegal access nothing works any more
-                raise SystemExit(f"the device is lost: {_first_line(error)}") from error
+                raise _lost(error) from error
+
+    def _end(self, case: str, figures: Mapping[str, Any], **found: object) -> None:
+        """The row of a case, which is then done."""
+        self.row(case, **found, **figures)
+        self._progress.end(case, figures)
 
     def _failed(self, case: str, error: BaseException, figures: Mapping[str, Any]) -> None:
         memory = isinstance(error, torch.OutOfMemoryError)
         reason = {"out_of_memory": True} if memory else {}
-        self.row(case, failed=_first_line(error), **reason, **figures)
+        self._end(case, figures, failed=_first_line(error), **reason)
         if is_fatal(error):
-            raise SystemExit(f"the device is lost: {_first_line(error)}")
+            raise _lost(error)
+
+
+def _lost(error: BaseException) -> SystemExit:
+    print(f"the device is lost: {_first_line(error)}", file=sys.stderr)
+    return SystemExit(DEVICE_LOST)
 
 
 def is_fatal(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""The file of rows: lines of JSON, each on disk as soon as it is known; and the name of the case that runs."""
+"""The file of rows, lines of JSON, each on disk as soon as it is known; and how far a section is."""
 
 import json
 from collections.abc import Mapping
@@ -12,14 +12,49 @@ def append(file: Path, row: Mapping[str, object]) -> None:
         lines.write(json.dumps(row) + "\n")
 
 
-def note_current(rows: Path, case: str) -> None:
-    """Leave the name of the case that runs for whoever finds this process dead."""
-    current_file(rows).write_text(case, encoding="utf-8")
+DEVICE_LOST = 3
+"""Exit code of a section whose device answers no more; the case has its row, and the others need a new process."""
 
 
-def current_file(rows: Path) -> Path:
-    """Where `note_current` leaves it."""
-    return rows.with_suffix(".current")
+class Progress:
+    """What a section is at, in two files beside the rows: whoever finds its process dead can start it again.
+
+    A case is known by its name and its figures.
+    """
+
+    def __init__(self, rows: Path):
+        self._current, self._done = rows.with_suffix(".current"), rows.with_suffix(".done")
+
+    def clear(self) -> None:
+        """Nothing has begun."""
+        self._current.write_text("", encoding="utf-8")
+        self._done.write_text("", encoding="utf-8")
+
+    def begin(self, case: str, figures: Mapping[str, object]) -> None:
+        """This case runs now; an empty name: none."""
+        self._current.write_text(_key(case, figures) if case else "", encoding="utf-8")
+
+    def current(self) -> str:
+        """The name of the case that runs; empty where none does."""
+        return self._current.read_text(encoding="utf-8").partition("\t")[0]
+
+    def end(self, case: str, figures: Mapping[str, object]) -> None:
+        """This case has its row."""
+        with self._done.open("a", encoding="utf-8") as lines:
+            lines.write(_key(case, figures) + "\n")
+
+    def give_up(self) -> None:
+        """The case that runs counts as done."""
+        with self._done.open("a", encoding="utf-8") as lines:
+            lines.write(self._current.read_text(encoding="utf-8") + "\n")
+
+    def is_done(self, case: str, figures: Mapping[str, object]) -> bool:
+        """Whether this case has its row."""
+        return _key(case, figures) in self._done.read_text(encoding="utf-8").splitlines()
+
+
+def _key(case: str, figures: Mapping[str, object]) -> str:
+    return f"{case}\t{json.dumps(figures, sort_keys=True, default=str)}"
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

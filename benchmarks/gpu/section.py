@@ -21,7 +21,6 @@ def main() -> None:
     parser.add_argument("--sizes", choices=SIZES, required=True)
     parser.add_argument("--every-row", type=json.loads, required=True, help="JSON that each row has")
     parser.add_argument("--until", type=float, required=True, help="deadline, as time.time() counts")
-    parser.add_argument("--skip", action="append", default=[], help="a case that is left out")
     options = parser.parse_args()
     sys.path.insert(1, str(ROOT / "src"))
     sys.path.append(str(PACKAGES / "packages"))  # last: some packages bring folders named "test" and "docs"
@@ -38,7 +37,6 @@ def main() -> None:
         SIZES[options.sizes],
         options.every_row,
         until=options.until,
-        skip=frozenset(options.skip),
     )
     module = importlib.import_module(options.module)
     gc.collect()

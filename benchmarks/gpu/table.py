@@ -8,35 +8,52 @@ _NAME = 50
 
 
 def lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A line for each row, under the name of its section."""
+    """A line for each row, under its case, under the name of its section."""
     found = [f"{'':{_NAME}} {'ms':>10} {'ratio':>8} {'TB/s':>8}"]
-    section = None
+    section = case = None
     for row in rows:
         if row["section"] != section:
-            section = row["section"]
+            section, case = row["section"], None
             found.append(f"== {section} " + "=" * (WIDTH - len(section) - 4))
-        found += _lines(row)
+        name = str(row["case"])
+        of_several = "contender" in row and name.endswith(f" / {row['contender']}")
+        shape = _shape(row)
+        if of_several:
+            heading = " ".join([name.removesuffix(f" / {row['contender']}"), *shape])
+            if heading != case:
+                found.append(_cut(heading, WIDTH))
+            case, name, shape = heading, f"  {row['contender']}", []
+        found += _lines(" ".join([name, *shape]), row)
     return found
 
 
-def _lines(row: Mapping[str, Any]) -> list[str]:
-    name = " ".join([str(row["case"]), *_shape(row)])
+def _lines(name: str, row: Mapping[str, Any]) -> list[str]:
     if "ms" in row:
         rate = row.get("TB_per_s", "")
         if not rate and "TFLOP_per_s" in row:
             rate = f"{row['TFLOP_per_s']:.0f}TF"
         ratio = f"{row['ratio']:.3f}" if "ratio" in row else ""
-        return [f"{_cut(name, _NAME):{_NAME}} {row['ms']:>10.4f} {ratio:>8} {rate:>8}"]
+        return [f"{_cut(name, _NAME):{_NAME}} {row['ms']:>10.4f} {ratio:>8} {rate:>8}".rstrip()]
     text = _outcome(row)
     room = WIDTH - len(text) - 1
-    if room >= 30:
-        return [f"{_cut(name, room):{room}} {text}"]
+    if room >= len(name):
+        return [f"{name:{room}} {text}"]
     return [_cut(name, WIDTH), "    " + _cut(text, WIDTH - 4)]
 
 
 def _shape(row: Mapping[str, Any]) -> list[str]:
-    letters = {"tokens": "T", "dim": "D", "row_bytes": "B", "ids": "", "k": "k", "n": "n", "rows": ""}
-    return [f"{letter}{row[name]}" for name, letter in letters.items() if name in row]
+    """What tells cases of one name apart."""
+    letters = {
+        "tokens": "T=",
+        "heads": "h=",
+        "k": "k=",
+        "dim": "D=",
+        "n": "n=",
+        "per_token": "P=",
+        "row_bytes": "bytes=",
+    }
+    named = [f"{letter}{row[name]}" for name, letter in letters.items() if name in row]
+    return named + [str(row[name]) for name in ("ids", "rows") if name in row]
 
 
 def _outcome(row: Mapping[str, Any]) -> str:

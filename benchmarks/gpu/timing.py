@@ -63,8 +63,7 @@ def interleaved(
         if turn and time.monotonic() > until:
             break
         for name in list(times):
-            if not turn:
-                starts(name)
+            starts(name)
             try:
                 times[name].append(timer.once(cases[name], turn))
             except Exception as error:

@@ -145,6 +145,12 @@ def test_a_section_starts_again_after_a_crash_without_the_case_that_crashed(faul
     one, two = (row for row in section if row["case"].startswith("timed"))
     assert (one["ratio"], two["ratio_to"]) == (1, "one")
     assert two["ms"] >= 1
+    assert [row["case"] for row in section].count("wrong") == 1
+
+
+def test_a_section_starts_again_when_the_device_is_lost(faulty_run: list[dict[str, Any]]) -> None:
+    lost = [row for row in faulty_run if row["case"] == "loses the device"]
+    assert [row["failed"] for row in lost] == ["RuntimeError: CUDA error: an illegal memory access was encountered"]
 
 
 def test_a_section_that_fails_before_its_first_case_is_a_row(faulty_run: list[dict[str, Any]]) -> None:
@@ -187,10 +193,12 @@ def test_the_search_on_the_device_is_that_of_the_tests(dtype: torch.dtype) -> No
 def test_wrong_ids_fail_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import correctness
     from report import Report
+    from rows import Progress
     from sizes import TINY
 
     from peerlm.ops import api
 
+    Progress(tmp_path / "rows.jsonl").clear()
     report = Report("test", tmp_path / "rows.jsonl", TINY, {}, until=float("inf"))
     arguments = (report, "reference", correctness.normal_keys, torch.float32, (4, 2, 16, 4), 4)
     assert correctness._ids(*arguments)["ok"] is True
