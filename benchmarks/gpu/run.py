@@ -17,7 +17,9 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import goals
 from machine import ROOT, commit, description
 from processes import run_sections
 from rows import read_rows
@@ -49,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     started = time.monotonic()
     if options.table:
-        print("\n".join(lines(read_rows(options.table))))
+        print("\n".join(summary(read_rows(options.table))))
         return
     if options.prepare:
         folder = prepare()
@@ -79,8 +81,14 @@ def main() -> None:
         seconds=60 * options.minutes - (time.monotonic() - started) - _TO_END,
         environment=environment,
     )
-    print("\n" + "\n".join(lines(read_rows(output)[before:])))
+    print("\n" + "\n".join(summary(read_rows(output)[before:])))
     print(f"{time.monotonic() - started:.0f} s; rows in {output}")
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """The table; of a GPU's figures also the goals."""
+    measured = any(row.get("card") for row in rows)
+    return [*lines(rows), "", *goals.lines(rows)] if measured else lines(rows)
 
 
 def _default_output() -> Path:

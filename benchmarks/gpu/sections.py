@@ -16,6 +16,7 @@ class Section:
 
 
 SECTIONS = (
+    Section("compile", "compile_all", "run", 60, "every kernel of ours for this card, on all cores"),
     Section("ceilings", "ceilings", "run", 60, "copy, gather, row update, sort, matrix product, launch"),
     Section("correctness", "correctness", "run", 75, "ids of an exhaustive search, float64 errors, edges, equal bits"),
     Section("kernels", "kernels", "run", 60, "our operators beside the ceilings of the same ids and rows"),

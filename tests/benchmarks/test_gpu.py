@@ -210,6 +210,33 @@ def test_wrong_ids_fail_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("modules")
+def test_goals_are_found_in_rows() -> None:
+    import goals
+
+    def row(section: str, case: str, contender: str, **figures: Any) -> dict[str, Any]:
+        return {"section": section, "case": f"{case} / {contender}", "contender": contender, **figures}
+
+    rows = [
+        row("kernels", "experts forward", "gather alone", ms=1.5, dim=1024, ids="uniform"),
+        row("kernels", "experts forward", "peerlm, triton", ms=2.0, dim=1024, ids="uniform"),
+        row("layer", "step", "PEER-pytorch", ms=50.0),
+        row("layer", "step", "peerlm, triton", ms=10.0),
+        row("many-tokens", "step", "PEER-pytorch", failed="OutOfMemoryError", out_of_memory=True),
+        row("many-tokens", "step", "peerlm, triton", ms=90.0),
+        {"section": "graphs", "case": "triton, a", "ok": True},
+        {"section": "graphs", "case": "triton, b", "failed": "RuntimeError"},
+        {"section": "graphs", "case": "reference, a", "ok": False},
+    ]
+    found = {line[:60].strip(): line[60:].split() for line in goals.lines(rows)}
+    assert found["experts forward, share of the gather ceiling, D=1024, uniform"] == ["0.88", "0.75", "!"]
+    assert found["experts forward, share of the gather ceiling, D=1024, zipf"] == ["0.88", "-"]
+    assert found["step, times as fast as PEER-pytorch"] == ["4.00", "5.00"]
+    assert found["a step of 65,536 tokens; PEER-pytorch is out of memory"] == ["1.00", "1.00"]
+    assert found["checks of synchronisation and graphs that are right"] == ["1.00", "0.50", "!"]
+    assert max(map(len, goals.lines(rows))) <= 80
+
+
+@pytest.mark.usefixtures("modules")
 def test_every_section_is_a_function_that_exists() -> None:
     from importlib import import_module
 

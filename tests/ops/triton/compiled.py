@@ -2,6 +2,8 @@
 
 python tests/ops/triton/compiled.py LAUNCHES TARGET RESULTS
 
+TARGET is a name in `TARGETS`, or backend:architecture:threads of a warp, as cuda:90:32.
+
 Run without TRITON_INTERPRET, with whichever Triton is imported. A result per launch: spilled bytes, shared memory,
 widths of loads and stores of global memory, float atomics.
 """
@@ -125,16 +127,22 @@ def _dwords(kind: str, text: str) -> Counter[str]:
     return widths
 
 
+def _target(text: str) -> GPUTarget:
+    backend, architecture, threads = text.split(":")
+    return GPUTarget(backend, int(architecture) if architecture.isdecimal() else architecture, int(threads))
+
+
 def main() -> None:
     """Compile all launches of a file for one target."""
-    launches, target, results = sys.argv[1:]
+    launches, name, results = sys.argv[1:]
+    target = TARGETS[name] if name in TARGETS else _target(name)
     found = []
-    for launch in json.loads(Path(launches).read_text(encoding="utf-8")):
+    for launch in json.loads(Path(launches).read_text(encoding="utf-8"))["launches"]:
         try:
-            outcome = facts(compile_launch(launch, TARGETS[target]), TARGETS[target])
+            outcome = facts(compile_launch(launch, target), target)
         except Exception as error:
             outcome = {"failed": f"{type(error).__name__}: {error}"}
-        found.append({**launch, **outcome, "target": target, "triton": triton.__version__})
+        found.append({**launch, **outcome, "target": name, "triton": triton.__version__})
     Path(results).write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 

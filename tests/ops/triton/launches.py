@@ -1,6 +1,6 @@
 """Which kernels are launched, and with what: operators are called at real shapes, and no kernel runs.
 
-python tests/ops/triton/launches.py FILE all|suite
+python tests/ops/triton/launches.py FILE all|suite|WORKLOAD
 
 In Triton's interpreter a launch is a Python call, which is recorded here: the kernel's name, dtypes, alignments,
 constants and options. `compiled.py` compiles what is recorded as a launch on a GPU would. Widths, heads and sub-keys
@@ -101,7 +101,7 @@ def updates(*, dtype: torch.dtype, dim: int = 1024, **settings: Any) -> None:
         ids = torch.arange(TOKENS) + step
         prepare_rows(rows, ids)
         gradient = torch.zeros(TOKENS, 2, dim, dtype=dtype)
-        rows.grad = torch.sparse_coo_tensor(ids[None], gradient, rows.shape, is_coalesced=True)
+        rows.grad = torch.sparse_coo_tensor(ids[None], gradient, rows.shape, is_coalesced=True, check_invariants=False)
         optimizer.step()
 
 
@@ -146,9 +146,10 @@ if "triton" in api.BACKENDS:
     }
 
 
-def record(workloads: list[str]) -> list[dict[str, Any]]:
-    """The distinct launches of these workloads, by the names of `WORKLOADS`."""
+def record(workloads: list[str]) -> dict[str, Any]:
+    """The distinct launches of workloads, by the names of `WORKLOADS`, and the workloads that failed, with why."""
     found: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launch = described(kernel.fn, arguments, options)
@@ -156,8 +157,11 @@ def record(workloads: list[str]) -> list[dict[str, Any]]:
 
     with _launches_go_to(run):
         for name in workloads:
-            WORKLOADS[name]()
-    return list(found.values())
+            try:
+                WORKLOADS[name]()
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return {"launches": list(found.values()), "failed": failed}
 
 
 @contextmanager
@@ -209,5 +213,5 @@ def _argument(value: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     file, which = sys.argv[1:]
-    names = list(WORKLOADS) if which == "all" else IN_THE_SUITE
+    names = {"all": list(WORKLOADS), "suite": IN_THE_SUITE}.get(which, [which])
     Path(file).write_text(json.dumps(record(names), indent=1), encoding="utf-8")
