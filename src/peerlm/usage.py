@@ -23,8 +23,8 @@ from peerlm.ranks import Ranks
 class ExpertUsage:
     """Running sums of the weight and the number of retrievals of each expert.
 
-    Sums are float64 (weights) and int64 (retrievals) of shape (num_experts,), kept on one device and never
-    read back to the host until a figure is asked for.
+    Sums are float64 (weights) and int64 (retrievals) of shape (num_experts,), kept on one device. They are read back to
+    the host only when a figure is asked for.
     """
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None) -> None:

@@ -139,7 +139,7 @@ def test_what_cannot_be_frozen_is_refused(what: list[str], before: int | None, m
             {"weight_decay": 0.1},
             "weight_decay is 0.1 for a table or sub-keys, and would move what is frozen; set it to 0",
         ),
-        ({"fused": True}, r"RowAdamW\(fused=True\) updates rows in the backward pass, held or not; take fused=False"),
+        ({"fused": True}, r"RowAdamW\(fused=True\) updates rows in the backward pass, frozen or not; take fused=False"),
     ],
 )
 def test_an_optimizer_that_would_move_what_is_held_is_refused(options: dict[str, Any], message: str) -> None:

@@ -787,7 +787,7 @@ def test_momentum_cannot_appear_during_training() -> None:
     optimizer = by_rows(table, betas=(0.0, 0.9))
     train(table, optimizer, 1.0, sparse=True, steps=range(2))
     optimizer.param_groups[0]["betas"] = (0.9, 0.95)
-    with pytest.raises(ValueError, match=r"beta1 cannot go from 0\.0 to 0\.9 during training"):
+    with pytest.raises(ValueError, match=r"beta1 cannot change from 0\.0 to 0\.9 during training"):
         train(table, optimizer, 1.0, sparse=True, steps=range(2, 3))
 
 

@@ -1,7 +1,7 @@
 """Retrieved adapters as a method of peft: `get_peft_model(model, PeerAdapterConfig(...))`.
 
 Importing this module, which `peerlm.registration` does when peft is imported, registers the method under the type
-"PEER_ADAPTER", so that `PeftModel.from_pretrained` and the AutoPeftModel classes can load such adapters.
+"PEER_ADAPTER". `PeftModel.from_pretrained` and the AutoPeftModel classes can then load such adapters.
 """
 
 import re

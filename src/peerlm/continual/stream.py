@@ -57,9 +57,9 @@ def learn(
             join the row.
 
     Returns:
-        The rows: that of the model before ("stage" is None, "document_start" what begins each document and window, None
-        for nothing of its own), then one for each stage, with "perplexity" by domain, and what it took: "steps",
-        "tokens" (of new text), "flops", "seconds", "trained_parameters".
+        The rows: that of the model before ("stage" is None; "document_start" is what begins each document and window,
+        or None), then one for each stage. A row has "perplexity" by domain, and what the stage took: "steps", "tokens"
+        (of new text), "flops", "seconds", "trained_parameters".
 
     Raises:
         UserError: a setting, text, model or folder that cannot be used; a new folder is removed where no stage has
@@ -95,7 +95,7 @@ class _Stream:
         check_context(model, self.context)
         retention = config.memory
         if (retention.kl or retention.replay) and not retention.background:
-            raise UserError("--kl and --replay keep the model to what it knows: give text of that, --background FILE")
+            raise UserError("--kl and --replay need text like that of the base model: give --background FILE")
         self.device = device_of(model)
         self.ranks = Ranks(rank=0, world_size=1, device=self.device)
         self.folder.mkdir(parents=True, exist_ok=True)

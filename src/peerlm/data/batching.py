@@ -142,9 +142,8 @@ def batches(
     """Shuffled training batches without end, epoch after epoch, from any position on.
 
     Sample g of a run is window `window_order(g % len(windows), ..., epoch=g // len(windows))`. A step
-    consumes batch_size * world_size consecutive samples; rank r takes the r-th batch_size of them, so that
-    the ranks' batches, laid one after another, are the batch that one rank of the whole size would see. An
-    epoch may end inside a batch.
+    consumes batch_size * world_size consecutive samples; rank r takes the r-th batch_size of them. So the batches of
+    all ranks, one after another, are the batch of a single rank. An epoch may end inside a batch.
 
     Args:
         windows: the data.

@@ -84,9 +84,9 @@ def prepare(
 ) -> Manifest:
     """Turn text into a folder of token shards with a tokenizer, a held-out split and a manifest.
 
-    The first pass over the sources finds the size and keyed hash of each document, and keeps a random sample
-    of the text from which the tokenizer is learned; the second tokenizes. Memory holds the sample, one batch, one
-    document, and about 100 bytes per document. Copies of a document, which differ in white space and the like (see
+    The first pass over the sources finds the size and keyed hash of each document. It keeps a random sample of the
+    text, from which the tokenizer is learned; the second tokenizes. Memory holds the sample, one batch, one document,
+    and about 100 bytes per document. Copies of a document, which differ in white space and the like (see
     `split.copy_key`), are kept, and lie in one split. Of a single document the end is held out (`split.cut_tail`).
 
     The folder appears under its name when it is complete. When it is there already, made from the same sources
@@ -106,14 +106,13 @@ def prepare(
         tokenizer_bytes: UTF-8 bytes of text to learn the tokenizer from, a random sample of documents; of no
             effect with `tokenizer`.
         document_start: what stands before each document, "auto", "none" or a token (see `peerlm.marks`), and begins
-            every window; nothing where it is the token that ends documents. Where it is not what the tokenizer and its
-            model say, the tokenizer saved with the shards gets it as its template, so that all who read with it follow.
+            every window; nothing where it is the token that ends documents. Where it differs from what the tokenizer
+            and its model say, the tokenizer saved with the shards gets it as its template. So later readers follow it.
         progress: show progress, speed and time left on stderr.
 
     Raises:
-        UserError: a source that cannot be read or holds no text (with file and line), a single document that is too
-            short to hold out its end, an argument out of range, a tokenizer that cannot be read, or an `output` that
-            exists and is something else.
+        UserError: a source or tokenizer cannot be read, or holds no text (with file and line); a single document is too
+            short to hold out its end; an argument is out of range; `output` exists and is something else.
 
     Warns:
         PeerlmWarning: part of the text does not come back from its tokens; the manifest has the shares.

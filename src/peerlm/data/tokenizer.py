@@ -105,8 +105,8 @@ def tokenizer_file(path: str | Path) -> Path:
 def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy of the tokenizer's engine that takes all text as text.
 
-    It adds and cuts nothing, offsets of its tokens have their spaces, and where a document spells out a special token,
-    that does not become the token.
+    It adds and cuts nothing, and offsets of its tokens include their spaces. Where a document spells out a special
+    token, this does not become the token.
     """
     from tokenizers import Tokenizer
 
@@ -139,9 +139,9 @@ def keep_start(tokenizer: PreTrainedTokenizerFast, marks: Marks, usual: Marks) -
 def pieces(text: str) -> Iterator[str]:
     """Cut a long text, so that tokenizing it runs in parallel and in bounded memory.
 
-    The cut comes before a space between two letters, where the usual byte-level tokenizers begin a new word
-    anyway, so that the pieces have the tokens of the whole; text without one for 4,096 characters is cut
-    where the piece is full, which may split one token in two.
+    The cut comes before a space between two letters, where byte-level tokenizers begin a new word anyway. So the pieces
+    have the tokens of the whole; text without one for 4,096 characters is cut where the piece is full, which may split
+    one token in two.
     """
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:

@@ -123,7 +123,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None, parameter: Tensor)
             "what is frozen; set it to 0"
         )
     if group.get("fused") and group.get("rows"):
-        raise ValueError("RowAdamW(fused=True) updates rows in the backward pass, held or not; take fused=False")
+        raise ValueError("RowAdamW(fused=True) updates rows in the backward pass, frozen or not; take fused=False")
 
 
 def _forget(optimizer: torch.optim.Optimizer | None, parameter: Tensor, keep: Tensor, dim: int) -> None:

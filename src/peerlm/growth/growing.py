@@ -48,9 +48,9 @@ def grow(
             state, in which the new entries are zero. Without it, build a new optimizer. Gradients are dropped.
         seed: of what is random; the global generator is not used.
 
-    Parameters are replaced and the old ones emptied, as are the optimizer's old tensors of a table. The memory of a
-    table, and then of each of the optimizer's states, is given back while its rows move to a larger one, unless
-    something else may hold it (on Linux, with native kernels).
+    Parameters are replaced and the old ones emptied, as are the optimizer's old tensors of a table. On Linux, with
+    native kernels, the memory of a table is freed while its rows move to a larger one, unless something else may hold
+    it. The same holds for each of the optimizer's states.
 
     Raises:
         ValueError: the model has no such layer, or one that cannot grow so; the optimizer does not train it; a setting
@@ -108,8 +108,8 @@ def set_opening(model: nn.Module, value: float) -> nn.Module:
 def to_shells(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
     """Renumber the experts of every layer of pairing "row-major", so that it can grow; in place, and returned.
 
-    Rows are permuted; each token retrieves the same ones with the same weights, and the output keeps its bits, except
-    where experts of exactly equal score stand in for each other. Arguments and errors as those of `grow`.
+    Rows are permuted; each token retrieves the same ones with the same weights. The output keeps its bits, except where
+    experts of exactly equal score replace each other. Arguments and errors as those of `grow`.
     """
     layers = [layer for layer in find_indexed_layers(model) if layer.index.pairing != "shells"]
     check_not_shared(model, layers)

@@ -24,9 +24,9 @@ def shrink(
     """Take experts that are not used from every PEER layer and product-key memory of a model, in place.
 
     What goes are whole sub-keys, with all experts whose key has one of them: of each half those that took part least.
-    The others keep their order, and their experts, in one pass over the table, their rows. Where none of the experts
-    that went would have been retrieved, the output keeps its bits, except that experts of exactly equal score may stand
-    in for each other.
+    The others keep their order, and their experts, in one pass over the table, their rows. Where none of the removed
+    experts would have been retrieved, the output keeps its bits; only experts of exactly equal score may replace each
+    other.
 
     Args:
         model: a layer or a model with such layers, every one fully open. The configuration of a transformers model

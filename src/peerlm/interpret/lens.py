@@ -3,9 +3,9 @@
 A model ends with logits = W norm(h), where norm(h) = gain * c(h) / scale(h) + bias: c takes off the mean (LayerNorm)
 or nothing (RMSNorm), scale is the root mean square of c(h). An expert adds strength * v to h. With the scale held at
 what it is, that adds strength * W (gain * c(v)) / scale(h) to the logits. The lens of v is this for strength 1 and the
-mean of 1 / scale over the text's tokens, less its mean over the vocabulary, which changes no probability. It leaves out
-what later layers make of v, and norms between the layer and the residual stream, as Gemma has them. (nostalgebraist
-2020, "interpreting GPT: the logit lens"; of value vectors: Geva 2022, arXiv 2203.14680.)
+mean of 1 / scale over the text's tokens. Its mean over the vocabulary is subtracted, which changes no probability. It
+leaves out what later layers make of v, and norms between the layer and the residual stream, as Gemma has them.
+(nostalgebraist 2020, "interpreting GPT: the logit lens"; of value vectors: Geva 2022, arXiv 2203.14680.)
 
 Shape suffixes: E experts, D model width, V vocabulary, M tokens kept.
 """

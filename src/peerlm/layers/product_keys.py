@@ -87,8 +87,8 @@ class ProductKeys(nn.Module):
     Attributes:
         sub_keys: (2, H or 1, n, key_dim / 2).
         opening: None unless `grown_from` is given. Then a buffer of one number in 0 .. 1, the prior of a new sub-key:
-            its logarithm is added to the half scores, so that softmax weights are multiplied by it, once for each
-            half of an expert that is new. At 0, where it starts, new sub-keys are left out.
+            its logarithm is added to the half scores. So softmax weights are multiplied by it, once for each new half
+            of an expert. At 0, where it starts, new sub-keys are left out.
 
     Raises:
         ValueError: a setting is impossible; the message has the setting, its value, and the fix.

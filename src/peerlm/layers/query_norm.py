@@ -44,11 +44,10 @@ class QueryBatchNorm(nn.Module):
 
     Padding is left out of the statistics; ranks share them under DistributedDataParallel and where `share_statistics`
     says so, and only there: elsewhere a rank that trains alone would wait for the others. Evaluation uses the running
-    statistics, so that generation is causal and does not depend on the rest of the batch. Where fewer than two tokens
-    are there to take statistics of, the running ones are used in training too, and so they are, and stay, while
-    `weight` is frozen (`requires_grad` False): a frozen layer computes what it computes in evaluation. Statistics are
-    in float32 at least. In training a token's output does depend on the whole batch, later tokens included, through two
-    moments per feature.
+    statistics, so that generation is causal and does not depend on the rest of the batch. With fewer than two tokens,
+    running statistics are used in training too. So they are, unchanged, while `weight` is frozen (`requires_grad`
+    False): a frozen layer computes what it computes in evaluation. Statistics are in float32 at least. In training a
+    token's output does depend on the whole batch, later tokens included, through two moments per feature.
 
     Args:
         num_features: size of the last dimension.

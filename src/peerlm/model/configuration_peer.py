@@ -49,11 +49,11 @@ class PeerConfig(PreTrainedConfig):
         intermediate_size: hidden neurons of dense layers (4 * hidden_size if None; for "swiglu", 2/3 of
             that).
         max_position_embeddings: longest context.
-        ffw_layers: kind of feed-forward layer in each block: a list, or one kind for all blocks, or "peer:inner"
-            for dense layers in the first and the last quarter of the blocks and PEER in those between, which is
-            best in recipes/ablations/blocks.toml (any kind can be named so; less than four blocks all have it).
-            None puts PEER in the middle block and dense layers in the others, as He 2024. Kinds: "dense" (GELU),
-            "swiglu", "peer", "pkm", "expert_choice", "token_choice".
+        ffw_layers: kind of feed-forward layer in each block: a list, or one kind for all blocks. "peer:inner" has PEER
+            in the inner blocks and dense layers in the first and the last quarter, which is best in
+            recipes/ablations/blocks.toml (any kind can be named so; less than four blocks all have it). None puts PEER
+            in the middle block and dense layers in the others, as He 2024. Kinds: "dense" (GELU), "swiglu", "peer",
+            "pkm", "expert_choice", "token_choice".
         peer, pkm, expert_choice, token_choice: keyword arguments of `PEER`, `ProductKeyMemory`,
             `ExpertChoiceMoE`, `TokenChoiceMoE`.
         balance_loss_coefficient: weight of the load-balancing loss that token-choice layers add in training.

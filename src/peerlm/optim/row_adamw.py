@@ -36,7 +36,7 @@ class RowAdamW(torch.optim.Optimizer):
     `rows=False` a group keeps them as dense weights.
 
     By default the weights are those of `torch.optim.AdamW`. A row without a gradient would move there too, by
-    momentum and by weight decay: here it catches up when it is next read. Layers say which rows they look up; whoever
+    momentum and by weight decay: here it catches up when it is next read. Layers say which rows they look up; code that
     reads a table's parameter in another way, copies or saves it, has all its rows brought up to date before. Decaying
     learning rates, weight decay, and changing betas and eps are all right, though a change of betas or eps costs a
     sweep over the tables.
@@ -321,7 +321,7 @@ class RowAdamW(torch.optim.Optimizer):
         now = _rates_of_decay(group)
         if any(state[name] != value for name, value in now.items()):
             if (now["beta1"] == 0) != (state["beta1"] == 0):
-                raise ValueError(f"beta1 cannot go from {state['beta1']} to {now['beta1']} during training")
+                raise ValueError(f"beta1 cannot change from {state['beta1']} to {now['beta1']} during training")
             self._catch_up_rows(parameter, None)
             self._age_moments(state)
             state.update(now)

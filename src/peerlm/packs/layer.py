@@ -197,8 +197,8 @@ def _add_part(
 ) -> Tensor | None:
     """Add to y what `mix` makes of the chosen entries alone, in their order.
 
-    Where a token has fewer of them than others, one of its own fills up with weight 0, so that no other row is read or
-    gets a gradient.
+    Where a token has fewer of them than others, the rest is one of its own ids with weight 0. So no other row is read
+    or gets a gradient.
     """
     counts_T = chosen_TP.sum(dim=-1)
     most = int(counts_T.max())

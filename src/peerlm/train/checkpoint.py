@@ -1,9 +1,9 @@
 """Checkpoints: a run's whole state in one folder, complete or absent, checked when read.
 
-RUN/checkpoints/step-00000100/ holds the model as `save_pretrained` writes it, the tokenizer,
-optimizer.safetensors (see `peerlm.optim.saved`) and state.json, which also records the size and CRC-32 of every
-other file, and a CRC-32 of itself. Nothing is unpickled. Rows of tables may be stale in it, where the optimizer
-updates them when they are next read: then the model's configuration says so, and `from_pretrained` updates them.
+RUN/checkpoints/step-00000100/ holds the model as `save_pretrained` writes it, the tokenizer, optimizer.safetensors (see
+`peerlm.optim.saved`) and state.json. The latter also records the size and CRC-32 of every other file, and a CRC-32 of
+itself. Nothing is unpickled. Rows of tables may be stale in it, where the optimizer updates them when they are next
+read: then the model's configuration says so, and `from_pretrained` updates them.
 
 Neither schedules, data order nor dropout have files of their own: each is a pure function of the step and
 the seed.

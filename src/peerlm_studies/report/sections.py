@@ -104,7 +104,7 @@ def _isoflop(config: SectionConfig, rows: Sequence[Row], root: Path) -> Section:
         *_not_made(((run.method, f"{run.size} at {run.flops:.3g}") for run in missing), len(plan.runs())),
         optima_markdown(table),
         "The optimum is that of a parabola in the logarithm of active parameters. Loss and perplexity are of the run "
-        "nearest to it: means over seeds with 95% confidence intervals. These are Student's t; the spread over seeds is "
+        "nearest to it: means over seeds, with 95% confidence intervals by Student's t. The spread over seeds is "
         f"pooled over all runs of the budget. The best of these runs again, alone: `{again}`.",
         *(
             [

@@ -24,8 +24,8 @@ from peerlm.marks import AUTO, marks_of
 class AdapterLibrary:
     """Separately trained LoRA adapters of one frozen model, retrieved by keys and mixed by softmax weights.
 
-    The query of a sequence is the mean hidden state of its tokens after block `layer` of the base model, the key of an
-    adapter that of texts like those it was trained on; `keys.py` says how they are compared. Adapters lie in
+    The query of a sequence is the mean hidden state of its tokens after block `layer` of the base model. The key of an
+    adapter is that of texts like those it was trained on; `keys.py` says how they are compared. Adapters lie in
     `folder`, one folder each as peft saves them, and are loaded when they are first retrieved. No weight of the model
     changes: while attached, the library adds each sequence's low-rank terms to the outputs of linear layers.
 

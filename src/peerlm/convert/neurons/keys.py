@@ -18,8 +18,8 @@ class NeuronKeys(nn.Module):
 
     Heads own disjoint neurons: neuron id = head * n * n + i * n + j scores q_head[:key_dim / 2] . c_head,i + q_head[
     key_dim / 2:] . c'_head,j, and the best of all heads together are retrieved. So no neuron comes twice, and any share
-    of them may be asked for, which `ProductKeys`, with at most n per head and heads that may repeat each other, does
-    not offer. More heads are a finer index, and a costlier one.
+    may be asked for. `ProductKeys` does not offer this: it gives at most n per head, and heads may repeat each other.
+    More heads are a finer index, and a costlier one.
 
     Weights are 1, so that a retrieved neuron is what it was in the dense layer. Their gradient is that of a sigmoid of
     how far the score lies above the lowest one retrieved (straight-through; Bengio 2013, arXiv 1308.3432): if a
