@@ -15,11 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-MODEL_TYPE = "peer"
-CONVERTED = "peerlm"
-"""What a converted model's configuration has as its `quant_method`."""
-CONVERTED_EARLIER = "peerlm.surgery"
-"""The same in folders of the first commits, which load as well."""
+from peerlm.names import CONVERTED, CONVERTED_EARLIER, MODEL_TYPE
 
 _MODEL_MODULE = f"transformers.models.{MODEL_TYPE}"
 

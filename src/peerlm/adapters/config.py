@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from peerlm.adapters.batches import adapters_by_row
 from peerlm.adapters.features import features_of
 from peerlm.adapters.layer import CANNOT_MERGE, PeerAdapterLayer, PeerAdapterLinear
-from peerlm.registration import MODEL_TYPE
+from peerlm.names import MODEL_TYPE
 
 _NAME = "peer_adapter"
 _POOL_SETTINGS = (

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from peerlm.convert.insertion import FFWSite, put_beside, put_in_place
 from peerlm.convert.kinds import KINDS
 from peerlm.files import write_json
-from peerlm.registration import CONVERTED
+from peerlm.names import CONVERTED
 
 MODES = ("beside", "replace")
 _WEIGHTS = "transformers_weights"

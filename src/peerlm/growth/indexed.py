@@ -9,6 +9,7 @@ from torch import nn
 
 from peerlm.convert.record import conversion_of
 from peerlm.layers import PEER, ProductKeyMemory, ProductKeys, Table
+from peerlm.names import MODEL_TYPE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def record_settings(model: nn.Module, num_rows: int | None = None, *, kind: type
 def _settings_of(model: nn.Module) -> Iterator[tuple[type, dict[str, Any], Callable[[dict[str, Any]], None]]]:
     """For each kind of layer its settings in a model's configuration, and how to replace them."""
     config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) == "peer":
+    if getattr(config, "model_type", None) == MODEL_TYPE:
         for kind, name in ((PEER, "peer"), (ProductKeyMemory, "pkm")):
             yield kind, getattr(config, name) or {}, lambda settings, name=name: setattr(config, name, settings)  # type: ignore[misc]
     record = conversion_of(model) if hasattr(config, "quantization_config") else None  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.layers.checks import check_settings
+from peerlm.names import MODEL_TYPE
 
 # Kind of feed-forward layer -> its class. "dense" and "swiglu" take their size from `intermediate_size`, the
 # others their keyword arguments from the configuration field of the same name.
@@ -63,7 +64,7 @@ class PeerConfig(PreTrainedConfig):
             in LlamaConfig.
     """
 
-    model_type = "peer"
+    model_type = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 4096
