@@ -58,7 +58,7 @@ def _trains_alone(rows: Rows) -> float | None:
 GOALS = (
     *(
         Goal(
-            f"experts forward, share of the gather ceiling, D={dim}, {ids}",
+            f"experts forward, share of the gather limit, D={dim}, {ids}",
             least,
             _times("gather alone", OURS, "experts forward", section="kernels", dim=dim, ids=ids),
         )

@@ -228,8 +228,8 @@ def test_goals_are_found_in_rows() -> None:
         {"section": "graphs", "case": "reference, a", "ok": False},
     ]
     found = {line[:60].strip(): line[60:].split() for line in goals.lines(rows)}
-    assert found["experts forward, share of the gather ceiling, D=1024, uniform"] == ["0.88", "0.75", "!"]
-    assert found["experts forward, share of the gather ceiling, D=1024, zipf"] == ["0.88", "-"]
+    assert found["experts forward, share of the gather limit, D=1024, uniform"] == ["0.88", "0.75", "!"]
+    assert found["experts forward, share of the gather limit, D=1024, zipf"] == ["0.88", "-"]
     assert found["step, times as fast as PEER-pytorch"] == ["4.00", "5.00"]
     assert found["a step of 65,536 tokens; PEER-pytorch is out of memory"] == ["1.00", "1.00"]
     assert found["checks of synchronisation and graphs that are right"] == ["1.00", "0.50", "!"]
