@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from peerlm.continual.config import LearnConfig, StageConfig
 from peerlm.continual.method import Stage
 from peerlm.continual.methods import method_of
+from peerlm.continual.overlap import warn_of_overlap
 from peerlm.continual.retention import ReplayBuffer
 from peerlm.continual.stage import Lesson, learn_stage
 from peerlm.continual.text import Text, read_text
@@ -31,6 +32,7 @@ from peerlm.train.config import CheckpointConfig, DataConfig, TrainConfig
 BACKGROUND = "background"
 """What tables call the text that the model was trained on."""
 WINDOWS_PER_PASS = 8
+_BEFORE = "before.json"
 FREE = ("run", "data", "checkpoint_every", "checkpoint_minutes")
 """Settings that a resumed stream may change: weights do not depend on them."""
 
@@ -63,6 +65,9 @@ def learn(
         UserError: a setting, text, model or folder that cannot be used; a new folder is removed where no stage has
             begun.
         TrainingStopped: told to stop by a signal, or the loss or a gradient was not finite.
+
+    Warns:
+        PeerlmWarning: what a text is measured on holds documents of a text that is trained on.
     """
     folder = Path(config.run)
     _check_folder(config, folder, resume=resume)
@@ -99,7 +104,7 @@ class _Stream:
         self.texts = self._read_texts()
         begins = marked(self._marks().window_start, self.tokenizer)
         self.first = self._read_or_make(
-            self.folder / "before.json", lambda: {"stage": None, "document_start": begins, **self._measure(model)}
+            self.folder / _BEFORE, lambda: {"stage": None, "document_start": begins, **self._measure(model)}
         )
 
     def run(self) -> list[dict[str, Any]]:
@@ -175,7 +180,7 @@ class _Stream:
         if retention.background:
             sources = {BACKGROUND: (retention.background, retention.heldout), **sources}
         data = Path(self.config.data) if self.config.data else self.folder / "data"
-        return {
+        texts = {
             name: read_text(
                 files,
                 heldout,
@@ -188,6 +193,9 @@ class _Stream:
             )
             for name, (files, heldout) in sources.items()
         }
+        if not (self.folder / _BEFORE).exists():  # a resumed stream was told when it began
+            warn_of_overlap(sources, data)
+        return texts
 
     def _measure(self, model: PreTrainedModel) -> dict[str, Any]:
         losses = {

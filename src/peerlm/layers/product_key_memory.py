@@ -1,5 +1,7 @@
 """Product-key memory: PEER's index, but what it retrieves are vectors."""
 
+from typing import Any
+
 from torch import Tensor
 
 from peerlm.layers.output_scale import output_std
@@ -77,6 +79,13 @@ class ProductKeyMemory(RetrievalLayer):
         """Map x (..., dim) to (..., dim); padding (mask False) does not enter the query norm's statistics."""
         y = self.values.mix(*self.per_token(*self.product_keys(x, mask)))
         return y.to(x.dtype).view(x.shape)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """As in `nn.Module`; values may have the name that they had before they were a table."""
+        earlier = f"{prefix}values"
+        if earlier in state_dict:
+            state_dict[f"{prefix}values.rows"] = state_dict.pop(earlier)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @property
     def parameters_per_expert(self) -> int:

@@ -57,8 +57,9 @@ class QueryMap(nn.Linear):
         self.backend = backend
 
     def forward(self, input: Tensor) -> Tensor:
-        """(T, dim) -> (T, features)."""
-        return api.linear(input, self.weight, backend=self.backend)
+        """(..., dim) -> (..., features)."""
+        y_TF = api.linear(input.reshape(-1, self.in_features), self.weight, backend=self.backend)
+        return y_TF.view(*input.shape[:-1], self.out_features)
 
 
 class ProductKeys(nn.Module):
@@ -154,19 +155,20 @@ class ProductKeys(nn.Module):
 
     def query(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalised queries (..., heads, key_dim) of x (..., dim); `mask` (...) is True at real tokens."""
-        x_TD, mask_T = flatten_tokens(x, mask, self.dim)
-        return self._query(x_TD, mask_T).reshape(*x.shape[:-1], self.heads, self.key_dim)
+        return self._query(x, mask).reshape(*x.shape[:-1], self.heads, self.key_dim)
 
-    def _query(self, x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
-        features = self.query_proj(x_TD)
+    def _query(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Normalised queries (T, heads, key_dim) of x (..., dim)."""
+        _, mask_T = flatten_tokens(x, mask, self.dim)
+        # Who has put something in the map's place, as LoRA does, may have to know which row of a batch a token is in.
+        features_TF = self.query_proj(x).reshape(-1, self.heads * self.key_dim)
         if isinstance(self.query_norm, QueryBatchNorm):
-            return self.query_norm(features, mask_T).unflatten(-1, (self.heads, self.key_dim))
-        return self.query_norm(features.unflatten(-1, (self.heads, self.key_dim)))
+            return self.query_norm(features_TF, mask_T).unflatten(-1, (self.heads, self.key_dim))
+        return self.query_norm(features_TF.unflatten(-1, (self.heads, self.key_dim)))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights (float32 at least) and expert ids (int64): (..., heads, experts_per_head), best first."""
-        x_TD, mask_T = flatten_tokens(x, mask, self.dim)
-        weights, expert_ids = self.search(self._query(x_TD, mask_T))
+        weights, expert_ids = self.search(self._query(x, mask))
         shape = (*x.shape[:-1], self.heads, self.experts_per_head)
         return weights.reshape(shape), expert_ids.reshape(shape)
 

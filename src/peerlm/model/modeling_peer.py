@@ -84,6 +84,10 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.ffw(self.post_attention_layernorm(hidden_states), token_mask)
 
 
+EARLIER_NAMES = {r"\.ffw\.values$": ".ffw.values.rows"}
+"""Patterns of names that parameters had in earlier versions, and those that they have now."""
+
+
 class PeerPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of the architecture."""
 
@@ -112,10 +116,16 @@ class PeerPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As transformers loads a model; rows that were stale when a run saved a checkpoint are updated.
 
-        Raises ValueError where the optimizer's state, which that needs, is no longer beside them.
+        Values of memories may have their name of earlier versions. Raises ValueError where rows are stale and the
+        optimizer's state, by which they are updated, is not beside them.
         """
+        kwargs["key_mapping"] = EARLIER_NAMES | (kwargs.get("key_mapping") or {})
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Without these transformers saves under the names of now.
+        model._weight_conversions = [
+            each for each in model._weight_conversions or () if not EARLIER_NAMES.keys() & set(each.source_patterns)
+        ]
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         if (folder / FILE).is_file():
             catch_up_saved(model, folder, prefix=f"{cls.base_model_prefix}.")

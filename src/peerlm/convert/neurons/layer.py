@@ -121,8 +121,8 @@ class NeuronLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map x (..., dim) to (..., dim); every token on its own, so that `mask` only keeps padding out of usage."""
-        x_TD, mask_T = flatten_tokens(x, mask, self.dim)
-        weights_TK, ids_TK = (part.flatten(1) for part in self.index(x_TD, mask_T))
+        x_TD, _ = flatten_tokens(x, mask, self.dim)
+        weights_TK, ids_TK = (part.flatten(-2).flatten(0, -2) for part in self.index(x, mask))
         y_TD = self.mix(x_TD, weights_TK, ids_TK) + (self.output_bias + self.mean_rest).to(x.dtype)
         return y_TD.view(x.shape)
 
