@@ -9,6 +9,7 @@ are those in use; tokens and rows are few, since launches do not depend on how m
 
 # ruff: noqa: E402, Triton asks for its interpreter when it is imported
 
+import importlib.util
 import inspect
 import json
 import os
@@ -94,9 +95,22 @@ def values(*, dtype: torch.dtype, dim: int = 1024) -> None:
 
 
 def updates(*, dtype: torch.dtype, dim: int = 1024, **settings: Any) -> None:
-    """Steps of the optimizer by rows; rows that are read late catch up."""
+    """Steps of the optimizer by rows; rows that are read late catch up. Fused ones are taken by the backward pass."""
+    if importlib.util.find_spec("peerlm.ops.triton.row_steps") is None:
+        raise NotImplementedError("steps of rows are not written yet")
+    row_steps = importlib.import_module("peerlm.ops.triton.row_steps")
+    api.row_kernels = lambda table: row_steps  # on a CPU the native ones come first
     rows = torch.nn.Parameter(torch.zeros(ROWS, 2, dim, dtype=dtype))
     optimizer = RowAdamW([{"params": [rows], "name": "table"}], lr=1e-3, **settings)
+    if settings.get("fused"):
+        x, weights = torch.zeros(TOKENS, dim, dtype=dtype), torch.zeros(TOKENS, 128)
+        ids = torch.zeros(TOKENS, 128, dtype=torch.int64)
+        for _ in range(2):
+            prepare_rows(rows, ids)
+            y = api.mix_experts(x, weights, ids, rows, backend="triton", row_gradients=True)
+            y.sum().backward()
+            optimizer.step()
+        return
     for step in range(3):
         ids = torch.arange(TOKENS) + step
         prepare_rows(rows, ids)
@@ -117,6 +131,7 @@ if "triton" in api.BACKENDS:
         "experts": partial(experts, dtype=BFLOAT16),
         "updates": partial(updates, dtype=BFLOAT16, lazy=True),
         "exact updates": partial(updates, dtype=FLOAT32),
+        "fused updates": partial(updates, dtype=BFLOAT16, lazy=True, fused=True),
     }
     IN_THE_SUITE = list(WORKLOADS)
     WORKLOADS |= {
@@ -142,6 +157,8 @@ if "triton" in api.BACKENDS:
         "values, float32": partial(values, dtype=FLOAT32),
         "updates, bfloat16 moments": partial(updates, dtype=BFLOAT16, lazy=True, state_dtype=BFLOAT16),
         "updates, row-wise": partial(updates, dtype=BFLOAT16, lazy=True, row_wise=True),
+        "updates, fused, exact": partial(updates, dtype=FLOAT32, fused=True),
+        "updates, fused, row-wise": partial(updates, dtype=BFLOAT16, lazy=True, row_wise=True, fused=True),
         "updates, width 256": partial(updates, dtype=BFLOAT16, dim=256, lazy=True),
     }
 
