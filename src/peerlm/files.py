@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process or the machine dies."""
+"""Files that are written whole or not at all, whenever the process or the machine dies."""
 
 import ctypes
 import errno

@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed."""
+"""Keep freed memory with this process, by settings of the C library."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""Commands from text to a trained model, and what it is worth: prepare, train, eval, generate."""
+"""Commands from text to a trained model and its evaluation: prepare, train, eval, generate."""
 
 import os
 import shlex
@@ -95,7 +95,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     json_file: Json = None,
 ) -> None:
-    """Train a model by a recipe; --resume takes a stopped run to the weights it would have had."""
+    """Train a model from a recipe; --resume continues a stopped run to the same weights."""
     from peerlm.train import load_recipe, train
     from peerlm.train.run_folder import resume_command
 

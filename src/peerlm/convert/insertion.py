@@ -1,4 +1,4 @@
-"""Where a layer stands in a converted model: beside a feed-forward layer or in its place, put there and taken away."""
+"""Put layers beside a model's feed-forward layers or in their place, and take them away."""
 
 from dataclasses import dataclass
 from threading import get_ident

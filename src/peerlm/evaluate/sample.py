@@ -1,4 +1,4 @@
-"""Text that a model writes."""
+"""Sample text from a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

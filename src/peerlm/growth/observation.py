@@ -1,4 +1,4 @@
-"""What a model's indices are asked while it reads samples, and which experts they choose."""
+"""Which queries a model's indices get from samples, and which experts they choose."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The page: one HTML file with its style, its program and its data, which asks for nothing from outside."""
+"""The page: one HTML file with its style, its program and its data, which makes no requests."""
 
 import base64
 import gzip

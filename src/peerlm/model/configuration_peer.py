@@ -1,4 +1,4 @@
-"""PeerConfig: what a language model of PEER blocks, dense blocks and the baselines is made of."""
+"""PeerConfig: the settings of a language model of PEER blocks, dense blocks and baselines."""
 
 from typing import Any, ClassVar
 

@@ -1,4 +1,4 @@
-"""Parameters take others' place in an optimizer, with what the optimizer remembers of it."""
+"""Replace parameters in an optimizer, carrying its state over."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

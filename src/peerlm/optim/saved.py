@@ -1,4 +1,4 @@
-"""The state of an optimizer in a file beside its model, and the updates that it still owes that model's rows."""
+"""The state of an optimizer in a file beside its model, and the updates that the model's stale rows still need."""
 
 import json
 from pathlib import Path

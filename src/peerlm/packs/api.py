@@ -1,4 +1,4 @@
-"""Packs: experts that are trained for one purpose, kept in a file, and loaded beside a model's own while it serves."""
+"""Make, save, load, unload and choose packs of experts."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

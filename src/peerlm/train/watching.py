@@ -1,4 +1,4 @@
-"""What a training run looks at while it trains, as hooks: the held-out loss, the use of experts, rows to be read."""
+"""What a training run measures on the way, as hooks: held-out loss, use of experts, rows brought up to date."""
 
 import math
 import time

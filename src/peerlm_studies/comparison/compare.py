@@ -1,4 +1,4 @@
-"""The main job: PEER and its baselines in the same model, on the same data, for the same FLOPs."""
+"""A comparison: PEER and its baselines in the same model, on the same data, for the same FLOPs."""
 
 from collections.abc import Sequence
 from pathlib import Path

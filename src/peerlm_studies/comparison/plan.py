@@ -1,4 +1,4 @@
-"""A comparison's recipe, and the training runs that it stands for."""
+"""A comparison's recipe, and its training runs."""
 
 import copy
 import hashlib

@@ -1,4 +1,4 @@
-"""An isoFLOP recipe: methods, sizes and budgets, and the training runs that they stand for."""
+"""An isoFLOP recipe: methods, sizes and budgets, and their training runs."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
