@@ -126,8 +126,9 @@ class GroupedMoE(nn.Module):
         """(T, D) -> (T, D)."""
         product = getattr(F, "grouped_mm", None) or torch._grouped_mm
         gates_TK, experts_TK = self.router(x).float().softmax(-1).topk(2, dim=-1)
-        order = experts_TK.flatten().argsort(stable=True)
-        ends = torch.bincount(experts_TK.flatten(), minlength=len(self.down)).cumsum(0).to(torch.int32)
+        expert_E, order = experts_TK.flatten().sort(stable=True)
+        every = torch.arange(len(self.down), device=x.device)
+        ends = torch.searchsorted(expert_E, every, right=True).to(torch.int32)
         token = order // 2
         out = product(F.gelu(product(x[token], self.down, offs=ends)), self.up, offs=ends)
         out = out * gates_TK.flatten()[order, None].to(out.dtype)

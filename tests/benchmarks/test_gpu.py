@@ -177,21 +177,22 @@ def test_no_section_starts_when_the_time_is_up(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.usefixtures("modules")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_search_on_the_device_is_that_of_the_tests(dtype: torch.dtype) -> None:
-    import correctness
+@pytest.mark.parametrize("pairing", ["row-major", "shells"])
+def test_the_search_on_the_device_is_that_of_the_tests(pairing: str, dtype: torch.dtype) -> None:
     import oracle
+    import retrieval_checks
 
-    for name, make in correctness.KEYS.items():
+    for name, make in retrieval_checks.KEYS.items():
         query, keys = (each.to(dtype) for each in make(3, 2, 12, 4))
-        ids, scores = oracle.exhaustive_search(query, keys, 9)
-        exact_ids, exact_scores = exhaustive_search(query, keys, 9)
+        ids, scores = oracle.exhaustive_search(query, keys, 9, pairing)
+        exact_ids, exact_scores = exhaustive_search(query, keys, 9, pairing)
         torch.testing.assert_close(scores, exact_scores, rtol=1e-14, atol=1e-14)
         assert torch.equal(ids, exact_ids), name
 
 
 @pytest.mark.usefixtures("modules")
 def test_wrong_ids_fail_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import correctness
+    import retrieval_checks
     from report import Report
     from rows import Progress
     from sizes import TINY
@@ -200,13 +201,27 @@ def test_wrong_ids_fail_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     Progress(tmp_path / "rows.jsonl").clear()
     report = Report("test", tmp_path / "rows.jsonl", TINY, {}, until=float("inf"))
-    arguments = (report, "reference", correctness.normal_keys, torch.float32, (4, 2, 16, 4), 4)
-    assert correctness._ids(*arguments)["ok"] is True
+    arguments = (report, "reference", retrieval_checks.normal_keys, torch.float32, (4, 2, 16, 4), 4)
+    assert retrieval_checks._ids(*arguments)["ok"] is True
     right = api.retrieve
     monkeypatch.setattr(
         api, "retrieve", lambda *given, **names: (right(*given, **names)[0], right(*given, **names)[1] ^ 1)
     )
-    assert correctness._ids(*arguments)["ok"] is False
+    assert retrieval_checks._ids(*arguments)["ok"] is False
+
+
+@pytest.mark.usefixtures("modules")
+def test_another_optimizer_fails_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import row_checks
+    from report import Report
+    from rows import Progress
+    from sizes import TINY
+
+    Progress(tmp_path / "rows.jsonl").clear()
+    report = Report("test", tmp_path / "rows.jsonl", TINY, {}, until=float("inf"))
+    assert row_checks._as_dense(report)["ok"] is True
+    monkeypatch.setitem(row_checks.BITS, "exact, float32", (torch.float32, {"lazy": True}))
+    assert row_checks._as_dense(report)["ok"] is False
 
 
 @pytest.mark.usefixtures("modules")

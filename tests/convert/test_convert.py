@@ -2,7 +2,7 @@
 
 import copy
 import json
-import os
+import pickle
 import re
 import subprocess
 import sys
@@ -259,16 +259,34 @@ def test_records_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "said"), [("beside", "UNEXPECTED"), ("replace", "MISSING")])
-def test_without_our_package_transformers_says_what_it_leaves_out(mode: str, said: str, tmp_path: Path) -> None:
-    convert(build("llama"), mode=mode, layers=0, **PEER_SETTINGS).save_pretrained(tmp_path)
-    code = f"from transformers import LlamaForCausalLM; LlamaForCausalLM.from_pretrained({str(tmp_path)!r})"
-    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    output = run.stdout + run.stderr
-    assert "Unknown quantization type, got peerlm" in output
-    assert "mlp.peer.experts.rows" in output
-    assert said in output
+@pytest.mark.parametrize("mode", ["beside", "replace"])
+def test_without_our_package_transformers_refuses_a_saved_model(mode: str, tmp_path: Path) -> None:
+    model = convert(build("llama"), mode=mode, layers=0, **PEER_SETTINGS)
+    model.save_pretrained(tmp_path / "saved")
+    copy.deepcopy(model).save_pretrained(tmp_path / "copied")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert not hasattr(loaded.config, "transformers_weights")
+    loaded.save_pretrained(tmp_path / "again")
+    code = f"""
+from transformers import AutoModelForCausalLM
+for name in ("saved", "copied", "again"):
+    try:
+        AutoModelForCausalLM.from_pretrained({str(tmp_path)!r} + "/" + name)
+    except ValueError as error:
+        print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.count('install peerlm, and "import peerlm" first') == 3, run.stdout + run.stderr
+
+
+def test_only_what_is_converted_is_refused(tmp_path: Path) -> None:
+    model = convert(build("llama"), layers=0, **PEER_SETTINGS)
+    other = pickle.loads(pickle.dumps(model))
+    other.save_pretrained(tmp_path / "pickled")
+    assert equal_states(AutoModelForCausalLM.from_pretrained(tmp_path / "pickled"), model)
+    unconvert(model).save_pretrained(tmp_path / "plain")
+    assert "transformers_weights" not in (tmp_path / "plain" / "config.json").read_text()
+    assert "save_pretrained" not in vars(model)
 
 
 def test_row_adamw_trains_a_converted_model_under_the_stock_trainer(tmp_path: Path) -> None:

@@ -21,7 +21,13 @@ from peerlm.convert.insertion import (
 )
 from peerlm.convert.kinds import KINDS, Kind
 from peerlm.convert.neurons import fit_neurons
-from peerlm.convert.record import MODES, ConversionConfig, conversion_of
+from peerlm.convert.record import (
+    MODES,
+    ConversionConfig,
+    conversion_of,
+    refuse_saves_without_peerlm,
+    save_without_record,
+)
 
 
 def convert(
@@ -97,6 +103,7 @@ def convert(
             raise
     _own_config(model)
     model.config.quantization_config = ConversionConfig.of(mode, init, dict(settings), sites)
+    refuse_saves_without_peerlm(model)
     return model
 
 
@@ -131,6 +138,7 @@ def unconvert(model: PreTrainedModel) -> PreTrainedModel:
         )
     remove_beside(model, record.read_sites())
     del model.config.quantization_config
+    save_without_record(model)
     return model
 
 

@@ -5,14 +5,14 @@ quantizer. That is what `RebuildConverted` is to transformers, by the configurat
 quantised, so that a loaded model keeps none of the marks of a quantised one: it trains, compiles and changes its dtype
 as any other.
 
-Where peerlm was not imported, transformers warns of the unknown quantization type "peerlm" and continues without;
-its report on loading then names each weight of a PEER layer as unexpected, and each of a replaced layer as missing.
-`refuse_without_peerlm` turns that into an error.
+Where peerlm was not imported, transformers would warn of the unknown quantization type "peerlm" and continue without.
+So what a converted model saves names, in place of its weights, what is to be done: transformers refuses that.
 """
 
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -86,6 +86,36 @@ def refuse_without_peerlm(folder: Path) -> None:
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | {_WEIGHTS: _REFUSAL})
 
 
+def refuse_saves_without_peerlm(model: PreTrainedModel) -> None:
+    """Let what this converted model saves from now on be refused by transformers alone.
+
+    Copies do so too; a model that was pickled does not.
+    """
+    vars(model)["save_pretrained"] = MethodType(_save_converted, model)
+
+
+def save_without_record(model: PreTrainedModel) -> None:
+    """Undo `refuse_saves_without_peerlm`."""
+    vars(model).pop("save_pretrained", None)
+
+
+def _save_converted(self: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """As `save_pretrained` of transformers, of which it is called."""
+    pushes = kwargs.pop("push_to_hub", False)
+    type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    folder = Path(save_directory)
+    if (folder / "config.json").is_file():  # which the main process alone writes
+        refuse_without_peerlm(folder)
+    if pushes:
+        names = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
+        options = {name: kwargs[name] for name in names if name in kwargs}
+        self.push_to_hub(kwargs.get("repo_id", folder.name), **options)
+
+
+# As which a pickle finds it: that of the class.
+_save_converted.__name__ = "save_pretrained"
+
+
 class RebuildConverted(HfQuantizer):
     """Puts the layers of a converted model into it before the weights are loaded."""
 
@@ -125,6 +155,7 @@ class RebuildConverted(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
+        refuse_saves_without_peerlm(model)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

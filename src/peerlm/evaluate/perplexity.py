@@ -69,7 +69,7 @@ class TextScore:
 def score_text(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
-    documents: str | Iterable[str],
+    documents: str | Iterable[str | Iterable[str]],
     *,
     context: int,
     stride: int | None = None,
