@@ -253,8 +253,21 @@ WAYS: dict[str, Way] = {
     )["experts.rows"],
     "DCP get_state_dict": lambda layer, optimizer, folder: get_state_dict(layer, optimizer)[0]["experts.rows"],
     "DCP save": lambda layer, optimizer, folder: through_dcp(layer, folder),
+    "torch.export": lambda layer, optimizer, folder: as_stored(exported(layer).state_dict["experts.rows"]),
+    "torch.export, saved": lambda layer, optimizer, folder: export_saved(layer),
     "torch.jit.trace": lambda layer, optimizer, folder: as_stored(traced(layer).get_parameter("experts.rows")),
 }
+
+
+def exported(layer: PEER) -> torch.export.ExportedProgram:
+    return torch.export.export(layer, (BATCHES[0],), strict=False)
+
+
+def export_saved(layer: PEER) -> Tensor:
+    file = io.BytesIO()
+    torch.export.save(exported(layer), file)
+    file.seek(0)
+    return torch.export.load(file).state_dict["experts.rows"]
 
 
 def traced(layer: PEER) -> Any:
@@ -299,6 +312,20 @@ def test_what_cannot_be_right_is_refused(way: str) -> None:
     layer.experts.backend = layer.product_keys.backend = "reference"  # native kernels know no transforms
     with pytest.raises(error, match=message):
         leave(layer)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_exported_layer_computes_with_rows_that_have_caught_up_since(training: bool) -> None:
+    layer, optimizer = trained(6)
+    module = exported(layer.train(training)).module()
+    train(layer.train(), optimizer, BATCHES[6:18])
+    x = BATCHES[0]
+    with rows_as_they_are():
+        behind = module(x)
+    found = module(x)
+    optimizer.catch_up()
+    assert torch.equal(found, module(x))
+    assert not torch.equal(found, behind)
 
 
 def test_a_norm_is_that_of_rows_that_have_caught_up(right: Tensor) -> None:
