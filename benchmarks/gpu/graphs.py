@@ -1,7 +1,7 @@
 """A training step without host synchronisation, and as a CUDA graph whose replays have the bits of eager steps."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from contenders import batches, check_backend, peer, row_adamw
@@ -40,6 +40,9 @@ class _Training:
         torch.manual_seed(0)
         self.layer: nn.Module = peer(report.sizes, report.device, backend, row_format=row_format)
         (self.optimizer,) = row_adamw(**settings)(self.layer)
+        for group in self.optimizer.param_groups:
+            if not group["rows"]:  # torch's AdamW wants it so for graphs
+                group["lr"] = torch.tensor(group["lr"], device=report.device)
         dtype = next(self.layer.parameters()).dtype
         self.inputs = batches(report.sizes, report.device, report.sizes.tokens, dtype)
         self.x = self.inputs[0].clone()
@@ -49,6 +52,10 @@ class _Training:
         self.layer(self.x).float().square().mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def in_graph(self, name: str) -> AbstractContextManager[object]:
+        """What the optimizer asks for around a capture or a replay; nothing where it does not know of graphs."""
+        return getattr(self.optimizer, name, nullcontext)()
 
     def take(self, turn: int) -> None:
         """Put another batch into its place."""
@@ -138,11 +145,12 @@ def _replayed(report: Report, backend: str, mode: str) -> Facts:
             captured.step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured.in_graph("captured_step"), torch.cuda.graph(graph):
         captured.step()
     for turn in range(2, 2 + STEPS):
         captured.take(turn)
-        graph.replay()
+        with captured.in_graph("replayed_step"):
+            graph.replay()
     found = captured.weights()
     different = [name for name in expected if not torch.equal(expected[name], found[name])]
     return {"ok": not different, "different": different}

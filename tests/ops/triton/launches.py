@@ -9,7 +9,7 @@ are those in use; tokens and rows are few, since launches do not depend on how m
 
 # ruff: noqa: E402, Triton asks for its interpreter when it is imported
 
-import importlib.util
+import importlib
 import inspect
 import json
 import os
@@ -98,8 +98,6 @@ def values(*, dtype: torch.dtype, dim: int = 1024) -> None:
 
 def updates(*, dtype: torch.dtype, dim: int = 1024, **settings: Any) -> None:
     """Steps of the optimizer by rows; rows that are read late catch up. Fused ones are taken by the backward pass."""
-    if importlib.util.find_spec("peerlm.ops.triton.row_steps") is None:
-        raise NotImplementedError("steps of rows are not written yet")
     row_steps = importlib.import_module("peerlm.ops.triton.row_steps")
     api.row_kernels = lambda table: row_steps  # on a CPU the native ones come first
     rows = torch.nn.Parameter(torch.zeros(ROWS, 2, dim, dtype=dtype))
