@@ -30,9 +30,10 @@ def run(report: Report, backend: str) -> None:
     report.check(f"{backend}, experts of no token", lambda: _no_token(report, backend))
 
 
-def _inputs(report: Report, dtype: torch.dtype, gated: bool, tokens: int = 64) -> list[Tensor | None]:
+def _inputs(report: Report, dtype: torch.dtype, gated: bool, tokens: int | None = None) -> list[Tensor | None]:
     sizes, device = report.sizes, report.device
-    count = 2048 if report.device == "cuda" else 32
+    tokens = 2 * sizes.checked_tokens if tokens is None else tokens
+    count = 2048 if report.device == "cuda" else 8
     parts = 3 if gated else 2
     wide = torch.randn(count, parts, sizes.dim, device=device) * sizes.dim**-0.5
     rows, scales = wide.to(dtype), None

@@ -95,10 +95,11 @@ def _child(
     log = rows.with_suffix(f".{section.name}.log")
     with log.open("a", encoding="utf-8") as errors:
         process = subprocess.Popen(command, stderr=errors, env={**os.environ, **environment}, start_new_session=True)
+        code: int | None = None
         try:
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            code = None
+            pass
         finally:
             _end(process)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -114,4 +115,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """End a section's process and those that it started (compilers)."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in a driver cannot be ended
+        process.wait(timeout=_TO_END)

@@ -173,13 +173,14 @@ class Report:
         return {"working_GiB": round((peak - held) / 2**30, 3), "peak_GiB": round(peak / 2**30, 3)}
 
     def give_back(self) -> None:
-        """Give memory back that nobody holds."""
+        """Give the card's memory back that nobody holds."""
+        if self.device != "cuda":
+            return
         gc.collect()
-        if self.device == "cuda":
-            try:
-                torch.cuda.empty_cache()
-            except RuntimeError as error:  # after an illegal access nothing works any more
-                raise _lost(error) from error
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # after an illegal access nothing works any more
+            raise _lost(error) from error
 
     def _end(self, case: str, figures: Mapping[str, Any], **found: object) -> None:
         """The row of a case, which is then done."""

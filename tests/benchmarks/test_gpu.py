@@ -66,12 +66,12 @@ def run(*arguments: str, timeout: float = 240, **environment: str) -> subprocess
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]]]:
-    """What two sections say and write where torch, triton and numpy are all that is there."""
+    """What a section says and writes where torch, triton and numpy are all that is there."""
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "sitecustomize.py").write_text(WITHOUT, encoding="utf-8")
     output = folder / "out/rows.jsonl"
-    done = run("--only", "kernels", "graphs", "--output", str(output), "--interpret", PYTHONPATH=str(folder))
+    done = run("--only", "kernels", "--output", str(output), "--interpret", PYTHONPATH=str(folder))
     assert done.returncode == 0, done.stderr
     return done.stdout, rows_of(output)
 
@@ -80,7 +80,6 @@ def test_sections_run_without_a_gpu_and_with_torch_alone(short_run: tuple[str, l
     _, rows = short_run
     measured = {row["case"] for row in rows if "ms" in row}
     assert {"experts forward / gather alone", "experts forward / peerlm, reference"} <= measured
-    assert {row["section"] for row in rows} == {"kernels", "graphs"}
     unexpected = [row for row in rows if "failed" in row and "triton" not in row["case"]]
     assert unexpected == []
 
@@ -261,6 +260,40 @@ def test_every_section_is_a_function_that_exists() -> None:
     for section in SECTIONS:
         module: ModuleType = import_module(section.module)
         assert callable(getattr(module, section.function))
+
+
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize(
+    "name", ["correctness", "layer", "many-tokens", "one-head", "graphs", "language-model", "memory"]
+)
+def test_a_section_measures_what_is_there(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from importlib import import_module
+
+    import contenders
+    from report import Report, SkippedError
+    from rows import Progress
+    from sections import SECTIONS
+    from sizes import TINY
+
+    def reference_alone(backend: str) -> None:
+        if backend != "reference":
+            raise SkippedError(f"no {backend}")
+
+    pytest.importorskip("triton")
+    section = next(each for each in SECTIONS if each.name == name)
+    module = import_module(section.module)
+    for each in [*sys.modules.values()]:
+        if getattr(each, "check_backend", None) is contenders.check_backend and each is not contenders:
+            monkeypatch.setattr(each, "check_backend", reference_alone)
+    monkeypatch.setattr(contenders, "check_backend", reference_alone)
+    file = tmp_path / "rows.jsonl"
+    Progress(file).clear()
+    getattr(module, section.function)(Report(name, file, TINY, {}, until=float("inf")))
+    rows = rows_of(file)
+    assert [row for row in rows if "failed" in row] == []
+    assert any(row.get("ok") or "ms" in row or "tokens_per_s" in row or "peak_GiB" in row for row in rows) or (
+        {row["skipped"] for row in rows} >= {"it runs; only a GPU can be waited for"}
+    )
 
 
 def test_help_names_every_section() -> None:

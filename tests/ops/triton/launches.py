@@ -9,6 +9,7 @@ are those in use; tokens and rows are few, since launches do not depend on how m
 
 # ruff: noqa: E402, Triton asks for its interpreter when it is imported
 
+import importlib.util
 import inspect
 import json
 import os
@@ -36,7 +37,9 @@ from peerlm.ops.functions import ACTIVATIONS
 from peerlm.ops.row_updates import prepare_rows
 from peerlm.optim import RowAdamW
 
-TOKENS, ROWS = 64, 1024
+TOKENS = 64
+ROWS = 1008
+"""Of each table, a multiple of 16 as in use; nothing else has as many."""
 MANY_TOKENS = 4096
 """Where kernels are chosen by the number of tokens."""
 
@@ -66,22 +69,22 @@ def experts(
     *, dtype: torch.dtype, x_dtype: torch.dtype | None = None, dim: int = 1024, parts: int = 2, activation: str = "gelu"
 ) -> None:
     """Forward and backward, with sparse and with dense gradients of rows, in evaluation, of few tokens and of many."""
-    rows, scales = torch.zeros(ROWS, parts, dim, dtype=dtype), None
-    if dtype == torch.int8:
-        scales = torch.zeros(ROWS, parts)
+    rows, trained = torch.zeros(ROWS, parts, dim, dtype=dtype), dtype.itemsize > 1
+    scales = None if trained else torch.zeros(ROWS, parts)
     for tokens in (TOKENS, MANY_TOKENS):
-        x = torch.zeros(tokens, dim, dtype=x_dtype or (dtype if dtype.is_floating_point else torch.bfloat16))
+        x = torch.zeros(tokens, dim, dtype=x_dtype or (dtype if trained else torch.bfloat16))
         weights, ids = torch.zeros(tokens, 128), torch.zeros(tokens, 128, dtype=torch.int64)
         api.mix_experts(x, weights, ids, rows, scales, activation=activation, backend="triton")
-        for row_gradients in (True, False) if dtype.is_floating_point else (False,):
-            leaves = [x, weights, rows] if dtype.is_floating_point else [x, weights]
+        for row_gradients in (True, False) if trained else (False,):
+            leaves = [x, weights, rows] if trained else [x, weights]
             for leaf in leaves:
                 leaf.requires_grad_().grad = None
             y = api.mix_experts(
                 x, weights, ids, rows, scales, activation=activation, backend="triton", row_gradients=row_gradients
             )
             y.sum().backward()
-            rows.requires_grad_(False)
+            if trained:
+                rows.requires_grad_(False)
 
 
 def values(*, dtype: torch.dtype, dim: int = 1024) -> None:
@@ -94,9 +97,22 @@ def values(*, dtype: torch.dtype, dim: int = 1024) -> None:
 
 
 def updates(*, dtype: torch.dtype, dim: int = 1024, **settings: Any) -> None:
-    """Steps of the optimizer by rows; rows that are read late catch up."""
+    """Steps of the optimizer by rows; rows that are read late catch up. Fused ones are taken by the backward pass."""
+    if importlib.util.find_spec("peerlm.ops.triton.row_steps") is None:
+        raise NotImplementedError("steps of rows are not written yet")
+    row_steps = importlib.import_module("peerlm.ops.triton.row_steps")
+    api.row_kernels = lambda table: row_steps  # on a CPU the native ones come first
     rows = torch.nn.Parameter(torch.zeros(ROWS, 2, dim, dtype=dtype))
     optimizer = RowAdamW([{"params": [rows], "name": "table"}], lr=1e-3, **settings)
+    if settings.get("fused"):
+        x, weights = torch.zeros(TOKENS, dim, dtype=dtype), torch.zeros(TOKENS, 128)
+        ids = torch.zeros(TOKENS, 128, dtype=torch.int64)
+        for _ in range(2):
+            prepare_rows(rows, ids)
+            y = api.mix_experts(x, weights, ids, rows, backend="triton", row_gradients=True)
+            y.sum().backward()
+            optimizer.step()
+        return
     for step in range(3):
         ids = torch.arange(TOKENS) + step
         prepare_rows(rows, ids)
@@ -117,6 +133,7 @@ if "triton" in api.BACKENDS:
         "experts": partial(experts, dtype=BFLOAT16),
         "updates": partial(updates, dtype=BFLOAT16, lazy=True),
         "exact updates": partial(updates, dtype=FLOAT32),
+        "fused updates": partial(updates, dtype=BFLOAT16, lazy=True, fused=True),
     }
     IN_THE_SUITE = list(WORKLOADS)
     WORKLOADS |= {
@@ -134,6 +151,7 @@ if "triton" in api.BACKENDS:
         "experts, float32": partial(experts, dtype=FLOAT32),
         "experts, float32 rows, bfloat16 tokens": partial(experts, dtype=FLOAT32, x_dtype=BFLOAT16),
         "experts, int8": partial(experts, dtype=torch.int8),
+        "experts, float8": partial(experts, dtype=torch.float8_e4m3fn),
         "experts, gated": partial(experts, dtype=BFLOAT16, parts=3),
         "experts, width 256": partial(experts, dtype=BFLOAT16, dim=256),
         "experts, width 512": partial(experts, dtype=FLOAT32, dim=512),
@@ -142,6 +160,8 @@ if "triton" in api.BACKENDS:
         "values, float32": partial(values, dtype=FLOAT32),
         "updates, bfloat16 moments": partial(updates, dtype=BFLOAT16, lazy=True, state_dtype=BFLOAT16),
         "updates, row-wise": partial(updates, dtype=BFLOAT16, lazy=True, row_wise=True),
+        "updates, fused, exact": partial(updates, dtype=FLOAT32, fused=True),
+        "updates, fused, row-wise": partial(updates, dtype=BFLOAT16, lazy=True, row_wise=True, fused=True),
         "updates, width 256": partial(updates, dtype=BFLOAT16, dim=256, lazy=True),
     }
 
@@ -196,11 +216,11 @@ def described(function: Callable[..., Any], arguments: tuple[Any, ...], options:
 
 def _argument(value: Any) -> dict[str, Any]:
     if isinstance(value, Tensor):
-        contiguous = value.ndim > 1 and value.stride(-1) == 1
+        table = value.shape[:1] == (ROWS,) and value.ndim > 1
         return {
             "tensor": str(value.dtype).removeprefix("torch."),
             "aligned": value.data_ptr() % 16 == 0,
-            "row_bytes": value.shape[-1] * value.element_size() if contiguous else 0,
+            "row_bytes": value.stride(0) * value.element_size() if table else 0,
         }
     if isinstance(value, InterpretedFunction):
         return {"function": [value.fn.__module__, value.fn.__qualname__]}

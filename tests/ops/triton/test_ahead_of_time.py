@@ -19,7 +19,7 @@ ALL_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """What one program may have."""
 WIDE_ROW = 512
-"""Bytes from which a row is read in wide pieces."""
+"""Bytes from which a row of a table is read in wide pieces."""
 WIDE = {"sm_80": 16, "sm_90": 16, "sm_100": 16, "gfx942": 8}
 """Bytes that a thread moves at a time; with twice the threads in a warp, half as many do."""
 
