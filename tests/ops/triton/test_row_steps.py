@@ -451,7 +451,9 @@ def test_a_learning_rate_in_a_tensor_is_not_asked_for(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("peerlm.optim.row_adamw._kernels", lambda table: row_steps)
     monkeypatch.setattr("peerlm.optim.row_adamw._is_on_device", lambda rate: isinstance(rate, Tensor))
-    tables = [torch.nn.Parameter(torch.randn(6, 3, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    start = torch.randn(6, 3)
+    tables = [torch.nn.Parameter(start.to(device, copy=True)) for _ in range(2)]
+    ids = torch.tensor([[1, 4, 1]], device=device)
     rates = (0.25, torch.tensor(0.25, device=device))
     for table, rate in zip(tables, rates, strict=True):
         optimizer = RowAdamW([{"params": [table], "rows": True}], lr=rate, lazy=True)  # type: ignore[arg-type]
@@ -460,8 +462,8 @@ def test_a_learning_rate_in_a_tensor_is_not_asked_for(monkeypatch: pytest.Monkey
                 patch.setattr(Tensor, "__float__", asked)
                 patch.setattr(Tensor, "item", asked)
             for number in range(3):
-                table.grad = torch.sparse_coo_tensor(
-                    torch.tensor([[1, 4, 1]]), torch.full((3, 3), 1.0 + number), table.shape, check_invariants=False
-                )
+                values = torch.full((3, 3), 1.0 + number, device=device)
+                table.grad = torch.sparse_coo_tensor(ids, values, table.shape, check_invariants=False)
                 optimizer.step()
     assert torch.equal(*tables)
+    assert not torch.equal(tables[0].detach().cpu(), start)
