@@ -52,6 +52,16 @@ def test_a_sigmoid_near_one_has_a_gradient() -> None:
         torch.testing.assert_close(one.double(), right, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("size", [-20.0, 20.0])
+def test_a_sigmoid_of_scores_of_any_size_has_a_gradient_of_zero_at_least(size: float) -> None:
+    leaves = [torch.full(shape, size).to(DEVICE).requires_grad_() for shape in ((1, 1, 2), (2, 1, 1, 1))]
+    with torch.no_grad():
+        leaves[0].fill_(40.0)  # scores of 1600 and -1600
+    weights, _ = api.retrieve(*leaves, 1, weighting="sigmoid", backend="triton")
+    for gradient in torch.autograd.grad(weights.sum(), leaves):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 def test_sub_keys_that_many_entries_name_are_summed_in_chunks_to_the_same_bits() -> None:
     leaves = inputs(20, 1, 1, 16, 1)
     with torch.no_grad():  # all entries name the first sub-key of a half: more than a chunk of 256

@@ -73,7 +73,7 @@ class Shortlist(NamedTuple):
 def shortlist(tokens: int, n: int, half_dim: int, k: int) -> Shortlist | None:
     """The tiles of the kernels in `shortlist`; None where it is quicker to score all sub-keys in float64 at once."""
     groups = max(128, 4 * triton.next_power_of_2(k))
-    if tokens < 64 or n < 2 * groups or half_dim > 128 or k > 64:
+    if tokens < 128 or n < 2 * groups or half_dim > 128 or k > 64:
         return None
     places = max(32, 2 * triton.next_power_of_2(k))
     return Shortlist(
