@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-tables test-targets lint docs bench sanitize foreign-tests foreign-transformers foreign-peft clean
+.PHONY: help setup demo test test-tables test-targets lint docs bench gpu gpu-wheels gpu-compile sanitize foreign-tests foreign-transformers foreign-peft clean
 .DELETE_ON_ERROR:
 
 help:  ## these lines
@@ -12,7 +12,7 @@ help:  ## these lines
 
 setup: $(VENV)/.package  ## an environment in .venv with peerlm and its tools
 
-demo: setup  ## compare PEER with its rivals on the embedded corpus: table, plots, a sample of text
+demo: setup  ## compare PEER with its baselines on the embedded corpus: table, plots, a sample of text
 	$(BIN)/peerlm compare recipes/demo.toml
 
 test: setup  ## every test, on all cores, against the installed package
@@ -38,6 +38,19 @@ docs: setup  ## the documentation as a site, built without a network: site/index
 bench: setup  ## the layer and its kernels against other implementations and the limits of memory; a quarter of an hour, 20 GB
 	$(PIP) install -c constraints.txt --no-build-isolation ".[bench]"
 	$(BIN)/python benchmarks/run.py
+
+# Needs no installation: on a machine with a GPU the source tree, torch, triton and numpy are all there is.
+GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
+gpu:  ## one GPU in eight minutes: its limits, our layer beside others, correctness; OUTPUT=file; without a GPU, tiny sizes
+	$(GPU_PYTHON) benchmarks/gpu/run.py $(if $(OUTPUT),--output $(OUTPUT))
+
+gpu-wheels:  ## what travels with the checkout to such a machine: PEER-pytorch, below build/gpu
+	$(GPU_PYTHON) benchmarks/gpu/run.py --prepare
+
+gpu-compile: setup  ## every Triton kernel compiled for four kinds of GPU; with TRITON=3.6.0, by that version
+	$(if $(TRITON),test -d build/triton-$(TRITON) || $(PIP) install --no-deps --target build/triton-$(TRITON) triton==$(TRITON))
+	PYTHONPATH=$(if $(TRITON),build/triton-$(TRITON):)src $(BIN)/python -m pytest --gpu-targets all \
+	    tests/ops/triton/test_ahead_of_time.py
 
 # Python itself is not instrumented: the sanitizer must come first, with the C++ library whose exceptions it follows, and
 # memory that Python keeps until it ends is no leak. A package built beside the installed one is imported before it.

@@ -37,7 +37,7 @@ def grown(n: int, new_n: int, dim: int, trained: bool) -> dict[str, float]:
         layer(torch.randn(64, dim)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     started = time.perf_counter()
     grow(layer, new_n * new_n, optimizer=optimizer)
     seconds = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""How loud each layer is before training, as a share of the dense GELU layer: a Markdown table.
+"""The output scale of each layer before training, as a share of the dense GELU layer: a Markdown table.
 
 Inputs are standard normal, as after RMSNorm. The largest layer needs 9 GB of memory.
 

@@ -1,7 +1,7 @@
 """The PEER layer against other implementations: forward, training step, decoding and memory. Markdown and JSON.
 
-Each rival meets our layer in a process of its own, interleaved with it, because two of them do not fit into memory
-together; correctness is checked first. `--tuned` gives rivals huge pages and fused Adam. See benchmarks/README.md.
+Each baseline meets our layer in a process of its own, interleaved with it, because two of them do not fit into memory
+together; correctness is checked first. `--tuned` gives baselines huge pages and fused Adam. See benchmarks/README.md.
 
     python benchmarks/peer_layer.py PEER-pytorch --num-experts 1048576 [--tuned] [--json FILE]
 """
@@ -70,7 +70,7 @@ class Contender:
 
 
 def ours(dim: int, num_experts: int, *, train: bool, **options: object) -> Contender:
-    """Our layer with keys per head, as rivals have them, and the exact row-sparse AdamW."""
+    """Our layer with keys per head, as baselines have them, and the exact row-sparse AdamW."""
     row_format = str(options.pop("row_format", "float32"))
     layer = PEER(
         dim,
@@ -98,7 +98,7 @@ class EmbeddingPEER(nn.Module):
         return torch.einsum("...p,...pd->...d", hidden, self.up(ids))
 
 
-def rival(name: str, dim: int, num_experts: int, *, tuned: bool, train: bool) -> Contender:
+def baseline(name: str, dim: int, num_experts: int, *, tuned: bool, train: bool) -> Contender:
     """The other implementation and the optimizer that it is used with."""
     if name == "PEER-pytorch":
         from PEER_pytorch import PEER as PeerPytorch  # noqa: N811
@@ -140,7 +140,7 @@ def rival(name: str, dim: int, num_experts: int, *, tuned: bool, train: bool) ->
 
 
 DENSE = ("dense, equal active", "dense, 4 d")
-RIVALS = ("PEER-pytorch", "SparseAdam", "reference", "compiled reference", "bag", *DENSE, *MODES, "none")
+BASELINES = ("PEER-pytorch", "SparseAdam", "reference", "compiled reference", "bag", *DENSE, *MODES, "none")
 
 
 NEAR_TIE = 1e-5
@@ -182,15 +182,17 @@ def peak_gib() -> float:
 def main() -> None:
     """Parse, check, time, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rival", choices=RIVALS)
-    parser.add_argument("--tuned", action="store_true", help="huge pages and fused Adam for the rival")
+    parser.add_argument("baseline", choices=BASELINES)
+    parser.add_argument("--tuned", action="store_true", help="huge pages and fused Adam for the baseline")
     parser.add_argument("--keep-freed-memory", action="store_true", help="of both, as peerlm's commands do")
     parser.add_argument("--num-experts", type=int, default=1024**2)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--memory", action="store_true", help="train the rival alone ('none': ours) and print its peak")
+    parser.add_argument(
+        "--memory", action="store_true", help="train the baseline alone ('none': ours) and print its peak"
+    )
     parser.add_argument("--mode", choices=MODES, default="exact", help="our optimizer")
     parser.add_argument("--row-format", default="float32")
     parser.add_argument("--json", type=Path, help="file that a row for each figure is added to")
@@ -207,19 +209,19 @@ def main() -> None:
     sizes |= {"our_mode": options.mode, "our_row_format": options.row_format}
     sizes["freed_memory_kept"] = options.keep_freed_memory
     contenders = {}
-    if options.rival == "none" or not options.memory:
+    if options.baseline == "none" or not options.memory:
         contenders["peerlm"] = ours(dim, num_experts, train=trains, row_format=options.row_format, **mode)
-    if options.rival != "none":
-        name = f"peerlm, {options.rival}" if options.rival in MODES else options.rival
+    if options.baseline != "none":
+        name = f"peerlm, {options.baseline}" if options.baseline in MODES else options.baseline
         name += ", tuned" if options.tuned else ""
-        contenders[name] = rival(options.rival, dim, num_experts, tuned=options.tuned, train=trains)
+        contenders[name] = baseline(options.baseline, dim, num_experts, tuned=options.tuned, train=trains)
     if options.memory:
         (contender,) = contenders.values()
         for _ in range(3):
             contender.step(torch.randn(options.tokens, dim), torch.randn(options.tokens, dim))
         report("peak GiB", {next(iter(contenders)): [peak_gib()]}, sizes, options.json)
         return
-    if options.rival != "none" and options.row_format == "float32":
+    if options.baseline != "none" and options.row_format == "float32":
         check(*contenders.values(), torch.randn(64, dim))
     inputs = {"forward": options.tokens, "decode": 1}
     for part in options.parts:

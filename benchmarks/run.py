@@ -34,15 +34,15 @@ def commands(*, quick: bool) -> list[list[str]]:
         [layer, "none", "--parts", "forward", "decode", "--row-format", "bfloat16"],
         [layer, "none", "--parts", "forward", "decode", "--row-format", "int8"],
     ]
-    for rival in ("none", "PEER-pytorch", "SparseAdam"):
-        todo.append([layer, rival, "--memory"])
+    for baseline in ("none", "PEER-pytorch", "SparseAdam"):
+        todo.append([layer, baseline, "--memory"])
     todo.append([layer, "none", "--memory", "--mode", "fused"])
     if quick:
         return todo
     forward = ["--parts", "forward"]
-    for rival in ("dense, equal active", "dense, 4 d"):
-        todo.append([layer, rival, "--parts", "forward", "backward", "step", "decode"])
-    todo += [[layer, rival, *forward] for rival in ("bag", "compiled reference")]
+    for baseline in ("dense, equal active", "dense, 4 d"):
+        todo.append([layer, baseline, "--parts", "forward", "backward", "step", "decode"])
+    todo += [[layer, baseline, *forward] for baseline in ("bag", "compiled reference")]
     for num_experts in (SMALL, MIDDLE):
         todo.append([layer, "PEER-pytorch", "--tuned", "--num-experts", str(num_experts)])
     for dim in (512, 1024):
@@ -54,7 +54,7 @@ def commands(*, quick: bool) -> list[list[str]]:
 
 
 def main() -> None:
-    """Run all, go on where one fails, print what was measured."""
+    """Run all, continue where one fails, print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = HERE / "results" / f"{datetime.date.today().isoformat()}.jsonl"
     parser.add_argument("--output", type=Path, default=default)

@@ -41,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--tables", choices=("whole", "two-pieces"), default="whole", help="the class of which tests make tables"
     )
+    parser.addoption("--gpu-targets", default="sm_90", help="what kernels are compiled for: a target, or all")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -130,21 +130,27 @@ def test_no_package_exports_a_name_of_one_of_its_modules() -> None:
 
 
 def caption(path: Path) -> str:
-    """The first line of a Python file's docstring, or of a C++ file's comment; empty where there is none."""
+    """The first line of a file's docstring or first comment, where it is a whole sentence; otherwise nothing."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
-    first = text.partition("\n")[0]
-    return first.lstrip("/ ") if first.startswith("//") else ""
+        first = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    else:
+        sign = "#" if path.name == "CMakeLists.txt" else "//"
+        first = text.partition("\n")[0]
+        first = first.removeprefix(sign).strip() if first.startswith(sign) else ""
+    return first if first.endswith(".") else ""
 
 
 def test_every_source_file_begins_with_a_caption() -> None:
-    files = [path for path in SOURCES.rglob("*") if path.suffix == ".py"]
+    kinds = {".py", ".cpp", ".h", ".inc", ".js"}
+    files = [path for path in SOURCES.rglob("*") if path.suffix in kinds or path.name == "CMakeLists.txt"]
+    assert {path.suffix for path in files} == kinds | {".txt"}
     assert [str(path.relative_to(ROOT)) for path in files if not caption(path)] == []
 
 
 def test_a_file_without_a_caption_is_found(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("import os\n")
     (tmp_path / "b.cpp").write_text("#include <vector>\n")
-    assert caption(tmp_path / "a.py") == ""
-    assert caption(tmp_path / "b.cpp") == ""
+    (tmp_path / "c.inc").write_text("// A caption that does not end\n// on its first line.\n")
+    (tmp_path / "d.h").write_text("// What this holds.\n#pragma once\n")
+    assert [caption(tmp_path / name) for name in ("a.py", "b.cpp", "c.inc", "d.h")] == ["", "", "", "What this holds."]

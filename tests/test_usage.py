@@ -10,6 +10,7 @@ from torch import nn
 from peerlm import PEER
 from peerlm.growth import grow, set_opening
 from peerlm.layers import DenseFFW, ProductKeyMemory, TokenChoiceMoE
+from peerlm.ranks import Ranks
 from peerlm.usage import ExpertUsage, record_usage
 
 
@@ -184,7 +185,7 @@ def test_recording_changes_neither_output_nor_gradients():
 def test_merge_alone_changes_nothing():
     usage = ExpertUsage(4)
     usage.add(torch.ones(1, 1, 1), torch.ones(1, 1, 1, dtype=torch.int64))
-    usage.merge()
+    usage.merge(Ranks(rank=0, world_size=1, device=torch.device("cpu")))
     assert usage.weight_N.tolist() == [0, 1, 0, 0]
 
 
@@ -192,7 +193,7 @@ def add_and_merge(rank, store, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     usage = ExpertUsage(4)
     usage.add(torch.full((1, 1, 1), 0.5 + rank), torch.full((1, 1, 1), rank))
-    usage.merge()
+    usage.merge(Ranks(rank=rank, world_size=2, device=torch.device("cpu")))
     results.put((usage.weight_N.tolist(), usage.retrievals_N.tolist()))
     dist.destroy_process_group()
 

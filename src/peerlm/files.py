@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process or the machine dies."""
+"""Files that are written whole or not at all, whenever the process or the machine dies."""
 
 import ctypes
 import errno
@@ -18,8 +18,8 @@ PARTIAL = ".partial-"
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; on success it becomes `folder`, on an exception it is removed.
 
-    The folder holds files alone. They are on the disk before it takes its name, and as readable as the folder
-    is (safetensors writes files that only their owner may read). A `folder` that was there is replaced: on Linux in one
+    The folder holds files alone. They are on the disk before it takes its name. They are as readable as the folder
+    (safetensors writes files that only their owner may read). A `folder` that was there is replaced: on Linux in one
     step, elsewhere with a moment in between in which it has another name.
     """
     partial = folder.with_name(PARTIAL + folder.name)

@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed."""
+"""Keep freed memory with this process, by settings of the C library."""
 
 import ctypes
 import os
@@ -14,9 +14,9 @@ _USERS_OWN = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "M
 def keep_freed_memory() -> bool:
     """Keep freed blocks of up to 1 GiB with this process, for its next step.
 
-    By default glibc maps each block above 32 MiB anew and gives it back when it is freed, so that the system clears the
-    pages of the logits, and of whatever else is large, in every step: a seventh to two fifths of training time on a CPU
-    (docs/log.md). The process then keeps its largest extent to its end, which may be a few blocks larger than before.
+    By default glibc maps a new block for each request above 32 MiB and unmaps it when it is freed. The system then
+    clears the pages of the logits and other large tensors in every step: a seventh to two fifths of training time on a
+    CPU (docs/log.md). The process then keeps its largest extent to its end, a few blocks larger than before at most.
 
     Returns:
         Whether it is so: false on systems without glibc's `mallopt`, where it refuses, and where one of malloc's own

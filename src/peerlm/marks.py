@@ -136,7 +136,7 @@ def marked(tokens: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> str |
 
 
 def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Texts of which one should have a token, whatever the vocabulary."""
+    """Texts of which one should have a token, in any vocabulary."""
     yield from ("a", "the", "0")
     special = set(tokenizer.all_special_tokens)
     yield from islice((token for token in tokenizer.get_vocab() if token not in special), 100)

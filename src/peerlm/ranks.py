@@ -1,4 +1,4 @@
-"""This process among those that train together under torchrun; alone without it."""
+"""This process among those that train together: under torchrun, or within DistributedDataParallel."""
 
 import os
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from peerlm.errors import UserError
 
@@ -34,6 +35,12 @@ class Ranks:
             dist.all_reduce(total)
         return total.item() / self.world_size
 
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over the processes, in place; each must call it."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
     def of_main(self, value: float) -> float:
         """The value that process 0 gives; each must call it."""
         if self.world_size == 1:
@@ -54,6 +61,20 @@ class Ranks:
         """Until every process is here."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def ddp_group() -> "dist.ProcessGroup | None":
+    """The ranks of the DistributedDataParallel whose forward pass is under way; None outside of one."""
+    active = DistributedDataParallel._get_active_ddp_module()
+    return None if active is None else active.process_group
+
+
+def inside_backward() -> bool:
+    """Whether autograd is at work: gradient checkpointing then repeats a forward pass, outside of `ddp_group`.
+
+    torch.compile, which cannot ask, traces forward passes alone.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Makes our models and adapters known to transformers and peft when these are imported, and loads neither of them.
 
-`import peerlm` calls `register_lazily`, whichever import comes first. `peerlm.hf` registers at once.
+`import peerlm` calls `register_lazily`, in any order of imports. `peerlm.hf` registers at once.
 
 What transformers needs to know is written into its tables as names; the classes load when it first asks for them. peft
 has no such tables, so that the adapters load with it.
@@ -15,11 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-MODEL_TYPE = "peer"
-CONVERTED = "peerlm"
-"""What a converted model's configuration has as its `quant_method`."""
-CONVERTED_EARLIER = "peerlm.surgery"
-"""The same in folders of the first commits, which load as well."""
+from peerlm.names import CONVERTED, CONVERTED_EARLIER, MODEL_TYPE
 
 _MODEL_MODULE = f"transformers.models.{MODEL_TYPE}"
 

@@ -254,9 +254,9 @@ class _Widened(TorchFunctionMode):
 def float64() -> Iterator[None]:
     """What is built and computed inside is in float64: where two ways are equal in exact arithmetic, they are here.
 
-    Norms, rotary positions and attention of most models ask for float32 whatever the dtype of their weights; they get
+    Norms, rotary positions and attention of most models ask for float32 in any dtype of their weights; they get
     float64. Native kernels have no float64, so that "auto" takes the definition. Only what a backward pass computes
-    anew, of gradient checkpoints, is out of its reach.
+    again, of gradient checkpoints, is out of its reach.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -291,11 +291,11 @@ _VANISHING = 2.0**-40
 def assert_within_budget(actual: Results, plain: Results, exact: Results) -> None:
     """Assert that no tensor errs more than twice as much as the plain computation in the same precision.
 
-    No tolerance is chosen: the budget follows from the arguments, on whatever machine and SIMD target this runs. A
+    No tolerance is chosen: the budget follows from the arguments, on any machine and SIMD target. A
     tensor's error is the root mean square of its differences from `exact`, in units of the root mean square of
     `exact`; a wrong result is orders of magnitude over budget.
 
-    Why twice: both errors are sums of roundings, and every order of summation draws them anew. The ratio of the root
+    Why twice: both errors are sums of roundings, and each order of summation draws them again. The ratio of the root
     mean squares of two sets of n normal numbers passes two once in a million from some 50 numbers on; where there are
     fewer, it may be as large as it is once in a million. Entries of a row (a vector along the last dimension; of a
     vector, an entry) share roundings, and large rows hide small ones: n is (sum of s)^2 / sum of s^2 over the rows'

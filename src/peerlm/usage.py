@@ -15,15 +15,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from peerlm.ranks import Ranks
 
 
 class ExpertUsage:
     """Running sums of the weight and the number of retrievals of each expert.
 
-    Sums are float64 (weights) and int64 (retrievals) of shape (num_experts,), kept on one device and never
-    read back to the host until a figure is asked for.
+    Sums are float64 (weights) and int64 (retrievals) of shape (num_experts,), kept on one device. They are read back to
+    the host only when a figure is asked for.
     """
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None) -> None:
@@ -60,7 +61,7 @@ class ExpertUsage:
         self.retrievals_N.scatter_add_(0, ids, counts.expand(expert_ids.shape).reshape(-1))
 
     def grow(self, num_experts: int) -> None:
-        """Go on with more experts, whose sums are zero; raises ValueError where there would be fewer."""
+        """Count more experts from now on, with sums of zero; raises ValueError where there would be fewer."""
         if num_experts < self.num_experts:
             raise ValueError(f"num_experts is {num_experts}, fewer than the {self.num_experts} that were counted")
         for name in ("weight_N", "retrievals_N"):
@@ -68,14 +69,10 @@ class ExpertUsage:
             setattr(self, name, torch.cat([counted, counted.new_zeros(num_experts - self.num_experts)]))
         self.num_experts = num_experts
 
-    def merge(self) -> None:
-        """Sum over all ranks, in place; nothing when torch.distributed is not initialised.
-
-        Every rank must call it, once, after its last `add`.
-        """
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.weight_N)
-            dist.all_reduce(self.retrievals_N)
+    def merge(self, ranks: Ranks) -> None:
+        """Sum over ranks, in place; each must call it, once, after its last `add`."""
+        ranks.total(self.weight_N)
+        ranks.total(self.retrievals_N)
 
     @property
     def share(self) -> float:
@@ -97,7 +94,7 @@ def record_usage(model: nn.Module) -> Iterator[dict[str, ExpertUsage]]:
     Yields a dict from a submodule's name to its `ExpertUsage`, filled as the model runs. A submodule is
     recorded when it has an integer attribute `num_experts` and returns (weights, expert_ids), each (..., H,
     K), as `ProductKeys` does. Padding is excluded where the submodule is called with a `mask`, by position
-    after x or by name. Counts go on where a layer grows (`peerlm.growth.grow`). The hooks are removed on exit,
+    after x or by name. Counts continue where a layer grows (`peerlm.growth.grow`). The hooks are removed on exit,
     also when an exception passes through.
     """
     usage: dict[str, ExpertUsage] = {}

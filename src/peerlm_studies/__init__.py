@@ -1,1 +1,1 @@
-"""Experiments: many runs, their rows, and the tables and plots made from them."""
+"""Studies: many runs, their rows, and the tables and plots made from them."""

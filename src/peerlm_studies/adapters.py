@@ -62,8 +62,8 @@ def compare_adapters(
 ) -> list[dict[str, Any]]:
     """Adapt the model of a run to a text by every method and learning rate; rows that `output` has are not made again.
 
-    Windows of the text come in order, the same ones for every method, until the FLOPs are spent: 2 forward passes'
-    worth for the frozen model, whose weights need no gradients, and 3 for the adapter.
+    Windows of the text come in order, the same ones for every method, until the FLOPs are spent. A token takes 2
+    forward passes' worth for the frozen model, whose weights need no gradients, and 3 for the adapter.
 
     Args:
         run: a run or a saved model with dense layers named `ffw`.

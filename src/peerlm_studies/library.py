@@ -94,8 +94,8 @@ def write_adapters(
 ) -> list[str]:
     """An adapter for each document: a few trained on what is known of it, spread over domains; the others random.
 
-    Returns the names of the trained ones. Random ones have matrices B of a trained one's size, and harm whoever gets
-    them wrongly.
+    Returns the names of the trained ones. Random ones have matrices B of a trained one's size, and harm a document that
+    gets them by mistake.
     """
     domains = sorted({document.domain for document in documents})
     learned = [

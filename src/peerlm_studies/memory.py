@@ -1,4 +1,4 @@
-"""About what training takes in memory, from sizes alone."""
+"""Memory that training takes, estimated from sizes alone."""
 
 from transformers import PreTrainedConfig
 

@@ -1,4 +1,4 @@
-"""Experiments that are modules and no commands of `peerlm`: a user's mistake is a sentence there too."""
+"""Studies that are modules and no commands of `peerlm`: a user's mistake is one sentence there too."""
 
 import sys
 from collections.abc import Callable

@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_stops_it(configure: Callable[..., LearnConfig
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"memory": {"background": []}}, "--kl and --replay keep the model to what it knows: give text of that"),
+        ({"memory": {"background": []}}, "--kl and --replay need text like that of the base model: give"),
         ({"memory": {"kl": -1.0}}, "memory.kl = -1.0: must be 0 or more"),
         ({"memory": {"replay": 1.5}}, "memory.replay = 1.5: must be 0 or more, at most 1"),
         ({"memory": {"kl_windows": 0}}, "memory.kl_windows = 0"),
@@ -192,13 +192,16 @@ def test_a_loss_that_is_not_finite_stops_it(configure: Callable[..., LearnConfig
         ({"model": "nowhere"}, "nowhere is not a folder"),
         (
             {"optim": {"tables": "fused"}, "method": "full"},
-            "optim.tables = 'fused' does not go with memory.kl = 0.5, a second backward pass .* take 'exact'",
+            "optim.tables = 'fused' cannot be combined with memory.kl = 0.5, a second backward pass .* take 'exact'",
         ),
         (
             {"method": "pack", "stages": [{"name": "my notes", "text": ["x.txt"]}]},
             "a pack cannot be called 'my notes'; .*; name the text, --text NAME=FILE",
         ),
-        ({"optim": {"tables": "fused"}, "method": "grow"}, "optim.tables = 'fused' does not go with method grow"),
+        (
+            {"optim": {"tables": "fused"}, "method": "grow"},
+            "optim.tables = 'fused' cannot be combined with method grow",
+        ),
     ],
 )
 def test_mistakes(changes: dict[str, Any], message: str, configure: Callable[..., LearnConfig]) -> None:

@@ -248,7 +248,7 @@ def test_the_end_of_a_single_document_is_held_out(tmp_path: Path, caplog: pytest
     assert manifest.copies == 0
     [said] = caplog.messages
     assert said.startswith("The text is one document, so its end is held out: ")
-    assert "Its other copies, 1 of them, are left out. Put lines <|endoftext|> between" in said
+    assert "Its other copies, 1 of them, are left out. To hold out whole documents, put" in said
 
 
 def test_the_tokenizer_learns_from_a_document_longer_than_its_sample(tmp_path: Path) -> None:

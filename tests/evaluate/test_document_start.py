@@ -16,6 +16,9 @@ from peerlm.evaluate.perplexity import score_documents
 from peerlm.evaluate.sample import prompt_ids
 from peerlm.evaluate.windows import begin_windows, text_windows
 from peerlm.marks import document_marks, marks_of
+from peerlm.testing import float64
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 DOCUMENTS = ["river lantern moss", "quiet copper ladder winter orchard", "tin"]
 LONG = "river lantern moss quiet copper ladder winter orchard signal paper harbour tin violet " * 3
@@ -23,18 +26,18 @@ CONTEXT = 16
 
 
 def new_model(vocab_size: int, **config) -> LlamaForCausalLM:
-    """A Llama whose predictions depend much on what it reads."""
+    """A Llama in float64 whose predictions depend much on what it reads."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            **sizes,
-            max_position_embeddings=64,
-            initializer_range=0.5,
-            **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, **config},
-        )
-    ).eval()
+    settings = LlamaConfig(
+        vocab_size=vocab_size,
+        **sizes,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, **config},
+    )
+    with float64():
+        return LlamaForCausalLM(settings).eval()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_each_document_is_read_alone_after_its_beginning(llama):
     expected = sum(naive(model, tokenizer, document, [0]) for document in DOCUMENTS)
     wrong = sum(naive(model, tokenizer, document, [1]) for document in DOCUMENTS)
     score = score_text(model, tokenizer, DOCUMENTS, context=64)
-    assert score.nats == pytest.approx(expected, rel=1e-5)
+    assert score.nats == pytest.approx(expected)
     assert score.nats != pytest.approx(wrong, rel=1e-2)
     assert score.tokens == sum(len(tokenizer(each, add_special_tokens=False).input_ids) for each in DOCUMENTS)
     assert score.bytes == sum(map(len, DOCUMENTS))
@@ -87,7 +90,7 @@ def test_every_window_of_a_long_document_begins_so(llama, stride, batch_size):
     model, tokenizer = llama
     score = score_text(model, tokenizer, [LONG, *DOCUMENTS], context=CONTEXT, stride=stride, batch_size=batch_size)
     expected = sum(naive(model, tokenizer, each, [0], context=CONTEXT, stride=stride) for each in (LONG, *DOCUMENTS))
-    assert score.nats == pytest.approx(expected, rel=1e-5)
+    assert score.nats == pytest.approx(expected)
 
 
 def test_a_stride_leaves_room_for_the_beginning(llama):
@@ -100,7 +103,7 @@ def test_of_documents_without_a_beginning_the_first_token_is_only_read(llama):
     model, tokenizer = llama
     marks = document_marks(tokenizer, document_start="none")
     score = score_text(model, tokenizer, DOCUMENTS[:2], context=64, marks=marks)
-    assert score.nats == pytest.approx(sum(naive(model, tokenizer, each, []) for each in DOCUMENTS[:2]), rel=1e-5)
+    assert score.nats == pytest.approx(sum(naive(model, tokenizer, each, []) for each in DOCUMENTS[:2]))
     ids = [tokenizer(each, add_special_tokens=False).input_ids for each in DOCUMENTS[:2]]
     assert score.tokens == sum(len(each) - 1 for each in ids)
     assert score.bytes == sum(len(tokenizer.decode(each[1:])) for each in ids)
@@ -119,7 +122,7 @@ def test_marks_of_two_tokens(make_tokenizer):
     model = new_model(len(tokenizer))
     score = score_text(model, tokenizer, [LONG, *DOCUMENTS], context=CONTEXT, stride=5)
     expected = sum(naive(model, tokenizer, each, [2, 0], context=CONTEXT, stride=5) for each in (LONG, *DOCUMENTS))
-    assert score.nats == pytest.approx(expected, rel=1e-5)
+    assert score.nats == pytest.approx(expected)
 
 
 def test_passages_begin_as_documents_do_and_keep_that_where_they_are_cut(llama):
@@ -131,7 +134,7 @@ def test_passages_begin_as_documents_do_and_keep_that_where_they_are_cut(llama):
         before, ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (context.strip(), " " + word))
         read = [0, *(before + ids)[-CONTEXT:]] if len(before + ids) > CONTEXT else [0, *before, *ids]
         expected += nats(model, read, len(ids))
-    assert score.nats == pytest.approx(expected, rel=1e-5)
+    assert score.nats == pytest.approx(expected)
     assert score.truncated == 1
 
 
@@ -146,7 +149,7 @@ def test_ends_of_padded_sequences_are_those_of_single_ones(llama):
     model, _ = llama
     batch = [([0, 9, 8, 7, 6], 2), ([0, 5], 1), ([0, 9, 11, 12], 3)]
     found, correct = score_endings(model, batch)
-    assert found.tolist() == pytest.approx([nats(model, *each) for each in batch], rel=1e-5)
+    assert found.tolist() == pytest.approx([nats(model, *each) for each in batch])
     assert correct.tolist() == [score_endings(model, [each])[1].item() for each in batch]
 
 
@@ -199,7 +202,7 @@ def test_what_is_generated_follows_the_beginning(llama):
     text = sample_text(model, tokenizer, "river", tokens=6, temperature=0)
     assert text == tokenizer.decode(expected[0], skip_special_tokens=True)
     assert sample_text(model, tokenizer, "river", tokens=6, temperature=0, document_start="none") != text
-    with pytest.raises(UserError, match="an empty prompt with --document-start none leaves nothing to go on from"):
+    with pytest.raises(UserError, match="an empty prompt with --document-start none leaves nothing to continue"):
         sample_text(model, tokenizer, "", tokens=6, document_start="none")
 
 
@@ -211,7 +214,7 @@ def test_a_row_says_how_documents_were_read(saved, llama, tmp_path):
     assert (row["document_start"], row["start_from"]) == ("<s>", "the tokenizer's template")
     assert row["reading"] == "each document alone"
     expected = sum(naive(model, tokenizer, each, [0]) for each in DOCUMENTS)
-    assert row["perplexity"] == pytest.approx(math.exp(expected / row["tokens"]), rel=1e-5)
+    assert row["perplexity"] == pytest.approx(math.exp(expected / row["tokens"]))
     row = evaluate(saved, [file], document_start="none", progress=False)[str(file)]
     assert (row["document_start"], row["start_from"]) == (None, "as asked")
     assert json.loads(json.dumps(row)) == row
@@ -269,6 +272,4 @@ def test_documents_of_any_number_share_passes_and_progress_is_reported(llama):
         model, documents, marks, context=8, stride=4, report=lambda scored, total: done.append((scored, total))
     )
     assert done[-1] == (18, 18)
-    assert found == pytest.approx(
-        [score_documents(model, [each], marks, context=8, stride=4)[0] for each in documents], rel=1e-5
-    )
+    assert found == pytest.approx([score_documents(model, [each], marks, context=8, stride=4)[0] for each in documents])

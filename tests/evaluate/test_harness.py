@@ -13,11 +13,12 @@ from peerlm.cli import main
 from peerlm.errors import PeerlmWarning, UserError
 from peerlm.evaluate import evaluate
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.testing import float64
 
 harness = pytest.importorskip("peerlm.evaluate.harness")
 
 # lm-eval and what it imports warn of their own affairs
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow, pytest.mark.usefixtures("float64")]
 
 QUESTIONS = [
     {"query": "The old keeper climbed", "choices": ["the stairs.", "went home so that", "a café"], "gold": 0},
@@ -99,7 +100,7 @@ def test_loglikelihoods_are_those_of_the_plain_model(model, tokenizer, saved, ta
     row = harness.evaluate_tasks(saved, [tasks / "words.yaml"])["words"]
     nats = [_nats(model, tokenizer, each["context"], " " + each["continuation"]) for each in PASSAGES]
     assert row["documents"] == 2
-    assert math.log(row["perplexity"]) == pytest.approx(sum(nats) / 2, abs=1e-4)
+    assert math.log(row["perplexity"]) == pytest.approx(sum(nats) / 2)
 
 
 def test_choices_are_the_likeliest_of_the_plain_model(model, tokenizer, saved, tasks) -> None:
@@ -125,7 +126,7 @@ def test_rolling_perplexity_is_that_of_the_plain_model(model, tokenizer, saved, 
             logits = model(input_ids=torch.tensor([read])).logits[0, -len(targets) :].log_softmax(-1)
         nats -= logits[torch.arange(len(targets)), torch.tensor(targets)].sum().item()
     row = harness.evaluate_tasks(saved, [tasks / "rolling.yaml"])["rolling"]
-    assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), abs=1e-4)
+    assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()))
 
 
 def test_generation_is_that_of_the_plain_model(model, tokenizer, saved) -> None:
@@ -171,7 +172,7 @@ def test_what_a_task_file_gets_wrong_is_one_sentence(saved, tasks, change, reaso
     (tasks / "none.jsonl").write_text("")
     file = tasks / "words.yaml"
     file.write_text(file.read_text().replace(*change))
-    with pytest.raises(UserError, match=rf"lm-eval cannot run words \({reason}.*\); mend the task file"):
+    with pytest.raises(UserError, match=rf"lm-eval cannot run words \({reason}.*\); fix the task file"):
         harness.evaluate_tasks(saved, [file])
 
 
@@ -214,7 +215,7 @@ def test_lm_evals_own_command(saved, tasks, tmp_path) -> None:
     )
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "out").rglob("results*.json")
-    assert json.loads(file.read_text())["results"]["words"]["perplexity,none"] == pytest.approx(ours, rel=1e-6)
+    assert json.loads(file.read_text())["results"]["words"]["perplexity,none"] == pytest.approx(ours)
 
 
 def test_lm_evals_generic_model_gives_the_same(saved, tasks) -> None:
@@ -222,7 +223,7 @@ def test_lm_evals_generic_model_gives_the_same(saved, tasks) -> None:
     manager, names = harness._find_tasks([tasks / "words.yaml"])
     arguments = {"pretrained": str(saved), "device": "cpu", "dtype": "float64"}
     theirs = harness.simple_evaluate(model="hf", model_args=arguments, tasks=names, task_manager=manager)
-    assert theirs["results"]["words"]["perplexity,none"] == pytest.approx(ours, rel=1e-6)
+    assert theirs["results"]["words"]["perplexity,none"] == pytest.approx(ours)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,8 @@ def llama(make_tokenizer, tmp_path_factory) -> Path:
         vocab_size=len(tokenizer), **sizes, max_position_embeddings=64, initializer_range=0.5, pad_token_id=2
     )
     folder = tmp_path_factory.mktemp("llama") / "model"
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with float64():
+        LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -279,7 +281,7 @@ def test_tasks_and_files_give_the_same_bits_per_byte(llama, tmp_path, start) -> 
         (figures,) = evaluate(llama, [file], context=16, stride=stride, document_start=start, progress=False).values()
         row["nats"] += figures["bits_per_byte"] * figures["bytes"]
         row["bytes"] += len(page)
-    assert tasks["bits_per_byte"] == pytest.approx(row["nats"] / row["bytes"], rel=1e-5)
+    assert tasks["bits_per_byte"] == pytest.approx(row["nats"] / row["bytes"])
     assert tasks["document_start"] == {"auto": "<s>", "none": None, "</s>": "</s>"}[start]
 
 
@@ -303,7 +305,7 @@ def test_choices_are_scored_after_the_beginning(llama, tmp_path) -> None:
     with torch.no_grad():
         logits = model.model(ids).logits[0].log_softmax(-1)
     expected = sum(logits[place, ids[0, place + 1]].item() for place in range(len(before), len(whole)))
-    assert found[0] == pytest.approx(expected, rel=1e-4)
+    assert found[0] == pytest.approx(expected)
 
 
 def test_generation_in_tasks_is_by_the_tasks_own_word(llama, monkeypatch) -> None:

@@ -81,6 +81,19 @@ def test_context_and_stride_have_defaults(saved, text, tmp_path):
     assert (row["context"], row["stride"]) == (10, 3)
 
 
+def test_of_a_long_text_no_more_is_read_than_the_limit_asks_for(saved, text, tmp_path):
+    line = text.read_text(encoding="utf-8").replace("\n", " ") + "\n"
+    long = tmp_path / "long.txt"
+    long.write_bytes((line * (2**19 // len(line.encode()))).encode() + b"\0 no text")
+    (row,) = evaluate(saved, [long], limit=100, progress=False).values()
+    whole = tmp_path / "whole.txt"
+    whole.write_text(line * 20, encoding="utf-8")
+    (expected,) = evaluate(saved, [whole], limit=100, progress=False).values()
+    assert row == expected
+    with pytest.raises(UserError, match="a NUL byte"):
+        evaluate(saved, [long], progress=False)
+
+
 def test_limit_bounds_the_tokens_of_each_file(saved, text, passages):
     rows = evaluate(saved, [text, passages], limit=10, progress=False)
     assert rows[str(text)]["tokens"] == 10

@@ -1,4 +1,4 @@
-"""What a layer had before it grew is held still, bit for bit, while the rest learns."""
+"""What a layer had before it grew is frozen, bit for bit, while the rest learns."""
 
 from typing import Any
 
@@ -137,9 +137,9 @@ def test_what_cannot_be_frozen_is_refused(what: list[str], before: int | None, m
     [
         (
             {"weight_decay": 0.1},
-            "weight_decay is 0.1 for a table or sub-keys, and would move what is held; set it to 0",
+            "weight_decay is 0.1 for a table or sub-keys, and would move what is frozen; set it to 0",
         ),
-        ({"fused": True}, r"RowAdamW\(fused=True\) updates rows in the backward pass, held or not; take fused=False"),
+        ({"fused": True}, r"RowAdamW\(fused=True\) updates rows in the backward pass, frozen or not; take fused=False"),
     ],
 )
 def test_an_optimizer_that_would_move_what_is_held_is_refused(options: dict[str, Any], message: str) -> None:

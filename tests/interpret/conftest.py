@@ -9,6 +9,7 @@ import torch
 
 from peerlm.data.tokenizer import train_tokenizer
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.testing import float64
 
 TEXT = (
     "The old keeper climbed the stairs and lit the lamp.\n\nNobody answered the door, so the keeper went home. "
@@ -59,7 +60,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A model in float64 and its tokenizer."""
     folder = tmp_path_factory.mktemp("saved") / "model <b>"
-    build_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    with float64():
+        build_model(vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

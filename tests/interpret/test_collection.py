@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from peerlm import UserError
-from peerlm.interpret import collect, find_sites
-from peerlm.interpret.inspected import find_site
+from peerlm.interpret import collect, find_inspected_layers
+from peerlm.interpret.inspected import find_inspected_layer
 from peerlm.interpret.windows import windows_of
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.testing import assert_within_budget, definition, float64
@@ -24,12 +24,12 @@ VARIANTS = {
 }
 
 
-def outputs_of(model, sites):
+def outputs_of(model, layers):
     """What each layer wrote at every token, windows of 16."""
-    kept = {site.number: [] for site in sites}
+    kept = {layer.number: [] for layer in layers}
     handles = [
-        site.layer.register_forward_hook(lambda m, a, y, number=site.number: kept[number].append(y[0]))
-        for site in sites
+        layer.module.register_forward_hook(lambda m, a, y, number=layer.number: kept[number].append(y[0]))
+        for layer in layers
     ]
     with torch.no_grad():
         for start, end in windows_of(len(TOKENS), 16):
@@ -39,10 +39,10 @@ def outputs_of(model, sites):
     return {number: torch.cat(parts) for number, parts in kept.items()}
 
 
-def written_by(site, record):
+def written_by(layer, record):
     """The sum of strengths times vectors, (S, D)."""
     strength = record.weight_SM * record.activation_SM
-    return (strength[..., None] * site.vectors(record.expert_SM.clamp_min(0))).sum(dim=1)
+    return (strength[..., None] * layer.vectors(record.expert_SM.clamp_min(0))).sum(dim=1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -50,31 +50,31 @@ def written_by(site, record):
 def test_strengths_times_vectors_are_what_the_layer_writes(variant, new_model):
     kind, settings = VARIANTS[variant]
     model = new_model(kind, **settings)
-    sites = find_sites(model)
-    collected = collect(model, sites, TOKENS, context=16, shown=40, experts_per_token=99)
-    outputs = outputs_of(model, sites)
-    for site, record in zip(sites, collected.layers, strict=True):
-        torch.testing.assert_close(written_by(site, record), outputs[site.number][:40])
+    layers = find_inspected_layers(model)
+    collected = collect(model, layers, TOKENS, context=16, shown=40, experts_per_token=99)
+    outputs = outputs_of(model, layers)
+    for layer, record in zip(layers, collected.layers, strict=True):
+        torch.testing.assert_close(written_by(layer, record), outputs[layer.number][:40])
         assert record.share_S.tolist() == pytest.approx([1.0] * 40)
         assert record.fired_S.tolist() == (record.expert_SM >= 0).sum(dim=1).tolist()
-        norms = site.vectors(torch.arange(64)).norm(dim=-1)
+        norms = layer.vectors(torch.arange(64)).norm(dim=-1)
         torch.testing.assert_close(record.norm_N, norms)
 
 
 @pytest.mark.parametrize("row_format", ["float32", "int8", "bfloat16"])
 def test_rows_of_any_format_write_what_is_recorded(row_format, new_model):
     model = new_model()
-    for site in find_sites(model):
-        site.layer.experts.convert_rows(row_format)
-    sites, judge = find_sites(model), definition(model)
+    for layer in find_inspected_layers(model):
+        layer.module.experts.convert_rows(row_format)
+    layers, judge = find_inspected_layers(model), definition(model)
     collected, plain = (
-        collect(model, sites, TOKENS, context=16, shown=40, experts_per_token=99),
-        outputs_of(model, sites),
+        collect(model, layers, TOKENS, context=16, shown=40, experts_per_token=99),
+        outputs_of(model, layers),
     )
     with float64():
-        exact = outputs_of(judge, find_sites(judge))
-    for site, record in zip(sites, collected.layers, strict=True):
-        assert_within_budget(written_by(site, record), plain[site.number][:40], exact[site.number][:40])
+        exact = outputs_of(judge, find_inspected_layers(judge))
+    for layer, record in zip(layers, collected.layers, strict=True):
+        assert_within_budget(written_by(layer, record), plain[layer.number][:40], exact[layer.number][:40])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -82,12 +82,12 @@ def test_rows_of_any_format_write_what_is_recorded(row_format, new_model):
 def test_use_importance_and_contexts_are_those_of_a_loop(variant, new_model):
     kind, settings = VARIANTS[variant]
     model = new_model(kind, **settings)
-    sites = find_sites(model)
-    collected = collect(model, sites, TOKENS, context=16, shown=45, experts_per_token=99, contexts_per_expert=3)
+    layers = find_inspected_layers(model)
+    collected = collect(model, layers, TOKENS, context=16, shown=45, experts_per_token=99, contexts_per_expert=3)
     with record_usage(model) as usage, torch.no_grad():
-        outputs_of(model, sites)
-    for site, record in zip(sites, collected.layers, strict=True):
-        theirs = usage[site.name + ".product_keys"]
+        outputs_of(model, layers)
+    for layer, record in zip(layers, collected.layers, strict=True):
+        theirs = usage[layer.name + ".product_keys"]
         torch.testing.assert_close(record.usage.weight_N, theirs.weight_N)
         assert record.usage.retrievals_N.equal(theirs.retrievals_N)
         importance = [0.0] * 64
@@ -108,8 +108,8 @@ def test_use_importance_and_contexts_are_those_of_a_loop(variant, new_model):
 @pytest.mark.usefixtures("float64")
 def test_half_use_adds_up_to_the_use_of_experts(new_model):
     model = new_model(pairing="shells")
-    sites = find_sites(model)
-    record = collect(model, sites, TOKENS, context=16, shown=1).layers[0]
+    layers = find_inspected_layers(model)
+    record = collect(model, layers, TOKENS, context=16, shown=1).layers[0]
     grid = torch.zeros(8, 8, dtype=torch.float64)
     for expert, weight in enumerate(record.usage.weight_N.tolist()):
         shell = math.isqrt(expert)
@@ -123,7 +123,7 @@ def test_half_use_adds_up_to_the_use_of_experts(new_model):
 @pytest.mark.usefixtures("float64")
 def test_losses_and_predictions_are_those_of_each_window_alone(new_model):
     model = new_model()
-    collected = collect(model, find_sites(model), TOKENS, context=16, shown=20)
+    collected = collect(model, find_inspected_layers(model), TOKENS, context=16, shown=20)
     for start, end in windows_of(45, 16):
         with torch.no_grad():
             logits = model(input_ids=TOKENS[start:end][None]).logits[0]
@@ -140,24 +140,25 @@ def test_losses_and_predictions_are_those_of_each_window_alone(new_model):
 def test_hooks_are_gone_afterwards(new_model):
     model = new_model()
     with pytest.raises(ValueError, match="1 tokens to read; give at least 2"):
-        collect(model, find_sites(model), TOKENS[:1], context=16, shown=4)
-    collect(model, find_sites(model), TOKENS, context=16, shown=4)
+        collect(model, find_inspected_layers(model), TOKENS[:1], context=16, shown=4)
+    collect(model, find_inspected_layers(model), TOKENS, context=16, shown=4)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_layers_are_numbered_by_their_blocks(new_model):
-    sites = find_sites(new_model())
-    assert [(site.number, site.name) for site in sites] == [(1, "model.layers.1.ffw"), (2, "model.layers.2.ffw")]
-    assert find_site(sites, "model.layers.2.ffw", 0) is find_site(sites, 2, 63) is sites[1]
+    layers = find_inspected_layers(new_model())
+    assert [(layer.number, layer.name) for layer in layers] == [(1, "model.layers.1.ffw"), (2, "model.layers.2.ffw")]
+    assert find_inspected_layer(layers, "model.layers.2.ffw", 0) is find_inspected_layer(layers, 2, 63) is layers[1]
     with pytest.raises(UserError, match=r"layer is 0; the layers with experts are 1 \(model.layers.1.ffw\), 2"):
-        find_site(sites, 0, 0)
+        find_inspected_layer(layers, 0, 0)
     with pytest.raises(UserError, match="expert is 64; layer 1 has experts 0 to 63"):
-        find_site(sites, 1, 64)
-    both = torch.nn.ModuleList([sites[0].layer, sites[1].layer])
-    assert [site.number for site in find_sites(torch.nn.ModuleDict({"a": both[0], "b": both[1]}))] == [0, 1]
+        find_inspected_layer(layers, 1, 64)
+    both = torch.nn.ModuleList([layers[0].module, layers[1].module])
+    named = torch.nn.ModuleDict({"a": both[0], "b": both[1]})
+    assert [layer.number for layer in find_inspected_layers(named)] == [0, 1]
 
 
 def test_a_model_without_experts_is_one_sentence():
     config = PeerConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, ffw_layers="dense")
     with pytest.raises(UserError, match="PeerForCausalLM has no PEER layer and no product-key memory"):
-        find_sites(PeerForCausalLM(config))
+        find_inspected_layers(PeerForCausalLM(config))

@@ -11,6 +11,7 @@ from peerlm.interpret import Edit, change_of_edits, inspect
 WORDS = "river lantern moss quiet copper ladder winter orchard signal paper harbour tin violet " * 4
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("start", "begins"), [("auto", "<s>"), ("none", None), ("</s>", "</s>")])
 def test_windows_begin_as_documents_do(make_tokenizer, new_model, tmp_path, start, begins):
     tokenizer = make_tokenizer(template="<s> $A", bos="<s>")
@@ -28,5 +29,5 @@ def test_windows_begin_as_documents_do(make_tokenizer, new_model, tmp_path, star
         tokens = torch.cat([torch.tensor([1]), tokens])
     expected = held_out_loss(model, tokens[:40].view(5, 8), batch_size=5)
     assert figures["document_start"] == change["document_start"] == begins
-    assert figures["loss"] == pytest.approx(expected, rel=1e-5)
-    assert change["loss"] == pytest.approx(expected, rel=1e-5)
+    assert figures["loss"] == pytest.approx(expected)
+    assert change["loss"] == pytest.approx(expected)

@@ -6,7 +6,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadMo
 
 from peerlm import UserError
 from peerlm.convert import convert
-from peerlm.interpret import collect, find_readout, find_sites
+from peerlm.interpret import collect, find_inspected_layers, find_readout
 from peerlm.interpret.lens import Readout, pushes
 
 SETTINGS = {"num_experts": 16, "heads": 2, "experts_per_head": 2, "key_dim": 8}
@@ -59,7 +59,7 @@ def test_the_scale_is_the_mean_over_tokens(new_model):
     model = new_model()
     tokens = torch.arange(40)
     readout = find_readout(model)
-    collected = collect(model, find_sites(model), tokens, context=16, shown=1, readout=readout)
+    collected = collect(model, find_inspected_layers(model), tokens, context=16, shown=1, readout=readout)
     seen = []
     handle = model.model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
     with torch.no_grad():
@@ -72,11 +72,11 @@ def test_the_scale_is_the_mean_over_tokens(new_model):
 @pytest.mark.usefixtures("float64")
 def test_pushes_are_the_ends_of_the_lens(new_model):
     model = new_model()
-    site, readout = find_sites(model)[0], find_readout(model)
+    layer, readout = find_inspected_layers(model)[0], find_readout(model)
     ids = torch.tensor([3, 60])
-    ends = pushes(readout, site, ids, kept=4, inverse_scale=0.5)
+    ends = pushes(readout, layer, ids, kept=4, inverse_scale=0.5)
     for row, expert in enumerate(ids.tolist()):
-        vector = (site.layer.experts.up[expert] * model.model.norm.weight).detach()
+        vector = (layer.module.experts.up[expert] * model.model.norm.weight).detach()
         lens = [0.5 * float(vector @ token) for token in model.lm_head.weight.detach()]
         mean = sum(lens) / len(lens)
         order = sorted(range(len(lens)), key=lambda token: -lens[token])
@@ -92,7 +92,7 @@ def test_without_a_norm_before_the_output_the_gain_is_one(new_model):
     readout = find_readout(model)
     assert readout.norm is None
     assert readout.gain.tolist() == [1.0] * 16
-    collected = collect(model, find_sites(model), torch.arange(20), context=16, shown=1, readout=readout)
+    collected = collect(model, find_inspected_layers(model), torch.arange(20), context=16, shown=1, readout=readout)
     assert collected.inverse_scale == 1.0
 
 
@@ -100,7 +100,7 @@ def test_what_has_no_lens_says_so(new_model, monkeypatch):
     model = new_model()
     readout = Readout(weight=torch.zeros(5, 12), gain=torch.ones(12), norm=None)
     with pytest.raises(UserError, match=r"model.layers.1.ffw writes 16 features, but the output embedding reads 12"):
-        pushes(readout, find_sites(model)[0], torch.tensor([0]), kept=2, inverse_scale=1.0)
+        pushes(readout, find_inspected_layers(model)[0], torch.tensor([0]), kept=2, inverse_scale=1.0)
     monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
     with pytest.raises(UserError, match="PeerForCausalLM has no output embedding"):
         find_readout(model)
@@ -109,7 +109,7 @@ def test_what_has_no_lens_says_so(new_model, monkeypatch):
 def test_a_converted_model_is_read_too():
     torch.manual_seed(0)
     model = convert(gpt2().eval(), layers=[1], **SETTINGS)
-    sites = find_sites(model)
-    assert [site.number for site in sites] == [1]
-    collected = collect(model, sites, torch.arange(30), context=16, shown=4, readout=find_readout(model))
+    layers = find_inspected_layers(model)
+    assert [layer.number for layer in layers] == [1]
+    collected = collect(model, layers, torch.arange(30), context=16, shown=4, readout=find_readout(model))
     assert collected.layers[0].usage.retrievals_N.sum() == 30 * 4

@@ -12,11 +12,13 @@ from peerlm.evaluate import load_model
 from peerlm.evaluate.encoding import encode
 from peerlm.interpret import Edit, change_of_edits, edit, inspect
 from peerlm.interpret.collection import LayerRecord
-from peerlm.interpret.inspected import find_sites
+from peerlm.interpret.inspected import find_inspected_layers
 from peerlm.interpret.summary import half_use, layer_figures, sub_key_grid, use_curve
 from peerlm.interpret.windows import read_windows, window_nats
 
 from .test_page import data_of
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def command(capsys, *arguments):
@@ -53,7 +55,7 @@ def test_page_and_figures_agree(saved, text, tmp_path):
     for row in figures["edits"]:
         with edit(model, row["layer"], row["expert"], row["factor"]):
             changed = loss_of(model, shown, 16)
-        assert row["change"] == pytest.approx(changed - loss_of(model, shown, 16), abs=1e-6)
+        assert row["change"] == pytest.approx(changed - loss_of(model, shown, 16))
     data = data_of(page.read_text(encoding="utf-8"))
     assert data["shown"] == 24
     assert [layer["number"] for layer in data["layers"]] == [1, 2]
@@ -111,7 +113,7 @@ def test_changes_of_edits_are_those_of_the_edited_model(saved, text):
         after = loss_of(model, tokens[: figures["tokens"]], 16)
     assert change["loss"] == pytest.approx(before)
     assert change["edited_loss"] == pytest.approx(after)
-    assert change["change"] == pytest.approx(after - before, abs=1e-9)
+    assert change["change"] == pytest.approx(after - before)
     assert len(change["places"]) == 4
     divergence = [place["divergence"] for place in change["places"]]
     assert divergence == sorted(divergence, reverse=True)
@@ -183,11 +185,11 @@ def test_passages_are_no_text(saved, tmp_path, capsys):
 
 
 def test_grids_of_many_sub_keys_are_means_of_blocks(new_model):
-    site = find_sites(new_model(num_experts=300**2, pairing="shells"))[0]
-    record = LayerRecord(site, shown=1, experts_per_token=1, contexts_per_expert=1)
+    layer = find_inspected_layers(new_model(num_experts=300**2, pairing="shells"))[0]
+    record = LayerRecord(layer, shown=1, experts_per_token=1, contexts_per_expert=1)
     record.usage.weight_N[:] = torch.rand(300**2, dtype=torch.float64)
     record.half_use_2Hn[:] = torch.rand(2, 2, 300, dtype=torch.float64)
-    grid, side = sub_key_grid(site, record)
+    grid, side = sub_key_grid(layer, record)
     assert (side, *grid.shape) == (3, 100, 100)
     i, j = 299, 4  # shells: i * i + i + j where i >= j
     block = [record.usage.weight_N[a * a + a + b] for a in (297, 298, 299) for b in (3, 4, 5)]
@@ -204,13 +206,13 @@ def test_grids_of_many_sub_keys_are_means_of_blocks(new_model):
 
 
 def test_crowded_and_dead_experts_are_counted(new_model):
-    site = find_sites(new_model())[0]
-    record = LayerRecord(site, shown=1, experts_per_token=1, contexts_per_expert=1)
-    figures = layer_figures(site, record)
+    layer = find_inspected_layers(new_model())[0]
+    record = LayerRecord(layer, shown=1, experts_per_token=1, contexts_per_expert=1)
+    figures = layer_figures(layer, record)
     assert (figures["dead"], figures["crowded"], figures["crowded_share"]) == (64, 0, 0.0)
     record.usage.weight_N[:4] = torch.tensor([30.0, 9.0, 1.0, 0.0], dtype=torch.float64)
     record.usage.retrievals_N[:4] = torch.tensor([3, 2, 1, 1])
-    figures = layer_figures(site, record)
+    figures = layer_figures(layer, record)
     assert (figures["dead"], figures["crowded"], figures["usage"]) == (60, 2, 3 / 64)
     assert figures["crowded_share"] == pytest.approx(39 / 40)
     assert figures["dead_if_even"] == pytest.approx(64 * (63 / 64) ** 7)

@@ -1,4 +1,4 @@
-"""Every layer starts as loud as a dense GELU FFW."""
+"""Every layer starts at the output scale of a dense GELU FFW."""
 
 import math
 

@@ -62,6 +62,26 @@ def test_shards_and_device_map(tiny_model: Build, tmp_path: Path, kind: str) -> 
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("query_norm", ["layer", "batch"])
+def test_rows_of_a_batch_have_their_own_lora_of_the_query(tiny_model: Build, query_norm: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model(peer=PEER_SETTINGS | {"query_norm": query_norm})
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "query_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config, adapter_name="first")
+    adapted.add_adapter("second", config)
+    adapted.eval()
+    ids, expected = draw_tokens(3, 9), []
+    for row, name in enumerate(["first", "second"]):
+        adapted.set_adapter(name)
+        expected.append(adapted(input_ids=ids[row : row + 1]).logits)
+    with adapted.disable_adapter():
+        expected.append(adapted(input_ids=ids[2:]).logits)
+    found = adapted(input_ids=ids, adapter_names=["first", "second", "__base__"]).logits
+    torch.testing.assert_close(found, torch.cat(expected))
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # which peft reads
 @pytest.mark.usefixtures("float64")
 def test_lora_of_peft_on_our_model(tiny_model: Build, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
@@ -211,7 +212,7 @@ def test_the_balance_loss_stands_apart_for_losses_of_others(
     losses = [block.ffw.balance_loss for block in model.model.layers]
     torch.testing.assert_close(out.aux_loss, 0.5 * torch.stack(losses).mean())
     torch.testing.assert_close(model(ids).aux_loss, out.aux_loss)
-    assert "lacks the balance loss of token-choice layers: add `outputs.aux_loss`" in caplog.text
+    assert "lacks the balance loss of token-choice layers. Add `outputs.aux_loss`" in caplog.text
     assert model.eval()(ids, labels=ids).aux_loss is None
 
 
@@ -324,3 +325,27 @@ def test_new_models_differ_by_seed_alone(tiny_model: Build) -> None:
         models.append(tiny_model().state_dict())
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     assert not all(torch.equal(models[0][name], models[2][name]) for name in models[0])
+
+
+@pytest.mark.parametrize("load", ["from_pretrained", "load_state_dict", "safetensors"])
+def test_memories_saved_under_the_earlier_name_of_their_values_load(
+    load: str, tiny_model: Callable[..., PeerForCausalLM], tmp_path: Path
+) -> None:
+    saved, other = tiny_model(ffw_layers="pkm"), tiny_model(ffw_layers="pkm")
+    saved.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    earlier = {name.replace(".values.rows", ".values"): value for name, value in tensors.items()}
+    assert len(earlier.keys() - tensors.keys()) == 3
+    save_file(earlier, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if load == "from_pretrained":
+        other, report = PeerForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report.values()), report
+        other.save_pretrained(tmp_path / "again")
+        assert load_file(tmp_path / "again" / "model.safetensors").keys() == tensors.keys()
+    elif load == "load_state_dict":
+        other.load_state_dict(earlier | {"lm_head.weight": saved.lm_head.weight})
+    else:
+        load_model(other, tmp_path / "model.safetensors")
+    assert not other.state_dict().keys() - saved.state_dict().keys()
+    for name, value in saved.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name

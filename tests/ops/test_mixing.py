@@ -104,8 +104,6 @@ def test_backend_errs_no_more_than_the_definition_in_plain_low_precision(
     backend: str, dtype: torch.dtype, size: tuple[int, int, int, int, bool], gated: bool
 ) -> None:
     tokens, per_token, dim, num_experts, one_expert = size
-    if (backend, dtype, one_expert) == ("bag", torch.bfloat16, True):
-        pytest.skip("PyTorch's bag sums an expert's gradients one at a time in bfloat16; for hundreds that is worse")
     inputs = mix_inputs(tokens, per_token, dim, num_experts, gated=gated, one_expert=one_expert)
     exact = values_and_gradients(inputs, "gelu", "reference")
     plain = values_and_gradients(inputs.to(dtype), "gelu", None)
@@ -124,6 +122,28 @@ def test_output_has_the_dtype_of_the_input_and_gradients_that_of_the_tables(back
     out.sum().backward()
     assert rows.grad is not None
     assert rows.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_in_bfloat16_are_computed_with_in_float32(backend: str, x_dtype: torch.dtype) -> None:
+    if backend == "cpu" and x_dtype == torch.float64:
+        pytest.skip("the native kernels take no float64")
+    wide = mix_inputs(12, 4, 16, 7)
+    plain = wide.to(torch.float32)
+    x, weights, rows = (each.detach() for each in (wide.x.to(x_dtype), wide.weights.to(x_dtype), wide.rows.bfloat16()))
+    found = [
+        api.mix_experts(x, weights, wide.ids, rows, backend=backend),
+        api.dot_values(x, wide.ids, rows[:, 0].contiguous(), backend=backend),
+    ]
+    expected, exact = (
+        [
+            api.mix_experts(*each.arguments(), backend="reference"),
+            api.dot_values(each.x, each.ids, each.rows[:, 0], backend="reference"),
+        ]
+        for each in (plain, wide)
+    )
+    assert_within_budget([each.float() for each in found], expected, exact)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

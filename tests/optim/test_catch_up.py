@@ -1,4 +1,4 @@
-"""Rules for rows left behind against the sums that they stand for, taken step by step."""
+"""Rules for stale rows against the sums that they stand for, taken step by step."""
 
 import math
 from collections.abc import Iterator

@@ -1,13 +1,11 @@
 """RowAdamW(model.parameters()) finds the tables of a model by itself, or says why it cannot train them."""
 
 import copy
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -116,13 +114,6 @@ def test_tables_that_exact_mode_cannot_train_are_refused_and_nothing_is_added() 
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("groups", [parameter_groups, nn.Module.parameters])
 def test_tables_that_fsdp_has_cut_are_refused(groups: Callable[[nn.Module], Any]) -> None:
@@ -136,9 +127,7 @@ def test_tables_that_fsdp_has_cut_are_refused(groups: Callable[[nn.Module], Any]
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_tables_beside_parameters_that_fsdp_has_cut_are_trained_on_one_rank_and_refused_on_several(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_tables_beside_parameters_that_fsdp_has_cut_are_trained_on_one_rank() -> None:
     model, twin = new_model().double(), new_model().double()
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)), ignored_params=set(tables_of(model)))
     optimizers = [RowAdamW(each.parameters(), lr=0.01) for each in (model, twin)]
@@ -147,7 +136,13 @@ def test_tables_beside_parameters_that_fsdp_has_cut_are_trained_on_one_rank_and_
         optimizer.catch_up()
     for found, expected in zip(tables_of(model), tables_of(twin), strict=True):
         assert relative_error(found, expected) < TOLERANCE
-    monkeypatch.setattr("peerlm.optim.row_adamw._several_ranks", lambda: True)
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tables_beside_parameters_that_fsdp_has_cut_over_ranks_are_refused() -> None:
+    model = new_model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), ignored_params=set(tables_of(model)))
     with pytest.raises(ValueError, match="FSDP2 does not exchange the gradients of tables that it ignores"):
         RowAdamW(model.parameters())
 

@@ -1,14 +1,17 @@
 """An optimizer's state in a file: it comes back whole, and stale rows of the model beside it catch up."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from peerlm import PEER
 from peerlm.ops.row_updates import rows_as_they_are
 from peerlm.optim import RowAdamW, parameter_groups
-from peerlm.optim.saved import catch_up_saved, load_state, save_state
+from peerlm.optim.saved import FILE, catch_up_saved, load_state, save_state
 
 
 def trained(steps: int) -> tuple[PEER, RowAdamW]:
@@ -23,8 +26,8 @@ def trained(steps: int) -> tuple[PEER, RowAdamW]:
 
 
 def test_the_state_comes_back_whole(tmp_path: Path) -> None:
-    _, optimizer = trained(3)
-    save_state(optimizer, tmp_path)
+    layer, optimizer = trained(3)
+    save_state(optimizer, tmp_path, layer)
     _, other = trained(0)
     load_state(other, tmp_path)
     expected, found = optimizer.state_dict()["state"], other.state_dict()["state"]
@@ -37,7 +40,7 @@ def test_the_state_comes_back_whole(tmp_path: Path) -> None:
 def test_stale_rows_of_a_model_catch_up_as_its_own_optimizer_has_them(tmp_path: Path) -> None:
     layer, optimizer = trained(6)
     with rows_as_they_are():
-        save_state(optimizer, tmp_path)
+        assert save_state(optimizer, tmp_path, layer)
         stale = layer.experts.rows.detach().clone()
     other, _ = trained(0)
     with torch.no_grad():
@@ -48,16 +51,29 @@ def test_stale_rows_of_a_model_catch_up_as_its_own_optimizer_has_them(tmp_path: 
     assert torch.equal(other.experts.rows, layer.experts.rows)
 
 
-def test_a_folder_without_a_state_changes_nothing(tmp_path: Path) -> None:
-    layer, _ = trained(0)
+def test_a_state_that_owes_nothing_changes_nothing(tmp_path: Path) -> None:
+    layer, optimizer = trained(6)
+    assert not save_state(optimizer, tmp_path, layer)
     before = layer.experts.rows.detach().clone()
     catch_up_saved(layer, tmp_path)
     assert torch.equal(layer.experts.rows, before)
 
 
 def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
-    _, optimizer = trained(6)
+    layer, optimizer = trained(6)
     with rows_as_they_are():
-        save_state(optimizer, tmp_path)
-    with pytest.raises(ValueError, match=r"optimizer\.safetensors has the state of a table as parameter \d"):
+        save_state(optimizer, tmp_path, layer)
+    with pytest.raises(ValueError, match=r"state of a table experts\.rows, which the model does not have"):
         catch_up_saved(torch.nn.Linear(2, 2), tmp_path)
+
+
+def test_a_state_without_names_is_refused_where_it_owes_updates(tmp_path: Path) -> None:
+    layer, optimizer = trained(6)
+    with rows_as_they_are():
+        save_state(optimizer, tmp_path, layer)
+    with safe_open(tmp_path / FILE, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    values = {key: value for key, value in json.loads(metadata["values"]).items() if not key.endswith(".name")}
+    save_file(tensors, tmp_path / FILE, metadata={"values": json.dumps(values)})
+    with pytest.raises(ValueError, match=r"does not name the tables whose rows are stale.*resume its run"):
+        catch_up_saved(layer, tmp_path)

@@ -8,6 +8,7 @@ def test_a_finished_run_has_a_card(configure, data) -> None:
     card = ModelCard.load(result.run / "model" / "README.md")
     (figure,) = card.data.eval_results
     assert figure.metric_value == round(result.summary["perplexity"], 4)
+    assert "Import peerlm before you load the model." in card.text
     assert card.data.tags == ["peerlm", "dense", "peer"]
     assert f"{result.summary['total_parameters']:,} parameters" in card.text
     assert f"{result.summary['tokens']:,} tokens of `{data}`" in card.text

@@ -2,13 +2,20 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from peerlm.convert.saved import load_saved
 from peerlm.errors import UserError
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.optim import RowAdamW, parameter_groups
+from peerlm.testing import relative_error
 from peerlm.train.checkpoint import (
     TrainState,
     checkpoint_folder,
@@ -42,6 +49,65 @@ def saved(tmp_path: Path) -> Path:
         step(model, optimizer, seed=number)
         save_checkpoint(tmp_path, TrainState(step=number, seconds=0.5), model, optimizer, None, keep=2)
     return tmp_path
+
+
+@dataclass(frozen=True)
+class Between:
+    """A checkpoint between two steps, whose rows are stale, and what they are once up to date."""
+
+    folder: Path
+    stale: Tensor
+    rows: Tensor
+
+
+@pytest.fixture
+def between(tmp_path: Path) -> Between:
+    torch.manual_seed(0)
+    peer = {"num_experts": 256, "heads": 1, "experts_per_head": 2, "key_dim": 4}
+    config = PeerConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, peer=peer)
+    model = PeerForCausalLM(config)
+    optimizer = RowAdamW(parameter_groups(model), lr=0.1)
+    for number in range(4):
+        step(model, optimizer, seed=number)
+    folder = save_checkpoint(tmp_path, TrainState(step=4), model, optimizer, None, keep=2)
+    return Between(folder, load_file(folder / "model.safetensors")[ROWS], model.state_dict()[ROWS])
+
+
+ROWS = "model.layers.0.ffw.experts.rows"
+LOADERS: dict[str, Callable[[Path], PreTrainedModel]] = {
+    "AutoModelForCausalLM": AutoModelForCausalLM.from_pretrained,
+    "PeerForCausalLM": PeerForCausalLM.from_pretrained,
+    "AutoModel": AutoModel.from_pretrained,
+    "with a report": lambda folder: PeerForCausalLM.from_pretrained(folder, output_loading_info=True)[0],
+    "from a subfolder": lambda folder: PeerForCausalLM.from_pretrained(folder.parent, subfolder=folder.name),
+    "load_saved": load_saved,
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_stale_rows_are_up_to_date_however_a_checkpoint_is_loaded(
+    loader: str, between: Between, tmp_path: Path
+) -> None:
+    assert not torch.equal(between.stale, between.rows)
+    model = LOADERS[loader](between.folder)
+    (found,) = (value for name, value in model.state_dict().items() if ROWS.endswith(name))
+    assert torch.equal(found, between.rows)
+    model.save_pretrained(tmp_path / "again")
+    assert "stale" not in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_stale_rows_are_up_to_date_in_another_dtype(between: Between) -> None:
+    model = AutoModelForCausalLM.from_pretrained(between.folder, dtype=torch.bfloat16)
+    found = model.state_dict()[ROWS]
+    assert found.dtype == torch.bfloat16
+    two_roundings = torch.finfo(torch.bfloat16).eps
+    assert relative_error(found, between.rows) < two_roundings < relative_error(between.stale, between.rows)
+
+
+def test_stale_rows_without_the_state_of_their_optimizer_are_refused(between: Between) -> None:
+    (between.folder / "optimizer.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"rows in .* are stale.*: put optimizer\.safetensors of the same checkpoint"):
+        AutoModelForCausalLM.from_pretrained(between.folder)
 
 
 def test_what_is_loaded_goes_on_as_what_was_saved(saved: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_run_that_ends_before_its_last_opening_opens(
         ),
         (
             {"grow": {"at": AT, "freeze": ["rows"]}, "optim": {"tables": "fused"}},
-            "optim.tables = 'fused' does not go with grow.freeze",
+            "optim.tables = 'fused' cannot be combined with grow.freeze",
         ),
     ],
 )

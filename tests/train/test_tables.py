@@ -70,17 +70,20 @@ def test_moments_of_tables_are_those_of_the_recipe(configure: Configure) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"compile": True, "optim": {"tables": "exact"}}, "does not go with compile = true: set it to false"),
-        ({"optim": {"tables": "fused"}}, "does not go with optim.table_clip = 1.0: set it to inf"),
-        ({"optim": {"tables": "fused", **UNCLIPPED}}, "does not go with data.micro_batch_size = 2: leave it out"),
+        ({"compile": True, "optim": {"tables": "exact"}}, "cannot be combined with compile = true: set it to false"),
+        ({"optim": {"tables": "fused"}}, "cannot be combined with optim.table_clip = 1.0: set it to inf"),
+        (
+            {"optim": {"tables": "fused", **UNCLIPPED}},
+            "cannot be combined with data.micro_batch_size = 2: leave it out",
+        ),
         (
             {"optim": {"tables": "dense", "table_row_wise": True}},
-            "'dense' does not go with optim.table_row_wise = true",
+            "'dense' cannot be combined with optim.table_row_wise = true",
         ),
-        ({"optim": {"tables": "dense", "table_beta1": 0.0}}, "'dense' does not go with optim.table_beta1 = 0.0"),
+        ({"optim": {"tables": "dense", "table_beta1": 0.0}}, "'dense' cannot be combined with optim.table_beta1 = 0.0"),
         (
             {"optim": {"tables": "dense"}, "model": {"peer": {**MANY["peer"], "row_format": "bfloat16"}}},
-            "'dense' does not go with row_format = 'bfloat16'",
+            "'dense' cannot be combined with row_format = 'bfloat16'",
         ),
         (
             {"optim": {"tables": "exact"}, "model": {"peer": {**MANY["peer"], "row_format": "bfloat16"}}},

@@ -1,7 +1,7 @@
 """Retrieved adapters as a method of peft: `get_peft_model(model, PeerAdapterConfig(...))`.
 
 Importing this module, which `peerlm.registration` does when peft is imported, registers the method under the type
-"PEER_ADAPTER", so that `PeftModel.from_pretrained` and the AutoPeftModel classes can load such adapters.
+"PEER_ADAPTER". `PeftModel.from_pretrained` and the AutoPeftModel classes can then load such adapters.
 """
 
 import re
@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from peerlm.adapters.batches import adapters_by_row
 from peerlm.adapters.features import features_of
 from peerlm.adapters.layer import CANNOT_MERGE, PeerAdapterLayer, PeerAdapterLinear
-from peerlm.registration import MODEL_TYPE
+from peerlm.names import MODEL_TYPE
 
 _NAME = "peer_adapter"
 _POOL_SETTINGS = (

@@ -1,17 +1,17 @@
 """A pool of low-rank experts that each token retrieves by product keys: what a retrieved adapter adds to a module."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from peerlm.layers.checks import check_dropout, check_sizes, check_weight_scale, flatten_tokens
+from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.layers.product_keys import ProductKeys
+from peerlm.layers.retrieval_layer import RetrievalLayer
 from peerlm.layers.table import Table
 from peerlm.ops import api
 from peerlm.ops.functions import ACTIVATIONS
 
 
-class AdapterPool(nn.Module):
+class AdapterPool(RetrievalLayer):
     """N experts of rank r, of which a token retrieves heads * experts_per_head: the sum that a module's output gains.
 
     y = weight_scale * sum over heads and retrieved experts i of weight_i * sum over j < r of act(u_ij . x) v_ij. With
@@ -45,7 +45,7 @@ class AdapterPool(nn.Module):
         down, up: u and v, a `Table` each of N * rank rows; expert i has rows i * rank up to (i + 1) * rank.
 
     Raises:
-        ValueError: a setting is impossible; the message has the setting, its value, and the mend.
+        ValueError: a setting is impossible; the message has the setting, its value, and the fix.
     """
 
     def __init__(
@@ -67,18 +67,9 @@ class AdapterPool(nn.Module):
         init_weights: bool = True,
         backend: str = "auto",
     ):
-        super().__init__()
         check_sizes(in_features=in_features, out_features=out_features, rank=rank)
         api.check_activation(activation)
-        check_weight_scale(weight_scale)
-        check_dropout(dropout)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.rank = rank
-        self.activation = activation
-        self.weight_scale = weight_scale
-        self.dropout = dropout
-        self.product_keys = ProductKeys(
+        product_keys = ProductKeys(
             in_features,
             num_experts=num_experts,
             heads=heads,
@@ -89,6 +80,11 @@ class AdapterPool(nn.Module):
             weighting=weighting,
             backend=backend,
         )
+        super().__init__(product_keys, weight_scale=weight_scale, dropout=dropout)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.activation = activation
         self.down = Table(num_experts * rank, in_features, backend=backend)
         self.down.fill(lambda rows: rows.normal_(std=in_features**-0.5))
         self.up = Table(num_experts * rank, out_features, backend=backend)
@@ -100,9 +96,8 @@ class AdapterPool(nn.Module):
         x_TD, _ = flatten_tokens(x, None, self.in_features)
         x_TD = x_TD.to(self.product_keys.query_proj.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):  # rounded queries would retrieve other experts
-            weights_THK, expert_ids_THK = self.product_keys(x_TD)
-        weights_TP = F.dropout(weights_THK.flatten(1) * self.weight_scale, self.dropout, self.training)
-        row_ids_TP = expert_ids_THK.flatten(1)
+            retrieved = self.product_keys(x_TD)
+        weights_TP, row_ids_TP = self.per_token(*retrieved)
         if self.rank > 1:
             neurons = torch.arange(self.rank, device=x.device)
             row_ids_TP = (row_ids_TP[..., None] * self.rank + neurons).flatten(1)
@@ -111,16 +106,10 @@ class AdapterPool(nn.Module):
         y_TD = self.up.mix(weights_TP.to(hidden_TP.dtype) * hidden_TP, row_ids_TP)
         return y_TD.view(*x.shape[:-1], self.out_features)
 
-    def extra_flops_per_token(self, context: int) -> int:
-        """Forward FLOPs of the retrieved neurons; the index counts itself."""
-        keys = self.product_keys
-        return 2 * keys.heads * keys.experts_per_head * self.rank * (self.in_features + self.out_features)
-
-    def inactive_parameters(self) -> int:
-        """Parameters of the experts that one token does not retrieve."""
-        keys = self.product_keys
-        active = min(keys.heads * keys.experts_per_head, keys.num_experts)
-        return (keys.num_experts - active) * self.rank * (self.in_features + self.out_features)
+    @property
+    def parameters_per_expert(self) -> int:
+        """The vectors u and v of each of its neurons."""
+        return self.rank * (self.in_features + self.out_features)
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""

@@ -1,4 +1,4 @@
-"""Commands that look: into a model, and at this installation: inspect, info."""
+"""Commands that look into a model, and at this installation: inspect, info."""
 
 import platform
 from collections.abc import Mapping

@@ -83,7 +83,7 @@ Json = Annotated[
         help="Write the figures to FILE as JSON too; - prints them in place of tables and progress.",
     ),
 ]
-Packs = Annotated[
+PackFolders = Annotated[
     list[Path], typer.Option("--pack", metavar="FOLDER", help="A pack to load into the model first; repeatable.")
 ]
 Version = Annotated[

@@ -1,4 +1,4 @@
-"""What becomes of a command's figures: tables, JSON in a file or on stdout, progress."""
+"""Show a command's figures: tables, JSON in a file or on stdout, progress."""
 
 import json
 from collections.abc import Callable

@@ -73,7 +73,7 @@ def report(
         "docs"
     ),
 ) -> None:
-    """Build the report of results from the rows of all experiments, as Markdown and as one HTML file."""
+    """Build the report of results from the rows of all studies, as Markdown and as one HTML file."""
     from peerlm_studies.report.report import report
 
     for path in report(definition, output):

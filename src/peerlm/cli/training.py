@@ -1,4 +1,4 @@
-"""Commands from text to a trained model, and what it is worth: prepare, train, eval, generate."""
+"""Commands from text to a trained model and its evaluation: prepare, train, eval, generate."""
 
 import os
 import shlex
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peerlm.cli.root import DocumentStart, Json, Output, Packs, Run, Settings, app, overrides
+from peerlm.cli.root import DocumentStart, Json, Output, PackFolders, Run, Settings, app, overrides
 from peerlm.cli.show import STDOUT, show
 from peerlm.errors import TrainingStopped, UserError
 from peerlm.terminal import VALUE, print_table
@@ -95,7 +95,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     json_file: Json = None,
 ) -> None:
-    """Train a model by a recipe; --resume takes a stopped run to the weights it would have had."""
+    """Train a model from a recipe; --resume continues a stopped run to the same weights."""
     from peerlm.train import load_recipe, train
     from peerlm.train.run_folder import resume_command
 
@@ -144,7 +144,7 @@ def evaluate(
         bool, typer.Option("--detokenize", help="Put tokenised text (WikiText's ` @-@ `) back first.")
     ] = False,
     document_start: DocumentStart = "auto",
-    pack: Packs = [],  # noqa: B006
+    pack: PackFolders = [],  # noqa: B006
     json_file: Json = None,
 ) -> None:
     """Measure perplexity, bits per byte, accuracy of last words (LAMBADA), use of the experts, and lm-eval's tasks."""
@@ -202,7 +202,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     document_start: DocumentStart = "auto",
-    pack: Packs = [],  # noqa: B006
+    pack: PackFolders = [],  # noqa: B006
 ) -> None:
     """Let a trained model continue a prompt, printed while it is written."""
     from transformers import TextStreamer

@@ -8,9 +8,9 @@ from peerlm.errors import UserError
 from peerlm.train.config import BudgetConfig, OptimConfig
 
 
-def _require(holds: bool, key: str, value: object, mend: str) -> None:
+def _require(holds: bool, key: str, value: object, fix: str) -> None:
     if not holds:
-        raise UserError(f"{key} = {value!r}: {mend}")
+        raise UserError(f"{key} = {value!r}: {fix}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,11 @@ class LearnConfig:
         _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
         if self.optim.tables == "fused" and self.method in ("grow", "pack", "sparse"):
             raise UserError(
-                f"optim.tables = 'fused' does not go with method {self.method}: its backward pass updates all rows"
+                f"optim.tables = 'fused' cannot be combined with method {self.method}: its backward pass updates all "
+                "rows"
             )
         if self.optim.tables == "fused" and self.memory.kl:
             raise UserError(
-                f"optim.tables = 'fused' does not go with memory.kl = {self.memory.kl:g}, a second backward pass in "
-                "each step: take 'exact'"
+                f"optim.tables = 'fused' cannot be combined with memory.kl = {self.memory.kl:g}, a second backward "
+                "pass in each step: take 'exact'"
             )

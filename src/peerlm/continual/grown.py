@@ -1,4 +1,4 @@
-"""Growth and freezing: new experts learn, and those that were there before stand still."""
+"""Growth and freezing: new experts learn, the old ones are frozen."""
 
 import math
 from dataclasses import dataclass

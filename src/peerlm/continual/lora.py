@@ -14,7 +14,7 @@ from peerlm.errors import UserError
 class Lora(Method):
     """LoRA (Hu 2021, arXiv 2106.09685) by peft, in all linear layers but the output matrix, scaled by alpha / rank.
 
-    After a stage it is merged, so that the model is one like any other and the next stage starts anew beside it.
+    After a stage it is merged, so that the model is one like any other and the next stage starts a new one beside it.
     """
 
     rank: int = 16

@@ -79,7 +79,7 @@ class Method:
         yield {}
 
     def restrict(self, model: nn.Module, stage: Stage, usage: Mapping[str, ExpertUsage]) -> None:
-        """Drop gradients of what the method holds still in this step; `usage` is what `watching` gave."""
+        """Drop gradients of what the method freezes in this step; `usage` is what `watching` gave."""
 
     def finish(self, model: nn.Module) -> PreTrainedModel:
         """The model after a stage."""

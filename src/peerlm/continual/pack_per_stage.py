@@ -1,4 +1,4 @@
-"""A pack for each domain: experts of their own, beside a model that stands still, in a folder of their own."""
+"""A pack for each domain: experts in a folder of their own, beside a frozen model."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What keeps a model to what it knows, as hooks: its divergence from the model before, and replay of earlier text."""
+"""What preserves earlier knowledge, as hooks: divergence from the model before, and replay of earlier text."""
 
 from collections.abc import Sequence
 from typing import Any

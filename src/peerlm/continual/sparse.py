@@ -1,8 +1,8 @@
 """Sparse finetuning: in each step only the experts that its text uses more than other text does.
 
 Lin et al. 2025 (arXiv 2510.15103) do so with the slots of a memory layer. An expert's score in a step is
-TF * IDF = c_i / sum_j c_j * log((B + 1) / (b_i + 1)), with c_i its retrievals in the step, and b_i the number of the
-B windows of background text in which the model that one starts from retrieves it.
+TF * IDF = c_i / sum_j c_j * log((B + 1) / (b_i + 1)), with c_i its retrievals in the step. Of B windows of background
+text, b_i is the number in which the starting model retrieves it.
 
 Shape suffixes: N experts.
 """

@@ -1,4 +1,4 @@
-"""One stage of a stream: the training loop on its text, with the method and what keeps the model to what it knows."""
+"""One stage of a stream: the training loop on its text, with the method and what preserves earlier knowledge."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from peerlm.continual.config import LearnConfig, StageConfig
 from peerlm.continual.method import Stage
 from peerlm.continual.methods import method_of
+from peerlm.continual.overlap import warn_of_overlap
 from peerlm.continual.retention import ReplayBuffer
 from peerlm.continual.stage import Lesson, learn_stage
 from peerlm.continual.text import Text, read_text
@@ -31,6 +32,7 @@ from peerlm.train.config import CheckpointConfig, DataConfig, TrainConfig
 BACKGROUND = "background"
 """What tables call the text that the model was trained on."""
 WINDOWS_PER_PASS = 8
+_BEFORE = "before.json"
 FREE = ("run", "data", "checkpoint_every", "checkpoint_minutes")
 """Settings that a resumed stream may change: weights do not depend on them."""
 
@@ -43,26 +45,29 @@ def learn(
     """Learn the stages of a configuration, in order, into the folder `config.run`.
 
     It gets config.json, data/ (the texts as tokens), and for each stage stages/NUMBER-NAME/ with log.jsonl, what the
-    method leaves (model/, or pack/), and summary.json; then rows.json and table.md. With `resume` a stream goes on
-    from its newest checkpoint; however it was ended, weights become bit for bit those of a stream never interrupted,
-    given the same number of threads and a budget other than minutes.
+    method leaves (model/, or pack/), and summary.json; then rows.json and table.md. With `resume` a stream continues
+    from its newest checkpoint. Its weights become bit for bit those of a stream never interrupted, given the
+    same number of threads and a budget other than minutes.
 
     Args:
         config: what is learned and how.
-        resume: whether `config.run` is a stream to go on with; otherwise it must not exist or be empty.
+        resume: whether `config.run` is a stream to resume; otherwise it must not exist or be empty.
         progress: whether to show a bar (on a terminal) or lines (elsewhere) on stderr.
         measure: called with the model, in evaluation mode, and its tokenizer before and after each stage; its figures
             join the row.
 
     Returns:
-        The rows: that of the model before ("stage" is None, "document_start" what begins each document and window, None
-        for nothing of its own), then one for each stage, with "perplexity" by domain, and what it took: "steps",
-        "tokens" (of new text), "flops", "seconds", "trained_parameters".
+        The rows: that of the model before ("stage" is None; "document_start" is what begins each document and window,
+        or None), then one for each stage. A row has "perplexity" by domain, and what the stage took: "steps", "tokens"
+        (of new text), "flops", "seconds", "trained_parameters".
 
     Raises:
         UserError: a setting, text, model or folder that cannot be used; a new folder is removed where no stage has
             begun.
         TrainingStopped: told to stop by a signal, or the loss or a gradient was not finite.
+
+    Warns:
+        PeerlmWarning: what a text is measured on holds documents of a text that is trained on.
     """
     folder = Path(config.run)
     _check_folder(config, folder, resume=resume)
@@ -70,7 +75,7 @@ def learn(
         return _Stream(config, progress=progress, measure=measure).run()
     except UserError:
         if not resume and not any(folder.glob("stages/*/log.jsonl")):
-            rmtree(folder, ignore_errors=True)  # so that the same command works once the mistake is mended
+            rmtree(folder, ignore_errors=True)  # so that the same command works once the mistake is fixed
         raise
 
 
@@ -90,7 +95,7 @@ class _Stream:
         check_context(model, self.context)
         retention = config.memory
         if (retention.kl or retention.replay) and not retention.background:
-            raise UserError("--kl and --replay keep the model to what it knows: give text of that, --background FILE")
+            raise UserError("--kl and --replay need text like that of the base model: give --background FILE")
         self.device = device_of(model)
         self.ranks = Ranks(rank=0, world_size=1, device=self.device)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +104,7 @@ class _Stream:
         self.texts = self._read_texts()
         begins = marked(self._marks().window_start, self.tokenizer)
         self.first = self._read_or_make(
-            self.folder / "before.json", lambda: {"stage": None, "document_start": begins, **self._measure(model)}
+            self.folder / _BEFORE, lambda: {"stage": None, "document_start": begins, **self._measure(model)}
         )
 
     def run(self) -> list[dict[str, Any]]:
@@ -175,7 +180,7 @@ class _Stream:
         if retention.background:
             sources = {BACKGROUND: (retention.background, retention.heldout), **sources}
         data = Path(self.config.data) if self.config.data else self.folder / "data"
-        return {
+        texts = {
             name: read_text(
                 files,
                 heldout,
@@ -188,6 +193,9 @@ class _Stream:
             )
             for name, (files, heldout) in sources.items()
         }
+        if not (self.folder / _BEFORE).exists():  # a resumed stream was told when it began
+            warn_of_overlap(sources, data)
+        return texts
 
     def _measure(self, model: PreTrainedModel) -> dict[str, Any]:
         losses = {
@@ -228,7 +236,7 @@ def _check_stages(stages: Sequence[StageConfig]) -> None:
 
 
 def _check_folder(config: LearnConfig, folder: Path, *, resume: bool) -> None:
-    """UserError unless the folder is new, or is that of this very stream and shall be gone on with."""
+    """Require an empty folder, or this same stream when resuming."""
     if not resume:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists already: --resume it, or choose another --output")

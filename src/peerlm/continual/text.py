@@ -1,4 +1,4 @@
-"""The texts of a stream as windows of tokens: prepared once, of the model's own tokenizer."""
+"""The texts of a stream as windows of tokens: prepared once, with the model's own tokenizer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

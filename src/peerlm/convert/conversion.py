@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from peerlm.convert.ffws import FFW, mixture_sentence, survey
 from peerlm.convert.insertion import (
-    Site,
+    FFWSite,
     check_replaceable,
     put_back,
     put_beside,
@@ -21,7 +21,13 @@ from peerlm.convert.insertion import (
 )
 from peerlm.convert.kinds import KINDS, Kind
 from peerlm.convert.neurons import fit_neurons
-from peerlm.convert.record import MODES, ConversionConfig, conversion_of
+from peerlm.convert.record import (
+    MODES,
+    ConversionConfig,
+    conversion_of,
+    refuse_saves_without_peerlm,
+    save_without_record,
+)
 
 
 def convert(
@@ -46,7 +52,7 @@ def convert(
         model: any transformers model with dense feed-forward layers in its blocks, plain or gated; the whole model that
             is to be saved, not a part of it.
         mode: "beside": y = ffw(x) + peer(x), where peer(x) is exactly zero before training, so that the model's
-            output keeps its bits. "replace": y = peer(x), at the start as loud as ffw(x) was on random tokens.
+            output keeps its bits. "replace": y = peer(x), at the start of the scale of ffw(x) on random tokens.
         layers: which of `find_ffws(model)`: None for all, "middle", or indices, of which negative ones count from
             the end. In a model whose every block has a dense layer, these are the numbers of blocks.
         init: what is built, a name in `peerlm.convert.kinds.KINDS`: "random" is PEER with random experts; "neurons",
@@ -77,7 +83,7 @@ def convert(
     if mixtures and (layers is None or layers == "middle"):
         raise ValueError(mixture_sentence(model, mixtures))
     ffws = _choose(model, found, layers)
-    sites = [Site.of(ffw) for ffw in ffws]
+    sites = [FFWSite.of(ffw) for ffw in ffws]
     if mode == "replace":
         for site in sites:
             check_replaceable(site)
@@ -97,6 +103,7 @@ def convert(
             raise
     _own_config(model)
     model.config.quantization_config = ConversionConfig.of(mode, init, dict(settings), sites)
+    refuse_saves_without_peerlm(model)
     return model
 
 
@@ -110,8 +117,8 @@ def kind_named(init: str, *, mode: str, settings: Mapping[str, Any], has_samples
     kind = KINDS[init]
     kind.check(settings)
     if kind.learns_index != has_samples:
-        mend = "pass samples=, arguments of forward passes" if kind.learns_index else "leave samples out"
-        raise ValueError(f"init={init!r} {'learns' if kind.learns_index else 'does not learn'} from samples; {mend}")
+        fix = "pass samples=, arguments of forward passes" if kind.learns_index else "leave samples out"
+        raise ValueError(f"init={init!r} {'learns' if kind.learns_index else 'does not learn'} from samples; {fix}")
     return kind
 
 
@@ -131,6 +138,7 @@ def unconvert(model: PreTrainedModel) -> PreTrainedModel:
         )
     remove_beside(model, record.read_sites())
     del model.config.quantization_config
+    save_without_record(model)
     return model
 
 

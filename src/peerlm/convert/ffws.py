@@ -1,4 +1,4 @@
-"""Find a model's dense feed-forward layers by what they compute, whatever the model calls them."""
+"""Find a model's dense feed-forward layers by what they compute, not by their names."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -93,8 +93,9 @@ class FFW:
 def find_ffws(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> list[FFW]:
     """Find the dense feed-forward layers in a transformer's blocks, in the model's order.
 
-    Names do not matter. The model reads `inputs` once, in evaluation mode; a map is the last of a feed-forward layer
-    if what it reads is an activation of what an earlier map of the same block wrote, or that times what another wrote.
+    Names do not matter. The model reads `inputs` once, in evaluation mode; the last map of a feed-forward layer is one
+    that reads an activation of what an earlier map of the same block wrote. In a gated layer that is multiplied by what
+    another map wrote.
 
     Args:
         model: any transformers model whose blocks lie in a `ModuleList`. It is left as it was.

@@ -1,4 +1,4 @@
-"""Where a layer stands in a converted model: beside a feed-forward layer or in its place, put there and taken away."""
+"""Put layers beside a model's feed-forward layers or in their place, and take them away."""
 
 from dataclasses import dataclass
 from threading import get_ident
@@ -17,7 +17,7 @@ CHILD = "peer"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class FFWSite:
     """A feed-forward layer of a model as its configuration records it: plain values."""
 
     path: str
@@ -34,7 +34,7 @@ class Site:
     output_bias: bool
 
     @classmethod
-    def of(cls, ffw: FFW) -> "Site":
+    def of(cls, ffw: FFW) -> "FFWSite":
         """The record of a layer that was found."""
         return cls(
             path=ffw.path,
@@ -103,7 +103,7 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return x
 
 
-def put_beside(model: PreTrainedModel, layers: dict[Site, nn.Module]) -> None:
+def put_beside(model: PreTrainedModel, layers: dict[FFWSite, nn.Module]) -> None:
     """Add each layer to the output of the feed-forward layer at its site; nothing else changes, names neither."""
     masks = TokenMask()
     for site, layer in layers.items():
@@ -116,7 +116,7 @@ def put_beside(model: PreTrainedModel, layers: dict[Site, nn.Module]) -> None:
     masks.watch(model, [_path_in(model, site.path) for site in layers])
 
 
-def put_in_place(model: PreTrainedModel, layers: dict[Site, nn.Module]) -> None:
+def put_in_place(model: PreTrainedModel, layers: dict[FFWSite, nn.Module]) -> None:
     """Put each layer where the feed-forward layer at its site stands, which goes."""
     masks = TokenMask()
     for site, layer in layers.items():
@@ -128,7 +128,7 @@ def put_in_place(model: PreTrainedModel, layers: dict[Site, nn.Module]) -> None:
     masks.watch(model, [_path_in(model, site.path) for site in layers])
 
 
-def replaced_modules(model: PreTrainedModel, sites: list[Site]) -> dict[str, nn.Module]:
+def replaced_modules(model: PreTrainedModel, sites: list[FFWSite]) -> dict[str, nn.Module]:
     """The modules that `put_in_place` will replace, by path."""
     paths = [path for site in sites for path in (site.path, site.first, site.first and site.activation_path)]
     found = {path: _path_in(model, path) for path in paths if path is not None}
@@ -142,7 +142,7 @@ def put_back(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
     stop_watching(model)
 
 
-def check_replaceable(site: Site) -> None:
+def check_replaceable(site: FFWSite) -> None:
     """Raise a ValueError where the feed-forward layer at this site cannot be taken out of its block."""
     if site.first is not None and (site.gated or site.activation_path is None):
         reason = "is gated" if site.gated else "calls its activation as a function"
@@ -152,7 +152,7 @@ def check_replaceable(site: Site) -> None:
         )
 
 
-def remove_beside(model: PreTrainedModel, sites: list[Site]) -> None:
+def remove_beside(model: PreTrainedModel, sites: list[FFWSite]) -> None:
     """Undo `put_beside`."""
     for site in sites:
         module = find_module(model, site.path)

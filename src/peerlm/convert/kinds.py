@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from peerlm.convert.ffws import FFW
-from peerlm.convert.insertion import Site
+from peerlm.convert.insertion import FFWSite
 from peerlm.convert.neurons import neuron_layer, neuron_layer_skeleton, pool_tables
 from peerlm.convert.neurons.layer import check_neuron_settings
 from peerlm.layers import PEER
@@ -22,7 +22,7 @@ class Kind:
 
     build: Callable[[FFW, str, dict[str, Any]], nn.Module]
     """From the feed-forward layer that it stands for, and the mode of the conversion."""
-    skeleton: Callable[[Site, dict[str, Any]], nn.Module]
+    skeleton: Callable[[FFWSite, dict[str, Any]], nn.Module]
     """The same layer before its weights are loaded."""
     modes: tuple[str, ...]
     check: Callable[[Mapping[str, Any]], None]
@@ -34,7 +34,7 @@ class Kind:
 
 
 def _random_peer(ffw: FFW, mode: str, settings: dict[str, Any]) -> PEER:
-    """PEER whose output is zero beside a layer, or as loud as that of the layer which it replaces."""
+    """PEER whose output is zero beside a layer, or of the scale of the layer that it replaces."""
     peer = PEER(ffw.dim, **settings)
     if not peer.experts.can_be_trained:
         raise ValueError("row_format is 'int8', whose rows are not trained; choose 'float32' or 'bfloat16'")
@@ -43,8 +43,8 @@ def _random_peer(ffw: FFW, mode: str, settings: dict[str, Any]) -> PEER:
         factor = 0.0
     else:
         with evaluating(peer):
-            loudness = peer(ffw.sample_input.to(up)).float().norm().item()
-        factor = ffw.sample_output.float().norm().item() / loudness
+            scale = peer(ffw.sample_input.to(up)).float().norm().item()
+        factor = ffw.sample_output.float().norm().item() / scale
     peer.experts.write(up * factor, vector=1)
     return peer
 

@@ -64,7 +64,7 @@ def arrange_query(weight: Tensor, layout: str, *, heads: int) -> Tensor:
 def from_peer_pytorch(layer: nn.Module, *, backend: str = "auto") -> PEER:
     """Our layer with the weights and the output of a `PEER` of the package PEER-pytorch (0.2).
 
-    With that package's default, non_competing_scores=True, each head retrieves one expert, whatever
+    With that package's default, non_competing_scores=True, each head retrieves one expert, not
     num_experts_per_head says; so does what is returned.
 
     Args:

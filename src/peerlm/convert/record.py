@@ -5,24 +5,24 @@ quantizer. That is what `RebuildConverted` is to transformers, by the configurat
 quantised, so that a loaded model keeps none of the marks of a quantised one: it trains, compiles and changes its dtype
 as any other.
 
-Where peerlm was not imported, transformers warns of the unknown quantization type "peerlm" and continues without;
-its report on loading then names each weight of a PEER layer as unexpected, and each of a replaced layer as missing.
-`refuse_without_peerlm` turns that into an error.
+Where peerlm was not imported, transformers would warn of the unknown quantization type "peerlm" and continue without.
+So what a converted model saves names, in place of its weights, what is to be done: transformers refuses that.
 """
 
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from peerlm.convert.insertion import Site, put_beside, put_in_place
+from peerlm.convert.insertion import FFWSite, put_beside, put_in_place
 from peerlm.convert.kinds import KINDS
 from peerlm.files import write_json
-from peerlm.registration import CONVERTED
+from peerlm.names import CONVERTED
 
 MODES = ("beside", "replace")
 _WEIGHTS = "transformers_weights"
@@ -62,13 +62,13 @@ class ConversionConfig(QuantizationConfigMixin):
         self.sites = sites
 
     @classmethod
-    def of(cls, mode: str, init: str, settings: dict[str, Any], sites: list[Site]) -> "ConversionConfig":
+    def of(cls, mode: str, init: str, settings: dict[str, Any], sites: list[FFWSite]) -> "ConversionConfig":
         """The record of a conversion."""
         return cls(mode=mode, init=init, settings=settings, sites=[asdict(site) for site in sites])
 
-    def read_sites(self) -> list[Site]:
+    def read_sites(self) -> list[FFWSite]:
         """The feed-forward layers that were converted."""
-        return [Site(**site) for site in self.sites]
+        return [FFWSite(**site) for site in self.sites]
 
 
 def conversion_of(model: PreTrainedModel) -> ConversionConfig | None:
@@ -84,6 +84,36 @@ def refuse_without_peerlm(folder: Path) -> None:
     """
     path = folder / "config.json"
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | {_WEIGHTS: _REFUSAL})
+
+
+def refuse_saves_without_peerlm(model: PreTrainedModel) -> None:
+    """Let what this converted model saves from now on be refused by transformers alone.
+
+    Copies do so too; a model that was pickled does not.
+    """
+    vars(model)["save_pretrained"] = MethodType(_save_converted, model)
+
+
+def save_without_record(model: PreTrainedModel) -> None:
+    """Undo `refuse_saves_without_peerlm`."""
+    vars(model).pop("save_pretrained", None)
+
+
+def _save_converted(self: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """As `save_pretrained` of transformers, of which it is called."""
+    pushes = kwargs.pop("push_to_hub", False)
+    type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    folder = Path(save_directory)
+    if (folder / "config.json").is_file():  # which the main process alone writes
+        refuse_without_peerlm(folder)
+    if pushes:
+        names = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
+        options = {name: kwargs[name] for name in names if name in kwargs}
+        self.push_to_hub(kwargs.get("repo_id", folder.name), **options)
+
+
+# As which a pickle finds it: that of the class.
+_save_converted.__name__ = "save_pretrained"
 
 
 class RebuildConverted(HfQuantizer):
@@ -125,6 +155,7 @@ class RebuildConverted(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
+        refuse_saves_without_peerlm(model)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

@@ -15,10 +15,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 import peerlm.model  # noqa: F401, registers our models with transformers
 from peerlm.convert.card import conversion_card
-from peerlm.convert.record import conversion_of, refuse_without_peerlm
+from peerlm.convert.record import conversion_of
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder
-from peerlm.optim.saved import catch_up_saved
 
 _COMPANIONS = (
     "added_tokens.json",
@@ -62,7 +61,6 @@ def load_saved(folder: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         loaded: Any = _class_of(config, folder).from_pretrained(folder, output_loading_info=True)
         model, report = loaded
-        catch_up_saved(model, folder)  # where it is a checkpoint
     for keys, what in ((report["missing_keys"], "lacks"), (report["unexpected_keys"], "has unknown")):
         if keys:
             raise UserError(f"{folder} {what} weights, such as {min(keys)}; restore it")
@@ -72,13 +70,12 @@ def load_saved(folder: Path) -> PreTrainedModel:
 def save_changed(model: PreTrainedModel, source: Path, output: Path) -> None:
     """Write a model that was loaded from `source` to the folder `output`, whole or not at all, with its tokenizer.
 
-    A converted model gets a card, and transformers alone refuses to open it.
+    A converted model gets a card.
     """
     record = conversion_of(model)
     with atomic_folder(output) as folder:
         model.save_pretrained(folder)
         if record is not None:
-            refuse_without_peerlm(folder)
             conversion_card(model, record, name=output.name, source=source.name).save(folder / "README.md")
         for path in sorted(source.iterdir()):
             if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COMPANIONS):

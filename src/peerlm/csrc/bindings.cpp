@@ -7,9 +7,11 @@
 
 #include <sys/mman.h>
 
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "kernels.h"
 #include "move_bytes.h"
@@ -36,35 +38,36 @@ void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
+// The value of this name; `what` is what messages call it.
+template <class Value>
+Value named(const std::string& name, const char* what, std::initializer_list<std::pair<const char*, Value>> values) {
+  for (const auto& [each, value] : values)
+    if (name == each) return value;
+  throw std::invalid_argument("unknown " + std::string(what) + " " + name);
+}
+
 Weighting weighting_of(const std::string& name) {
-  if (name == "softmax") return Weighting::softmax;
-  if (name == "sigmoid") return Weighting::sigmoid;
-  if (name == "relu") return Weighting::relu;
-  if (name == "none") return Weighting::none;
-  throw std::invalid_argument("unknown weighting " + name);
+  using W = Weighting;
+  return named<W>(name, "weighting", {{"softmax", W::softmax}, {"sigmoid", W::sigmoid}, {"relu", W::relu}, {"none", W::none}});
 }
 
 Pairing pairing_of(const std::string& name) {
-  if (name == "row-major") return Pairing::row_major;
-  if (name == "shells") return Pairing::shells;
-  throw std::invalid_argument("unknown pairing " + name);
+  return named<Pairing>(name, "pairing", {{"row-major", Pairing::row_major}, {"shells", Pairing::shells}});
 }
 
 Scores scores_of(const std::string& name) {
-  if (name == "fp32") return Scores::f32;
-  if (name == "bf16") return Scores::bf16;
-  if (name == "int8") return Scores::i8;
-  throw std::invalid_argument("unknown scores " + name);
+  return named<Scores>(name, "scores", {{"fp32", Scores::f32}, {"bf16", Scores::bf16}, {"int8", Scores::i8}});
 }
 
 Activation activation_of(const std::string& name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  if (name == "silu") return Activation::silu;
-  if (name == "identity") return Activation::identity;
-  if (name == "one_plus") return Activation::one_plus;
-  throw std::invalid_argument("unknown activation " + name);
+  using A = Activation;
+  return named<A>(name, "activation",
+                  {{"gelu", A::gelu},
+                   {"gelu_tanh", A::gelu_tanh},
+                   {"relu", A::relu},
+                   {"silu", A::silu},
+                   {"identity", A::identity},
+                   {"one_plus", A::one_plus}});
 }
 
 Table table_of(const AnyTable& rows, const std::optional<Array<In, 2>>& scales) {

@@ -1,4 +1,4 @@
-// A few fractions in place of the many that a row left behind has missed: Gauss rules, one for each distinct step.
+// A few fractions in place of the many steps that a stale row has missed: Gauss rules, one for each distinct step.
 // optim/catch_up.py is the definition, with the reasons; sums are taken in order, so that no rule depends on another.
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// Moves bytes to a larger place and gives their old pages back on the way.
+
 #include "move_bytes.h"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// The store of freed large blocks: by size, up to a limit, for the next step to take.
+
 #include "recycle.h"
 
 #include <algorithm>
@@ -22,22 +24,22 @@ struct Kept {
   uint64_t since;
 };
 
-struct Pool {
+struct Store {
   std::mutex mutex;
   std::vector<Kept> kept;
   uint64_t calls = 0;
 };
 
 // Never destroyed: a tensor may outlive static objects.
-Pool& pool() {
-  static Pool* const all = new Pool;
+Store& store() {
+  static Store* const all = new Store;
   return *all;
 }
 
 }  // namespace
 
 Block take_block(size_t bytes) {
-  Pool& all = pool();
+  Store& all = store();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.calls += 1;
   const auto stale = std::remove_if(all.kept.begin(), all.kept.end(), [&](const Kept& each) {
@@ -63,7 +65,7 @@ Block take_block(size_t bytes) {
 }
 
 void give_back(Block block) noexcept {
-  Pool& all = pool();
+  Store& all = store();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.kept.push_back({block, all.calls});
 }

@@ -1,4 +1,4 @@
-// Large blocks of memory that every step needs anew: given back, they are kept for the next one, their pages with them.
+// Large blocks of memory that every step needs: freed ones are kept, pages and all, for the next step.
 #pragma once
 
 #include <cstddef>

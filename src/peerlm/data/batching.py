@@ -49,7 +49,7 @@ class TokenWindows(Dataset[Tensor]):
         if shards.num_tokens < context:
             raise UserError(
                 f"the {shards.split} split of {shards.folder} has {shards.num_tokens} tokens, less than one "
-                f"window of {context}: lower the context, or prepare more text or a larger held-out share"
+                f"window of {context}: lower the context, or prepare more text"
             )
         self.shards = shards
         self.context = context
@@ -142,9 +142,8 @@ def batches(
     """Shuffled training batches without end, epoch after epoch, from any position on.
 
     Sample g of a run is window `window_order(g % len(windows), ..., epoch=g // len(windows))`. A step
-    consumes batch_size * world_size consecutive samples; rank r takes the r-th batch_size of them, so that
-    the ranks' batches, laid one after another, are the batch that one rank of the whole size would see. An
-    epoch may end inside a batch.
+    consumes batch_size * world_size consecutive samples; rank r takes the r-th batch_size of them. So the batches of
+    all ranks, one after another, are the batch of a single rank. An epoch may end inside a batch.
 
     Args:
         windows: the data.
@@ -153,7 +152,7 @@ def batches(
         position: samples consumed so far by all ranks; after each batch it has grown by batch_size *
             world_size.
         rank, world_size: this process among those that train together.
-        workers: processes that read ahead; 0 reads in this one. The batches are the same whatever the number.
+        workers: processes that read ahead; 0 reads in this one. The batches do not depend on it.
 
     Yields:
         `{"input_ids": (B, T) int64}`.

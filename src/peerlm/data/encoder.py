@@ -38,7 +38,7 @@ class TextEncoder:
         self.loss = TextLoss()
 
     def encode(self, texts: Sequence[str], continues: Sequence[bool]) -> list[list[int]]:
-        """Token ids of each text; `continues` says which of them go on within a document."""
+        """Token ids of each text; `continues` says which of them continue a document."""
         found: list[list[int]] = [[] for _ in texts]
         for engine, places in self._by_engine(continues):
             encodings = engine.encode_batch_fast([texts[place] for place in places], add_special_tokens=False)

@@ -64,7 +64,7 @@ Documents = Callable[[], Iterator[str]]
 """Begins to read the documents, each time from the start."""
 
 log = logging.getLogger(__name__)
-"""Says on stderr, where nobody has set it up otherwise, what was passed over or is not as asked for."""
+"""Says on stderr, unless logging is set up otherwise, what was skipped or is not as asked for."""
 
 
 def prepare(
@@ -84,9 +84,9 @@ def prepare(
 ) -> Manifest:
     """Turn text into a folder of token shards with a tokenizer, a held-out split and a manifest.
 
-    The first pass over the sources finds the size and keyed hash of each document, and keeps a random sample
-    of the text from which the tokenizer is learned; the second tokenizes. Memory holds the sample, one batch, one
-    document, and about 100 bytes per document. Copies of a document, which differ in white space and the like (see
+    The first pass over the sources finds the size and keyed hash of each document. It keeps a random sample of the
+    text, from which the tokenizer is learned; the second tokenizes. Memory holds the sample, one batch, one document,
+    and about 100 bytes per document. Copies of a document, which differ in white space and the like (see
     `split.copy_key`), are kept, and lie in one split. Of a single document the end is held out (`split.cut_tail`).
 
     The folder appears under its name when it is complete. When it is there already, made from the same sources
@@ -106,14 +106,13 @@ def prepare(
         tokenizer_bytes: UTF-8 bytes of text to learn the tokenizer from, a random sample of documents; of no
             effect with `tokenizer`.
         document_start: what stands before each document, "auto", "none" or a token (see `peerlm.marks`), and begins
-            every window; nothing where it is the token that ends documents. Where it is not what the tokenizer and its
-            model say, the tokenizer saved with the shards gets it as its template, so that all who read with it follow.
+            every window; nothing where it is the token that ends documents. Where it differs from what the tokenizer
+            and its model say, the tokenizer saved with the shards gets it as its template. So later readers follow it.
         progress: show progress, speed and time left on stderr.
 
     Raises:
-        UserError: a source that cannot be read or holds no text (with file and line), a single document that is too
-            short to hold out its end, an argument out of range, a tokenizer that cannot be read, or an `output` that
-            exists and is something else.
+        UserError: a source or tokenizer cannot be read, or holds no text (with file and line); a single document is too
+            short to hold out its end; an argument is out of range; `output` exists and is something else.
 
     Warns:
         PeerlmWarning: part of the text does not come back from its tokens; the manifest has the shares.
@@ -235,7 +234,7 @@ def _existing(output: Path, request: dict[str, Any]) -> Manifest | None:
         if before != value:
             raise UserError(
                 f"{output} was prepared with {difference(name, before, value)}: choose another output, or delete it to "
-                "prepare it anew"
+                "prepare it again"
             )
     for split in SPLITS:
         TokenShards(output, split)
@@ -249,7 +248,7 @@ def say_old_split(folder: str | Path, manifest: Manifest) -> None:
     if manifest.copies is None:
         log.warning(
             "%s was prepared by an older version: held-out documents may have copies in the training text that differ "
-            "in white space or line ends. Delete the folder to prepare it anew.",
+            "in white space or line ends. Delete the folder to prepare it again.",
             folder,
         )
 
@@ -281,8 +280,8 @@ def _say_passed_over(surveyed: Survey) -> None:
 def _say_cut(scan: _Scan, copies: int) -> None:
     left_out = f" Its other copies, {copies:,} of them, are left out." if copies else ""
     log.warning(
-        "The text is one document, so its end is held out: %s of %s bytes, %.1f%%.%s Put lines <|endoftext|> between "
-        "documents to hold out whole ones.",
+        "The text is one document, so its end is held out: %s of %s bytes, %.1f%%.%s To hold out whole documents, put "
+        "lines <|endoftext|> between them.",
         f"{scan.sizes[1]:,}",
         f"{sum(scan.sizes):,}",
         100 * scan.sizes[1] / sum(scan.sizes),
@@ -467,5 +466,5 @@ def _check_unchanged(splits: dict[str, SplitRecord], scan: _Scan, heldout: froze
     ):
         raise UserError(
             f"the sources changed while they were read, from {len(scan.sizes)} documents of "
-            f"{sum(scan.sizes)} bytes to {documents} of {num_bytes}: prepare them again when they are at rest"
+            f"{sum(scan.sizes)} bytes to {documents} of {num_bytes}: prepare them again when they no longer change"
         )

@@ -22,6 +22,7 @@ Advance = Callable[[int], object]
 
 _LINES_PER_ADVANCE = 1024
 _BUFFER_BYTES = 2**20
+_PART_BYTES = 2**16
 _ROWS_PER_BATCH = 256
 
 
@@ -34,12 +35,50 @@ def read_text(path: Path, advance: Advance) -> Iterator[str]:
     first_line = 1
     for number, line in _lines(path, advance):
         if line.strip() == SEPARATOR:
-            yield _decode(content, path, first_line)
+            yield _decode(content, path, first_line).strip("\n")
             content, first_line = bytearray(), number + 1
         else:
             content += line
             _check_size(len(content), f"{path}:{first_line}")
-    yield _decode(content, path, first_line)
+    yield _decode(content, path, first_line).strip("\n")
+
+
+def read_text_in_parts(path: Path, advance: Advance) -> Iterator[Iterator[str]]:
+    """As `read_text`, but each document in parts, of some lines each, and nothing is read before it is asked for.
+
+    The parts of a document must be read before the next document.
+    """
+    lines = _lines(path, advance)
+    more = True
+
+    def parts() -> Iterator[str]:
+        nonlocal more
+        content, first_line = bytearray(), 0
+        for number, line in lines:
+            if line.strip() == SEPARATOR:
+                break
+            first_line = first_line or number
+            content += line
+            if len(content) >= _PART_BYTES:
+                yield _decode(content, path, first_line)
+                content, first_line = bytearray(), 0
+        else:
+            more = False
+        yield _decode(content, path, first_line)
+
+    while more:
+        yield _stripped(parts())
+
+
+def _stripped(parts: Iterator[str]) -> Iterator[str]:
+    """Without newlines around the whole."""
+    begun, held = False, ""
+    for part in parts:
+        text = held + part if begun else part.lstrip("\n")
+        if text:
+            kept = text.rstrip("\n")
+            begun, held = True, text[len(kept) :]
+            yield kept
 
 
 def read_jsonl(path: Path, fields: Sequence[str], advance: Advance) -> Iterator[tuple[str, ...]]:
@@ -163,7 +202,7 @@ def _decode(content: bytes | bytearray, path: Path, first_line: int) -> str:
             f"{path}:{line}: byte 0x{byte:02x} is not UTF-8: convert the file to UTF-8, or leave it out if "
             "it is not text"
         ) from error
-    return text.replace("\r\n", "\n").strip("\n")
+    return text.replace("\r\n", "\n")
 
 
 def _check_size(num_bytes: int, where: str) -> None:

@@ -81,14 +81,14 @@ def choose_heldout(
 ) -> frozenset[int]:
     """Choose the documents to hold out, so that they hold near `holdout` of the bytes.
 
-    A plain draw per document misses the asked share by far where a few documents hold most of the text. Here
-    the documents are taken by falling power of two of their size, and in the random order of their keys
-    (or of `order`) within one such class. Each adds its size times `holdout` to an account; one that comes when the
-    account covers the largest document of its class is held out and paid for. So within a class every document is as
-    likely to be held out, every class gives its share as far as whole documents allow, and the total falls
-    short of `holdout` by less than twice the largest document; it exceeds it only where not even the smallest
-    document fits, which is then held out alone. The choice depends on the set of documents and not on their
-    order; equal documents count as one and stay together.
+    A plain draw per document misses the asked share by far where a few documents hold most of the text. Here documents
+    are taken by falling power of two of their size. Within one such class they are in the random order of their keys
+    (or of `order`). Each adds its size times `holdout` to an account; one that comes when the account covers the
+    largest document of its class is held out and paid for. So within a class every document is equally likely to be
+    held out, and every class gives its share as far as whole documents allow. The total falls short of `holdout` by
+    less than twice the largest document; it exceeds it only where not even the smallest document fits, which is then
+    held out alone. The choice depends on the set of documents and not on their order; equal documents count as one and
+    stay together.
 
     Args:
         keys: 64-bit key of each document; documents with one key are copies.
@@ -107,7 +107,7 @@ def choose_heldout(
     if len(unique) < 2:
         raise UserError(
             f"the sources hold {len(unique)} distinct document, and a held-out split needs at least two: add "
-            "files, or put lines <|endoftext|> between the documents of a text file"
+            "files, or lines <|endoftext|> between documents"
         )
     totals = np.bincount(inverse, weights=np.asarray(sizes)).astype(np.int64)
     size_class = np.frexp(totals)[1]

@@ -94,11 +94,11 @@ class FolderFiles:
 
 
 def files_of(folder: Path) -> FolderFiles:
-    """The files of a folder and its subfolders, links followed; each file and folder once, by whatever links.
+    """The files of a folder and its subfolders, links followed; each file and folder once.
 
-    Passed over, and counted, are names that begin with a point (a hidden folder counts as one), files of no known
-    suffix, empty files, pipes, sockets and devices, links to a folder that the folder lies in, and what another name
-    has led to already.
+    Skipped, and counted, are names that begin with a point (a hidden folder counts as one), files of no known suffix,
+    and empty files. So are pipes, sockets and devices, links to a folder that contains this one, and files that were
+    found already.
 
     Raises:
         UserError: a link that leads to nothing, a file or folder that may not be read, a file to read whose name is not

@@ -105,8 +105,8 @@ def tokenizer_file(path: str | Path) -> Path:
 def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy of the tokenizer's engine that takes all text as text.
 
-    It adds and cuts nothing, offsets of its tokens have their spaces, and where a document spells out a special token,
-    that does not become the token.
+    It adds and cuts nothing, and offsets of its tokens include their spaces. Where a document spells out a special
+    token, this does not become the token.
     """
     from tokenizers import Tokenizer
 
@@ -136,21 +136,23 @@ def keep_start(tokenizer: PreTrainedTokenizerFast, marks: Marks, usual: Marks) -
         begin_with(tokenizer, marks.start or marks.end)
 
 
-def pieces(text: str) -> Iterator[str]:
+def pieces(text: str | Iterable[str]) -> Iterator[str]:
     """Cut a long text, so that tokenizing it runs in parallel and in bounded memory.
 
-    The cut comes before a space between two letters, where the usual byte-level tokenizers begin a new word
-    anyway, so that the pieces have the tokens of the whole; text without one for 4,096 characters is cut
-    where the piece is full, which may split one token in two.
+    The cut comes before a space between two letters, where byte-level tokenizers begin a new word anyway. So the pieces
+    have the tokens of the whole; text without one for 4,096 characters is cut where the piece is full, which may split
+    one token in two. A text may come in parts of any lengths, of which no more are read than the next piece needs.
     """
-    start = 0
-    while len(text) - start > _PIECE_CHARACTERS:
-        full = start + _PIECE_CHARACTERS
-        cuts = [match.start() for match in _CUT.finditer(text, max(full - _CUT_MARGIN, start + 1), full)]
-        stop = cuts[-1] if cuts else full
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
+    read, start = "", 0
+    for part in [text] if isinstance(text, str) else text:
+        read, start = read[start:] + part, 0
+        while len(read) - start > _PIECE_CHARACTERS:
+            full = start + _PIECE_CHARACTERS
+            cuts = [match.start() for match in _CUT.finditer(read, max(full - _CUT_MARGIN, start + 1), full)]
+            stop = cuts[-1] if cuts else full
+            yield read[start:stop]
+            start = stop
+    yield read[start:]
 
 
 def _wrap(**arguments: object) -> PreTrainedTokenizerFast:

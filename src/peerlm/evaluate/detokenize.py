@@ -1,8 +1,8 @@
 """Tokenised text as people write it: WikiText's ` @-@ `, and spaces before punctuation.
 
 Perplexities of WikiText-103 were published for words as its tokenised form has them. A model of bytes or sub-words
-reads written text better than ` @-@ `, so that others' figures are of text that was put back first (Radford 2019,
-section 3.1), its nats divided by the words, or bytes, of the tokenised form.
+reads written text better than ` @-@ `. So published figures are of text that was put back first (Radford 2019, section
+3.1). Its nats are divided by the words, or bytes, of the tokenised form.
 """
 
 import re

@@ -1,8 +1,9 @@
 """Text to tokens for evaluation, with the marks that begin and end documents in training."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from peerlm.data.text_loss import TextLoss
 from peerlm.data.tokenizer import pieces
 from peerlm.errors import UserError
 from peerlm.marks import Marks, document_marks
+
+_PIECES_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ class EncodedText:
 
 def encode(
     tokenizer: PreTrainedTokenizerFast,
-    documents: Iterable[str],
+    documents: Iterable[str | Iterable[str]],
     marks: Marks | None = None,
     *,
     limit: int | None = None,
@@ -66,7 +69,8 @@ def encode(
 
     Args:
         tokenizer: of the model.
-        documents: texts; what is within one is text, even where it spells out a special token.
+        documents: texts, or each the parts of one, of which no more are read than the limit asks for; what is within
+            one is text, even where it spells out a special token.
         marks: what begins and ends a document; default: as the tokenizer says.
         limit: tokens of the documents; default: all.
         name: what warnings call the text.
@@ -83,20 +87,26 @@ def encode(
     found: list[Tensor] = []
     num_tokens = num_bytes = num_words = 0
     for document in documents:
-        texts = list(pieces(document))
-        continues = [number > 0 for number in range(len(texts))]
-        encoded = encoder.encode(texts, continues)
-        room = None if limit is None else limit - num_tokens
-        if room is not None and sum(map(len, encoded)) > room:
-            texts, encoded = _cut(encoder, texts, encoded, room)
-            continues = continues[: len(texts)]
-        dropped = sum(encoder.account(texts, encoded, continues))
-        ids = [token for part in encoded for token in part]
+        read_texts: list[str] = []
+        ids: list[int] = []
+        dropped = 0
+        for group in _groups(pieces(document)):
+            texts, continues = group, [number > 0 for number in range(len(read_texts), len(read_texts) + len(group))]
+            encoded = encoder.encode(texts, continues)
+            room = None if limit is None else limit - num_tokens - len(ids)
+            enough = room is not None and sum(map(len, encoded)) > room
+            if enough:
+                texts, encoded = _cut(encoder, texts, encoded, continues, room or 0)
+            dropped += sum(encoder.account(texts, encoded, continues[: len(texts)]))
+            read_texts += texts
+            ids += [token for part in encoded for token in part]
+            if enough:
+                break
         if ids:
             found.append(torch.tensor(ids))
-            read = "".join(texts)
+            read = "".join(read_texts)
             if not marks.start:  # nothing predicts the first token
-                read = read[encoder.first.encode(texts[0], add_special_tokens=False).offsets[0][1] :]
+                read = read[encoder.first.encode(read_texts[0], add_special_tokens=False).offsets[0][1] :]
             num_tokens += len(ids)
             num_bytes += len(read.encode()) - dropped
             num_words += len(read.split())
@@ -117,14 +127,22 @@ def check_limit(limit: int | None) -> None:
         raise UserError(f"the limit is {limit} tokens; it must be at least 1")
 
 
+def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Some at a time, to be tokenized in parallel; few first, where a limit may end it."""
+    size = 1
+    while group := list(islice(texts, size)):
+        yield group
+        size = min(2 * size, _PIECES_AT_ONCE)
+
+
 def _cut(
-    encoder: TextEncoder, texts: list[str], encoded: list[list[int]], room: int
+    encoder: TextEncoder, texts: list[str], encoded: list[list[int]], continues: list[bool], room: int
 ) -> tuple[list[str], list[list[int]]]:
-    """The first `room` tokens of a document's pieces, and the text that they stand for."""
+    """The first `room` tokens of pieces of a document, and the text that they stand for."""
     kept_texts, kept_ids = [], []
-    for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+    for text, ids, continued in zip(texts, encoded, continues, strict=True):
         if len(ids) > room:
-            engine = encoder.rest if number else encoder.first
+            engine = encoder.rest if continued else encoder.first
             kept_texts.append(text[: engine.encode(text, add_special_tokens=False).offsets[room][0]])
             kept_ids.append(ids[:room])
             break

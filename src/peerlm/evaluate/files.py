@@ -1,9 +1,10 @@
 """What an evaluation file holds: documents to score, or passages whose last word is to be predicted."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
-from peerlm.data.readers import first_fields, read_jsonl, read_parquet, read_text
+from peerlm.data.readers import first_fields, read_jsonl, read_parquet, read_text, read_text_in_parts
 from peerlm.data.text_files import JSONL, PARQUET, check_file, file_kind
 from peerlm.errors import UserError, listed
 
@@ -48,6 +49,28 @@ def read_passages(path: Path) -> Iterator[tuple[str, str]]:
         raise UserError(f"{path} has no passages; leave it out")
 
 
+def read_document_parts(path: Path, fields: tuple[str, ...]) -> Iterator[Iterable[str]]:
+    """As `read_documents`, but each document in parts, so that no more of a text file is read than is asked for.
+
+    The parts of a document must be read before the next document.
+    """
+    if fields or file_kind(path) == PARQUET:
+        for document in read_documents(path, fields):
+            yield [document]
+        return
+    empty = True
+    for parts in read_text_in_parts(path, _ignore):
+        begun = []
+        for part in parts:
+            begun.append(part)
+            if part.strip():
+                empty = False
+                yield chain(begun, parts)
+                break
+    if empty:
+        raise _no_text(path)
+
+
 def read_documents(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
     """Documents of a file: the `fields` of each line of JSONL, joined as they are; column text of .parquet.
 
@@ -69,8 +92,12 @@ def read_documents(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
             empty = False
             yield document
     if empty:
-        raise UserError(f"{path} has no text; leave it out")
+        raise _no_text(path)
+
+
+def _no_text(path: Path) -> UserError:
+    return UserError(f"{path} has no text; leave it out")
 
 
 def _ignore(num_bytes: int) -> None:
-    """Nobody wants to know how many bytes were read."""
+    """Counts of bytes are not needed here."""

@@ -143,7 +143,7 @@ def evaluate_tasks(
         tasks together) and notes.
 
     Raises:
-        UserError: a model, task or setting that cannot be used; the message has its name and the mend.
+        UserError: a model, task or setting that cannot be used; the message has its name and the fix.
     """
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
@@ -164,8 +164,8 @@ def evaluate_tasks(
             ) from error
         except (UserError, OSError):
             raise
-        except Exception as error:  # whatever templates, metrics and data raise
-            raise UserError(f"lm-eval cannot run {listed(names)} ({_short(error)}); mend the task file") from error
+        except Exception as error:  # anything that templates, metrics and data may raise
+            raise UserError(f"lm-eval cannot run {listed(names)} ({_short(error)}); fix the task file") from error
     model.encoder.warn(f"the texts of {listed(names)}")
     more: dict[str, Any] = {
         "document_start": marked(model.marks.start, model.tokenizer),
@@ -198,8 +198,8 @@ def _find_tasks(tasks: Sequence[str | Path]) -> tuple[TaskManager, list[str]]:
     folders = sorted({str(file.resolve().parent) for file in files})
     try:
         manager = TaskManager(include_path=folders, include_defaults=bool(names))
-    except Exception as error:  # whatever a YAML reader raises
-        raise UserError(f"the task files of {listed(folders)} cannot be read ({_short(error)}); mend them") from error
+    except Exception as error:  # anything that a YAML reader may raise
+        raise UserError(f"the task files of {listed(folders)} cannot be read ({_short(error)}); fix them") from error
     by_file = {Path(entry.yaml_path).resolve(): name for name, entry in manager.task_index.items() if entry.yaml_path}
     for file in files:
         if file.resolve() not in by_file:

@@ -5,11 +5,11 @@ from collections.abc import Sized
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from peerlm.evaluate.likelihood import device_of, last_logits, token_nats
 from peerlm.layers.modes import evaluating
+from peerlm.ranks import Ranks
 
 
 class Windows(Sized, Protocol):
@@ -18,22 +18,28 @@ class Windows(Sized, Protocol):
     def __getitem__(self, index: int) -> Tensor: ...
 
 
-def held_out_loss(model: nn.Module, windows: Windows, *, batch_size: int, limit: int | None = None) -> float:
+def held_out_loss(
+    model: nn.Module,
+    windows: Windows,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    ranks: Ranks | None = None,
+) -> float:
     """Mean next-token loss in nats over the first `limit` windows (default: all), in evaluation mode.
 
     Each window of `context` tokens is read on its own and its last context - 1 tokens are scored: the plain
-    language modelling loss, free of balance losses. Every submodule's training mode is restored. When
-    torch.distributed is initialised, each rank reads its share of the windows and all return the same mean:
-    every rank must call it. Raises ValueError when there are no windows.
+    language modelling loss, free of balance losses. Every submodule's training mode is restored. This process reads
+    all windows, unless `ranks` are given: then each rank reads its share and all return the same mean, so that every
+    rank must call it. Raises ValueError when there are no windows.
     """
     num_windows = len(windows) if limit is None else min(limit, len(windows))
     if num_windows < 1:
         raise ValueError(f"{len(windows)} held-out windows with limit {limit}; at least one is needed")
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     device = device_of(model)
+    ranks = ranks or Ranks(rank=0, world_size=1, device=device)
     # As many forward passes on each rank, since sharded models communicate in them; surplus windows weigh 0.
-    mine = range(rank, math.ceil(num_windows / world_size) * world_size, world_size)
+    mine = range(ranks.rank, math.ceil(num_windows / ranks.world_size) * ranks.world_size, ranks.world_size)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(model):
         for start in range(0, len(mine), batch_size):
@@ -43,7 +49,5 @@ def held_out_loss(model: nn.Module, windows: Windows, *, batch_size: int, limit:
             targets = input_ids[:, 1:]
             nats = token_nats(last_logits(model, input_ids[:, :-1], targets.shape[1]), targets)
             sums += torch.stack([real @ nats.double().mean(1), real.sum()])
-    if distributed:
-        dist.all_reduce(sums)
-    nats_per_token, windows_read = sums.tolist()
+    nats_per_token, windows_read = ranks.total(sums).tolist()
     return nats_per_token / windows_read

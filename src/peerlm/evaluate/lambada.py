@@ -33,7 +33,7 @@ class LastWordScore:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per last word), whatever the number of its tokens."""
+        """exp(nats per last word), however many tokens it has."""
         return exp(self.nats / self.passages)
 
     @property
@@ -117,9 +117,9 @@ def split_tokens(
 ) -> tuple[list[int], list[int]]:
     """Tokens of `context` and of " " + `continuation`, together the tokens of the whole text.
 
-    Where the tokenizer merges across the boundary, each part is tokenized on its own, so that no token of the
-    continuation is given away and none of the context is scored; the continuation by `rest`, the engine for text within
-    a document, where there is one.
+    Where the tokenizer merges across the boundary, each part is tokenized on its own. So no token of the continuation
+    is given away, and none of the context is scored; the continuation by `rest`, the engine for text within a document,
+    where there is one.
     """
     before_text, word_text = context.rstrip(" "), " " + continuation.strip()
     texts = [before_text, before_text + word_text]

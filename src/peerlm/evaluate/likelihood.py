@@ -16,7 +16,7 @@ Report = Callable[[int, int], object]
 
 
 def silent(done: int, total: int) -> None:
-    """Report to nobody."""
+    """Report nothing."""
 
 
 def check_context(model: nn.Module, context: int) -> None:

@@ -12,7 +12,6 @@ import peerlm.model  # noqa: F401, registers our models with transformers
 from peerlm.convert.saved import reading
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
-from peerlm.optim.saved import catch_up_saved
 from peerlm.packs.api import load_pack
 
 MAX_DEFAULT_CONTEXT = 2048
@@ -34,7 +33,6 @@ def load_model(path: str | Path, packs: Sequence[str | Path] = ()) -> tuple[PreT
     with reading(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         model, report = loaded
-        catch_up_saved(model, folder)  # where it is a checkpoint
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"{folder} lacks {len(missing)} of the model's weights, such as {missing[0]}; restore it")

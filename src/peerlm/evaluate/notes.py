@@ -12,8 +12,8 @@ def notes_on(model: nn.Module, *, windows_per_pass: int) -> list[str]:
     if not _chooses_among_tokens(model):
         return []
     return [
-        "experts choose among all tokens of a forward pass, later ones too: the figures are too good, for the model "
-        f"sees the future, and they depend on which windows share a pass (here up to {windows_per_pass})"
+        "experts choose among all tokens of a forward pass, and so the model sees the future: figures are too good "
+        f"and depend on which windows share a pass (here up to {windows_per_pass})"
     ]
 
 

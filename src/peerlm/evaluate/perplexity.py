@@ -5,9 +5,9 @@ before each. Where documents have a beginning of their own (`peerlm.marks`), eac
 with that mark. Every token of the documents is scored exactly once; marks are read but not scored, so that totals
 belong to the text alone and bits per byte compare models with different tokenizers.
 
-Windows of `context` tokens advance by `stride`; each scores its last `stride` tokens (the first window all of
-its own), so that every token is predicted from at least context - stride tokens before it, where the text has
-them. The last window is moved back to be full.
+Windows of `context` tokens advance by `stride`; each scores its last `stride` tokens, the first window all of its own.
+So every token is predicted from at least context - stride tokens before it, where the text has them. The last window is
+moved back to be full.
 """
 
 import math
@@ -69,7 +69,7 @@ class TextScore:
 def score_text(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
-    documents: str | Iterable[str],
+    documents: str | Iterable[str | Iterable[str]],
     *,
     context: int,
     stride: int | None = None,

@@ -1,4 +1,4 @@
-"""How far something is that takes long, on stderr: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long work on stderr: a bar on a terminal, a line now and then elsewhere."""
 
 from typing import Any
 

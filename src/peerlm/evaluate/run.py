@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from peerlm.data.shards import TokenShards
 from peerlm.errors import UserError
 from peerlm.evaluate.detokenize import detokenize
-from peerlm.evaluate.files import PASSAGE, fields_of, read_documents, read_passages
+from peerlm.evaluate.files import PASSAGE, fields_of, read_document_parts, read_passages
 from peerlm.evaluate.lambada import score_last_words
 from peerlm.evaluate.likelihood import Report
 from peerlm.evaluate.loading import default_context, load_model
@@ -47,7 +47,7 @@ def evaluate(
         files: text, JSONL or parquet files, as `evaluate.files` reads them; none: the documents that were held out of
             the data that the run was trained on.
         context: tokens read at once; default: those of the run's training, else 2,048 or the most
-            that the model reads, whichever is less.
+            that the model reads, the smaller of the two.
         stride: tokens that each window scores of text; default: half the context.
         limit: tokens of each file that are read; default: all.
         detokenized: read tokenised text, such as WikiText's, as people write it (see `evaluate.detokenize`); its bytes
@@ -145,16 +145,16 @@ def _evaluate_file(
                 "accuracy": last_words.accuracy,
             }
         else:
-            documents: Iterable[str] = (
-                split_documents(file) if isinstance(file, TokenShards) else read_documents(file, fields)
-            )
+            documents: Iterable[str | Iterable[str]]
+            documents = split_documents(file) if isinstance(file, TokenShards) else read_document_parts(file, fields)
+            whole: list[str] = []
             if detokenized:
-                documents = list(documents)
+                whole = ["".join(document) for document in documents]
                 row["detokenized"] = True
             text = score_text(
                 model,
                 tokenizer,
-                map(detokenize, documents) if detokenized else documents,
+                map(detokenize, whole) if detokenized else documents,
                 context=context,
                 stride=stride,
                 batch_size=batch_size,
@@ -165,7 +165,7 @@ def _evaluate_file(
             )
             lost = text.loss.shares
             if detokenized:
-                words, num_bytes = (sum(map(size, documents)) for size in (_words, _bytes))
+                words, num_bytes = (sum(map(size, whole)) for size in (_words, _bytes))
                 text = replace(text, words=words, bytes=num_bytes - text.loss.dropped)
             row |= {
                 "stride": stride,

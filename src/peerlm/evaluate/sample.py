@@ -1,4 +1,4 @@
-"""Text that a model writes."""
+"""Sample text from a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ def sample_text(
 
     Args:
         model, tokenizer: as `load_model` gives them.
-        prompt: text to go on from; an empty one starts a document.
+        prompt: text to continue; an empty one starts a document.
         tokens: tokens to write at the most; an end-of-text token ends the text sooner.
         temperature: divides the logits before sampling; 0 takes the likeliest token each time.
         top_k: draw from this many likeliest tokens; None from all.
@@ -46,7 +46,7 @@ def sample_text(
         streamer: is handed the tokens while they are written.
 
     Raises:
-        UserError: an argument out of range, or nothing to go on from.
+        UserError: an argument out of range, or nothing to continue.
     """
     if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
         raise UserError(
@@ -55,7 +55,7 @@ def sample_text(
         )
     ids = prompt_ids(tokenizer, prompt, marks_of(model, tokenizer, document_start))
     if not ids:
-        raise UserError(f"an empty prompt with --document-start {NONE} leaves nothing to go on from; give a prompt")
+        raise UserError(f"an empty prompt with --document-start {NONE} leaves nothing to continue; give a prompt")
     input_ids = torch.tensor([ids], device=model.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:

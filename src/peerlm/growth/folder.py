@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from peerlm.convert.saved import check_seed, count_parameters, load_saved, save_changed
 from peerlm.errors import UserError
 from peerlm.growth.growing import grow, set_opening, to_shells
-from peerlm.growth.indexed import find_pools
+from peerlm.growth.indexed import find_indexed_layers
 from peerlm.growth.new_experts import check_keys
 from peerlm.growth.observation import observe
 from peerlm.growth.shrinking import shrink
@@ -55,7 +55,7 @@ def grow_folder(
         raise UserError(f"--keys {keys} depends on what the model reads; give --text FILE too")
 
     def change(model: PreTrainedModel) -> None:
-        if any(pool.keys.pairing != "shells" for pool in find_pools(model)):
+        if any(layer.index.pairing != "shells" for layer in find_indexed_layers(model)):
             if not renumber:
                 raise UserError(
                     f"the experts of {source} are numbered row by row, and growth would move them; renumber them as "
@@ -88,16 +88,16 @@ def _change(source: Path, output: Path, what: str, change: Callable[[PreTrainedM
     model = load_saved(source)
     parameters_before = count_parameters(model)
     try:
-        pools = find_pools(model)
-        experts_before = pools[0].keys.num_experts
+        layers = find_indexed_layers(model)
+        experts_before = layers[0].index.num_experts
         change(model)
     except (ValueError, RuntimeError, MemoryError) as error:  # torch's own for too little memory
         raise UserError(f"cannot {what} {source}: {error}") from error
     save_changed(model, source, output)
     return {
-        "layers": [pool.name for pool in pools],
+        "layers": [layer.name for layer in layers],
         "experts_before": experts_before,
-        "experts_after": pools[0].keys.num_experts,
+        "experts_after": layers[0].index.num_experts,
         "parameters_before": parameters_before,
         "parameters_after": count_parameters(model),
     }

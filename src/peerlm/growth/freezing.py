@@ -1,4 +1,4 @@
-"""Hold still what a model had before it grew, while the experts that were added learn."""
+"""Freeze what a model had before it grew, while the experts that were added learn."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from peerlm.growth.indexed import find_pools
+from peerlm.growth.indexed import find_indexed_layers
 from peerlm.optim.replace import holds
 from peerlm.optim.restrict import restrict_gradient
 
@@ -15,7 +15,7 @@ PARTS = ("rows", "keys", "query", "rest")
 
 
 class Frozen:
-    """What `freeze_grown` holds still, until `remove()`, or the end of a `with` block."""
+    """What `freeze_grown` freezes, until `remove()`, or the end of a `with` block."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
@@ -57,10 +57,10 @@ def freeze_grown(
     before: int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Frozen:
-    """Hold parts of a model still that has grown (`peerlm.growth.grow`), bit for bit, while it is trained.
+    """Freeze parts of a model that has grown (`peerlm.growth.grow`), bit for bit, while it is trained.
 
-    Entries that are held get no gradient. A query norm of kind "batch" that is held takes its running statistics in
-    training, too. In a copy of the model (`copy.deepcopy`) rows and keys are not held.
+    Frozen entries get no gradient. A frozen query norm of kind "batch" uses its running statistics in training, too.
+    In a copy of the model (`copy.deepcopy`) rows and keys are not frozen.
 
     Args:
         model: a layer or a model with PEER layers or product-key memories.
@@ -68,47 +68,47 @@ def freeze_grown(
             all that is outside of these layers.
         before: how many experts, or values, each layer had; by default `grown_from`, which a layer has until it is
             fully open.
-        optimizer: the one that trains the model: it forgets its momentum of rows and sub-keys that are held. One built
-            after the growth needs not be given.
+        optimizer: the one that trains the model: it forgets its momentum of frozen rows and sub-keys. One built after
+            the growth need not be given.
 
     Raises:
         ValueError: a part that does not exist; the layers do not say what they had before and nor does `before`; the
-            optimizer would move what has no gradient, by weight decay or in the backward pass. Nothing is held then.
+            optimizer would move what has no gradient, by weight decay or in the backward pass. Nothing is frozen then.
     """
     parts = tuple(what)
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"what has {part!r}; choose of {', '.join(PARTS)}")
-    pools = find_pools(model)
+    layers = find_indexed_layers(model)
     held: list[tuple[nn.Parameter, Tensor, int]] = []
-    for pool in pools:
-        old = pool.keys.grown_from if before is None else before
+    for layer in layers:
+        old = layer.index.grown_from if before is None else before
         if old is None:
-            raise ValueError(f"{pool.where()} does not say how many experts it had before it grew; give before=")
-        if not 0 < old <= pool.keys.num_experts or math.isqrt(old) ** 2 != old:
+            raise ValueError(f"{layer.where()} does not say how many experts it had before it grew; give before=")
+        if not 0 < old <= layer.index.num_experts or math.isqrt(old) ** 2 != old:
             raise ValueError(
-                f"before is {old}; give a square number up to the {pool.keys.num_experts} of {pool.where()}"
+                f"before is {old}; give a square number up to the {layer.index.num_experts} of {layer.where()}"
             )
         if "rows" in parts:
-            keep = torch.arange(pool.table.num_rows, device=pool.table.device) >= old
-            held += [(parameter, keep[rows], 0) for parameter, rows in pool.table.parts()]
+            keep = torch.arange(layer.table.num_rows, device=layer.table.device) >= old
+            held += [(parameter, keep[rows], 0) for parameter, rows in layer.table.parts()]
         if "keys" in parts:
-            sub_keys = pool.keys.sub_keys
+            sub_keys = layer.index.sub_keys
             held.append((sub_keys, torch.arange(sub_keys.shape[2], device=sub_keys.device) >= math.isqrt(old), 2))
     for parameter, _, _ in held:
         _check_optimizer(optimizer, parameter)
     frozen = Frozen()
     if "rows" in parts:
-        for pool in pools:
-            pool.table.catch_up()
+        for layer in layers:
+            layer.table.catch_up()
     for parameter, keep, dim in held:
         frozen._hold(parameter, keep, dim)
         _forget(optimizer, parameter, keep, dim)
     if "query" in parts:
-        for pool in pools:
-            frozen._stop([*pool.keys.query_proj.parameters(), *pool.keys.query_norm.parameters()])
+        for layer in layers:
+            frozen._stop([*layer.index.query_proj.parameters(), *layer.index.query_norm.parameters()])
     if "rest" in parts:
-        inside = {parameter for pool in pools for parameter in pool.layer.parameters()}
+        inside = {parameter for layer in layers for parameter in layer.module.parameters()}
         frozen._stop(parameter for parameter in model.parameters() if parameter not in inside)
     return frozen
 
@@ -119,10 +119,11 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None, parameter: Tensor)
     group = next(g for g in optimizer.param_groups if any(member is parameter for member in g["params"]))
     if group.get("weight_decay"):
         raise ValueError(
-            f"weight_decay is {group['weight_decay']} for a table or sub-keys, and would move what is held; set it to 0"
+            f"weight_decay is {group['weight_decay']} for a table or sub-keys, and would move "
+            "what is frozen; set it to 0"
         )
     if group.get("fused") and group.get("rows"):
-        raise ValueError("RowAdamW(fused=True) updates rows in the backward pass, held or not; take fused=False")
+        raise ValueError("RowAdamW(fused=True) updates rows in the backward pass, frozen or not; take fused=False")
 
 
 def _forget(optimizer: torch.optim.Optimizer | None, parameter: Tensor, keep: Tensor, dim: int) -> None:

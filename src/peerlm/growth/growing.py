@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peerlm.growth.indexed import Pool, check_not_shared, find_pools, record_settings
+from peerlm.growth.indexed import IndexedLayer, check_not_shared, find_indexed_layers, record_settings
 from peerlm.growth.new_experts import check_new_sub_keys, new_sub_keys
 from peerlm.growth.swap import check_optimizer, hand_over, padded, swap
 from peerlm.layers.product_keys import sub_keys_per_half
@@ -44,36 +44,35 @@ def grow(
             `ProductKeys.query` gives them. Each half of a new expert's key is that half of one of them, of the root
             mean square of the old sub-keys.
         noise: of "crowded", what is added to the sub-keys, as a share of their root mean square.
-        optimizer: the one that trains the model, between two steps: RowAdamW or one of torch's. It goes on with its
-            state, in which the new entries are zero. Without it, an optimizer must be built anew. Gradients are
-            dropped.
+        optimizer: the one that trains the model, between two steps: RowAdamW or one of torch's. It keeps its
+            state, in which the new entries are zero. Without it, build a new optimizer. Gradients are dropped.
         seed: of what is random; the global generator is not used.
 
-    Parameters are replaced and the old ones emptied, as are the optimizer's old tensors of a table. The memory of a
-    table, and then of each of the optimizer's states, is given back while its rows move to a larger one, unless
-    something else may hold it (on Linux, with native kernels).
+    Parameters are replaced and the old ones emptied, as are the optimizer's old tensors of a table. On Linux, with
+    native kernels, the memory of a table is freed while its rows move to a larger one, unless something else may hold
+    it. The same holds for each of the optimizer's states.
 
     Raises:
         ValueError: the model has no such layer, or one that cannot grow so; the optimizer does not train it; a setting
             is impossible. The model is then as it was.
     """
-    pools = find_pools(model)
-    check_not_shared(model, pools)
-    for pool in pools:
-        _check_grows(pool, num_experts)
-        check_new_sub_keys(pool, keys, usage, queries, noise)
-    check_optimizer(pools, optimizer)
+    layers = find_indexed_layers(model)
+    check_not_shared(model, layers)
+    for layer in layers:
+        _check_grows(layer, num_experts)
+        check_new_sub_keys(layer, keys, usage, queries, noise)
+    check_optimizer(layers, optimizer)
     generator = torch.Generator().manual_seed(seed)
-    n, before = math.isqrt(num_experts), {type(pool.layer): pool.keys.num_experts for pool in pools}
-    for pool in pools:
-        index, old = pool.keys, pool.keys.num_experts
+    n, before = math.isqrt(num_experts), {type(layer.module): layer.index.num_experts for layer in layers}
+    for layer in layers:
+        index, old = layer.index, layer.index.num_experts
         count = n - index.sub_keys.shape[2]
-        fresh = new_sub_keys(pool, count, keys, usage, queries, noise, generator)
-        hand_over(pool.table.resize(num_experts), optimizer)
-        pool.table.fill_new(old, generator)
+        fresh = new_sub_keys(layer, count, keys, usage, queries, noise, generator)
+        hand_over(layer.table.resize(num_experts), optimizer)
+        layer.table.fill_new(old, generator)
         swap(index, "sub_keys", torch.cat([index.sub_keys, fresh], dim=2), optimizer, padded(2, n))
         index.num_experts = num_experts
-        index.grown_from, index.opening = old, torch.zeros((), device=pool.table.device)
+        index.grown_from, index.opening = old, torch.zeros((), device=layer.table.device)
     for kind, grown_from in before.items():
         record_settings(model, num_experts, kind=kind, grown_from=grown_from)
     return model
@@ -92,7 +91,7 @@ def set_opening(model: nn.Module, value: float) -> nn.Module:
     """
     if not 0 <= value <= 1:
         raise ValueError(f"opening is {value}; take a number from 0, closed, to 1, fully open")
-    growing = [pool.keys for pool in find_pools(model) if pool.keys.opening is not None]
+    growing = [layer.index for layer in find_indexed_layers(model) if layer.index.opening is not None]
     if not growing and value < 1:
         raise ValueError(f"opening is {value}, but every layer is fully open: grow(model, num_experts) first")
     for index in growing:
@@ -109,23 +108,23 @@ def set_opening(model: nn.Module, value: float) -> nn.Module:
 def to_shells(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
     """Renumber the experts of every layer of pairing "row-major", so that it can grow; in place, and returned.
 
-    Rows are permuted; each token retrieves the same ones with the same weights, and the output keeps its bits, except
-    where experts of exactly equal score stand in for each other. Arguments and errors as those of `grow`.
+    Rows are permuted; each token retrieves the same ones with the same weights. The output keeps its bits, except where
+    experts of exactly equal score replace each other. Arguments and errors as those of `grow`.
     """
-    pools = [pool for pool in find_pools(model) if pool.keys.pairing != "shells"]
-    check_not_shared(model, pools)
-    check_optimizer(pools, optimizer)
-    for pool in pools:
-        index, n = pool.keys, pool.keys.sub_keys.shape[2]
+    layers = [layer for layer in find_indexed_layers(model) if layer.index.pairing != "shells"]
+    check_not_shared(model, layers)
+    check_optimizer(layers, optimizer)
+    for layer in layers:
+        index, n = layer.index, layer.index.sub_keys.shape[2]
         i, j = PAIRINGS["shells"].sub_keys(torch.arange(n * n), n)
-        hand_over(pool.table.select(PAIRINGS[index.pairing].ids(i, j, n)), optimizer)
+        hand_over(layer.table.select(PAIRINGS[index.pairing].ids(i, j, n)), optimizer)
         index.pairing = "shells"
     record_settings(model, pairing="shells")
     return model
 
 
-def _check_grows(pool: Pool, num_experts: int) -> None:
-    index, where = pool.keys, pool.where()
+def _check_grows(layer: IndexedLayer, num_experts: int) -> None:
+    index, where = layer.index, layer.where()
     if index.pairing != "shells":
         raise ValueError(
             f"{where} has pairing {index.pairing!r}, in which growth would move experts: call "

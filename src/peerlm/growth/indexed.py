@@ -9,35 +9,36 @@ from torch import nn
 
 from peerlm.convert.record import conversion_of
 from peerlm.layers import PEER, ProductKeyMemory, ProductKeys, Table
+from peerlm.names import MODEL_TYPE
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pool:
+class IndexedLayer:
     """A PEER layer or a product-key memory."""
 
     name: str
     """Its path in the model; empty for the model itself."""
-    layer: PEER | ProductKeyMemory
+    module: PEER | ProductKeyMemory
 
     @property
-    def keys(self) -> ProductKeys:
+    def index(self) -> ProductKeys:
         """Its index."""
-        return self.layer.product_keys
+        return self.module.product_keys
 
     @property
-    def keys_name(self) -> str:
+    def index_name(self) -> str:
         """The path of its index, by which `peerlm.usage.record_usage` calls it."""
         return f"{self.name}.product_keys".lstrip(".")
 
     @property
     def table(self) -> Table:
         """The experts' rows (N, 2 or 3, dim), or the values (N, dim)."""
-        return self.layer.experts if isinstance(self.layer, PEER) else self.layer.values
+        return self.module.experts if isinstance(self.module, PEER) else self.module.values
 
     @property
     def size_name(self) -> str:
         """What its settings call the number of rows."""
-        return SIZE_NAMES[type(self.layer)]
+        return SIZE_NAMES[type(self.module)]
 
     def where(self) -> str:
         """What messages call it."""
@@ -47,41 +48,46 @@ class Pool:
 SIZE_NAMES: dict[type, str] = {PEER: "num_experts", ProductKeyMemory: "num_values"}
 
 
-def find_pools(model: nn.Module) -> list[Pool]:
-    """The pools of a model in order. Raises a ValueError where it has none."""
+def indexed_layers(model: nn.Module) -> list[IndexedLayer]:
+    """The PEER layers and product-key memories of a model, in its order."""
     modules = model.named_modules()
-    pools = [Pool(name=name, layer=each) for name, each in modules if isinstance(each, PEER | ProductKeyMemory)]
-    if not pools:
+    return [IndexedLayer(name=name, module=each) for name, each in modules if isinstance(each, PEER | ProductKeyMemory)]
+
+
+def find_indexed_layers(model: nn.Module) -> list[IndexedLayer]:
+    """As `indexed_layers`; raises a ValueError where there are none."""
+    layers = indexed_layers(model)
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no PEER layer and no product-key memory")
-    return pools
+    return layers
 
 
-def check_not_shared(model: nn.Module, pools: Sequence[Pool]) -> None:
-    """Raise a ValueError where rows or sub-keys of a pool are those of something else in the model as well."""
+def check_not_shared(model: nn.Module, layers: Sequence[IndexedLayer]) -> None:
+    """Raise a ValueError where rows or sub-keys of such a layer are those of something else in the model as well."""
     places = Counter(each for module in model.modules() for each in module._parameters.values() if each is not None)
-    users = Counter(module for pool in pools for module in (pool.table, pool.keys))
-    for pool in pools:
+    users = Counter(module for layer in layers for module in (layer.table, layer.index))
+    for layer in layers:
         for what, module, parameters in (
-            ("rows", pool.table, pool.table.row_parameters()),
-            ("sub-keys", pool.keys, [pool.keys.sub_keys]),
+            ("rows", layer.table, layer.table.row_parameters()),
+            ("sub-keys", layer.index, [layer.index.sub_keys]),
         ):
             if users[module] > 1 or any(places[parameter] > 1 for parameter in parameters):
                 raise ValueError(
-                    f"{pool.where()} shares its {what} with another part of the model, which would lose them; give "
+                    f"{layer.where()} shares its {what} with another part of the model, which would lose them; give "
                     "each layer a copy of its own first"
                 )
 
 
 def record_settings(model: nn.Module, num_rows: int | None = None, *, kind: type | None = None, **changes: Any) -> None:
-    """Write what changed of the settings of a model's pools into its transformers configuration, if it has one.
+    """Write changed settings of a model's indexed layers into its transformers configuration, if it has one.
 
     Args:
         model: after the change.
-        num_rows: how many rows each pool has now.
-        kind: PEER or ProductKeyMemory, of whose pools this holds; None for both.
+        num_rows: how many rows each layer has now.
+        kind: PEER or ProductKeyMemory, of whose layers this holds; None for both.
         changes: other settings; those with value None no longer hold.
     """
-    kinds = {type(pool.layer) for pool in find_pools(model)} if kind is None else {kind}
+    kinds = {type(layer.module) for layer in find_indexed_layers(model)} if kind is None else {kind}
     for each, settings, write in _settings_of(model):
         if each in kinds:
             new = settings | changes | ({} if num_rows is None else {SIZE_NAMES[each]: num_rows})
@@ -89,9 +95,9 @@ def record_settings(model: nn.Module, num_rows: int | None = None, *, kind: type
 
 
 def _settings_of(model: nn.Module) -> Iterator[tuple[type, dict[str, Any], Callable[[dict[str, Any]], None]]]:
-    """For each kind of pool its settings in a model's configuration, and how to replace them."""
+    """For each kind of layer its settings in a model's configuration, and how to replace them."""
     config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) == "peer":
+    if getattr(config, "model_type", None) == MODEL_TYPE:
         for kind, name in ((PEER, "peer"), (ProductKeyMemory, "pkm")):
             yield kind, getattr(config, name) or {}, lambda settings, name=name: setattr(config, name, settings)  # type: ignore[misc]
     record = conversion_of(model) if hasattr(config, "quantization_config") else None  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a model's indices are asked while it reads samples, and which experts they choose."""
+"""Which queries a model's indices get from samples, and which experts they choose."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peerlm.growth.indexed import Pool, find_pools
+from peerlm.growth.indexed import IndexedLayer, find_indexed_layers
 from peerlm.layers.modes import evaluating
 
 
@@ -33,12 +33,12 @@ def observe(model: nn.Module, samples: Iterable[Mapping[str, Any]], *, max_queri
     Raises:
         ValueError: no such layers, or one with packs, or no samples.
     """
-    pools, observed = find_pools(model), Observed()
-    for pool in pools:
-        if getattr(pool.layer, "packs", None) is not None:
-            raise ValueError(f"{pool.where()} has packs, which change what it retrieves; unload them first")
-    device = pools[0].table.device
-    handles = [pool.keys.register_forward_hook(_Watch(pool, observed, max_queries)) for pool in pools]
+    layers, observed = find_indexed_layers(model), Observed()
+    for layer in layers:
+        if getattr(layer.module, "packs", None) is not None:
+            raise ValueError(f"{layer.where()} has packs, which change what it retrieves; unload them first")
+    device = layers[0].table.device
+    handles = [layer.index.register_forward_hook(_Watch(layer, observed, max_queries)) for layer in layers]
     try:
         with evaluating(model):
             for sample in samples:
@@ -54,8 +54,8 @@ def observe(model: nn.Module, samples: Iterable[Mapping[str, Any]], *, max_queri
 class _Watch:
     """A forward hook of one index."""
 
-    def __init__(self, pool: Pool, observed: Observed, max_queries: int) -> None:
-        self.name, self.observed, self.max_queries = pool.keys_name, observed, max_queries
+    def __init__(self, layer: IndexedLayer, observed: Observed, max_queries: int) -> None:
+        self.name, self.observed, self.max_queries = layer.index_name, observed, max_queries
 
     def __call__(self, index: Any, arguments: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, mask = arguments[0], arguments[1] if len(arguments) > 1 else None

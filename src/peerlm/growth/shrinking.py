@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peerlm.growth.indexed import Pool, check_not_shared, find_pools, record_settings
+from peerlm.growth.indexed import IndexedLayer, check_not_shared, find_indexed_layers, record_settings
 from peerlm.growth.new_experts import check_usage, usage_of_sub_keys
 from peerlm.growth.swap import Carry, check_optimizer, hand_over, swap
 from peerlm.layers.product_keys import sub_keys_per_half
@@ -24,9 +24,9 @@ def shrink(
     """Take experts that are not used from every PEER layer and product-key memory of a model, in place.
 
     What goes are whole sub-keys, with all experts whose key has one of them: of each half those that took part least.
-    The others keep their order, and their experts, in one pass over the table, their rows. Where none of the experts
-    that went would have been retrieved, the output keeps its bits, except that experts of exactly equal score may stand
-    in for each other.
+    The others keep their order, and their experts, in one pass over the table, their rows. Where none of the removed
+    experts would have been retrieved, the output keeps its bits; only experts of exactly equal score may replace each
+    other.
 
     Args:
         model: a layer or a model with such layers, every one fully open. The configuration of a transformers model
@@ -35,8 +35,8 @@ def shrink(
             count in any layer.
         usage: for the name of each layer's index how often each expert was retrieved, as `grow` takes it.
             `peerlm.growth.observe` measures it.
-        optimizer: the one that trains the model, between two steps; it goes on with its state. Without it, an
-            optimizer must be built anew. Gradients are dropped.
+        optimizer: the one that trains the model, between two steps; it keeps its state. Without it, build a
+            new optimizer. Gradients are dropped.
 
     Returns:
         By the name of each index, the old id of each expert that is left, (N',) int64.
@@ -45,26 +45,28 @@ def shrink(
         ValueError: the model has no such layer, or one that cannot shrink so; there is no usage; the optimizer does not
             train the model. The model is then as it was.
     """
-    pools = find_pools(model)
-    check_not_shared(model, pools)
+    layers = find_indexed_layers(model)
+    check_not_shared(model, layers)
     used = {}
-    for pool in pools:
-        counts = check_usage(pool, usage, "experts go by how often they are used", "leave the model as it is")
-        used[pool.keys_name] = usage_of_sub_keys(pool, counts.reshape(-1, counts.shape[-1]).sum(0, keepdim=True))[:, 0]
+    for layer in layers:
+        counts = check_usage(layer, usage, "experts go by how often they are used", "leave the model as it is")
+        used[layer.index_name] = usage_of_sub_keys(layer, counts.reshape(-1, counts.shape[-1]).sum(0, keepdim=True))[
+            :, 0
+        ]
     if num_experts is None:
         needed = [int((each > 0).sum(dim=-1).max()) for each in used.values()]
-        num_experts = max(*needed, *(pool.keys.experts_per_head for pool in pools)) ** 2
-    for pool in pools:
-        _check_shrinks(pool, num_experts)
-    check_optimizer(pools, optimizer)
+        num_experts = max(*needed, *(layer.index.experts_per_head for layer in layers)) ** 2
+    for layer in layers:
+        _check_shrinks(layer, num_experts)
+    check_optimizer(layers, optimizer)
     n, remaining = math.isqrt(num_experts), {}
-    for pool in pools:
-        index, old = pool.keys, pool.keys.sub_keys.shape[2]
-        ranked = used[pool.keys_name].argsort(dim=-1, descending=True, stable=True)
+    for layer in layers:
+        index, old = layer.index, layer.index.sub_keys.shape[2]
+        ranked = used[layer.index_name].argsort(dim=-1, descending=True, stable=True)
         kept = ranked[:, :n].sort(dim=-1).values
         first, second = PAIRINGS[index.pairing].sub_keys(torch.arange(num_experts), n)
-        remaining[pool.keys_name] = PAIRINGS[index.pairing].ids(kept[0][first], kept[1][second], old)
-        hand_over(pool.table.select(remaining[pool.keys_name]), optimizer)
+        remaining[layer.index_name] = PAIRINGS[index.pairing].ids(kept[0][first], kept[1][second], old)
+        hand_over(layer.table.select(remaining[layer.index_name]), optimizer)
         carry = _of_halves(kept)
         swap(index, "sub_keys", carry(index.sub_keys, 0.0), optimizer, carry)
         index.num_experts = num_experts
@@ -72,14 +74,14 @@ def shrink(
     return remaining
 
 
-def _check_shrinks(pool: Pool, num_experts: int) -> None:
-    index, where = pool.keys, pool.where()
+def _check_shrinks(layer: IndexedLayer, num_experts: int) -> None:
+    index, where = layer.index, layer.where()
     if index.opening is not None:
         raise ValueError(
             f"{where} grew from {index.grown_from} experts and is open at {index.opening.item():g}: "
             "set_opening(model, 1) before it shrinks"
         )
-    sub_keys_per_half(num_experts, index.experts_per_head, names=(pool.size_name, "experts_per_head"))
+    sub_keys_per_half(num_experts, index.experts_per_head, names=(layer.size_name, "experts_per_head"))
     if num_experts > index.num_experts:
         raise ValueError(f"num_experts is {num_experts}, but {where} has {index.num_experts}; give a smaller square")
 

@@ -1,11 +1,11 @@
-"""A pool's table or sub-keys give way to others that carry on from them, in the optimizer too."""
+"""Replace a layer's table or its sub-keys, carrying the optimizer's state over."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from peerlm.growth.indexed import Pool
+from peerlm.growth.indexed import IndexedLayer
 from peerlm.layers.table import Replaced
 from peerlm.optim.replace import check_between_steps, holds, replace_parameters
 
@@ -13,12 +13,12 @@ Carry = Callable[[Tensor, float], Tensor]
 """From a tensor of the old parameter to that of the new one; the number is what new entries are."""
 
 
-def check_optimizer(pools: Iterable[Pool], optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise a ValueError where an optimizer does not train these pools, or is within a step."""
+def check_optimizer(layers: Iterable[IndexedLayer], optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise a ValueError where an optimizer does not train these layers, or is within a step."""
     if optimizer is None:
         return
-    for pool in pools:
-        for parameter in (*pool.table.row_parameters(), pool.keys.sub_keys):
+    for layer in layers:
+        for parameter in (*layer.table.row_parameters(), layer.index.sub_keys):
             if parameter.requires_grad and not holds(optimizer, parameter):
                 raise ValueError("the optimizer does not train this model; pass the one that does, or none")
             check_between_steps(optimizer, parameter)
@@ -37,7 +37,7 @@ def hand_over(replaced: Replaced, optimizer: torch.optim.Optimizer | None) -> No
     if optimizer is not None and all(holds(optimizer, parameter) for parameter in replaced.old):
         replace_parameters(optimizer, replaced.old, replaced.new, replaced.carry)
     for old in replaced.old:
-        old.data = old.data.new_empty(0)  # who still holds it shall notice, and its memory is not needed
+        old.data = old.data.new_empty(0)  # a stale reference fails at once, and the memory is free
         old.grad = None
 
 

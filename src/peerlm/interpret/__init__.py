@@ -2,20 +2,20 @@
 
 from peerlm.interpret.collection import Collected, collect
 from peerlm.interpret.edits import Edit, edit, edit_effects
-from peerlm.interpret.inspected import Site, find_sites
+from peerlm.interpret.inspected import InspectedLayer, find_inspected_layers
 from peerlm.interpret.lens import Readout, find_readout
 from peerlm.interpret.run import change_of_edits, inspect
 
 __all__ = [
     "Collected",
     "Edit",
+    "InspectedLayer",
     "Readout",
-    "Site",
     "change_of_edits",
     "collect",
     "edit",
     "edit_effects",
+    "find_inspected_layers",
     "find_readout",
-    "find_sites",
     "inspect",
 ]

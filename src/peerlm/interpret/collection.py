@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peerlm.evaluate.likelihood import Report, silent
 from peerlm.interpret.contexts import TopContexts
-from peerlm.interpret.inspected import Site
+from peerlm.interpret.inspected import InspectedLayer
 from peerlm.interpret.lens import Readout, measuring_scale
 from peerlm.interpret.windows import read_windows, window_nats
 from peerlm.usage import ExpertUsage
@@ -38,29 +38,31 @@ class LayerRecord:
         share_S: (S,) the share of the sum of |strength| * |v| that the M kept experts have.
     """
 
-    def __init__(self, site: Site, *, shown: int, experts_per_token: int, contexts_per_expert: int):
-        self.usage = ExpertUsage(site.num_experts)
-        self.half_use_2Hn = torch.zeros(2, site.index.heads, site.sub_keys, dtype=torch.float64)
-        self.importance_N = torch.zeros(site.num_experts, dtype=torch.float64)
-        self.norm_N = site.norms()
-        self.contexts = TopContexts(site.num_experts, contexts_per_expert)
-        kept = min(experts_per_token, site.index.heads * site.index.experts_per_head)
+    def __init__(self, layer: InspectedLayer, *, shown: int, experts_per_token: int, contexts_per_expert: int):
+        self.usage = ExpertUsage(layer.num_experts)
+        self.half_use_2Hn = torch.zeros(2, layer.index.heads, layer.sub_keys, dtype=torch.float64)
+        self.importance_N = torch.zeros(layer.num_experts, dtype=torch.float64)
+        self.norm_N = layer.norms()
+        self.contexts = TopContexts(layer.num_experts, contexts_per_expert)
+        kept = min(experts_per_token, layer.index.heads * layer.index.experts_per_head)
         self.expert_SM = torch.full((shown, kept), -1)
         self.weight_SM = torch.zeros(shown, kept)
         self.activation_SM = torch.zeros(shown, kept)
         self.fired_S = torch.zeros(shown, dtype=torch.int64)
         self.share_S = torch.zeros(shown)
 
-    def add(self, site: Site, x_TD: Tensor, weights_THK: Tensor, ids_THK: Tensor, positions_T: Tensor) -> None:
+    def add(
+        self, layer: InspectedLayer, x_TD: Tensor, weights_THK: Tensor, ids_THK: Tensor, positions_T: Tensor
+    ) -> None:
         """Count one retrieval by the layer at tokens of these positions, which rise."""
-        activation_TP = site.activations(x_TD, ids_THK.flatten(1)).float().cpu()
+        activation_TP = layer.activations(x_TD, ids_THK.flatten(1)).float().cpu()
         weights_THK, ids_THK = weights_THK.float().cpu(), ids_THK.cpu()
         self.usage.add(weights_THK, ids_THK)
-        heads_offset = torch.arange(site.index.heads)[:, None] * site.sub_keys
-        for half_use, sub_key_THK in zip(self.half_use_2Hn, site.pairs(ids_THK), strict=True):
+        heads_offset = torch.arange(layer.index.heads)[:, None] * layer.sub_keys
+        for half_use, sub_key_THK in zip(self.half_use_2Hn, layer.pairs(ids_THK), strict=True):
             places = (sub_key_THK + heads_offset).flatten()
             half_use.view(-1).scatter_add_(0, places, weights_THK.abs().double().flatten())
-        weights_TP = weights_THK.flatten(1) * site.layer.weight_scale
+        weights_TP = weights_THK.flatten(1) * layer.module.weight_scale
         token_E, id_E, weight_E, activation_E = _by_expert(weights_TP, ids_THK.flatten(1), activation_TP)
         strength_E = weight_E * activation_E
         written_E = strength_E.abs() * self.norm_N[id_E]
@@ -94,7 +96,7 @@ class LayerRecord:
 
 
 def _by_expert(weights_TP: Tensor, ids_TP: Tensor, activation_TP: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Firings (E,), one for each token and expert, whatever the number of heads: token, id, weight, activation."""
+    """Firings (E,), one for each token and expert, over all heads: token, id, weight, activation."""
     ids_TP, order_TP = ids_TP.sort(dim=-1, stable=True)
     first_TP = torch.ones_like(ids_TP, dtype=torch.bool)
     first_TP[:, 1:] = ids_TP[:, 1:] != ids_TP[:, :-1]
@@ -109,7 +111,7 @@ class Collected:
     """What one pass over a text gave."""
 
     layers: list[LayerRecord]
-    """In the order of the sites."""
+    """In the order of `layers`."""
     nats: Tensor
     """(length,) float64: negative log-likelihood of each token; NaN for the first of a window."""
     predicted: Tensor
@@ -127,7 +129,7 @@ class Collected:
 
 def collect(
     model: nn.Module,
-    sites: Sequence[Site],
+    layers: Sequence[InspectedLayer],
     tokens: Tensor,
     *,
     context: int,
@@ -140,8 +142,8 @@ def collect(
     """Read a text once and record what the experts of these layers do.
 
     Args:
-        model: causal language model with the layers of `sites`.
-        sites: as `find_sites` gives them.
+        model: causal language model with these `layers`.
+        layers: as `find_inspected_layers` gives them.
         tokens: (length,) int64, at least 2.
         context: tokens of a window; windows follow each other, and each is read on its own.
         shown: for how many tokens at the start single experts are kept.
@@ -157,22 +159,24 @@ def collect(
         raise ValueError(f"{len(tokens)} tokens to read; give at least 2")
     shown = min(shown, len(tokens))
     records = [
-        LayerRecord(site, shown=shown, experts_per_token=experts_per_token, contexts_per_expert=contexts_per_expert)
-        for site in sites
+        LayerRecord(layer, shown=shown, experts_per_token=experts_per_token, contexts_per_expert=contexts_per_expert)
+        for layer in layers
     ]
     nats = torch.full((len(tokens),), torch.nan, dtype=torch.float64)
     kept = min(PREDICTIONS, model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
     predicted_S5, probability_S5 = torch.zeros(shown, kept, dtype=torch.int64), torch.zeros(shown, kept)
     done = 0
 
-    def record(site: Site, layer: LayerRecord, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def watch(
+        layer: InspectedLayer, record: LayerRecord, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
         x = args[0] if args else kwargs["x"]
         weights, ids = (part.reshape(-1, *part.shape[-2:]) for part in output)
-        layer.add(site, x.reshape(len(ids), -1), weights, ids, torch.arange(done, done + len(ids)))
+        record.add(layer, x.reshape(len(ids), -1), weights, ids, torch.arange(done, done + len(ids)))
 
     handles = [
-        site.index.register_forward_hook(partial(record, site, layer), with_kwargs=True)
-        for site, layer in zip(sites, records, strict=True)
+        layer.index.register_forward_hook(partial(watch, layer, record), with_kwargs=True)
+        for layer, record in zip(layers, records, strict=True)
     ]
     try:
         with measuring_scale(readout) as scale:

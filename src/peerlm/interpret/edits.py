@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peerlm.errors import UserError
 from peerlm.evaluate.likelihood import Report, check_context, device_of, last_logits, silent
 from peerlm.evaluate.run import TOKENS_PER_PASS
-from peerlm.interpret.inspected import Site, find_site, find_sites
+from peerlm.interpret.inspected import InspectedLayer, find_inspected_layer, find_inspected_layers
 from peerlm.interpret.windows import window_nats, windows_of
 from peerlm.layers.modes import evaluating
 
@@ -26,7 +26,7 @@ class Edit:
     """One expert's output multiplied by a factor: 0 knocks it out, 2 doubles it, 1 changes nothing."""
 
     layer: int | str
-    """A layer's number or name, as `find_sites` gives them."""
+    """A layer's number or name, as `find_inspected_layers` gives them."""
     expert: int
     factor: float
 
@@ -56,15 +56,15 @@ def edit(model: nn.Module, layer: int | str, expert: int, factor: float) -> Iter
     Raises:
         UserError: no such layer or expert.
     """
-    site = find_site(find_sites(model), layer, expert)
-    with _scaled(site, torch.tensor([expert]), torch.tensor([factor])):
+    inspected = find_inspected_layer(find_inspected_layers(model), layer, expert)
+    with _scaled(inspected, torch.tensor([expert]), torch.tensor([factor])):
         yield
 
 
 @contextmanager
-def _scaled(site: Site, expert_B: Tensor, factor_B: Tensor) -> Iterator[None]:
+def _scaled(layer: InspectedLayer, expert_B: Tensor, factor_B: Tensor) -> Iterator[None]:
     """Multiply the weights of expert b by factor b in sequence b of each batch; with a single b in all sequences."""
-    handle = site.index.register_forward_hook(partial(_scale_weights, expert_B, factor_B))
+    handle = layer.index.register_forward_hook(partial(_scale_weights, expert_B, factor_B))
     try:
         yield
     finally:
@@ -123,8 +123,8 @@ def edit_effects(
         UserError: no such layer or expert, or an impossible context.
     """
     check_context(model, context)
-    sites = find_sites(model)
-    of_edit = [find_site(sites, item.layer, item.expert) for item in edits]
+    layers = find_inspected_layers(model)
+    of_edit = [find_inspected_layer(layers, item.layer, item.expert) for item in edits]
     device = device_of(model)
     change = torch.zeros(len(edits), len(tokens), dtype=torch.float64)
     divergence = torch.zeros(len(edits), len(tokens))
@@ -133,7 +133,7 @@ def edit_effects(
     for number, (start, end) in enumerate(windows):
         window = tokens[start:end]
         with evaluating(model):
-            fired, logits = _fired_experts(model, sites, window.to(device)[None])
+            fired, logits = _fired_experts(model, layers, window.to(device)[None])
         before = logits[0].log_softmax(dim=-1)
         nats = window_nats(logits, window[None])[0]
         pending = [e for e, item in enumerate(edits) if item.expert in fired[of_edit[e].number]]
@@ -172,14 +172,16 @@ def likeliest(log_probabilities_V: Tensor) -> list[tuple[int, float]]:
     return list(zip(best.indices.tolist(), best.values.exp().tolist(), strict=True))
 
 
-def _fired_experts(model: nn.Module, sites: Sequence[Site], input_ids: Tensor) -> tuple[dict[int, set[int]], Tensor]:
+def _fired_experts(
+    model: nn.Module, layers: Sequence[InspectedLayer], input_ids: Tensor
+) -> tuple[dict[int, set[int]], Tensor]:
     """The experts that each layer retrieves in a window, by the layer's number, and the logits."""
     fired: dict[int, set[int]] = {}
 
     def keep(number: int, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
         fired[number] = set(output[1].unique().tolist())
 
-    handles = [site.index.register_forward_hook(partial(keep, site.number)) for site in sites]
+    handles = [layer.index.register_forward_hook(partial(keep, layer.number)) for layer in layers]
     try:
         logits = last_logits(model, input_ids, input_ids.shape[1])
     finally:
@@ -188,11 +190,13 @@ def _fired_experts(model: nn.Module, sites: Sequence[Site], input_ids: Tensor) -
     return fired, logits
 
 
-def _edited_logits(model: nn.Module, window_W: Tensor, edits: Sequence[Edit], sites: Sequence[Site]) -> Tensor:
+def _edited_logits(
+    model: nn.Module, window_W: Tensor, edits: Sequence[Edit], layers: Sequence[InspectedLayer]
+) -> Tensor:
     """Logits (B, W, vocabulary) of one window under each edit."""
     factor_B = torch.tensor([item.factor for item in edits])
     with ExitStack() as stack:
-        for site in {site.number: site for site in sites}.values():
-            expert_B = torch.tensor([e.expert if s is site else -1 for e, s in zip(edits, sites, strict=True)])
-            stack.enter_context(_scaled(site, expert_B, factor_B))
+        for layer in {layer.number: layer for layer in layers}.values():
+            expert_B = torch.tensor([e.expert if own is layer else -1 for e, own in zip(edits, layers, strict=True)])
+            stack.enter_context(_scaled(layer, expert_B, factor_B))
         return last_logits(model, window_W.expand(len(edits), -1), len(window_W))

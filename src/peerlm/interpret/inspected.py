@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from peerlm.errors import UserError, listed
-from peerlm.layers import PEER, ProductKeyMemory, ProductKeys
+from peerlm.growth.indexed import IndexedLayer, indexed_layers
+from peerlm.layers import PEER, ProductKeyMemory
 from peerlm.ops.functions import ACTIVATIONS
 from peerlm.ops.pairing import PAIRINGS
 
@@ -20,7 +21,7 @@ GATHERED_NUMBERS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class InspectedLayer(IndexedLayer):
     """One layer whose experts are looked at. An expert adds `strength * v` to the layer's output.
 
     In PEER the strength is weight * act(u . x), gated: weight * (u . x) * act(g . x); in product-key memory, whose
@@ -28,20 +29,12 @@ class Site:
     """
 
     number: int
-    """By which a user names the layer; see `find_sites`."""
-    name: str
-    """The module's path in the model."""
-    layer: PEER | ProductKeyMemory
-
-    @property
-    def index(self) -> ProductKeys:
-        """What retrieves."""
-        return self.layer.product_keys
+    """By which a user names the layer; see `find_inspected_layers`."""
 
     @property
     def kind(self) -> str:
         """What the layer is called: "PEER" or "product-key memory"."""
-        return "PEER" if isinstance(self.layer, PEER) else "product-key memory"
+        return "PEER" if isinstance(self.module, PEER) else "product-key memory"
 
     @property
     def num_experts(self) -> int:
@@ -60,9 +53,9 @@ class Site:
     @torch.no_grad()
     def activations(self, x_TD: Tensor, ids_TP: Tensor) -> Tensor:
         """What the weight is multiplied by, (T, P): act(u . x) in PEER, 1 in product-key memory."""
-        if isinstance(self.layer, ProductKeyMemory):
+        if isinstance(self.module, ProductKeyMemory):
             return torch.ones(ids_TP.shape, device=x_TD.device)
-        table = self.layer.experts
+        table = self.module.experts
         act = ACTIVATIONS[table.activation]
         parts = []
         tokens = max(1, GATHERED_NUMBERS // (ids_TP.shape[1] * x_TD.shape[1]))
@@ -82,49 +75,47 @@ class Site:
 
     def _gathered(self, ids: Tensor, part: int) -> Tensor:
         """Vectors u (0), v (1) or g (2) of experts, with the scales of int8 rows."""
-        if isinstance(self.layer, ProductKeyMemory):
-            return self.layer.values.gather(ids)
-        return self.layer.experts.gather(ids, part)
+        return self.table.gather(ids) if isinstance(self.module, ProductKeyMemory) else self.table.gather(ids, part)
 
     def norms(self) -> Tensor:
         """Length of each expert's v, (N,) float32 on the CPU; the table is read in parts."""
-        step = max(1, GATHERED_NUMBERS // self.layer.dim)
+        step = max(1, GATHERED_NUMBERS // self.module.dim)
         device = self.index.sub_keys.device
         ids = torch.arange(self.num_experts, device=device).split(step)
         return torch.cat([self.vectors(part).norm(dim=-1).float().cpu() for part in ids])
 
 
-def find_sites(model: nn.Module) -> list[Site]:
+def find_inspected_layers(model: nn.Module) -> list[InspectedLayer]:
     """The PEER layers and product-key memories of a model, in its order.
 
     A layer's number is the first number in its module's path, the block's; where these are missing or not distinct,
     layers are counted from 0. Raises UserError where there are none.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PEER | ProductKeyMemory)}
-    if not layers:
+    found = indexed_layers(model)
+    if not found:
         raise UserError(
             f"{type(model).__name__} has no PEER layer and no product-key memory, so that there are no experts to look "
             "at; name a model that has one, or `peerlm convert` it"
         )
-    found = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in layers]
-    numbers = [int(match[1]) for match in found if match]
-    if len(set(numbers)) < len(layers):
-        numbers = list(range(len(layers)))
+    blocks = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer.name) for layer in found]
+    numbers = [int(match[1]) for match in blocks if match]
+    if len(set(numbers)) < len(found):
+        numbers = list(range(len(found)))
     return [
-        Site(number=number, name=name, layer=layer)
-        for number, (name, layer) in zip(numbers, layers.items(), strict=True)
+        InspectedLayer(number=number, name=layer.name, module=layer.module)
+        for number, layer in zip(numbers, found, strict=True)
     ]
 
 
-def find_site(sites: list[Site], layer: int | str, expert: int) -> Site:
-    """The site of this number or name; raises UserError where there is none, or it has no such expert."""
-    for site in sites:
-        if layer in (site.number, site.name):
-            if not 0 <= expert < site.num_experts:
-                raise UserError(f"expert is {expert}; layer {layer} has experts 0 to {site.num_experts - 1}")
-            return site
-    known = listed(f"{site.number} ({site.name})" for site in sites)
-    raise UserError(f"layer is {layer!r}; the layers with experts are {known}")
+def find_inspected_layer(layers: list[InspectedLayer], wanted: int | str, expert: int) -> InspectedLayer:
+    """The layer of this number or name; raises UserError where there is none, or it has no such expert."""
+    for layer in layers:
+        if wanted in (layer.number, layer.name):
+            if not 0 <= expert < layer.num_experts:
+                raise UserError(f"expert is {expert}; layer {wanted} has experts 0 to {layer.num_experts - 1}")
+            return layer
+    known = listed(f"{layer.number} ({layer.name})" for layer in layers)
+    raise UserError(f"layer is {wanted!r}; the layers with experts are {known}")
 
 
 def chunks(tensor: Tensor, numbers_per_row: int) -> Iterator[Tensor]:

@@ -3,9 +3,9 @@
 A model ends with logits = W norm(h), where norm(h) = gain * c(h) / scale(h) + bias: c takes off the mean (LayerNorm)
 or nothing (RMSNorm), scale is the root mean square of c(h). An expert adds strength * v to h. With the scale held at
 what it is, that adds strength * W (gain * c(v)) / scale(h) to the logits. The lens of v is this for strength 1 and the
-mean of 1 / scale over the text's tokens, less its mean over the vocabulary, which changes no probability. It leaves out
-what later layers make of v, and norms between the layer and the residual stream, as Gemma has them. (nostalgebraist
-2020, "interpreting GPT: the logit lens"; of value vectors: Geva 2022, arXiv 2203.14680.)
+mean of 1 / scale over the text's tokens. Its mean over the vocabulary is subtracted, which changes no probability. It
+leaves out what later layers make of v, and norms between the layer and the residual stream, as Gemma has them.
+(nostalgebraist 2020, "interpreting GPT: the logit lens"; of value vectors: Geva 2022, arXiv 2203.14680.)
 
 Shape suffixes: E experts, D model width, V vocabulary, M tokens kept.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peerlm.errors import UserError
 from peerlm.evaluate.likelihood import Report, device_of, last_logits, silent
-from peerlm.interpret.inspected import Site, chunks
+from peerlm.interpret.inspected import InspectedLayer, chunks
 from peerlm.layers.modes import evaluating
 
 
@@ -148,7 +148,7 @@ class Pushes:
 
 def pushes(
     readout: Readout,
-    site: Site,
+    layer: InspectedLayer,
     expert_ids: Tensor,
     *,
     kept: int,
@@ -161,15 +161,15 @@ def pushes(
         UserError: the output embedding reads another width than the layer writes.
     """
     width = readout.weight.shape[1]
-    if width != site.layer.dim:
+    if width != layer.module.dim:
         raise UserError(
-            f"{site.name} writes {site.layer.dim} features, but the output embedding reads {width}; "
+            f"{layer.name} writes {layer.module.dim} features, but the output embedding reads {width}; "
             "there is no direct way from one to the other that a lens could show"
         )
     kept = min(kept, readout.weight.shape[0])
     ends: list[list[Tensor]] = [[], [], [], []]
     for ids in chunks(expert_ids, readout.weight.shape[0]):
-        lens = readout.lens(site.vectors(ids.to(site.index.sub_keys.device)), inverse_scale)
+        lens = readout.lens(layer.vectors(ids.to(layer.index.sub_keys.device)), inverse_scale)
         up, down = lens.topk(kept), lens.topk(kept, largest=False)
         for end, values in zip(ends, (up.indices, up.values, down.indices, down.values), strict=True):
             end.append(values.cpu())

@@ -1,4 +1,4 @@
-"""The page: one HTML file with its style, its program and its data, which asks for nothing from outside."""
+"""The page: one HTML file with its style, its program and its data, which makes no requests."""
 
 import base64
 import gzip
@@ -26,8 +26,8 @@ class Packed:
 def render(title: str, data: dict[str, Any]) -> str:
     """The page with this data: values of JSON, and `Packed` arrays.
 
-    The text that was read stands in the data alone, where `<` is written as an escape, so that nothing in it can
-    end the script it stands in; the page shows it as text, never as markup.
+    The text that was read is in the data alone, where `<` is written as an escape. So nothing in it can end the script;
+    the page shows it as text, never as markup.
     """
     program = "\n".join((_PARTS / name).read_text(encoding="utf-8") for name in _PROGRAM)
     packed = json.dumps(data, default=_packed, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peerlm.interpret.collection import Collected, LayerRecord
 from peerlm.interpret.edits import Effect
-from peerlm.interpret.inspected import Site
+from peerlm.interpret.inspected import InspectedLayer
 from peerlm.interpret.lens import Pushes
 from peerlm.interpret.page import Packed
 from peerlm.interpret.strings import TokenStrings
@@ -32,16 +32,16 @@ def listed_experts(record: LayerRecord, limit: int) -> Tensor:
 
 
 def layer_data(
-    site: Site, record: LayerRecord, experts_E: Tensor, pushed: Pushes, strings: TokenStrings
+    layer: InspectedLayer, record: LayerRecord, experts_E: Tensor, pushed: Pushes, strings: TokenStrings
 ) -> dict[str, Any]:
     """One layer of the page."""
-    grid, grid_side = sub_key_grid(site, record)
+    grid, grid_side = sub_key_grid(layer, record)
     halves, half_side = half_use(record)
     total = record.importance_N.sum().clamp_min(1e-300)
     slot_SM = torch.searchsorted(experts_E, record.expert_SM.clamp_min(0)) + 1
     slot_SM[record.expert_SM < 0] = 0
     return {
-        **layer_figures(site, record),
+        **layer_figures(layer, record),
         "all_listed": len(experts_E) == int((record.usage.retrievals_N > 0).sum()),
         "curve": use_curve(record),
         "grid": _rounded(grid),

@@ -21,7 +21,7 @@ from peerlm.evaluate.windows import begin_windows
 from peerlm.files import write_bytes
 from peerlm.interpret.collection import Collected, LayerRecord, collect
 from peerlm.interpret.edits import PLACES, Edit, Effect, edit, edit_effects, likeliest
-from peerlm.interpret.inspected import Site, find_site, find_sites
+from peerlm.interpret.inspected import InspectedLayer, find_inspected_layer, find_inspected_layers
 from peerlm.interpret.lens import Pushes, find_readout, pushes
 from peerlm.interpret.page import render
 from peerlm.interpret.page_data import edit_data, layer_data, listed_experts, text_data
@@ -80,13 +80,13 @@ def inspect(
         raise UserError(f"{output} cannot be written: name a file in a folder that exists")
     if output is not None and Path(output).exists() and not overwrite:
         raise UserError(f"{output} exists already: name another file with --output, or replace it with --overwrite")
-    model, tokenizer, sites, tokens, context, begins = _open(path, text, context, limit, document_start)
+    model, tokenizer, layers, tokens, context, begins = _open(path, text, context, limit, document_start)
     readout = find_readout(model)
     shown = min(shown, len(tokens))
     with progress_bar(shown=progress) as bar:
         collected = collect(
             model,
-            sites,
+            layers,
             tokens,
             context=context,
             shown=shown,
@@ -99,16 +99,16 @@ def inspect(
         pushed = [
             pushes(
                 readout,
-                site,
+                layer,
                 ids,
                 kept=_LENS_TOKENS,
                 inverse_scale=collected.inverse_scale,
-                report=_reporter(bar, f"lens of layer {site.number}"),
+                report=_reporter(bar, f"lens of layer {layer.number}"),
             )
-            for site, ids in zip(sites, listed, strict=True)
+            for layer, ids in zip(layers, listed, strict=True)
         ]
-        chosen = _most_important(sites, collected, edits)
-        wanted = [Edit(site.number, expert, factor) for site, expert in chosen for factor in FACTORS]
+        chosen = _most_important(layers, collected, edits)
+        wanted = [Edit(layer.number, expert, factor) for layer, expert in chosen for factor in FACTORS]
         effects = edit_effects(
             model, tokens[:shown], wanted, context=context, report=_reporter(bar, "knock out, boost")
         )
@@ -125,14 +125,14 @@ def inspect(
         "final_norm": readout.norm is not None,
     }
     loss_shown = collected.nats[:shown].nanmean().item()
-    layers = list(zip(sites, collected.layers, listed, pushed, strict=True))
+    parts = list(zip(layers, collected.layers, listed, pushed, strict=True))
     if output is not None:
         data = {
             **head,
             **text_data(tokens, collected, strings),
             "shown_loss": loss_shown if math.isfinite(loss_shown) else None,
             "factors": FACTORS,
-            "layers": [layer_data(*layer, strings) for layer in layers],
+            "layers": [layer_data(*part, strings) for part in parts],
             "edits": edit_data(effects, scored, strings),
             "strings": strings.strings,
         }
@@ -141,13 +141,13 @@ def inspect(
         **head,
         "layers": [
             {
-                **layer_figures(site, record),
+                **layer_figures(layer, record),
                 "experts": [
-                    _expert_row(site, record, ends, int((ids == expert).nonzero()), expert, tokens, strings)
+                    _expert_row(layer, record, ends, int((ids == expert).nonzero()), expert, tokens, strings)
                     for expert in ids[record.importance_N[ids].topk(min(_NAMED_EXPERTS, len(ids))).indices].tolist()
                 ],
             }
-            for site, record, ids, ends in layers
+            for layer, record, ids, ends in parts
         ],
         "edits": [_edit_row(effect, scored) for effect in effects],
     }
@@ -181,9 +181,9 @@ def change_of_edits(
         raise UserError("there are no edits; name at least one expert")
     if limit < 2:
         raise UserError(f"limit is {limit}; it must be at least 2")
-    model, tokenizer, sites, tokens, context, begins = _open(path, text, context, limit, document_start)
+    model, tokenizer, layers, tokens, context, begins = _open(path, text, context, limit, document_start)
     for item in edits:
-        find_site(sites, item.layer, item.expert)
+        find_inspected_layer(layers, item.layer, item.expert)
     sums = torch.zeros(2, dtype=torch.float64)
     scored = 0
     found: list[tuple[float, int, list[tuple[int, float]], list[tuple[int, float]]]] = []
@@ -242,41 +242,49 @@ def _changed_places(
 
 def _open(
     path: str | Path, text: str | Path, context: int | None, limit: int, document_start: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[Site], Tensor, int, str | None]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[InspectedLayer], Tensor, int, str | None]:
     """The model, its tokenizer, layers with experts, the text's first tokens, the context, what begins a document."""
     fields = fields_of(Path(text))
     if fields == PASSAGE:
         raise UserError(f"{text} holds passages and no documents; name a text, JSONL or parquet file of documents")
     model, tokenizer = load_model(path)
-    sites = find_sites(model)
+    layers = find_inspected_layers(model)
     context = default_context(path, model) if context is None else context
     check_context(model, context)
     marks = marks_of(model, tokenizer, document_start)
     documents = read_documents(Path(text), fields)
     tokens = encode(tokenizer, documents, marks, limit=limit, name=Path(text).name).tokens
     tokens = begin_windows(tokens, context, marks.window_start)[:limit]
-    return model, tokenizer, sites, tokens, context, marked(marks.start, tokenizer)
+    return model, tokenizer, layers, tokens, context, marked(marks.start, tokenizer)
 
 
-def _most_important(sites: Sequence[Site], collected: Collected, number: int) -> list[tuple[Site, int]]:
+def _most_important(
+    layers: Sequence[InspectedLayer], collected: Collected, number: int
+) -> list[tuple[InspectedLayer, int]]:
     """The experts that wrote most in the shown tokens, as many of each layer, `number` in all."""
     chosen = []
-    for place, (site, record) in enumerate(zip(sites, collected.layers, strict=True)):
-        quota = number // len(sites) + (place < number % len(sites))
+    for place, (layer, record) in enumerate(zip(layers, collected.layers, strict=True)):
+        quota = number // len(layers) + (place < number % len(layers))
         listed = record.expert_SM >= 0
         ids = record.expert_SM[listed]
         wrote = (record.weight_SM * record.activation_SM).abs()[listed] * record.norm_N[ids]
-        importance_N = torch.zeros(site.num_experts).scatter_add_(0, ids, wrote)
+        importance_N = torch.zeros(layer.num_experts).scatter_add_(0, ids, wrote)
         best = importance_N.topk(min(quota, len(ids.unique()))).indices
-        chosen += [(site, expert) for expert in best.tolist()]
+        chosen += [(layer, expert) for expert in best.tolist()]
     return chosen
 
 
 def _expert_row(
-    site: Site, record: LayerRecord, ends: Pushes, slot: int, expert: int, tokens: Tensor, strings: TokenStrings
+    layer: InspectedLayer,
+    record: LayerRecord,
+    ends: Pushes,
+    slot: int,
+    expert: int,
+    tokens: Tensor,
+    strings: TokenStrings,
 ) -> dict[str, Any]:
     """One expert, ready for JSON."""
-    i, j = (int(half) for half in site.pairs(torch.tensor(expert)))
+    i, j = (int(half) for half in layer.pairs(torch.tensor(expert)))
     places = record.contexts.position_NC[expert].tolist()
     return {
         "expert": expert,

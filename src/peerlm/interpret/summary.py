@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peerlm.interpret.collection import LayerRecord
-from peerlm.interpret.inspected import Site
+from peerlm.interpret.inspected import InspectedLayer
 
 CROWDED = 10.0
 """An expert is crowded that gets at least so many times the weight of even use."""
@@ -25,27 +25,27 @@ def relative_use(record: LayerRecord) -> Tensor:
     return weight_N / weight_N.mean().clamp_min(1e-300)
 
 
-def layer_figures(site: Site, record: LayerRecord) -> dict[str, Any]:
+def layer_figures(layer: InspectedLayer, record: LayerRecord) -> dict[str, Any]:
     """What stands above a layer's charts, ready for JSON."""
     use_N = relative_use(record)
     crowded_N = use_N >= CROWDED
     retrievals = int(record.usage.retrievals_N.sum())
     return {
-        "number": site.number,
-        "name": site.name,
-        "kind": site.kind,
-        "num_experts": site.num_experts,
-        "sub_keys": site.sub_keys,
-        "heads": site.index.heads,
-        "experts_per_head": site.index.experts_per_head,
-        "shared_keys": site.index.shared_keys,
-        "pairing": site.index.pairing,
+        "number": layer.number,
+        "name": layer.name,
+        "kind": layer.kind,
+        "num_experts": layer.num_experts,
+        "sub_keys": layer.sub_keys,
+        "heads": layer.index.heads,
+        "experts_per_head": layer.index.experts_per_head,
+        "shared_keys": layer.index.shared_keys,
+        "pairing": layer.index.pairing,
         "usage": record.usage.share,
         "unevenness": record.usage.unevenness,
         "retrievals": retrievals,
         "dead": int((record.usage.retrievals_N == 0).sum()),
-        "dead_if_even": site.num_experts * math.exp(retrievals * math.log1p(-1 / site.num_experts))
-        if site.num_experts > 1
+        "dead_if_even": layer.num_experts * math.exp(retrievals * math.log1p(-1 / layer.num_experts))
+        if layer.num_experts > 1
         else 0.0,
         "crowded": int(crowded_N.sum()),
         "crowded_share": (use_N[crowded_N].sum() / use_N.sum().clamp_min(1e-300)).item(),
@@ -65,10 +65,10 @@ def use_curve(record: LayerRecord) -> list[tuple[int, float]]:
     ]
 
 
-def sub_key_grid(site: Site, record: LayerRecord) -> tuple[Tensor, int]:
+def sub_key_grid(layer: InspectedLayer, record: LayerRecord) -> tuple[Tensor, int]:
     """Use of experts by their sub-keys (i, j) over even use, (G, G), and how many sub-keys a cell's side stands for."""
-    n = site.sub_keys
-    i, j = site.pairs(torch.arange(site.num_experts))
+    n = layer.sub_keys
+    i, j = layer.pairs(torch.arange(layer.num_experts))
     grid = torch.zeros(n, n, dtype=torch.float64)
     grid[i, j] = relative_use(record)
     side = math.ceil(n / _GRID_CELLS)

@@ -1,4 +1,4 @@
-"""PEER and its rivals as modules on one device: `module(x, mask=None) -> y`, both (..., dim)."""
+"""PEER and its baselines as modules on one device: `module(x, mask=None) -> y`, both (..., dim)."""
 
 from peerlm.layers.dense import DenseFFW
 from peerlm.layers.expert_table import ExpertTable

@@ -1,4 +1,4 @@
-"""What every feed-forward layer asks of its sizes and its input, said once."""
+"""Checks of sizes, settings and inputs that all feed-forward layers share."""
 
 import difflib
 import inspect

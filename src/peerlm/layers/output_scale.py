@@ -1,4 +1,4 @@
-"""One rule for how loud a feed-forward layer is before training, so that nobody has to tune it.
+"""One rule for the output scale of a feed-forward layer before training, so that it needs no tuning.
 
 For inputs of unit mean square (as after RMSNorm) every layer here starts with an output of mean square
 `OUTPUT_POWER`: that of a dense GELU FFW whose two matrices are N(0, 1 / fan_in). A layer sums terms `weight *

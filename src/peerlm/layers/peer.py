@@ -3,17 +3,17 @@
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from peerlm.layers.checks import check_dropout, check_weight_scale, flatten_tokens
+from peerlm.layers.checks import flatten_tokens
 from peerlm.layers.expert_table import ExpertTable
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys
+from peerlm.layers.retrieval_layer import RetrievalLayer
 from peerlm.ops import api
 
 
-class PEER(nn.Module):
+class PEER(RetrievalLayer):
     """Parameter Efficient Expert Retrieval (He 2024, "Mixture of A Million Experts", arXiv 2407.04153).
 
     A drop-in for a transformer's feed-forward layer: y = sum over heads and retrieved experts of weight *
@@ -37,10 +37,10 @@ class PEER(nn.Module):
         backend: a name in `peerlm.ops.api.BACKENDS`.
         row_format: how experts are stored: "float32", "bfloat16", or "int8", which is not trained.
         weight_scale: what weights are multiplied by; 1 is the paper's. Vectors v start smaller by as much, so that
-            the layer starts as loud as ever, but steps of AdamW, whose size is that of the learning rate, change
-            its output more.
-        pairing: the id of the expert of sub-keys i and j: "row-major", i * n + j, or "shells", which a layer that
-            shall grow needs (`peerlm.growth.grow`).
+            the output scale at the start is the same; steps of AdamW, whose size is the learning rate, then change
+            the output more.
+        pairing: the id of the expert of sub-keys i and j: "row-major", i * n + j, or "shells", which a layer needs
+            to grow (`peerlm.growth.grow`).
         grown_from: of a layer that has grown and is not fully open, the number of experts before; see `ProductKeys`.
 
     Attributes:
@@ -49,7 +49,7 @@ class PEER(nn.Module):
         packs: None, or further experts that are retrieved together with these (`peerlm.packs.api`).
 
     Raises:
-        ValueError: a setting is impossible; the message has the setting, its value, and the mend.
+        ValueError: a setting is impossible; the message has the setting, its value, and the fix.
     """
 
     packs: Any
@@ -75,14 +75,8 @@ class PEER(nn.Module):
         pairing: str = "row-major",
         grown_from: int | None = None,
     ):
-        super().__init__()
-        check_dropout(dropout)
         api.check_activation(activation)
-        self.dim = dim
-        check_weight_scale(weight_scale)
-        self.dropout = dropout
-        self.weight_scale = weight_scale
-        self.product_keys = ProductKeys(
+        product_keys = ProductKeys(
             dim,
             num_experts=num_experts,
             heads=heads,
@@ -96,6 +90,8 @@ class PEER(nn.Module):
             grown_from=grown_from,
             backend=backend,
         )
+        super().__init__(product_keys, weight_scale=weight_scale, dropout=dropout)
+        self.dim = dim
         self.experts = ExpertTable(
             num_experts,
             dim,
@@ -127,23 +123,10 @@ class PEER(nn.Module):
         x_TD, _ = flatten_tokens(x, mask, self.dim)
         packs = self.packs
         weights, expert_ids = self.retrieve(x, mask) if packs is None else packs(x, mask, self.product_keys)
-        weights = F.dropout(weights * self.weight_scale, self.dropout, self.training)
-        per_token = self.product_keys.heads * self.product_keys.experts_per_head
         mix = self.experts if packs is None else partial(packs.mix, self.experts)
-        y = mix(x_TD, weights.reshape(-1, per_token), expert_ids.reshape(-1, per_token))
-        return y.view(x.shape)
+        return mix(x_TD, *self.per_token(weights, expert_ids)).view(x.shape)
 
     @property
-    def _active_experts(self) -> int:
-        keys = self.product_keys
-        return min(keys.heads * keys.experts_per_head, keys.num_experts)
-
-    def extra_flops_per_token(self, context: int) -> int:
-        """Forward FLOPs of the retrieved neurons; the index counts itself."""
-        keys, tables = self.product_keys, 3 if self.experts.gated else 2
-        return 2 * tables * self.dim * keys.heads * keys.experts_per_head
-
-    def inactive_parameters(self) -> int:
-        """Expert parameters that one token leaves untouched."""
-        tables = 3 if self.experts.gated else 2
-        return tables * self.dim * (self.product_keys.num_experts - self._active_experts)
+    def parameters_per_expert(self) -> int:
+        """The vectors u and v and, gated, g."""
+        return (3 if self.experts.gated else 2) * self.dim

@@ -1,14 +1,16 @@
 """Product-key memory: PEER's index, but what it retrieves are vectors."""
 
-from torch import Tensor, nn
+from typing import Any
 
-from peerlm.layers.checks import check_weight_scale
+from torch import Tensor
+
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys, sub_keys_per_half
+from peerlm.layers.retrieval_layer import RetrievalLayer
 from peerlm.layers.table import Table
 
 
-class ProductKeyMemory(nn.Module):
+class ProductKeyMemory(RetrievalLayer):
     """Product-key memory (Lample 2019, arXiv 1907.05242): PEER's index, but what it retrieves are vectors.
 
     Args:
@@ -47,12 +49,8 @@ class ProductKeyMemory(nn.Module):
         pairing: str = "row-major",
         grown_from: int | None = None,
     ):
-        super().__init__()
         sub_keys_per_half(num_values, values_per_head, names=("num_values", "values_per_head"))
-        self.dim = dim
-        check_weight_scale(weight_scale)
-        self.weight_scale = weight_scale
-        self.product_keys = ProductKeys(
+        product_keys = ProductKeys(
             dim,
             num_experts=num_values,
             heads=heads,
@@ -66,6 +64,8 @@ class ProductKeyMemory(nn.Module):
             grown_from=grown_from,
             backend=backend,
         )
+        super().__init__(product_keys, weight_scale=weight_scale)
+        self.dim = dim
         self.values = Table(num_values, dim, backend=backend)
         self.reset_parameters()
 
@@ -77,17 +77,17 @@ class ProductKeyMemory(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map x (..., dim) to (..., dim); padding (mask False) does not enter the query norm's statistics."""
-        weights, ids = self.product_keys(x, mask)
-        per_token = self.product_keys.heads * self.product_keys.experts_per_head
-        value_ids = ids.reshape(-1, per_token)
-        y = self.values.mix(self.weight_scale * weights.reshape(-1, per_token), value_ids)
+        y = self.values.mix(*self.per_token(*self.product_keys(x, mask)))
         return y.to(x.dtype).view(x.shape)
 
-    def extra_flops_per_token(self, context: int) -> int:
-        """Forward FLOPs of the weighted sum; the index counts itself."""
-        return 2 * self.dim * self.product_keys.heads * self.product_keys.experts_per_head
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """As in `nn.Module`; values may have the name that they had before they were a table."""
+        earlier = f"{prefix}values"
+        if earlier in state_dict:
+            state_dict[f"{prefix}values.rows"] = state_dict.pop(earlier)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def inactive_parameters(self) -> int:
-        """Value parameters that one token leaves untouched."""
-        keys = self.product_keys
-        return self.dim * (keys.num_experts - min(keys.heads * keys.experts_per_head, keys.num_experts))
+    @property
+    def parameters_per_expert(self) -> int:
+        """The value."""
+        return self.dim

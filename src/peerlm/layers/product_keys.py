@@ -57,8 +57,9 @@ class QueryMap(nn.Linear):
         self.backend = backend
 
     def forward(self, input: Tensor) -> Tensor:
-        """(T, dim) -> (T, features)."""
-        return api.linear(input, self.weight, backend=self.backend)
+        """(..., dim) -> (..., features)."""
+        y_TF = api.linear(input.reshape(-1, self.in_features), self.weight, backend=self.backend)
+        return y_TF.view(*input.shape[:-1], self.out_features)
 
 
 class ProductKeys(nn.Module):
@@ -75,8 +76,8 @@ class ProductKeys(nn.Module):
         key_dim: size of a query, even.
         shared_keys: one set of sub-keys for all heads (He 2024's text), or one per head (Lample 2019).
         query_norm: "batch" over the H * key_dim features, "layer" over each head's key_dim, or "none".
-        key_norm: compare queries with sub-keys of one length, sqrt(1/3), about what they have at the start. Otherwise
-            one that training made short is retrieved by nobody, and stays short.
+        key_norm: normalise sub-keys to one length, sqrt(1/3), about that of the start. Otherwise a short sub-key is
+            never retrieved and never recovers.
         weighting: "softmax" over a head's k scores, "sigmoid", "relu", or "none" (the raw score).
         pairing: the id of expert (i, j): "row-major", i * n + j, or "shells", in which more sub-keys only append ids.
         grown_from: how many experts there were before the last growth, while those that it added are being opened
@@ -86,11 +87,11 @@ class ProductKeys(nn.Module):
     Attributes:
         sub_keys: (2, H or 1, n, key_dim / 2).
         opening: None unless `grown_from` is given. Then a buffer of one number in 0 .. 1, the prior of a new sub-key:
-            its logarithm is added to the half scores, so that softmax weights are multiplied by it, once for each
-            half of an expert that is new. At 0, where it starts, new sub-keys are left out.
+            its logarithm is added to the half scores. So softmax weights are multiplied by it, once for each new half
+            of an expert. At 0, where it starts, new sub-keys are left out.
 
     Raises:
-        ValueError: a setting is impossible; the message has the setting, its value, and the mend.
+        ValueError: a setting is impossible; the message has the setting, its value, and the fix.
     """
 
     parameter_roles: ClassVar[dict[str, str]] = {"sub_keys": "keys"}
@@ -154,19 +155,20 @@ class ProductKeys(nn.Module):
 
     def query(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalised queries (..., heads, key_dim) of x (..., dim); `mask` (...) is True at real tokens."""
-        x_TD, mask_T = flatten_tokens(x, mask, self.dim)
-        return self._query(x_TD, mask_T).reshape(*x.shape[:-1], self.heads, self.key_dim)
+        return self._query(x, mask).reshape(*x.shape[:-1], self.heads, self.key_dim)
 
-    def _query(self, x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
-        features = self.query_proj(x_TD)
+    def _query(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Normalised queries (T, heads, key_dim) of x (..., dim)."""
+        _, mask_T = flatten_tokens(x, mask, self.dim)
+        # Who has put something in the map's place, as LoRA does, may have to know which row of a batch a token is in.
+        features_TF = self.query_proj(x).reshape(-1, self.heads * self.key_dim)
         if isinstance(self.query_norm, QueryBatchNorm):
-            return self.query_norm(features, mask_T).unflatten(-1, (self.heads, self.key_dim))
-        return self.query_norm(features.unflatten(-1, (self.heads, self.key_dim)))
+            return self.query_norm(features_TF, mask_T).unflatten(-1, (self.heads, self.key_dim))
+        return self.query_norm(features_TF.unflatten(-1, (self.heads, self.key_dim)))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights (float32 at least) and expert ids (int64): (..., heads, experts_per_head), best first."""
-        x_TD, mask_T = flatten_tokens(x, mask, self.dim)
-        weights, expert_ids = self.search(self._query(x_TD, mask_T))
+        weights, expert_ids = self.search(self._query(x, mask))
         shape = (*x.shape[:-1], self.heads, self.experts_per_head)
         return weights.reshape(shape), expert_ids.reshape(shape)
 

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+
+from peerlm.ranks import ddp_group, inside_backward
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -38,30 +39,15 @@ def share_statistics(module: nn.Module, group: "dist.ProcessGroup | None") -> No
             each.process_group = group
 
 
-def _group_of_ddp() -> "dist.ProcessGroup | None":
-    """The ranks of the DistributedDataParallel whose forward pass is under way; None outside of one."""
-    active = DistributedDataParallel._get_active_ddp_module()
-    return None if active is None else active.process_group
-
-
-def _inside_backward() -> bool:
-    """Whether autograd is at work: gradient checkpointing repeats a forward pass whose batch was counted.
-
-    torch.compile, which cannot ask, traces forward passes alone.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 class QueryBatchNorm(nn.Module):
     """BatchNorm over the features of queries, with what a language model asks of it.
 
     Padding is left out of the statistics; ranks share them under DistributedDataParallel and where `share_statistics`
     says so, and only there: elsewhere a rank that trains alone would wait for the others. Evaluation uses the running
-    statistics, so that generation is causal and does not depend on the rest of the batch. Where fewer than two tokens
-    are there to take statistics of, the running ones are used in training too, and so they are, and stay, while
-    `weight` is frozen (`requires_grad` False): a frozen layer computes what it computes in evaluation. Statistics are
-    in float32 at least. In training a token's output does depend on the whole batch, later tokens included, through two
-    moments per feature.
+    statistics, so that generation is causal and does not depend on the rest of the batch. With fewer than two tokens,
+    running statistics are used in training too. So they are, unchanged, while `weight` is frozen (`requires_grad`
+    False): a frozen layer computes what it computes in evaluation. Statistics are in float32 at least. In training a
+    token's output does depend on the whole batch, later tokens included, through two moments per feature.
 
     Args:
         num_features: size of the last dimension.
@@ -115,9 +101,9 @@ class QueryBatchNorm(nn.Module):
         """Those to share the statistics of this pass with; None where this rank has its own."""
         if not dist.is_available() or not dist.is_initialized():
             return None
-        if _inside_backward():  # which repeats a forward pass, but outside of DistributedDataParallel's
+        if inside_backward():
             return self._last_group
-        group = self.process_group or _group_of_ddp()
+        group = self.process_group or ddp_group()
         if group is None and dist.get_world_size() > 1 and not torch.compiler.is_compiling():
             warnings.warn(
                 f"this rank's {type(self).__name__} takes statistics of its own batch alone, because it is not inside "
@@ -137,7 +123,7 @@ class QueryBatchNorm(nn.Module):
     def _by_torch(self, x: Tensor, of_batch: bool) -> Tensor:
         """What PyTorch's own operator can do, in a fifth of the time: no padding, one rank."""
         running = self.running_mean, self.running_var
-        if of_batch and _inside_backward():
+        if of_batch and inside_backward():
             running = running[0].clone(), running[1].clone()
         return F.batch_norm(x, *running, self.weight, self.bias, of_batch, self.momentum, self.eps)
 
@@ -153,7 +139,7 @@ class QueryBatchNorm(nn.Module):
         mean = over_ranks((x * counted).sum(dim=0)) / safe_count
         var = over_ranks(((x - mean).square() * counted).sum(dim=0)) / safe_count
         enough = count > 1
-        if not _inside_backward():
+        if not inside_backward():  # a repeated batch has been counted
             self._update_running(mean.detach(), var.detach() * (count / (count - 1).clamp(min=1)), enough)
         running_mean, running_var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
         return torch.where(enough, mean, running_mean), torch.where(enough, var, running_var)

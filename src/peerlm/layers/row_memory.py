@@ -19,7 +19,7 @@ def empty_rows(*shape: int, dtype: torch.dtype | None = None, device: torch.devi
 def longer_rows(rows: Tensor, length: int, value: float) -> Tensor:
     """`length` rows, the first of which are these; the others are filled with `value`.
 
-    Nothing may read `rows` afterwards: where nobody else has its memory, that is given back while the rows move.
+    Nothing may read `rows` afterwards: memory that no one else holds is freed while the rows move.
     """
     longer = empty_rows(length, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
     if not rows.is_meta:

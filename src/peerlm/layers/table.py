@@ -44,7 +44,7 @@ class Table(nn.Module):
         num_rows: N.
         row_shape: X: (D,) for vectors, (2, D) or (3, D) for the vectors u, v and, if gated, g of single neurons.
         backend: a name in `peerlm.ops.api.BACKENDS`.
-        row_format: "float32" (torch's default dtype, should that be another), "bfloat16", or "int8" with a scale for
+        row_format: "float32" (torch's default dtype where that is another), "bfloat16", or "int8" with a scale for
             each vector; int8 rows are not trained.
 
     Rows are not initialised: see `fill`.
@@ -281,7 +281,7 @@ class Table(nn.Module):
 
     @torch.no_grad()
     def convert_rows(self, row_format: str) -> None:
-        """Store the rows in another format from now on; a training table's optimizer must be built anew."""
+        """Store the rows in another format from now on; a table in training then needs a new optimizer."""
         dtype = _row_dtype(row_format)
         if dtype == self.dtype:
             return
@@ -331,7 +331,7 @@ class Table(nn.Module):
         return True
 
     def catch_up(self) -> None:
-        """Bring all rows up to date that an optimizer has left behind."""
+        """Bring all stale rows up to date."""
         for parameter in self.row_parameters():
             prepare_rows(parameter, None)
 
@@ -344,7 +344,7 @@ class Table(nn.Module):
     def _replicate_for_data_parallel(self) -> "Table":
         if self.watched:
             raise RuntimeError(
-                "nn.DataParallel copies tables without a word, and rows that RowAdamW has left behind with them: take "
+                "nn.DataParallel copies tables with their stale rows and does not say so: use "
                 "DistributedDataParallel (torchrun), or a single device"
             )
         return super()._replicate_for_data_parallel()

@@ -1,4 +1,4 @@
-"""PeerConfig: what a language model of PEER blocks, dense blocks and their rivals is made of."""
+"""PeerConfig: the settings of a language model of PEER blocks, dense blocks and baselines."""
 
 from typing import Any, ClassVar
 
@@ -8,6 +8,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.layers.checks import check_settings
+from peerlm.names import MODEL_TYPE
 
 # Kind of feed-forward layer -> its class. "dense" and "swiglu" take their size from `intermediate_size`, the
 # others their keyword arguments from the configuration field of the same name.
@@ -49,21 +50,21 @@ class PeerConfig(PreTrainedConfig):
         intermediate_size: hidden neurons of dense layers (4 * hidden_size if None; for "swiglu", 2/3 of
             that).
         max_position_embeddings: longest context.
-        ffw_layers: kind of feed-forward layer in each block: a list, or one kind for all blocks, or "peer:inner"
-            for dense layers in the first and the last quarter of the blocks and PEER in those between, which is
-            best in recipes/ablations/blocks.toml (any kind can be named so; less than four blocks all have it).
-            None puts PEER in the middle block and dense layers in the others, as He 2024. Kinds: "dense" (GELU),
-            "swiglu", "peer", "pkm", "expert_choice", "token_choice".
+        ffw_layers: kind of feed-forward layer in each block: a list, or one kind for all blocks. "peer:inner" has PEER
+            in the inner blocks and dense layers in the first and the last quarter, which is best in
+            recipes/ablations/blocks.toml (any kind can be named so; less than four blocks all have it). None puts PEER
+            in the middle block and dense layers in the others, as He 2024. Kinds: "dense" (GELU), "swiglu", "peer",
+            "pkm", "expert_choice", "token_choice".
         peer, pkm, expert_choice, token_choice: keyword arguments of `PEER`, `ProductKeyMemory`,
             `ExpertChoiceMoE`, `TokenChoiceMoE`.
         balance_loss_coefficient: weight of the load-balancing loss that token-choice layers add in training.
-        ffw_init_scale: how loud feed-forward layers are at the start, relative to the rule of `layers.output_scale`
+        ffw_init_scale: output scale of feed-forward layers at the start, relative to the rule of `layers.output_scale`
             over sqrt(2 * num_hidden_layers). The default is the best of recipes/tune.toml, for every kind of layer.
         rms_norm_eps, rope_parameters, attention_bias, attention_dropout, tie_word_embeddings, use_cache: as
             in LlamaConfig.
     """
 
-    model_type = "peer"
+    model_type = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 4096

@@ -6,6 +6,7 @@ its feed-forward layer the mask of real tokens, and the initialisation.
 
 # ruff: noqa: RUF012, transformers declares its class settings as instance variables
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from peerlm.layers import DenseFFW, TokenChoiceMoE
 from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig
+from peerlm.optim.saved import FILE, STALE, catch_up_saved
 
 logger = logging.get_logger(__name__)
 
@@ -29,8 +31,8 @@ logger = logging.get_logger(__name__)
 class PeerEmbedding(nn.Embedding):
     """Embeddings of variance 1 / dim, scaled to unit mean square.
 
-    The residual stream then begins as loud as what blocks add to it, so that attention does not drown the token it
-    starts from, while the same matrix, tied to the output, gives logits of unit variance (as in Gemma).
+    The residual stream then begins at the scale of what blocks add to it, so that attention does not outweigh the
+    token. The same matrix, tied to the output, gives logits of unit variance (as in Gemma).
     """
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -82,6 +84,10 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.ffw(self.post_attention_layernorm(hidden_states), token_mask)
 
 
+EARLIER_NAMES = {r"\.ffw\.values$": ".ffw.values.rows"}
+"""Patterns of names that parameters had in earlier versions, and those that they have now."""
+
+
 class PeerPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of the architecture."""
 
@@ -106,8 +112,33 @@ class PeerPreTrainedModel(PreTrainedModel):
         # An expert chooses among all tokens of a call, and how many depends on the values of the mask.
         self._can_compile_fullgraph = self._supports_context_parallel = "expert_choice" not in config.ffw_layers
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As transformers loads a model; rows that were stale when a run saved a checkpoint are updated.
+
+        Values of memories may have their name of earlier versions. Raises ValueError where rows are stale and the
+        optimizer's state, by which they are updated, is not beside them.
+        """
+        kwargs["key_mapping"] = EARLIER_NAMES | (kwargs.get("key_mapping") or {})
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Without these transformers saves under the names of now.
+        model._weight_conversions = [
+            each for each in model._weight_conversions or () if not EARLIER_NAMES.keys() & set(each.source_patterns)
+        ]
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        if (folder / FILE).is_file():
+            catch_up_saved(model, folder, prefix=f"{cls.base_model_prefix}.")
+        elif getattr(model.config, STALE, False):
+            raise ValueError(
+                f"rows in {pretrained_model_name_or_path} are stale, as a run saved them between two steps: "
+                f"put {FILE} of the same checkpoint beside them, or load the run's finished model"
+            )
+        vars(model.config).pop(STALE, None)
+        return loaded
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """Initialise whatever was not loaded.
+        """Initialise what was not loaded.
 
         For code outside of transformers, modules without parameters of their own are passed over, which would
         leave out feed-forward layers made of linear ones. Every initialisation here spares loaded weights, so
@@ -248,8 +279,8 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
                 loss = loss + balance_loss * _share_of_step(labels, **kwargs)
         elif balance_loss is not None and torch.is_grad_enabled():
             logger.warning_once(
-                "Without labels the loss is the caller's, as with label smoothing, and lacks the balance loss of "
-                "token-choice layers: add `outputs.aux_loss` to it, or set balance_loss_coefficient to 0."
+                "Without labels, as with label smoothing, the caller's loss lacks the balance loss of token-choice "
+                "layers. Add `outputs.aux_loss` to it, or set balance_loss_coefficient to 0."
             )
         return MoeCausalLMOutputWithPast(
             loss=loss,

@@ -64,7 +64,7 @@ class _RowDots(torch.autograd.Function):
     def backward(ctx: Any, grad_TP: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_TD, table_ND, ids_TP = ctx.saved_tensors
         needs_x, needs_table, _ = ctx.needs_input_grad
-        grad_x = mix_values(grad_TP, ids_TP, table_ND) if needs_x else None
+        grad_x = _sum_bags(grad_TP, ids_TP, table_ND) if needs_x else None
         return grad_x, _table_gradient(grad_TP, x_TD, ids_TP, table_ND) if needs_table else None, None
 
 
@@ -99,15 +99,34 @@ def _table_gradient(weights_TP: Tensor, grad_TD: Tensor, ids_TP: Tensor, table_N
     )
 
 
+def _wide(rows: Tensor, ids_TP: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in float32 at least, and where these ids are among them: of narrower ones a copy of those that occur."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if rows.dtype == dtype:
+        return rows, ids_TP
+    _check_ids(ids_TP, len(rows))
+    if not has_values(ids_TP):  # a tracer does not know how many occur
+        return rows.to(dtype), ids_TP
+    used, places_TP = ids_TP.unique(return_inverse=True)
+    return rows.index_select(0, used).to(dtype), places_TP
+
+
+def _sum_bags(weights_TP: Tensor, ids_TP: Tensor, table_ND: Tensor) -> Tensor:
+    """The bags of a table whose dtype is that of the arithmetic."""
+    weights = weights_TP.to(table_ND.dtype).contiguous()
+    return F.embedding_bag(ids_TP.contiguous(), table_ND, per_sample_weights=weights, mode="sum")
+
+
 def mix_values(weights_TP: Tensor, ids_TP: Tensor, values_ND: Tensor) -> Tensor:
     """As `reference.mix_values`."""
-    weights = weights_TP.to(values_ND.dtype).contiguous()
-    return F.embedding_bag(ids_TP.contiguous(), values_ND, per_sample_weights=weights, mode="sum")
+    table, places_TP = _wide(values_ND, ids_TP)
+    return _sum_bags(weights_TP, places_TP, table).to(values_ND.dtype)
 
 
 def dot_values(x_TD: Tensor, ids_TP: Tensor, values_ND: Tensor) -> Tensor:
-    """As `reference.dot_values`, but differentiable once only, in the dtype of the rows."""
-    return _RowDots.apply(x_TD.to(values_ND.dtype).contiguous(), values_ND, ids_TP.contiguous())
+    """As `reference.dot_values`, but differentiable once only."""
+    table, places_TP = _wide(values_ND, ids_TP)
+    return _RowDots.apply(x_TD.to(table.dtype).contiguous(), table, places_TP.contiguous())
 
 
 def mix_experts(
@@ -118,14 +137,15 @@ def mix_experts(
     scales_NR: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """As `reference.mix_experts`, but differentiable once only, in the dtype of the rows, and without scales."""
+    """As `reference.mix_experts`, but differentiable once only, and without scales."""
     _, parts, dim = rows_NRD.shape
-    table = rows_NRD.reshape(-1, dim)
-    first_TP = ids_TP * parts
+    rows, places_TP = _wide(rows_NRD, ids_TP)
+    table = rows.reshape(-1, dim)
+    first_TP = places_TP * parts
     x = x_TD.to(table.dtype).contiguous()
     hidden_TP = _RowDots.apply(x, table, first_TP)
     if parts == 2:
         hidden_TP = ACTIVATIONS[activation](hidden_TP)
     else:
         hidden_TP = hidden_TP * ACTIVATIONS[activation](_RowDots.apply(x, table, first_TP + 2))
-    return mix_values(hidden_TP * weights_TP.to(hidden_TP.dtype), first_TP + 1, table).to(x_TD.dtype)
+    return _sum_bags(hidden_TP * weights_TP.to(hidden_TP.dtype), first_TP + 1, table).to(x_TD.dtype)

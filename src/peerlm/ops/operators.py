@@ -1,7 +1,7 @@
 """The operators `torch.ops.peerlm.*`: schemas, fakes for tracing and autograd formulas, the same for every device.
 
-Whoever has kernels registers them for a dispatch key (`Operators.implement`); torch.compile, torch.export and gradient
-checkpointing then take models that use them. Shape suffixes as in `reference.py`.
+A backend with kernels registers them for a dispatch key (`Operators.implement`); torch.compile, torch.export and
+gradient checkpointing then take models that use them. Shape suffixes as in `reference.py`.
 """
 
 from collections.abc import Callable, Mapping

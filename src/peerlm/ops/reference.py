@@ -49,9 +49,9 @@ def retrieve_ids(scores_2THn: Tensor, k: int, pairing: str = "row-major") -> Ten
     """The ids of the k experts with the highest sums of half scores, equal to a search over all n * n.
 
     Expert (i, j) scores `scores[0, ..., i] + scores[1, ..., j]`. Experts are ordered by that sum taken
-    exactly, and equal sums by ascending id. In this order an expert whose halves rank a-th and b-th (from 0)
-    comes after the (a + 1) * (b + 1) - 1 others that rank no worse in either half, so that only pairs with
-    (a + 1) * (b + 1) <= k can be among the first k (He 2024, section 2.2, pruned).
+    exactly, and equal sums by ascending id. In this order an expert whose halves rank a-th and b-th (from 0) comes
+    after the (a + 1) * (b + 1) - 1 others that rank no worse in either half. So only pairs with (a + 1) * (b + 1) <= k
+    can be among the first k (He 2024, section 2.2, pruned).
 
     Args:
         scores_2THn: half scores, (2, ..., n).

@@ -1,7 +1,7 @@
 """The seam between those that read a table's rows and the optimizer that trains them.
 
-An optimizer whose step leaves untouched rows behind watches the table: whoever is about to read rows says so
-first (`prepare_rows`), and the optimizer brings them up to date. Readers work the same where nobody watches.
+An optimizer whose step skips rows without a gradient watches the table: code that is about to read rows says so
+first (`prepare_rows`), and the optimizer brings them up to date. Readers work the same without an optimizer.
 Shape suffixes: N rows of a table, U of them, each of shape `row_shape` (the table is (N, *row_shape)).
 """
 
@@ -83,7 +83,7 @@ class RowWatcher(Protocol):
         """Whether a sparse gradient is welcome."""
 
     def fused_update(self, parameter: Tensor) -> tuple[RowState, RowStep] | None:
-        """The update that a backward pass shall apply in place of giving a gradient; None if it shall give one."""
+        """The update that a backward pass applies in place of giving a gradient; None where it gives one."""
 
     def release(self, parameter: Tensor) -> None:
         """Another watcher takes over: leave all rows up to date."""
@@ -109,9 +109,9 @@ _OUTSIDE = (
 def watch_rows(parameter: Tensor, watcher: RowWatcher) -> None:
     """Let `watcher` learn of reads of `parameter`, (N, *row_shape), a plain tensor or parameter.
 
-    An earlier watcher brings all rows up to date first. The table keeps its watcher alive: rows that an
-    optimizer has left behind stay readable when nothing else refers to it any more. Whoever reads rows without a word,
-    by any function of PyTorch, has all of them brought up to date before (`ops/watched.py`).
+    An earlier watcher brings all rows up to date first. The table keeps its watcher alive: stale rows
+    stay readable when nothing else refers to the optimizer any more. Any other read, by any function of PyTorch,
+    brings all rows up to date first (`ops/watched.py`).
     """
     global _call
     earlier = _watcher(parameter)
@@ -163,7 +163,7 @@ def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 
 def prepare_rows(parameter: Tensor, ids: Tensor | None) -> None:
-    """Say that rows of `parameter` are about to be read; does nothing where nobody watches.
+    """Say that rows of `parameter` are about to be read; does nothing without an optimizer that watches.
 
     Rows change in place without a trace in autograd: those already read in this step are up to date and stay
     as they are.
@@ -217,9 +217,9 @@ def wants_row_gradients(parameter: Tensor) -> bool:
 
 
 def fused_row_update(parameter: Tensor) -> tuple[RowState, RowStep] | None:
-    """The update that a backward pass shall apply to the rows of `parameter`, giving no gradient.
+    """The update that a backward pass applies to the rows of `parameter` in place of giving a gradient.
 
-    Whoever gets one must apply it, once, to every row that has a gradient. None where nobody asks for that.
+    The caller must apply it once to every row that has a gradient. None where no optimizer asks for it.
     Raises RuntimeError on a second backward pass in one step.
     """
     watcher = _watcher(parameter)

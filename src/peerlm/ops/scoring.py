@@ -59,7 +59,7 @@ def top_k(
 
 
 def _top_k_of_few_ties(scores: Tensor, k: int, tie_break: TieBreak | None) -> tuple[Tensor, Tensor]:
-    """As `top_k`. `torch.topk` leaves the order of equal entries open: rows in which it met a tie are ordered anew."""
+    """As `top_k`. `torch.topk` leaves the order of equal entries open: rows in which it met a tie are sorted again."""
     values, positions = scores.topk(min(k + 1, scores.shape[-1]))
     tied = (values[..., 1:] == values[..., :-1]).any(dim=-1)
     if tied.any():

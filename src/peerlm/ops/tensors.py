@@ -1,4 +1,4 @@
-"""What a tensor may be besides memory: a subclass, a transform's wrapper, a tracer's stand-in."""
+"""Which tensors are plain memory: no subclass, no wrapper of a transform, no stand-in of a tracer."""
 
 import torch
 from torch import Tensor

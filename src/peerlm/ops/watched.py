@@ -1,4 +1,4 @@
-"""The class of a tensor of rows that an optimizer watches: whoever reads its data finds all rows up to date.
+"""The class of a tensor of rows that an optimizer watches: its readers find all rows up to date.
 
 PyTorch tells a tensor's class of every function that takes the tensor. Before those that read data all rows catch up;
 those that ask for a gradient, a shape or a name do not wait, so that a training step never sweeps a table. Views of the
@@ -103,7 +103,7 @@ def raw(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _as_before(watched: Any) -> Iterator[Tensor]:
-    """The tensor, up to date, for a while of the class and with the attributes that it has when nobody watches it."""
+    """The tensor, up to date, for a while of the class and with the attributes that it has without one."""
     kind, attributes = type(watched), dict(watched.__dict__)
     with torch._C.DisableTorchFunctionSubclass():
         attributes[_CATCH_UP]()

@@ -7,9 +7,9 @@ now, t, it would have moved the weights by (Loshchilov 2019, algorithm 2, with g
     a_k = lr_{s+k} beta1^k / (1 - beta1^{s+k}) P(s+k, t)        c_k = sqrt(1 - beta2^{s+k}) / beta2^{k/2}
     P(i, j) = product of (1 - lr_n wd) over i < n <= j
 
-The sum is a Stieltjes function of r = sqrt(v) / eps, sum a_k c_k / (r + c_k), and is replaced by the Gauss rule
-sum B_j / (r + R_j) of few nodes that agrees with it at chosen r (docs/mathematics.md, "Rows left behind").
-Scalars only, in float64. Shape suffixes: S distinct steps s, K missed steps, J nodes.
+The sum is a Stieltjes function of r = sqrt(v) / eps: sum a_k c_k / (r + c_k). The Gauss rule sum B_j / (r + R_j) of few
+nodes, which agrees with it at chosen r, takes its place (docs/mathematics.md, "Stale rows"). Scalars only, in float64.
+Shape suffixes: S distinct steps s, K missed steps, J nodes.
 """
 
 import math

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.optim.catch_up import RateHistory
-from peerlm.optim.recent_rules import SharedRules
+from peerlm.optim.recent_rules import SharedRules, is_same
 
 
 class Placed:
@@ -42,19 +42,12 @@ class Placed:
         device = table.rows.device
         key = ("rules", *key, step.beta1, step.beta2, step.eps, device)
         into = self._tensors.get(key)
-        if into is not None and (capturing(device) or _same(self._placed_rules[key], history)):
+        if into is not None and (capturing(device) or is_same(history, self._placed_rules[key])):
             return into
         rules = self._rules.up_to(history, step.beta1, step.beta2)
         self._tensors[key] = kernels.place_rules(rules, step.eps, device, into, most=self._most_rules)
         self._placed_rules[key] = history
         return self._tensors[key]
-
-
-def _same(a: RateHistory, b: RateHistory) -> bool:
-    return (a.start, a.now) == (b.start, b.now) and all(
-        x.data_ptr() == y.data_ptr() or torch.equal(x, y)
-        for x, y in ((a.learning_rates, b.learning_rates), (a.log_keep, b.log_keep))
-    )
 
 
 def capturing(device: torch.device) -> bool:

@@ -77,6 +77,11 @@ class SharedRules:
         return rules.up_to(history)
 
 
+def is_same(history: RateHistory, other: RateHistory) -> bool:
+    """Whether two histories are of the same steps, at the same learning rates and decays."""
+    return history.now == other.now and _continues(history, other)
+
+
 def _continues(history: RateHistory, earlier: RateHistory) -> bool:
     """Whether a history begins with an earlier one."""
     if history is earlier:

@@ -1,4 +1,4 @@
-"""Parameters take others' place in an optimizer, with what the optimizer remembers of it."""
+"""Replace parameters in an optimizer, carrying its state over."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,7 +38,7 @@ def replace_parameters(
             of their first dimensions alone; the number is that of new entries.
 
     What is remembered element by element (moments) or row by row is carried. New entries begin as if they had been
-    there from the first step and never had a gradient: moments are zero, and steps go on being counted.
+    there from the first step and never had a gradient: moments are zero, and the count of steps continues.
 
     Raises:
         ValueError: the optimizer does not train `old`, or is within a step.

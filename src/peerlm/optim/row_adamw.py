@@ -1,6 +1,7 @@
 """AdamW for models with tables: a step costs the rows that it touches, and the weights are those of dense AdamW."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import compress
@@ -18,8 +19,11 @@ from peerlm.optim import row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
 from peerlm.optim.placed import Placed, capturing
 from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_norms
+from peerlm.ranks import ddp_group, inside_backward
 
 State = dict[str, Any]
+_IN_DDP = "_peerlm_in_ddp"
+"""Attribute of a table: whether its last look-up was within DistributedDataParallel."""
 _SWEEP_EVERY = 4096
 """Steps after which all rows of a table catch up, so that the learning rates to be kept stay few."""
 
@@ -34,14 +38,15 @@ class RowAdamW(torch.optim.Optimizer):
     `rows=False` a group keeps them as dense weights.
 
     By default the weights are those of `torch.optim.AdamW`. A row without a gradient would move there too, by
-    momentum and by weight decay: here it catches up when it is next read. Layers say which rows they look up; whoever
+    momentum and by weight decay: here it catches up when it is next read. Layers say which rows they look up; code that
     reads a table's parameter in another way, copies or saves it, has all its rows brought up to date before. Decaying
     learning rates, weight decay, and changing betas and eps are all right, though a change of betas or eps costs a
     sweep over the tables.
 
     Args:
         params: parameters or groups.
-        lr: learning rate. Each group's "lr" may change before every step.
+        lr: learning rate. Each group's "lr" may change before every step. In a tensor on a GPU it stays there in lazy
+            mode; exact mode reads it in each step, and so waits for the device.
         betas: decay of the moments. Exact mode needs a row left alone to come to rest soon: it refuses betas for
             which `catch_up_rules` misses its tolerance. With beta1 = 0 tables have no first moment.
         eps: added to the root of the second moment; positive in exact mode.
@@ -55,8 +60,10 @@ class RowAdamW(torch.optim.Optimizer):
             mean; to nearest, small steps would be lost.
         seed: of stochastic rounding, which is a function of seed, step, row and column.
         fused: rows of tables are updated in the backward pass, which then leaves no gradient. Each step
-            must have one backward pass, in one process, at the learning rate that is set by then; tables cannot be
-            clipped.
+            must have one backward pass, outside of DistributedDataParallel, at the learning rate that is set by then;
+            tables cannot be clipped.
+
+    Within DistributedDataParallel gradients of tables are dense, which is what it exchanges.
 
     Both `clip_gradients` and torch's `clip_grad_norm_` take the sparse gradients (the latter by
     `peerlm.optim.sparse_gradients`), so that it works under transformers.Trainer as it is.
@@ -66,7 +73,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     State: dense parameters have torch's "step", "exp_avg", "exp_avg_sq". Tables have these ("step" an int), in
     exact mode also "moments_step" and "weights_step", (N,) int32, and the learning rates of the steps since the
-    row longest left behind. Saving lets all rows catch up, which changes weights within rounding: a resumed run has
+    stalest row. Saving lets all rows catch up, which changes weights within rounding: a resumed run has
     the bits of the one that saved. See `state_dict`.
 
     Raises:
@@ -131,7 +138,7 @@ class RowAdamW(torch.optim.Optimizer):
                     self._watch(parameter, added)
 
     def _put_tables_apart(self, group: dict[str, Any]) -> None:
-        """Make a group "table" of the tables that nobody has called so, in this new last group."""
+        """Put the tables of this new last group that have no name into a group "table"."""
         known = row_updates.known_rows()
         tables = [parameter.requires_grad and id(parameter) in known for parameter in group["params"]]
         if all(tables):
@@ -146,8 +153,9 @@ class RowAdamW(torch.optim.Optimizer):
 
     def _check_exchange(self) -> None:
         """Raise ValueError where the gradients of tables stay on their ranks."""
-        sharded = any(_is_dtensor(parameter) for group in self.param_groups for parameter in group["params"])
-        if sharded and _several_ranks() and any(group["rows"] for group in self.param_groups):
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        cut = any(_is_dtensor(each) and each.device_mesh.size() > 1 for each in parameters)
+        if cut and any(group["rows"] for group in self.param_groups):
             raise ValueError(
                 "FSDP2 does not exchange the gradients of tables that it ignores, and tables would differ from rank to "
                 "rank: take DistributedDataParallel, or torch.optim.AdamW"
@@ -243,8 +251,6 @@ class RowAdamW(torch.optim.Optimizer):
         parameter.grad = None
 
     def _fused_update(self, parameter: Tensor) -> tuple[RowState, RowStep]:
-        if _several_ranks():
-            raise RuntimeError("fused=True cannot wait for the gradients of other ranks: use fused=False")
         group = self._group(parameter)
         state = self._ready_state(parameter, group)
         if "updated_at" in state:
@@ -390,7 +396,7 @@ class RowAdamW(torch.optim.Optimizer):
         now = _rates_of_decay(group)
         if any(state[name] != value for name, value in now.items()):
             if (now["beta1"] == 0) != (state["beta1"] == 0):
-                raise ValueError(f"beta1 cannot go from {state['beta1']} to {now['beta1']} during training")
+                raise ValueError(f"beta1 cannot change from {state['beta1']} to {now['beta1']} during training")
             self._catch_up_rows(parameter, None)
             self._age_moments(state)
             state.update(now)
@@ -462,7 +468,13 @@ class _Watcher:
         self.optimizer._catch_up_rows(parameter, ids)
 
     def takes_row_gradients(self, parameter: Tensor) -> bool:
-        return not _several_ranks()  # DistributedDataParallel exchanges dense gradients
+        """Not within DistributedDataParallel, which exchanges dense gradients."""
+        if not inside_backward():
+            setattr(parameter, _IN_DDP, ddp_group() is not None)
+        within = getattr(parameter, _IN_DDP, False)
+        if torch.is_grad_enabled() and self.optimizer._group(parameter)["fused"]:
+            _check_fused(within)
+        return not within
 
     def fused_update(self, parameter: Tensor) -> tuple[RowState, RowStep] | None:
         if not self.optimizer._group(parameter)["fused"]:
@@ -486,8 +498,16 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _check_fused(within_ddp: bool) -> None:
+    """Raise RuntimeError, or warn, where rows would be updated before the gradients of other ranks are there."""
+    if within_ddp:
+        raise RuntimeError("fused=True cannot wait for the gradients of other ranks: use fused=False")
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            "fused=True updates tables by the gradients of this rank alone: if ranks train one model together, "
+            "use DistributedDataParallel and fused=False",
+            stacklevel=2,
+        )
 
 
 def _dense_step(parameters: list[Tensor], states: list[State], group: dict[str, Any]) -> None:

@@ -1,36 +1,56 @@
-"""The state of an optimizer in a file beside its model, and the updates that it still owes that model's rows."""
+"""The state of an optimizer in a file beside its model, and the updates that the model's stale rows still need."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peerlm.optim.groups import parameter_groups
+from peerlm.files import write_json
 from peerlm.optim.row_adamw import RowAdamW
 
+STALE = "stale_rows"
+"""The field of a saved model's configuration that says so."""
 FILE = "optimizer.safetensors"
-"""Entry KEY of the state of parameter number INDEX is "INDEX.KEY"; what is no tensor is in the metadata as JSON."""
+"""Entry KEY of the state of parameter number INDEX is "INDEX.KEY"; what is no tensor is in the metadata as JSON.
+
+So is, as KEY "name", the name that the parameter has in the model. The metadata has one entry, since safetensors writes
+several in any order.
+"""
+_NAME = "name"
 
 State = dict[int, dict[str, Any]]
 """What an optimizer remembers, by the number of the parameter over its groups."""
 
 
-def save_state(optimizer: Optimizer, folder: Path) -> None:
-    """Write the state into a folder; rows catch up first, but within `ops.row_updates.rows_as_they_are`."""
-    state: State = optimizer.state_dict()["state"]
+def save_state(optimizer: Optimizer, folder: Path, model: nn.Module) -> bool:
+    """Write the state into a folder; rows catch up first, but within `ops.row_updates.rows_as_they_are`.
+
+    model: whose parameters the optimizer has. Returns whether the state owes updates to rows of it.
+    """
+    path_of = {id(parameter): path for path, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: State = {
+        index: {**entries, _NAME: path_of.get(id(parameters[index]))}
+        for index, entries in sorted(optimizer.state_dict()["state"].items())
+    }
     flat = {f"{index}.{key}": value for index, entries in state.items() for key, value in entries.items()}
     tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, Tensor)}
     values = {name: value for name, value in flat.items() if name not in tensors}
     save_file(tensors, folder / FILE, metadata={"values": json.dumps(values)})
+    return any(_owes_updates(entries) for entries in state.values())
 
 
 def load_state(optimizer: Optimizer, folder: Path) -> None:
     """Load what `save_state` wrote; settings stay those of the optimizer."""
-    optimizer.load_state_dict({"state": read_state(folder), "param_groups": optimizer.state_dict()["param_groups"]})
+    state = read_state(folder)
+    for entries in state.values():
+        entries.pop(_NAME, None)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def read_state(folder: Path) -> State:
@@ -45,28 +65,54 @@ def read_state(folder: Path) -> State:
     return state
 
 
-def catch_up_saved(model: nn.Module, folder: Path) -> None:
+def catch_up_saved(model: nn.Module, folder: Path, prefix: str = "") -> None:
     """Bring rows of a model's tables up to date that were stale when it was saved, beside its optimizer's state.
 
-    Does nothing where there is no such state, or no row is stale. model: as it was loaded from `folder`, all
-    parameters trainable.
+    Args:
+        model: as it was loaded from `folder`, in any dtype.
+        folder: what `save_state` wrote into.
+        prefix: what the names of one of both models, the saved one and this, have before those of the other.
 
     Raises:
-        ValueError: the state is of another model.
+        ValueError: the state is of another model, or of an earlier version of peerlm, or rows are not in memory.
     """
-    if not (folder / FILE).is_file():
-        return
-    state = read_state(folder)
-    members = [(group["name"], parameter) for group in parameter_groups(model) for parameter in group["params"]]
-    for index, saved in state.items():
-        if saved.get("weights_step") is None or saved["history_start"] == saved["step"]:
+    parameters = dict(model.named_parameters())
+    for saved in read_state(folder).values():
+        if not _owes_updates(saved):
             continue
-        name, table = members[index] if index < len(members) else ("", None)
-        if table is None or name != "table":
-            raise ValueError(f"{folder / FILE} has the state of a table as parameter {index}, which the model has not")
-        twin = nn.Parameter(table.data)  # the same memory, so that no optimizer is left watching the model
-        optimizer = RowAdamW(
-            [{"params": [twin], "name": "table"}], betas=(saved["beta1"], saved["beta2"]), eps=saved["eps"]
-        )
-        optimizer.load_state_dict({"state": {0: saved}, "param_groups": optimizer.state_dict()["param_groups"]})
-        optimizer.catch_up()
+        name = saved.get(_NAME)
+        if name is None:
+            raise ValueError(
+                f"{folder / FILE}, of another version of peerlm, does not name the tables whose rows are stale: "
+                "resume its run, which saves them again"
+            )
+        known_as = (name, name.removeprefix(prefix), prefix + name)
+        table = next((parameters[each] for each in known_as if each in parameters), None)
+        if table is None:
+            raise ValueError(f"{folder / FILE} has the state of a table {name}, which the model does not have")
+        if table.is_meta:
+            raise ValueError(f"rows of {name} are stale in {folder}, and cannot be updated on a disk: load them whole")
+        _catch_up(table, saved)
+
+
+def mark_stale(folder: Path) -> None:
+    """Note in a saved model's configuration that its rows are stale without the state beside it."""
+    path = folder / "config.json"
+    if path.is_file():
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {STALE: True})
+
+
+def _owes_updates(saved: dict[str, Any]) -> bool:
+    return saved.get("weights_step") is not None and saved["history_start"] != saved["step"]
+
+
+@torch.no_grad()
+def _catch_up(table: Tensor, saved: dict[str, Any]) -> None:
+    # The same memory where it can be, so that no optimizer is left watching the model.
+    twin = nn.Parameter(table.data.to(torch.promote_types(table.dtype, torch.float32)))
+    group = {"params": [twin], "rows": True, "row_wise": saved["exp_avg_sq"].ndim == 1}
+    optimizer = RowAdamW([group], betas=(saved["beta1"], saved["beta2"]), eps=saved["eps"])
+    optimizer.load_state_dict({"state": {0: saved}, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.catch_up()
+    if twin.dtype != table.dtype:
+        table.copy_(twin.data)

@@ -1,4 +1,4 @@
-"""Packs: experts that are trained for one purpose, kept in a file, and loaded beside a model's own while it serves."""
+"""Make, save, load, unload and choose packs of experts."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from peerlm.errors import UserError, listed
-from peerlm.growth.indexed import Pool
+from peerlm.growth.indexed import IndexedLayer
 from peerlm.growth.new_experts import check_new_sub_keys, new_sub_keys
 from peerlm.layers import PEER
 from peerlm.layers.product_keys import sub_keys_per_half
 from peerlm.layers.row_memory import empty_rows
 from peerlm.packs.base_hash import base_hash
 from peerlm.packs.files import PackManifest, check_pack_name, read_manifest, read_tensors, write_pack
-from peerlm.packs.layer import CHOICES, Pack, Packs
+from peerlm.packs.layer import CHOICES, LayerPacks, Pack
 
 ROW_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,7 +48,7 @@ def new_pack(
         num_experts: of each layer, a square number; it need not be as large as experts_per_head.
         layers: paths of PEER layers, such as "model.layers.1.ffw"; None for all.
         keys, usage, queries, noise: what sub-keys start as, as in `peerlm.growth.grow`.
-        row_format: "float32" (torch's default dtype, should that be another), or "bfloat16".
+        row_format: "float32" (torch's default dtype where that is another), or "bfloat16".
         seed: of what is random; the global generator is not used.
 
     Returns:
@@ -67,9 +67,9 @@ def new_pack(
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for path, layer in chosen.items():
-        pool, experts = Pool(name=path, layer=layer), layer.experts
-        check_new_sub_keys(pool, keys, usage, queries, noise)
-        sub_keys = new_sub_keys(pool, n, keys, usage, queries, noise, generator)
+        indexed, experts = IndexedLayer(name=path, module=layer), layer.experts
+        check_new_sub_keys(indexed, keys, usage, queries, noise)
+        sub_keys = new_sub_keys(indexed, n, keys, usage, queries, noise, generator)
         rows = empty_rows(num_experts, *experts.row_shape, dtype=dtype, device=experts.device)
         table = experts.like(rows, trained=True)
         table.fill_new(0, generator)
@@ -158,8 +158,8 @@ def load_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> 
     found = base_hash(model)
     if found != manifest.base:
         raise UserError(
-            f"the pack in {folder} was made for the model {manifest.base[:12]}, a {manifest.architecture}, but this "
-            f"one is {found[:12]}: load the model that it was trained on, in the same format, or train a new pack"
+            f"the pack in {folder} was made for the model {manifest.base[:12]}, a {manifest.architecture}; this one "
+            f"is {found[:12]}: load that model in the same format, or train a new pack"
         )
     tensors = read_tensors(folder, manifest)
     layers = _peer_layers(model)
@@ -205,7 +205,7 @@ def unload_pack(model: nn.Module, name: str) -> None:
 
 def loaded_packs(model: nn.Module) -> list[str]:
     """The names of the packs that are loaded, sorted."""
-    found = (module.by_name() for module in model.modules() if isinstance(module, Packs))
+    found = (module.by_name() for module in model.modules() if isinstance(module, LayerPacks))
     return sorted({name for packs in found for name in packs})
 
 
@@ -289,5 +289,5 @@ def _check_free(model: nn.Module, name: str) -> None:
 def _put(layers: Mapping[str, PEER], name: str, packs: Mapping[str, Pack]) -> None:
     for path, layer in layers.items():
         if layer.packs is None:
-            layer.packs = Packs(layer.product_keys).train(layer.training)
+            layer.packs = LayerPacks(layer.product_keys).train(layer.training)
         layer.packs.put(name, packs[path])

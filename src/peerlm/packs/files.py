@@ -41,7 +41,7 @@ class PackManifest:
     parameters: int
     """Numbers in it."""
     licence: str | None
-    """Under which it may be used; None where nobody said."""
+    """Under which it may be used; None where it is not stated."""
     data: Any
     """What it was trained on, as it was given: any JSON."""
     metrics: dict[str, Any] | None

@@ -42,7 +42,7 @@ class Pack(nn.Module):
         return self.table.num_rows
 
 
-class Packs(nn.Module):
+class LayerPacks(nn.Module):
     """All packs of one layer, which stand for nothing in its state dict.
 
     Ids in the union: the layer's own come first, then each pack's, in the order of names. Results do not depend on the
@@ -197,8 +197,8 @@ def _add_part(
 ) -> Tensor | None:
     """Add to y what `mix` makes of the chosen entries alone, in their order.
 
-    Where a token has fewer of them than others, one of its own fills up with weight 0, so that no other row is read or
-    gets a gradient.
+    Where a token has fewer of them than others, the rest is one of its own ids with weight 0. So no other row is read
+    or gets a gradient.
     """
     counts_T = chosen_TP.sum(dim=-1)
     most = int(counts_T.max())

@@ -133,8 +133,8 @@ def _search_where_it_matters(query_THX: Tensor, pack: Searched, matters_TH: Tens
 def _may_come_before(query_THX: Tensor, sub_keys: Sequence[Tensor], last_TH: Tensor) -> Tensor:
     """For each pack, where its best expert may come before a score `last`: (packs, T, H) bool.
 
-    The sum of the best half scores is the score of the best expert, up to what rounding took off it, which is bounded
-    as in docs/mathematics.md, doubled for what is rounded here.
+    The sum of the best half scores is the score of the best expert, up to rounding. The bound is that of
+    docs/mathematics.md, doubled for what is rounded here.
     """
     dtype = torch.promote_types(query_THX.dtype, torch.float32)
     keys_2HnC = torch.cat([each.to(dtype) for each in sub_keys], dim=2)

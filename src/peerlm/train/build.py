@@ -209,12 +209,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
     obstacle = _obstacle_to_rows(config, ranks)
     needs_rows = _need_of_rows(model, optim)
     if tables == "fused" and config.grow.freeze:
-        raise UserError("optim.tables = 'fused' does not go with grow.freeze: its backward pass updates all rows")
+        raise UserError(
+            "optim.tables = 'fused' cannot be combined with grow.freeze: its backward pass updates all rows"
+        )
     if tables == "auto":
         tables = "exact" if needs_rows or (not obstacle and _rows_pay(model, config, ranks)) else "dense"
     if tables == "dense":
         if needs_rows:
-            raise UserError(f"optim.tables = 'dense' does not go with {needs_rows}: leave one of them out")
+            raise UserError(f"optim.tables = 'dense' cannot be combined with {needs_rows}: leave one of them out")
         return torch.optim.AdamW(groups, **options, fused=True)
     for group in groups:
         if group["name"] == "table":
@@ -227,7 +229,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
         elif micro_batch_size < config.data.batch_size:
             obstacle = f"data.micro_batch_size = {micro_batch_size}: leave it out"
     if obstacle:
-        raise UserError(f"optim.tables = {tables!r} does not go with {obstacle}, or choose another value")
+        raise UserError(f"optim.tables = {tables!r} cannot be combined with {obstacle}, or choose another value")
     try:
         return RowAdamW(groups, **options, lazy=tables == "lazy", fused=tables == "fused")
     except ValueError as error:
@@ -235,7 +237,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
 
 
 def _obstacle_to_rows(config: TrainConfig, ranks: Ranks) -> str:
-    """What keeps gradients from being sparse, and its mend; empty where nothing does."""
+    """What keeps gradients from being sparse, and its fix; empty where nothing does."""
     if ranks.world_size > 1:
         return f"{ranks.world_size} processes, which exchange dense gradients: train with one"
     if config.compile:

@@ -32,8 +32,11 @@ On the held-out split of its data: perplexity {perplexity:.2f}, {loss:.4f} nats 
 {usage}
 ## Use
 
+Import peerlm before you load the model. transformers alone does not know the model type `peer`, and an update of it
+does not help.
+
 ```python
-import peerlm  # lets transformers load it
+import peerlm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}")

@@ -1,9 +1,9 @@
 """Checkpoints: a run's whole state in one folder, complete or absent, checked when read.
 
-RUN/checkpoints/step-00000100/ holds the model as `save_pretrained` writes it, the tokenizer,
-optimizer.safetensors (see `peerlm.optim.saved`) and state.json, which also records the size and CRC-32 of every
-other file, and a CRC-32 of itself. Nothing is unpickled. Rows of tables may be stale in it, where the optimizer
-updates them when they are next read: who loads such a model for use calls `peerlm.optim.saved.catch_up_saved`.
+RUN/checkpoints/step-00000100/ holds the model as `save_pretrained` writes it, the tokenizer, optimizer.safetensors (see
+`peerlm.optim.saved`) and state.json. The latter also records the size and CRC-32 of every other file, and a CRC-32 of
+itself. Nothing is unpickled. Rows of tables may be stale in it, where the optimizer updates them when they are next
+read: then the model's configuration says so, and `from_pretrained` updates them.
 
 Neither schedules, data order nor dropout have files of their own: each is a pure function of the step and
 the seed.
@@ -27,7 +27,7 @@ from transformers.utils import logging
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder, write_json
 from peerlm.ops.row_updates import rows_as_they_are
-from peerlm.optim.saved import load_state, save_state
+from peerlm.optim.saved import load_state, mark_stale, save_state
 
 PREFIX = "step-"
 _CHUNK_BYTES = 2**22
@@ -100,7 +100,8 @@ def save_checkpoint(
     with atomic_folder(folder) as partial:
         with rows_as_they_are():  # stale rows are updated in the resumed run when they would be here
             save_model(partial, model, tokenizer)
-            save_state(optimizer, partial)
+            if save_state(optimizer, partial, model):
+                mark_stale(partial)
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         values = {**asdict(state), "files": files}
         write_json(partial / "state.json", {**values, "crc32": _checksum(values)})

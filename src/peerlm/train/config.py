@@ -8,12 +8,12 @@ from typing import Any, Literal
 from peerlm.errors import UserError
 
 
-def _require(config: object, prefix: str, names: str, holds: Callable[[Any], bool], mend: str) -> None:
+def _require(config: object, prefix: str, names: str, holds: Callable[[Any], bool], fix: str) -> None:
     """Raise UserError unless `holds` is true of each of the named fields that is set."""
     for name in names.split():
         value = getattr(config, name)
         if value is not None and not holds(value):
-            raise UserError(f"{prefix}{name} = {value!r}: {mend}")
+            raise UserError(f"{prefix}{name} = {value!r}: {fix}")
 
 
 def _at_least_0(value: float) -> bool:
@@ -90,7 +90,7 @@ class OptimConfig:
     tables: Literal["auto", "exact", "lazy", "fused", "dense"] = "auto"
     """How tables are updated: "dense" by torch.optim.AdamW, which visits every row; "exact", the same weights by rows
     that were retrieved; "fused", as exact but in the backward pass, without clipping or accumulation; "lazy", rows that
-    were not retrieved stay as they are, another optimizer. "auto" takes whichever of dense and exact is quicker."""
+    were not retrieved stay as they are, another optimizer. "auto" takes the quicker of dense and exact."""
     table_beta1: float | None = None
     """beta1 of tables; null: that of the rest. With 0 no mean of gradients is kept. Not with tables = "dense"."""
     table_row_wise: bool = False

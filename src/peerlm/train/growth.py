@@ -16,7 +16,7 @@ from peerlm.data import batches
 from peerlm.errors import UserError
 from peerlm.growth import freeze_grown, grow, observe, set_opening
 from peerlm.growth.freezing import PARTS, Frozen
-from peerlm.growth.indexed import find_pools
+from peerlm.growth.indexed import find_indexed_layers
 from peerlm.train.checkpoint import TrainState
 from peerlm.train.config import GrowConfig
 from peerlm.train.training import Hook, Training, place
@@ -79,15 +79,15 @@ def with_shells(model_settings: Mapping[str, Any]) -> dict[str, Any]:
 def check_growths(model: nn.Module, growths: Iterable[Growth]) -> None:
     """Raise a UserError where the layers of a new model cannot grow so."""
     try:
-        pools = find_pools(model)
+        layers = find_indexed_layers(model)
     except ValueError as error:
         raise UserError(f"grow.at is given, but {error}: leave it out") from error
     for growth in growths:
-        for pool in pools:
-            if growth.sub_keys**2 <= pool.keys.num_experts:
+        for layer in layers:
+            if growth.sub_keys**2 <= layer.index.num_experts:
                 raise UserError(
-                    f"grow.at has {growth.sub_keys} sub-keys, {growth.sub_keys**2} experts, but {pool.where()} begins "
-                    f"with {pool.keys.num_experts}: give more"
+                    f"grow.at has {growth.sub_keys} sub-keys, {growth.sub_keys**2} experts, but {layer.where()} begins "
+                    f"with {layer.index.num_experts}: give more"
                 )
 
 
@@ -164,7 +164,7 @@ class Growing(Hook):
 
 
 def _adapt(training: Training) -> None:
-    """Wrap the model anew, whose parameters are others now, and count what a step costs."""
+    """Wrap the model again, whose parameters are others now, and count what a step costs."""
     training.wrap()
     cost = model_cost(training.model, training.config.data.context)
     training.flops_per_step = training.tokens_per_step * cost.training_flops_per_token

@@ -29,8 +29,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     A folder that `peerlm prepare` wrote stands for a recipe too, of a small model (see `starter_recipe`).
     An override is `section.key=value`; they apply in order. A value is written as in TOML; a bare word
     counts as a string, and null unsets a key. Overriding a key of [budget] replaces the recipe's budget.
-    Raises UserError for a file that cannot be read, a key that does not exist (naming the nearest that does),
-    a value of the wrong type, or one without sense.
+    Raises UserError for a file that cannot be read, an unknown key (naming the nearest known one), or a value of the
+    wrong type or out of range.
     """
     return from_dict(TrainConfig, read_recipe(path, overrides))
 

@@ -1,4 +1,4 @@
-"""The folder of a run: may we write there, and is it the run that is to be resumed?"""
+"""The folder of a run: whether it may be written, and whether it holds the run that is to be resumed."""
 
 import shlex
 from pathlib import Path

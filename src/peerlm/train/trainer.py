@@ -38,9 +38,9 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
 
     The run folder gets config.json (resolved), log.jsonl (rows with loss, or with validation_loss),
     checkpoints/, model/ (for `from_pretrained`) and summary.json. With `resume` a run continues from its
-    newest checkpoint, or from the start where there is none yet; however it was ended, its weights become
-    bit for bit those of a run never interrupted, given the same number of threads and a budget other than
-    minutes. Resuming a finished run returns its summary.
+    newest checkpoint, or from the start where there is none yet; its weights become bit for bit those of a run never
+    interrupted, given the same number of threads and a budget other than minutes. Resuming a finished run returns its
+    summary.
 
     Args:
         config: the run; `load_recipe` reads one from a file.

@@ -105,9 +105,11 @@ class Training:
 
     def unwrap(self) -> None:
         """Drop what exchanges gradients while the processes are still joined: it can hang afterwards."""
+        exchanged = self.ranks.world_size > 1
         self.forward = self.model
         share_statistics(self.model, None)
-        gc.collect()
+        if exchanged:
+            gc.collect()
 
 
 class Hook:

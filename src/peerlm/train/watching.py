@@ -1,4 +1,4 @@
-"""What a training run looks at while it trains, as hooks: the held-out loss, the use of experts, rows to be read."""
+"""What a training run measures on the way, as hooks: held-out loss, use of experts, rows brought up to date."""
 
 import math
 import time
@@ -10,6 +10,7 @@ from typing import Any
 from peerlm.data import TokenWindows
 from peerlm.evaluate import held_out_loss
 from peerlm.optim import RowAdamW
+from peerlm.ranks import Ranks
 from peerlm.train.checkpoint import TrainState
 from peerlm.train.config import EvalConfig
 from peerlm.train.training import Hook, Training, place
@@ -33,8 +34,10 @@ class Evaluation(Hook):
         started = time.perf_counter()
         model: Any = training.model
         with training.autocast(), record_usage(model) as usage:
-            loss = held_out_loss(model, self.heldout, batch_size=self.config.batch_size, limit=windows)
-        found = {"validation_loss": loss, "usage": _summed_usage(usage)}
+            loss = held_out_loss(
+                model, self.heldout, batch_size=self.config.batch_size, limit=windows, ranks=training.ranks
+            )
+        found = {"validation_loss": loss, "usage": _summed_usage(usage, training.ranks)}
         training.write({**place(state), **found})
         training.display.note(f"step {state.step}  validation loss {loss:.4f}  perplexity {math.exp(loss):.2f}")
         seconds = time.perf_counter() - started
@@ -58,7 +61,7 @@ class UsageSample(Hook):
 
     def after_backward(self, training: Training, state: TrainState, seen: Any) -> dict[str, Any]:
         """Usage and unevenness by layer; empty in other steps."""
-        return {"usage": _summed_usage(seen)}
+        return {"usage": _summed_usage(seen, training.ranks)}
 
 
 class UpToDateRows(Hook):
@@ -70,8 +73,8 @@ class UpToDateRows(Hook):
             training.optimizer.catch_up()
 
 
-def _summed_usage(usage: Mapping[str, ExpertUsage]) -> dict[str, dict[str, float]]:
+def _summed_usage(usage: Mapping[str, ExpertUsage], ranks: Ranks) -> dict[str, dict[str, float]]:
     """Usage and unevenness by layer, over all ranks; each rank must call it."""
     for layer in usage.values():
-        layer.merge()
+        layer.merge(ranks)
     return {name: {"share": layer.share, "unevenness": layer.unevenness} for name, layer in usage.items()}

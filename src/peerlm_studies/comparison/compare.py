@@ -1,4 +1,4 @@
-"""The main job: PEER and its rivals in the same model, on the same data, for the same FLOPs."""
+"""A comparison: PEER and its baselines in the same model, on the same data, for the same FLOPs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool
     """Train and evaluate every run of a comparison's recipe (see `load_plan`), then write its table, plots and sample.
 
     Each run is a process of its own, so that peak memory is its alone. Finished runs are rows of OUTPUT/rows.jsonl and
-    are not made again; an interrupted one goes on from its checkpoint. OUTPUT also gets table.md, table.json, loss.png
+    are not made again; an interrupted one resumes from its checkpoint. OUTPUT also gets table.md, table.json, loss.png
     and sample.txt.
 
     Args:

@@ -1,4 +1,4 @@
-"""A comparison's recipe, and the training runs that it stands for."""
+"""A comparison's recipe, and its training runs."""
 
 import copy
 import hashlib
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.train.config import TrainConfig
 from peerlm.train.presets import merge, with_preset
 from peerlm.train.recipe import bound_values, from_dict, read_recipe, set_key
@@ -23,6 +23,8 @@ class CompareConfig:
     """Every method is trained once with each of these."""
     sweep: dict[str, Any] = field(default_factory=dict)
     """Recipe keys and lists of values: every method is trained with every combination of them."""
+    only: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By method and swept key, the values with which that method is trained in place of all."""
     evaluate: tuple[str, ...] = ()
     """Files on which each trained model is evaluated, as by `peerlm eval`."""
     evaluate_limit: int | None = None
@@ -32,7 +34,7 @@ class CompareConfig:
     sample: str = "peer"
     """Method whose first model writes the sample of text."""
     prompt: str = "The"
-    """What the sample goes on from."""
+    """The prompt of the sample."""
     sample_tokens: int = 120
     """Tokens the sample is long at the most."""
 
@@ -44,6 +46,19 @@ class CompareConfig:
         for key, values in self.sweep.items():
             if not isinstance(values, list) or not values:
                 raise UserError(f"compare.sweep.{key} = {values!r}: give a list of the values to try")
+        for method, keys in self.only.items():
+            for key, values in keys.items():
+                if key not in self.sweep:
+                    raise UserError(f"compare.only.{method}.{key} is not swept: choose from {listed(self.sweep)}")
+                if not isinstance(values, list) or not all(value in self.sweep[key] for value in values):
+                    raise UserError(
+                        f"compare.only.{method}.{key} = {values!r}: give a list of some of {self.sweep[key]}"
+                    )
+
+    def points(self, method: str) -> list[dict[str, Any]]:
+        """The combinations of swept keys and values with which a method is trained."""
+        sweep = self.sweep | self.only.get(method, {})
+        return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +108,8 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> ComparePlan:
         compare=recipe.compare,
         runs=[
             recipe.run(name, seed=seed, sweep=point)
-            for seed, name, point in itertools.product(
-                recipe.compare.seeds, recipe.methods, _points(recipe.compare.sweep)
-            )
+            for seed, name in itertools.product(recipe.compare.seeds, recipe.methods)
+            for point in recipe.compare.points(name)
         ],
     )
 
@@ -152,6 +166,9 @@ def comparison_of(values: dict[str, Any], path: str | Path) -> ComparisonRecipe:
     for name, keys in methods.items():
         if not isinstance(keys, dict):
             raise UserError(f"methods.{name} = {keys!r}: expected a section of keys")
+    for name in compare.only:
+        if name not in methods:
+            raise UserError(f"compare.only names {name!r}: choose from {listed(methods)}")
     return ComparisonRecipe(output=Path(values["run"]), compare=compare, methods=methods, shared=values)
 
 
@@ -161,7 +178,3 @@ def take_section(values: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise UserError(f"{name} = {section!r}: expected a section of keys")
     return section
-
-
-def _points(sweep: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]

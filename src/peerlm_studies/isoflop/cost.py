@@ -61,7 +61,7 @@ def measure_costs(
     plan = load_isoflop(recipe, settings)
     rows = read_rows(output)
     done = {(row["key"], row["batch_size"], row["threads"]) for row in rows}
-    runs = {(run.method, run.size): run for run in reversed(plan.runs(plan.compare.seeds[:1], sizes=sizes))}
+    runs = {(run.method, run.size): run for run in reversed(plan.runs(plan.compare.seeds[:1], sizes=sizes, whole=True))}
     keys = {model: run.planned.key(plan.compare) for model, run in runs.items()}
     for (method, size), run in reversed(runs.items()):
         for batch_size in batch_sizes:

@@ -99,8 +99,8 @@ def _shared_seeds(sizes: Iterable[Mapping[int, Row]], seeds: Sequence[int]) -> l
 def optima_table(curves: Sequence[Curve], seconds: Cost) -> list[dict[str, Any]]:
     """One row per method and budget: the optimum, and the run nearest to it over its seeds, with its seconds.
 
-    A loss or the logarithm of a perplexity over seeds is a mean, with half of its 95% confidence interval from the
-    spread over seeds that is pooled over all runs of the budget: what seeds differ by changes with it.
+    A loss or the logarithm of a perplexity over seeds is a mean, with half of its 95% confidence interval. The spread
+    over seeds is pooled over all runs of the budget: what seeds differ by changes with it.
     """
     points_of: dict[float, list[Point]] = {}
     for curve in curves:

@@ -15,7 +15,7 @@ from peerlm_studies.markdown import markdown_rows
 from peerlm_studies.memory import training_bytes
 
 
-def dry_run(plan: IsoflopPlan, *, gpu_tflops: float, utilisation: float, **part: Sequence[str]) -> list[dict[str, Any]]:
+def dry_run(plan: IsoflopPlan, *, gpu_tflops: float, utilisation: float, **part: Any) -> list[dict[str, Any]]:
     """One row per method, budget and size, from models on the meta device.
 
     Memory is that of `training_bytes` for one micro-batch. Hours are of one GPU: FLOPs by `peerlm.accounting` over what

@@ -1,7 +1,7 @@
-"""An isoFLOP recipe: methods, sizes and budgets, and the training runs that they stand for."""
+"""An isoFLOP recipe: methods, sizes and budgets, and their training runs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ class IsoflopConfig:
     """Training FLOPs, written as a number in quotes, and the names of the sizes that are trained with them."""
     optimum_seeds: tuple[int, ...] = ()
     """More seeds, with which the size next to a curve's optimum is trained."""
+    only: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By method and budget, the names of the sizes that are trained in place of all of that budget."""
 
     def __post_init__(self) -> None:
         for name, keys in self.sizes.items():
@@ -29,14 +31,28 @@ class IsoflopConfig:
             flops_of(budget)
             if not isinstance(names, list) or not names:
                 raise UserError(f"isoflop.budgets.{budget} = {names!r}: give a list of names of sizes")
-            for name in names:
-                if name not in self.sizes:
-                    raise UserError(
-                        f"isoflop.budgets.{budget} names {name!r}: choose from {listed(self.sizes)}, "
-                        "or add it to [isoflop.sizes]"
-                    )
+            self._check_sizes(f"isoflop.budgets.{budget}", names, self.sizes, "add it to [isoflop.sizes]")
         if not self.budgets:
             raise UserError('isoflop.budgets is empty: name at least one, for example "2e12" = ["small", "large"]')
+        for method, of_budget in self.only.items():
+            for budget, names in of_budget.items():
+                where = f"isoflop.only.{method}.{budget}"
+                if budget not in self.budgets:
+                    raise UserError(f"{where} names no budget: choose from {listed(self.budgets)}")
+                if not isinstance(names, list):
+                    raise UserError(f"{where} = {names!r}: give a list of names of sizes")
+                self._check_sizes(where, names, self.budgets[budget], f"add it to isoflop.budgets.{budget}")
+
+    @staticmethod
+    def _check_sizes(where: str, names: Sequence[str], known: Collection[str], otherwise: str) -> None:
+        for name in names:
+            if name not in known:
+                raise UserError(f"{where} names {name!r}: choose from {listed(known)}, or {otherwise}")
+
+    def sizes_of(self, method: str, budget: str) -> list[str]:
+        """The names of the sizes of this method that are trained with this budget."""
+        sizes: list[str] = self.only.get(method, {}).get(budget, self.budgets[budget])
+        return sizes
 
 
 def flops_of(budget: str) -> float:
@@ -89,12 +105,14 @@ class IsoflopPlan:
         methods: Sequence[str] = (),
         budgets: Sequence[str] = (),
         sizes: Sequence[str] = (),
+        whole: bool = False,
     ) -> list[IsoflopRun]:
         """The runs with these seeds, by default those of every run, smallest budgets first.
 
         Args:
             seeds: of the runs.
             methods, budgets, sizes: only these; empty: all.
+            whole: whether those that `isoflop.only` leaves out are among them.
 
         Raises:
             UserError: a method, budget or size that the recipe lacks, or a run's configuration is none.
@@ -111,7 +129,7 @@ class IsoflopPlan:
             for seed in (self.compare.seeds if seeds is None else seeds)
             for method in self.recipe.methods
             if not methods or method in methods
-            for size in self.isoflop.budgets[budget]
+            for size in (self.isoflop.budgets[budget] if whole else self.isoflop.sizes_of(method, budget))
             if not sizes or size in sizes
         ]
 
@@ -144,5 +162,9 @@ def load_isoflop(path: str | Path, overrides: Sequence[str] = ()) -> IsoflopPlan
     recipe = comparison_of(values, path)
     if recipe.compare.sweep:
         raise UserError(f"{path} has compare.sweep beside isoflop.sizes: leave it out")
+    study = from_dict(IsoflopConfig, isoflop, prefix="isoflop.")
+    for method in study.only:
+        if method not in recipe.methods:
+            raise UserError(f"isoflop.only names {method!r}: choose from {listed(recipe.methods)}")
     recipe = replace(recipe, shared=recipe.shared | {"budget": {}})
-    return IsoflopPlan(isoflop=from_dict(IsoflopConfig, isoflop, prefix="isoflop."), recipe=recipe)
+    return IsoflopPlan(isoflop=study, recipe=recipe)

@@ -39,7 +39,7 @@ def seconds_at_speeds(plan: IsoflopPlan, speeds: Sequence[Row]) -> Cost:
     Raises:
         UserError: speeds were measured with different numbers of threads.
     """
-    model_of = {run.planned.key(plan.compare): run for run in plan.runs(plan.all_seeds)}
+    model_of = {run.planned.key(plan.compare): run for run in plan.runs(plan.all_seeds, whole=True)}
     measured = [
         (run, row)
         for row in speeds

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peerlm_studies.intervals import explained, plus_minus
 from peerlm_studies.markdown import markdown_rows
 
 PLACES = {
@@ -24,19 +25,21 @@ def optima_markdown(table: Sequence[Mapping[str, Any]]) -> str:
         "loss there": ["" if row["optimum_loss"] is None else f"{row['optimum_loss']:.3f}" for row in table],
         "nearest run": [row["size"] for row in table],
         "seeds": [", ".join(map(str, row["seeds"])) for row in table],
-        "loss": [_plus_minus(row["loss"], row["loss_half_width"], "{:.3f}") for row in table],
+        "loss": [plus_minus(row["loss"], row["loss_half_width"], "{:.3f}") for row in table],
     }
     for file in files:
         cells = [row["perplexity"].get(file, {"mean": None, "half_width": None}) for row in table]
-        columns[f"{file} ppl"] = [_plus_minus(cell["mean"], cell["half_width"], _form(cell["mean"])) for cell in cells]
-    return markdown_rows(
-        columns
-        | {
-            "active": [f"{row['active_parameters'] / 1e6:.2f}M" for row in table],
-            "parameters": [f"{row['total_parameters'] / 1e6:.2f}M" for row in table],
-            "tokens": [f"{row['tokens'] / 1e6:.2f}M" for row in table],
-            "seconds": [_cost(row["seconds"], "{:,.0f}") for row in table],
-        }
+        columns[f"{file} ppl"] = [plus_minus(cell["mean"], cell["half_width"], _form(cell["mean"])) for cell in cells]
+    return explained(
+        markdown_rows(
+            columns
+            | {
+                "active": [f"{row['active_parameters'] / 1e6:.2f}M" for row in table],
+                "parameters": [f"{row['total_parameters'] / 1e6:.2f}M" for row in table],
+                "tokens": [f"{row['tokens'] / 1e6:.2f}M" for row in table],
+                "seconds": [_cost(row["seconds"], "{:,.0f}") for row in table],
+            }
+        )
     )
 
 
@@ -48,12 +51,6 @@ def _optimum(row: Mapping[str, Any]) -> str:
 
 def _form(perplexity: float | None) -> str:
     return "{:,.1f}" if perplexity is None or perplexity < 1e5 else "{:.2e}"
-
-
-def _plus_minus(value: float | None, half_width: float | None, form: str) -> str:
-    if value is None:
-        return ""
-    return form.format(value) if half_width is None else f"{form.format(value)} ± {form.format(half_width)}"
 
 
 def equal_seconds_markdown(table: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import html
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.continual import StageConfig, learn
 from peerlm.data import END_OF_TEXT, read_documents
+from peerlm.errors import PeerlmWarning
 from peerlm.evaluate.files import read_documents as read_text
 from peerlm.evaluate.files import read_passages
 from peerlm.evaluate.lambada import score_last_words
@@ -125,7 +127,10 @@ def learn_facts(plan: "LifelongPlan", facts: FactsConfig, *, progress: bool) -> 
                 return _measure(model, tokenizer, asked, facts, context)  # noqa: B023
 
             resume = (Path(config.run) / "config.json").is_file()
-            for number, row in enumerate(learn(config, resume=resume, progress=progress, measure=measure)):
+            with warnings.catch_warnings():  # what is measured is how well a text is remembered
+                warnings.filterwarnings("ignore", ".* is measured on are in the text of ", PeerlmWarning)
+                learned = learn(config, resume=resume, progress=progress, measure=measure)
+            for number, row in enumerate(learned):
                 if number >= len(done):
                     append_row(path, {"key": key, "label": stream.label, "seed": stream.seed, **row, **provenance()})
             rmtree(config.run)

@@ -1,4 +1,4 @@
-"""The recipe of `peerlm lifelong`, and the streams that it stands for."""
+"""The recipe of `peerlm lifelong`, and its streams."""
 
 import hashlib
 import json

@@ -24,7 +24,7 @@ TOOK = ("steps", "tokens", "flops", "seconds", "trained_parameters")
 def lifelong(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool = True) -> dict[str, Any]:
     """Make every stream of a recipe (see `lifelong.plan.load_plan`), then write tables and a plot.
 
-    Each stage is a row of OUTPUT/rows.jsonl and is not made again; an interrupted stream goes on from its checkpoint.
+    Each stage is a row of OUTPUT/rows.jsonl and is not made again; an interrupted stream resumes from its checkpoint.
     OUTPUT also gets table.md, table.json and forgetting.png, and of [facts] facts.jsonl and facts.md.
 
     Returns:
@@ -61,7 +61,7 @@ def lifelong(recipe: str | Path, overrides: Sequence[str] = (), *, progress: boo
 
 
 def train_base(config: TrainConfig, *, progress: bool) -> None:
-    """Train a base model, or go on with it; nothing where it is finished."""
+    """Train a base model, or resume it; nothing where it is finished."""
     train(config, resume=Path(config.run).is_dir() and any(Path(config.run).iterdir()), progress=progress)
 
 
@@ -96,9 +96,9 @@ def _rows_of(plan: LifelongPlan) -> list[dict[str, Any]]:
 def summarise(rows: Sequence[Mapping[str, Any]], full: str) -> list[dict[str, Any]]:
     """For each method means over its streams, each compared with the stream of `full` of the same order and seed.
 
-    "forgetting" is the rise of loss of the base's domain since before the first stage, "old_forgetting" that of each
-    domain learned before the last since its own stage, both after the last stage, in nats; "new_loss" is the mean over
-    stages of the loss of the stage's domain right after it. "share" is forgetting over that of `full`, "excess"
+    "forgetting" is the rise of loss of the base's domain since before the first stage. "old_forgetting" is that of each
+    domain learned before the last, since its own stage. Both are after the last stage, in nats; "new_loss" is the mean
+    over stages of the loss of the stage's domain right after it. "share" is forgetting over that of `full`, "excess"
     new_loss over that of `full`, less 1; None where there is no such stream, share also where full forgot nothing.
     """
     streams: dict[tuple[str, tuple[str, ...], int], list[Mapping[str, Any]]] = {}

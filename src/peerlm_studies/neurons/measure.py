@@ -46,10 +46,10 @@ class ImportantNeurons(nn.Module):
         self.retrieved = retrieved
         self.num_experts = len(neurons.down)
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights, all 1, and neuron ids, each (T, 1, K)."""
-        importance_TK, ids_TK = self.neurons.importance(x_TD).topk(self.retrieved, dim=-1)
-        return torch.ones_like(importance_TK)[:, None], ids_TK[:, None]
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights, all 1, and neuron ids, each (..., 1, K)."""
+        importance, ids = self.neurons.importance(x).topk(self.retrieved, dim=-1)
+        return torch.ones_like(importance)[..., None, :], ids[..., None, :]
 
 
 def measure_neurons(

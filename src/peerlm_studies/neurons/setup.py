@@ -1,4 +1,4 @@
-"""What experiments on retrieved neurons start from: a dense model, its text, and its layers with learned indices."""
+"""What studies of retrieved neurons start from: a dense model, its text, and its layers with learned indices."""
 
 import hashlib
 import json

@@ -1,1 +1,1 @@
-"""The report of results: built from the rows of all experiments."""
+"""The report of results, built from the rows of all studies."""

@@ -72,10 +72,11 @@ def _scaling(config: SectionConfig, root: Path) -> Section:
     there = all(each.is_file() for each in files)
     stale = not there or rows_digest(files) != law["digest"]
     tables = [
-        *([f"Rows have changed since this was fitted: `{config.command}` fits it anew."] if stale else []),
+        *([f"Rows have changed since this was fitted: `{config.command}` fits it again."] if stale else []),
         law_markdown(law),
-        "Constants with the middle 95% of bootstrap draws; errors are shares of the loss. Held-out runs, and each "
-        "model left out in turn, were predicted by a fit without them.",
+        f"Constants with the middle 95% of bootstrap draws. `{config.rows[0]}` has all of them, and "
+        "predictions use all of them; errors are shares of the loss. Held-out runs, "
+        "and each model left out in turn, were predicted by a fit without them.",
     ]
     fitted: list[Row] = [row for each in files if each.is_file() for row in read_rows(each)]
     return Section(rows=fitted or [law], tables=tables, figures={"law": plot_law(law)})
@@ -103,8 +104,8 @@ def _isoflop(config: SectionConfig, rows: Sequence[Row], root: Path) -> Section:
         *_not_made(((run.method, f"{run.size} at {run.flops:.3g}") for run in missing), len(plan.runs())),
         optima_markdown(table),
         "The optimum is that of a parabola in the logarithm of active parameters. Loss and perplexity are of the run "
-        "nearest to it, means over its seeds with 95% confidence intervals (Student's t, the spread over seeds pooled "
-        f"over all runs of the budget). The best of these runs again, alone: `{again}`.",
+        "nearest to it: means over seeds, with 95% confidence intervals by Student's t. The spread over seeds is "
+        f"pooled over all runs of the budget. The best of these runs again, alone: `{again}`.",
         *(
             [
                 f"The same rows at equal seconds of training{_at_speeds(config, speeds)}:",
@@ -131,10 +132,7 @@ def _at_speeds(config: SectionConfig, speeds: Sequence[Row]) -> str:
     if not speeds:
         return ""
     threads = " or ".join(str(count) for count in sorted({row["threads"] for row in speeds}))
-    return (
-        f", which are what a run's tokens take at the speed of its method and size on {threads} threads of a CPU "
-        f"(`{config.speeds}`), wherever it was made"
-    )
+    return f", at the speed of each method and size on {threads} threads of a CPU (`{config.speeds}`)"
 
 
 def _not_made(runs: Iterable[tuple[str, str]], of: int) -> list[str]:
@@ -164,7 +162,7 @@ def _comparison(config: SectionConfig, rows: Sequence[Row], root: Path) -> Secti
         if (name := (row["label"], row["seed"])) in named:
             raise UserError(
                 f"section {config.title!r} of the report has two runs of {name[0]!r}, seed {name[1]}, with different "
-                "settings: name a recipe, whose rows alone count, or take one of the files of rows out"
+                "settings: name a recipe, or leave one of the files of rows out"
             )
         named.add(name)
     tables = [*note, markdown_rows(columns_of(summarise(own)))]

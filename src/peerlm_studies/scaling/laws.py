@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from peerlm.errors import UserError, listed
 from peerlm.files import write_bytes
 from peerlm_studies.figures import finish
+from peerlm_studies.intervals import explained, within
 from peerlm_studies.markdown import markdown_rows
 from peerlm_studies.rows import read_runs
 from peerlm_studies.scaling.fit import CONSTANTS, Law, RunPoint, bootstrap, constants, fit_law, interval, varied
@@ -154,7 +155,7 @@ def _held_out(group: Group, least: float | None, starts: int) -> dict[str, Any] 
 
 
 def _left_out_in_turn(group: Group, starts: int) -> dict[str, float] | None:
-    """How fits without one model each, whatever its seeds, predict it; None where too few would be left."""
+    """How fits without one model each, all its seeds, predict it; None where too few would be left."""
     of_model: dict[tuple[float, ...], list[RunPoint]] = {}
     for point in group.points:
         of_model.setdefault((point.size, point.tokens, point.granularity, point.expansion), []).append(point)
@@ -190,7 +191,7 @@ def law_markdown(law: Mapping[str, Any]) -> str:
             for each in held_out
         ],
     }
-    return markdown_rows(columns)
+    return explained(markdown_rows(columns))
 
 
 def _share(of: Mapping[str, Any] | None, name: str) -> str:
@@ -201,7 +202,7 @@ def _constant(fit: Mapping[str, Any], name: str) -> str:
     if not fit["constants"][name]:
         return ""
     low, high = fit["intervals"][name]
-    return f"{fit['constants'][name]:.3g} ({low:.2g} to {high:.2g})"
+    return within(fit["constants"][name], low, high, form="{:.3g}", ends="{:.2g}")
 
 
 def plot_law(law: Mapping[str, Any]) -> Figure:

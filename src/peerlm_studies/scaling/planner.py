@@ -75,9 +75,8 @@ def plan_model(
     """The best model of each method for a budget, that of least expected loss first.
 
     Widths are tried from 32 to 8,192, with a block for each 64 of width, at least four. Experts and heads are tried by
-    powers of four and two where the law's runs varied them, and as far, for beyond that what the law says of them is a
-    guess at its worst; all other settings are those of its largest run. FLOPs are the accounting's, so that what the
-    index costs counts.
+    powers of four and two, within what the law's runs varied; beyond that the law guesses; all other settings are those
+    of its largest run. FLOPs are the accounting's, so that what the index costs counts.
 
     Where any method's budgets are far (`times_beyond`), methods stand in the law's order, for nothing says which is
     best there.

@@ -111,7 +111,7 @@ def embedding_parameters(model: Mapping[str, Any], vocab_size: int) -> int:
 def experts_of(model: Mapping[str, Any]) -> tuple[float, float]:
     """Granularity, experts that a token touches in a layer, and expansion, experts over that; 1 and 1 if dense.
 
-    Large experts count as one expert each per token, whatever their number.
+    Large experts count as one expert per token.
     """
     kind = kind_of(model)
     if kind == "dense":

@@ -21,6 +21,17 @@ def between_poison(tensor: Tensor) -> Tensor:
     return middle.copy_(tensor.detach())
 
 
+def assert_guards_kept(tensor: Tensor) -> None:
+    """Nothing was written beside a tensor that `between_poison` gave."""
+    _assert_guards_kept(tensor.as_strided((tensor.numel() + 2 * _GUARD,), (1,), tensor.storage_offset() - _GUARD))
+
+
+def _assert_guards_kept(memory: Tensor) -> None:
+    for guard in (memory[:_GUARD], memory[-_GUARD:]):
+        expected = torch.full_like(guard, _poison(memory.dtype))
+        torch.testing.assert_close(guard, expected, rtol=0, atol=0, equal_nan=True)
+
+
 class Guarded(TorchFunctionMode):
     """Every empty tensor that is asked for within is poisoned, and so are 64 elements on both sides of it."""
 
@@ -41,7 +52,5 @@ class Guarded(TorchFunctionMode):
     def assert_kept(self) -> None:
         """Nothing was written beside any of them."""
         assert self.given
-        for memory, middle in self.given:
-            for guard in (memory[:_GUARD], memory[_GUARD + middle.numel() :]):
-                expected = torch.full_like(guard, _poison(memory.dtype))
-                torch.testing.assert_close(guard, expected, rtol=0, atol=0, equal_nan=True)
+        for memory, _ in self.given:
+            _assert_guards_kept(memory)

@@ -21,14 +21,23 @@ from peerlm.optim.catch_up import RateHistory, catch_up_rules
 from peerlm.testing import assert_within_budget
 
 from ...row_tables import KINDS, NOW, assert_alike, copy_of, random_table, step_of, tensors, twins, units_apart
+from .guards import assert_guards_kept, between_poison
 
 EXACT_KINDS = [kind for kind in KINDS if kind != "lazy"]
 SHAPES = [(1,), (2, 31)]
 
 
 def placed_on(device: torch.device, table: RowState) -> RowState:
-    """A copy on the kernels' device."""
-    copies = {name: value.to(device, copy=True) for name, value in tensors(table).items()}
+    """A copy on the kernels' device, each tensor in the middle of poisoned memory."""
+    copies = {name: between_poison(value.to(device)) for name, value in tensors(table).items()}
+    return RowState(**{name: copies.get(name) for name in vars(table)})
+
+
+def read_back(table: RowState) -> RowState:
+    """A copy on the CPU of what `placed_on` has placed, beside which nothing was written."""
+    for tensor in tensors(table).values():
+        assert_guards_kept(tensor)
+    copies = {name: value.cpu() for name, value in tensors(table).items()}
     return RowState(**{name: copies.get(name) for name in vars(table)})
 
 
@@ -70,7 +79,7 @@ def test_an_update_is_that_of_the_definition(kind: str, row_shape: tuple[int, ..
         row_steps.update_rows(found, ids.to(device), gradient.to(device), step_of(found))
     for table in (expected, exact):
         row_step.update_rows(table, ids, gradient.to(table.rows.dtype), step_of(table))
-    assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
+    assert_alike(read_back(found), expected, exact)
     assert untouched(found, before, [1, 2, 4, 5, 6, 9, 38])
 
 
@@ -82,7 +91,7 @@ def test_an_update_of_all_rows_is_that_of_the_definition(kind: str, device: torc
     row_steps.update_rows(found, None, gradient.to(device), step_of(found))
     for table in (expected, exact):
         row_step.update_rows(table, None, gradient.to(table.rows.dtype), step_of(table))
-    assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
+    assert_alike(read_back(found), expected, exact)
 
 
 @pytest.mark.parametrize("seed", [None, 5, -3, 2**40])
@@ -141,7 +150,7 @@ def test_looked_up_entries_catch_up_their_rows(kind: str, row_shape: tuple[int, 
     placed[1 + NOW] = 3.0  # for rows that are up to date: to be used for none
     with small_pieces():
         row_steps.catch_up_entries(found, ids.to(device), placed, step)
-    assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
+    assert_alike(read_back(found), expected, exact)
     assert untouched(found, before, [row for row in range(40) if row not in stale])
     once = copy_of(found)
     row_steps.catch_up_entries(found, ids.to(device), placed, step)
@@ -160,7 +169,7 @@ def test_all_rows_catch_up(kind: str, device: torch.device) -> None:
     listed = copy_of(found)
     row_steps.catch_up_rows(listed, stale.to(device), rules, step)
     row_steps.catch_up_entries(found, None, row_steps.place_rules(rules, step.eps, device), step)
-    assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
+    assert_alike(read_back(found), expected, exact)
     assert same(found, listed)
 
 
@@ -222,7 +231,7 @@ def test_a_fused_update_is_that_of_the_definition(
     with small_pieces():
         for table in (found, again):
             update_by_gradients(table, step_of(table), *arguments)  # type: ignore[arg-type]
-    assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
+    assert_alike(read_back(found), expected, exact)
     assert same(found, again)
     assert untouched(found, before, sorted(set(range(40)) - set(ids.flatten().tolist())))
 
@@ -324,7 +333,7 @@ def test_gradients_of_repeated_rows_are_added_up(kind: str, device: torch.device
         summed = torch.zeros(3, 2, 9, dtype=dtype).index_add_(0, places, gradient[ids >= 0].to(dtype))
         row_step.update_rows(table, rows, summed, step_of(table))
     row_steps.update_entries(found, ids.to(device), gradient.to(device), step_of(found))
-    assert_alike(placed_on(torch.device("cpu"), found), expected, exact)
+    assert_alike(read_back(found), expected, exact)
 
 
 class Recorded:
@@ -442,7 +451,9 @@ def test_a_learning_rate_in_a_tensor_is_not_asked_for(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("peerlm.optim.row_adamw._kernels", lambda table: row_steps)
     monkeypatch.setattr("peerlm.optim.row_adamw._is_on_device", lambda rate: isinstance(rate, Tensor))
-    tables = [torch.nn.Parameter(torch.randn(6, 3, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    start = torch.randn(6, 3)
+    tables = [torch.nn.Parameter(start.to(device, copy=True)) for _ in range(2)]
+    ids = torch.tensor([[1, 4, 1]], device=device)
     rates = (0.25, torch.tensor(0.25, device=device))
     for table, rate in zip(tables, rates, strict=True):
         optimizer = RowAdamW([{"params": [table], "rows": True}], lr=rate, lazy=True)  # type: ignore[arg-type]
@@ -451,8 +462,8 @@ def test_a_learning_rate_in_a_tensor_is_not_asked_for(monkeypatch: pytest.Monkey
                 patch.setattr(Tensor, "__float__", asked)
                 patch.setattr(Tensor, "item", asked)
             for number in range(3):
-                table.grad = torch.sparse_coo_tensor(
-                    torch.tensor([[1, 4, 1]]), torch.full((3, 3), 1.0 + number), table.shape, check_invariants=False
-                )
+                values = torch.full((3, 3), 1.0 + number, device=device)
+                table.grad = torch.sparse_coo_tensor(ids, values, table.shape, check_invariants=False)
                 optimizer.step()
     assert torch.equal(*tables)
+    assert not torch.equal(tables[0].detach().cpu(), start)

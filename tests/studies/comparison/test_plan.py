@@ -59,6 +59,15 @@ def test_a_sweep_multiplies_the_runs(tmp_path: Path) -> None:
     assert len({run.train.run for run in plan.runs}) == 4
 
 
+def test_a_method_may_have_fewer_values_of_a_sweep(tmp_path: Path) -> None:
+    rates = ["compare.seeds=[5]", "compare.sweep={'optim.learning_rate' = [1e-3, 2e-3]}"]
+    plan = plan_of(tmp_path, RECIPE, *rates, "compare.only={PEER = {'optim.learning_rate' = [2e-3]}}")
+    labels = [run.label for run in plan.runs]
+    assert labels == ["dense learning_rate=0.001", "dense learning_rate=0.002", "PEER learning_rate=0.002"]
+    with pytest.raises(UserError, match=r"= \[3.0\]: give a list of some of \[0.001, 0.002\]"):
+        plan_of(tmp_path, RECIPE, *rates, "compare.only={PEER = {'optim.learning_rate' = [3.0]}}")
+
+
 def test_the_key_names_what_the_row_depends_on(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     key = plan.runs[0].key(plan.compare)
@@ -84,6 +93,8 @@ def test_keys_of_rows_that_were_made_before_stay(tmp_path: Path) -> None:
     [
         ("compare.seeds=[]", "compare.seeds is empty: name at least one seed"),
         ("compare.sed=[1]", "unknown key 'compare.sed': did you mean 'compare.seeds'"),
+        ("compare.only.moe={}", "compare.only names 'moe': choose from dense"),
+        ("compare.only.dense.seed=[3]", "compare.only.dense.seed is not swept: choose from"),
         ("compare.sweep.seed=3", "compare.sweep.seed = 3: give a list"),
         ("compare.jobs=0", "compare.jobs = 0: must be at least 1"),
         ("compare=3", "compare = 3: expected a section"),

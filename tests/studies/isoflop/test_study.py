@@ -96,7 +96,17 @@ def test_intervals_are_of_seeds_pooled_over_all_runs_of_a_budget(study: Any) -> 
     other = row["perplexity"]["other"]
     assert other["mean"] == pytest.approx(math.exp(row["loss"] + 1))
     assert other["half_width"] == pytest.approx(other["mean"] * row["loss_half_width"])
-    assert f"{row['loss']:.3f} ± {row['loss_half_width']:.3f}" in optima_markdown(table)
+    shown = optima_markdown(table)
+    assert f"{row['loss']:.3f} ± {row['loss_half_width']:.3f}" in shown
+    # Seeds of the other budget differ by more than their loss.
+    wide = [row for row in table if row["flops"] == 4e9]
+    lines = [line for line in shown.splitlines() if line.startswith("| 4e+09 |")]
+    assert len(lines) == len(wide) > 0
+    for row, line in zip(wide, lines, strict=True):
+        assert 2 * row["loss_half_width"] > row["loss"]
+        assert "| no estimate |" in line
+        assert f"{row['loss']:.3f} ±" not in line
+    assert '"no estimate": the interval is wider than the value.' in shown
 
 
 def test_one_seed_has_no_interval_and_missing_rows_leave_gaps(study: Any) -> None:
@@ -215,6 +225,10 @@ def test_speeds_say_what_runs_cost_wherever_they_were_made(study: Any) -> None:
         ("isoflop.budgets.1e9='small'", "isoflop.budgets.1e9 = 'small': give a list of names of sizes"),
         ("isoflop.budgets.1e9=['tiny']", "isoflop.budgets.1e9 names 'tiny': choose from small, middle, large"),
         ("isoflop.budgets={}", "isoflop.budgets is empty"),
+        ("isoflop.only.moe.1e9=['small']", "isoflop.only names 'moe': choose from dense, PEER"),
+        ("isoflop.only.PEER.1e8=['small']", "isoflop.only.PEER.1e8 names no budget: choose from 1e9, 4e9"),
+        ("isoflop.only.PEER.1e9='small'", "isoflop.only.PEER.1e9 = 'small': give a list of names of sizes"),
+        ("isoflop.only.PEER.1e9=['tiny']", "isoflop.only.PEER.1e9 names 'tiny': choose from small, middle, large, or"),
         ("isoflop.bugets.x=1", "unknown key 'isoflop.bugets'"),
         ("isoflop={}", "is no isoFLOP recipe: add a section [isoflop]"),
         ("budget.steps=3", "sets a budget beside isoflop.budgets"),
@@ -237,6 +251,14 @@ def test_a_part_without_runs_is_named(study: Any) -> None:
     study.path.write_text(study.path.read_text().replace('"4e9" = ["small", ', '"4e9" = ['))
     with pytest.raises(UserError, match=r"no run of .* has that budget and that size"):
         isoflop(study.path, budgets=["4e9"], sizes=["small"], progress=False)
+
+
+def test_a_method_may_have_fewer_sizes(study: Any) -> None:
+    plan = load_isoflop(study.path, ["isoflop.only.PEER.1e9=['small']", "isoflop.only.PEER.4e9=[]"])
+    everywhere = load_isoflop(study.path).runs()
+    assert [(run.flops, run.size) for run in plan.runs(methods=["PEER"])] == [(1e9, "small")]
+    assert plan.runs(methods=["dense"]) == [run for run in everywhere if run.method == "dense"]
+    assert plan.runs(whole=True) == everywhere
 
 
 def test_rows_of_a_stranger_do_not_count(study: Any) -> None:

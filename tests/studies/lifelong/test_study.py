@@ -13,6 +13,9 @@ from peerlm_studies.lifelong.plan import load_plan
 from peerlm_studies.lifelong.study import markdown_lifelong, summarise
 from peerlm_studies.rows import read_rows
 
+# What a domain is measured on is its text: the figures do not matter here.
+pytestmark = pytest.mark.filterwarnings("ignore:.* is measured on are in the text of:peerlm.errors.PeerlmWarning")
+
 RECIPE = """
 run = "{folder}/out"
 data = {{ folder = "-", vocab_size = 300, context = 16, batch_size = 4, holdout = 0.1 }}

@@ -20,10 +20,13 @@ from peerlm.data.tokenizer import load_tokenizer
 from peerlm.errors import TrainingStopped
 from peerlm.evaluate import held_out_loss
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.testing import float64
 from peerlm_studies.neurons.finetune import finetune_neurons
 from peerlm_studies.neurons.measure import measure_neurons, smallest_shares
 from peerlm_studies.neurons.setup import draw_windows, layer_inputs, load_setup, replaced
 from peerlm_studies.rows import read_rows
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 CONTEXT = 16
 SETTINGS = {"heads": 2, "key_dim": 8}
@@ -38,7 +41,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text file, its tokens, and a model with two dense layers whose outputs matter."""
+    """A text file, its tokens, and a model in float64 with two dense layers whose outputs matter."""
     folder = tmp_path_factory.mktemp("neurons")
     documents = [
         f"Document {number} tells of {number * number} ships and {number % 7} seas." * 4 for number in range(80)
@@ -58,7 +61,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             peer={"num_experts": 16, "heads": 1, "experts_per_head": 2, "key_dim": 4},
             ffw_init_scale=10,
         )
-        model = PeerForCausalLM(config)
+        with float64():
+            model = PeerForCausalLM(config)
         with torch.no_grad():
             model.model.embed_tokens.weight.mul_(4)
         model.save_pretrained(folder / name)
@@ -83,11 +87,11 @@ def test_report_has_rows_of_all_retrievals_and_is_exact_with_all_neurons(folder:
     for (retrieval, share), row in rows.items():
         assert sorted(row["errors"]) == ["model.layers.0.ffw", "model.layers.1.ffw"]
         if share == 1:
-            assert row["perplexity"] == pytest.approx(dense, rel=1e-5)
-            assert max(row["errors"].values()) < 1e-5
+            assert row["perplexity"] == pytest.approx(dense)
+            assert max(row["errors"].values()) < 1e-7
         else:
             assert row["neurons_per_token"] == [6, 6]
-            assert row["perplexity"] != pytest.approx(dense, rel=1e-5)
+            assert row["perplexity"] != pytest.approx(dense)
         assert (row["flops_per_token"] is None) == (retrieval == "oracle")
     few = {retrieval: sum(rows[retrieval, 0.1]["errors"].values()) for retrieval in ("oracle", "learned", "random")}
     assert few["oracle"] < few["learned"] < few["random"]
@@ -129,7 +133,6 @@ def test_windows_are_drawn_without_repetition_in_an_epoch() -> None:
     assert drawn[:7].tolist() != drawn[7:].tolist()
 
 
-@pytest.mark.usefixtures("float64")
 def test_inputs_are_what_the_layers_read(folder: Path) -> None:
     setup = load_setup(folder / "dense", data=folder / "tokens", settings={})
     setup.model.double()

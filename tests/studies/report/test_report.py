@@ -99,9 +99,7 @@ def test_seconds_are_those_of_speeds_where_there_are_some(folder: Path, study: A
     rows = [{"key": run.planned.key(study.plan.compare), **of_runs} for run in runs]
     Path("speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, markdown, _ = compose("report.toml")
-    assert (
-        "at the speed of its method and size on 2 threads of a CPU (`speed.jsonl`), wherever it was made:" in markdown
-    )
+    assert ", at the speed of each method and size on 2 threads of a CPU (`speed.jsonl`):" in markdown
     tokens = study.rows([0])[0]["summary"]["tokens"]
     assert f"| {1e-3 * tokens:,.0f} |\n" in markdown.split("The optimum")[0]
 

@@ -93,6 +93,10 @@ def test_every_method_has_its_law(law_file: Path) -> None:
     text = law_markdown(law)
     assert "| dense | 1.5" in text
     assert "gamma" not in text
+    for fit in law["methods"].values():
+        for name, (low, high) in fit["intervals"].items():
+            if value := fit["constants"][name]:
+                assert (f"| {value:.3g} ({low:.2g} to {high:.2g}) |" in text) == (high - low <= abs(value))
     assert len(plot_law(law).axes[0].lines) == 3
 
 

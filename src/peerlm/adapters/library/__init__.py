@@ -1,4 +1,4 @@
-"""A library of whole adapters on disk, retrieved by learned keys, loaded when wanted, mixed without merging."""
+"""A library of whole adapters on disk, retrieved by learned keys, loaded when needed, mixed without merging."""
 
 from peerlm.adapters.library.store import AdapterLibrary
 

@@ -1,4 +1,4 @@
-"""Adapters in memory: loaded when they are first wanted, the longest unused let go of first."""
+"""Adapters in memory: loaded when first needed, and dropped least recently used first."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class AdapterCache:
         return weights
 
     def forget(self, name: str) -> None:
-        """Let go of an adapter, should it be there."""
+        """Drop an adapter if it is there."""
         if name in self._kept:
             self.num_bytes -= _size(self._kept.pop(name))
 

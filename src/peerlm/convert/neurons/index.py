@@ -50,11 +50,11 @@ def fit_index(
     """Learn which neurons matter to which input: place them, then train query and sub-keys; `mean_rest` is measured.
 
     A neuron matters as much as it adds to the output, |a_f| ||v_f||. Its best linear predictor (ridge regression)
-    decides its place, and the sums of each row's and column's predictors are the first query and sub-keys. AdamW goes
-    on from there: for each of `SHARES`, log-odds of being among the most important so many are fitted (binary
-    cross-entropy), each decision weighted by what a mistake would cost, the difference of squared importance from the
-    last neuron chosen. One index serves all shares. Rows change places; what the layer computes with all of them does
-    not.
+    decides its place, and the sums of each row's and column's predictors are the first query and sub-keys. AdamW
+    continues from there: for each of `SHARES`, it fits log-odds that a neuron is among that share of the most important
+    ones (binary cross-entropy). Each decision is weighted by the cost of a mistake, the difference of squared
+    importance from the last neuron chosen. One index serves all shares. Rows change places; what the layer computes
+    with all of them does not.
 
     Deterministic from the seed and the number of threads. Nothing of the rest of the model is needed, and only the
     layer's index, order of rows and `mean_rest` change.

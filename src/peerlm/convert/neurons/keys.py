@@ -18,8 +18,8 @@ class NeuronKeys(nn.Module):
 
     Heads own disjoint neurons: neuron id = head * n * n + i * n + j scores q_head[:key_dim / 2] . c_head,i + q_head[
     key_dim / 2:] . c'_head,j, and the best of all heads together are retrieved. So no neuron comes twice, and any share
-    of them may be asked for, which `ProductKeys`, with at most n per head and heads that may repeat each other, does
-    not offer. More heads are a finer index, and a costlier one.
+    may be asked for. `ProductKeys` does not offer this: it gives at most n per head, and heads may repeat each other.
+    More heads are a finer index, and a costlier one.
 
     Weights are 1, so that a retrieved neuron is what it was in the dense layer. Their gradient is that of a sigmoid of
     how far the score lies above the lowest one retrieved (straight-through; Bengio 2013, arXiv 1308.3432): if a
@@ -38,7 +38,7 @@ class NeuronKeys(nn.Module):
         sub_keys: (2, heads, n, key_dim / 2).
 
     Raises:
-        ValueError: a setting is impossible; the message has the setting, its value, and the mend.
+        ValueError: a setting is impossible; the message has the setting, its value, and the fix.
     """
 
     parameter_roles: ClassVar[dict[str, str]] = {"sub_keys": "keys"}
@@ -78,29 +78,30 @@ class NeuronKeys(nn.Module):
         bound = (self.key_dim // 2) ** -0.5
         nn.init.uniform_(self.sub_keys, -bound, bound)
 
-    def scores(self, x_TD: Tensor) -> Tensor:
-        """Scores (T, N) of all neurons, in float32 at least."""
-        first_THn, second_THn = half_scores(self._query(x_TD), self.sub_keys)
+    def scores(self, x: Tensor) -> Tensor:
+        """Scores (T, N) of all neurons for x (..., dim), in float32 at least."""
+        first_THn, second_THn = half_scores(self._query(x), self.sub_keys)
         return (first_THn[..., :, None] + second_THn[..., None, :]).flatten(1)
 
-    def _query(self, x_TD: Tensor) -> Tensor:
-        return self.query_proj(x_TD).unflatten(-1, (self.heads, self.key_dim))
+    def _query(self, x: Tensor) -> Tensor:
+        """Queries (T, heads, key_dim) of x (..., dim), which the map gets as it is: see `ProductKeys`."""
+        return self.query_proj(x).reshape(-1, self.heads, self.key_dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights, all 1 (float32 at least), and neuron ids (int64), each (..., 1, K), best first; no id comes twice.
 
         Every token on its own, so `mask` changes nothing.
         """
-        x_TD, _ = flatten_tokens(x, mask, self.dim)
+        flatten_tokens(x, mask, self.dim)  # which checks them
         n = self.sub_keys.shape[2]
         if self.retrieved <= n:
             scores_THK, ids_THK = api.retrieve(
-                self._query(x_TD), self.sub_keys, self.retrieved, weighting="none", backend=self.backend
+                self._query(x), self.sub_keys, self.retrieved, weighting="none", backend=self.backend
             )
             offsets_H1 = torch.arange(self.heads, device=x.device)[:, None] * n**2
             scores_TX, ids_TX = scores_THK.flatten(1), (ids_THK + offsets_H1).flatten(1)
         else:  # a sum of two numbers for each neuron, next to the 4 * dim FLOPs or more of the dense layer
-            scores_TX, ids_TX = self.scores(x_TD), None
+            scores_TX, ids_TX = self.scores(x), None
         with torch.no_grad():
             _, best_TK = top_k(scores_TX, self.retrieved)
         scores_TK = scores_TX.gather(-1, best_TK)

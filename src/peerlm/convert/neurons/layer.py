@@ -47,7 +47,7 @@ class NeuronLayer(nn.Module):
         mean_rest: (dim,), a buffer; zero until `fit_index` or `center` has measured it.
 
     Raises:
-        ValueError: a setting is impossible; the message has the setting, its value, and the mend.
+        ValueError: a setting is impossible; the message has the setting, its value, and the fix.
     """
 
     mean_rest: Tensor
@@ -111,7 +111,7 @@ class NeuronLayer(nn.Module):
         return self._first_row
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
-        """A random index and random neurons, as loud as a dense layer (see `output_scale.py`) times `output_scale`."""
+        """A random index, and random neurons at a dense layer's scale (`output_scale.py`) times `output_scale`."""
         self.index.reset_parameters()
         if self.experts is not None:
             std = output_scale * output_std(self.index.retrieved, self.table.activation)
@@ -121,8 +121,8 @@ class NeuronLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map x (..., dim) to (..., dim); every token on its own, so that `mask` only keeps padding out of usage."""
-        x_TD, mask_T = flatten_tokens(x, mask, self.dim)
-        weights_TK, ids_TK = (part.flatten(1) for part in self.index(x_TD, mask_T))
+        x_TD, _ = flatten_tokens(x, mask, self.dim)
+        weights_TK, ids_TK = (part.flatten(-2).flatten(0, -2) for part in self.index(x, mask))
         y_TD = self.mix(x_TD, weights_TK, ids_TK) + (self.output_bias + self.mean_rest).to(x.dtype)
         return y_TD.view(x.shape)
 

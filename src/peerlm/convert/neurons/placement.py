@@ -1,4 +1,4 @@
-"""Which neuron goes to which place of the index, so that what is wanted together shares sub-keys.
+"""Which neuron goes to which place of the index, so that neurons that are needed together share sub-keys.
 
 A product key's score is a sum, one term for its row of the grid and one for its column. So a grid can only hold neurons
 whose predictors nearly are such sums. Finding the best arrangement is additive quantisation (Babenko 2014) in which
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_COMPARED = 1024
-"""Neurons compared with each other in one sweep: what a sweep costs is this squared, whatever their number."""
+"""Neurons compared with each other in one sweep: what a sweep costs is this squared, however many there are."""
 START_TEMPERATURE = 0.3
 """Temperature of the first sweep, in shares of the mean squared distance of a predictor from the mean of all."""
 

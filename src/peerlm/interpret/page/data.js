@@ -1,5 +1,5 @@
-"use strict";
 // The page's data: figures as they are, arrays unpacked from base64 and gzip.
+"use strict";
 
 const WIDTH = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, bfloat16: Uint16Array };
 

@@ -67,8 +67,8 @@ def move_to_start(source: Tensor, target: Tensor) -> bool:
     """Move a CPU tensor to the start of a larger one of its dtype; both contiguous. Returns whether that was done here.
 
     The memory of `source` goes back to the system page by page, so that both are never there at once: it must not be
-    read again, whatever shares it. Nothing is done where other tensors or another library (numpy) may share it, or
-    there are no native kernels.
+    read again, through any tensor that shares it. Nothing is done where other tensors or another library (numpy) may
+    share it, or there are no native kernels.
     """
     if module is None or source.device.type != "cpu" or not has_values(source):
         return False
@@ -85,7 +85,7 @@ def move_to_start(source: Tensor, target: Tensor) -> bool:
 
 
 def _is_of_a_file(address: int) -> bool:
-    """Whether memory is that of a mapped file, as of weights that were loaded; it is nobody else's."""
+    """Whether memory is that of a mapped file, as of weights that were loaded; no other tensor's."""
     maps = Path("/proc/self/maps")
     for line in maps.read_text().splitlines() if maps.is_file() else []:
         fields = line.split(maxsplit=5)  # range, permissions, offset, device, inode, path

@@ -38,34 +38,35 @@ def update_by_gradients(
     most_segments = min(ids.numel(), num_rows)
     if most_segments == 0 or dim == 0:
         return
-    by_row = segments(ids, num_rows)
-    x = None if x is None else x.detach().contiguous()
-    grad_y, coefficients = grad_y.detach().contiguous(), coefficients.detach().contiguous()
-    tile, block_d = tile_of_entries(dim)
-    _fused_update[(most_segments,)](
-        table.rows,
-        table.exp_avg,
-        table.exp_avg_sq,
-        table.moments_step,
-        table.weights_step,
-        by_row.order,
-        by_row.ids,
-        by_row.starts,
-        grad_y if x is None else x,
-        grad_y,
-        coefficients,
-        sum_later_chunks(by_row, x, grad_y, coefficients),
-        numbers_of(step, table.rows.device),
-        P=ids.shape[1],
-        PARTS=coefficients.shape[-1],
-        D=dim,
-        TILE=tile,
-        BLOCK_D=block_d,
-        ROW_WISE=table.exp_avg_sq.ndim == 1,
-        RANDOM=step.seed is not None,
-        num_warps=max(1, block_d // _ELEMENTS_PER_WARP),
-        **PRECISE,
-    )
+    with torch.cuda.device_of(table.rows):
+        by_row = segments(ids, num_rows)
+        x = None if x is None else x.detach().contiguous()
+        grad_y, coefficients = grad_y.detach().contiguous(), coefficients.detach().contiguous()
+        tile, block_d = tile_of_entries(dim)
+        _fused_update[(most_segments,)](
+            table.rows,
+            table.exp_avg,
+            table.exp_avg_sq,
+            table.moments_step,
+            table.weights_step,
+            by_row.order,
+            by_row.ids,
+            by_row.starts,
+            grad_y if x is None else x,
+            grad_y,
+            coefficients,
+            sum_later_chunks(by_row, x, grad_y, coefficients),
+            numbers_of(step, table.rows.device),
+            P=ids.shape[1],
+            PARTS=coefficients.shape[-1],
+            D=dim,
+            TILE=tile,
+            BLOCK_D=block_d,
+            ROW_WISE=table.exp_avg_sq.ndim == 1,
+            RANDOM=step.seed is not None,
+            num_warps=max(1, block_d // _ELEMENTS_PER_WARP),
+            **PRECISE,
+        )
 
 
 def update_entries(table: RowState, ids: Tensor, gradient_EX: Tensor, step: RowStep) -> None:

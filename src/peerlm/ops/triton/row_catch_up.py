@@ -96,36 +96,37 @@ def catch_up_entries(table: RowState, ids: Tensor | None, rules: Tensor, step: R
     most = min(entries, num_rows)
     found = torch.empty(2, most, dtype=torch.int32, device=device)
     count = torch.zeros(1, dtype=torch.int32, device=device)
-    _claim_rows[(triton.cdiv(entries, _ENTRIES),)](
-        table.weights_step,
-        None if ids is None else ids.contiguous(),
-        numbers,
-        found,
-        count,
-        entries,
-        num_rows,
-        most,
-        BLOCK=_ENTRIES,
-        num_warps=4,
-    )
-    block, warps = tile(length)
-    _catch_up[(min(most, _PROGRAMS),)](
-        table.rows,
-        table.exp_avg,
-        table.exp_avg_sq,
-        table.moments_step,
-        found,
-        count,
-        most,
-        rules,
-        numbers,
-        LEN=length,
-        BLOCK=block,
-        ROW_WISE=table.exp_avg_sq.ndim == 1,
-        RANDOM=step.seed is not None,
-        num_warps=warps,
-        **PRECISE,
-    )
+    with torch.cuda.device_of(table.rows):
+        _claim_rows[(triton.cdiv(entries, _ENTRIES),)](
+            table.weights_step,
+            None if ids is None else ids.contiguous(),
+            numbers,
+            found,
+            count,
+            entries,
+            num_rows,
+            most,
+            BLOCK=_ENTRIES,
+            num_warps=4,
+        )
+        block, warps = tile(length)
+        _catch_up[(min(most, _PROGRAMS),)](
+            table.rows,
+            table.exp_avg,
+            table.exp_avg_sq,
+            table.moments_step,
+            found,
+            count,
+            most,
+            rules,
+            numbers,
+            LEN=length,
+            BLOCK=block,
+            ROW_WISE=table.exp_avg_sq.ndim == 1,
+            RANDOM=step.seed is not None,
+            num_warps=warps,
+            **PRECISE,
+        )
 
 
 @triton.jit(do_not_specialize=["entries", "num_rows", "most"])

@@ -3,6 +3,7 @@
 Row numbers that are not in 0 .. N - 1, as the padding of ids, change nothing.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,23 +49,24 @@ def update_rows(table: RowState, ids: Tensor | None, gradient_UX: Tensor, step: 
     if count == 0 or length == 0:
         return
     block, warps = tile(length)
-    _update_rows[(count,)](
-        table.rows,
-        table.exp_avg,
-        table.exp_avg_sq,
-        table.moments_step,
-        table.weights_step,
-        None if ids is None else ids.contiguous(),
-        gradient_UX.detach().contiguous(),
-        numbers_of(step, table.rows.device),
-        len(table.rows),
-        LEN=length,
-        BLOCK=block,
-        ROW_WISE=table.exp_avg_sq.ndim == 1,
-        RANDOM=step.seed is not None,
-        num_warps=warps,
-        **PRECISE,
-    )
+    with torch.cuda.device_of(table.rows):
+        _update_rows[(count,)](
+            table.rows,
+            table.exp_avg,
+            table.exp_avg_sq,
+            table.moments_step,
+            table.weights_step,
+            None if ids is None else ids.contiguous(),
+            gradient_UX.detach().contiguous(),
+            numbers_of(step, table.rows.device),
+            len(table.rows),
+            LEN=length,
+            BLOCK=block,
+            ROW_WISE=table.exp_avg_sq.ndim == 1,
+            RANDOM=step.seed is not None,
+            num_warps=warps,
+            **PRECISE,
+        )
 
 
 @triton.jit(do_not_specialize=["num_rows"])

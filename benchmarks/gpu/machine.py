@@ -1,0 +1,82 @@
+"""What a row says of the machine: card, driver, versions, and the commit of peerlm."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ROOT / "build/gpu"
+"""What travels with the checkout: pure packages that are compared with, and the commit's name. Ignored by git."""
+
+
+def commit() -> str:
+    """The commit of this checkout, "+changes" where files differ from it; of a copy without git what was noted."""
+    noted = PACKAGES / "COMMIT"
+    if not (ROOT / ".git").exists():
+        return noted.read_text().strip() if noted.is_file() else "unknown"
+    try:
+        name = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+        changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return noted.read_text().strip() if noted.is_file() else "unknown"
+    return f"{name}+changes" if changed else name
+
+
+def driver() -> str:
+    """The version of the card's driver; empty where nothing says it."""
+    try:
+        found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.partition("\n")[0]
+
+
+def description(environment: Mapping[str, str]) -> dict[str, object]:
+    """What every row says, found out in a process of its own, which leaves nothing on the card.
+
+    Raises:
+        RuntimeError: torch cannot be imported there; the message is the last line of what it said.
+    """
+    command = [sys.executable, str(Path(__file__))]
+    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    if found.returncode:
+        raise RuntimeError((found.stderr.strip() or f"exit code {found.returncode}").splitlines()[-1])
+    return json.loads(found.stdout)
+
+
+def _described() -> dict[str, object]:
+    """Card, its memory, driver, versions, date."""
+    import torch
+
+    found: dict[str, object] = {"card": "", "date": datetime.date.today().isoformat()}
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        found["card"] = card.name
+        found["card_GiB"] = round(card.total_memory / 2**30, 1)
+        found["multiprocessors"] = card.multi_processor_count
+        found["driver"] = driver()
+        found["cuda"] = torch.version.cuda or torch.version.hip
+    else:
+        found["machine"] = platform.machine()
+    found["torch"] = torch.__version__
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = ""
+    found["python"] = platform.python_version()
+    return found
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+
+
+if __name__ == "__main__":
+    print(json.dumps(_described()))  # noqa: T201, for `description`

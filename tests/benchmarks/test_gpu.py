@@ -1,0 +1,303 @@
+"""The script that measures a GPU: all of it runs without one, and whatever fails in it is a row."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from peerlm.testing import exhaustive_search
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks/gpu/run.py"
+NOT_THERE = ("transformers", "tokenizers", "safetensors", "rich", "typer", "tomli", "einops", "einx", "PEER_pytorch")
+"""What a machine with torch, triton and numpy alone has not."""
+WITHOUT = f"""
+import importlib.abc, importlib.machinery, sys
+
+class Missing(importlib.abc.Loader):
+    def create_module(self, spec):
+        raise ModuleNotFoundError(f"No module named {{spec.name!r}}", name=spec.name)
+
+    def exec_module(self, module):
+        pass
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "peerlm.ops.cpu._native" or name.partition(".")[0] in {NOT_THERE!r}:
+            return importlib.machinery.ModuleSpec(name, Missing())
+
+sys.meta_path.insert(0, Finder())
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of `benchmarks/gpu` can be imported, until the test ends."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(SCRIPT.parent) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def run(*arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]]]:
+    """What a section says and writes where torch, triton and numpy are all that is there."""
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("gpu")
+    (folder / "sitecustomize.py").write_text(WITHOUT, encoding="utf-8")
+    output = folder / "out/rows.jsonl"
+    done = run("--only", "kernels", "--output", str(output), "--interpret", PYTHONPATH=str(folder))
+    assert done.returncode == 0, done.stderr
+    return done.stdout, rows_of(output)
+
+
+def test_sections_run_without_a_gpu_and_with_torch_alone(short_run: tuple[str, list[dict[str, Any]]]) -> None:
+    _, rows = short_run
+    measured = {row["case"] for row in rows if "ms" in row}
+    assert {"experts forward / gather alone", "experts forward / peerlm, reference"} <= measured
+    unexpected = [row for row in rows if "failed" in row and "triton" not in row["case"]]
+    assert unexpected == []
+
+
+def test_every_row_says_where_it_was_measured(short_run: tuple[str, list[dict[str, Any]]]) -> None:
+    _, rows = short_run
+    for row in rows:
+        assert row["torch"] == torch.__version__
+        assert (row["interpreted"], row["sizes"], row["card"]) == (True, "tiny", "")
+        assert row["triton"]
+        assert re.fullmatch(r"[0-9a-f]{12}(\+changes)?|unknown", row["commit"])
+
+
+def test_the_table_fits_80_columns_and_has_every_row(short_run: tuple[str, list[dict[str, Any]]]) -> None:
+    said, rows = short_run
+    table = said[said.index("== kernels") :].splitlines()
+    assert max(map(len, table[:-1])) <= 80
+    assert len([line for line in table if re.search(r"\d\.\d{4}", line)]) >= sum("ms" in row for row in rows)
+
+
+def test_ratios_are_to_the_first_of_a_case(short_run: tuple[str, list[dict[str, Any]]]) -> None:
+    _, rows = short_run
+    first, *others = [row for row in rows if row["case"].startswith("row update /") and row["rows"] == "float32"]
+    assert first["ratio"] == 1
+    for row in others:
+        assert row["ratio_to"] == first["contender"]
+        assert row["ratio"] == pytest.approx(row["ms"] / first["ms"], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def faulty_run(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of sections that fail."""
+    output = tmp_path_factory.mktemp("faulty") / "rows.jsonl"
+    code = (
+        "from pathlib import Path; from processes import run_sections; from sections import Section\n"
+        "names = {'cases': ('cases', 40), 'none': ('before_any_case', 40), 'hangs': ('hangs', 9)}\n"
+        "sections = [Section(name, 'faulty', *rest, '') for name, rest in names.items()]\n"
+        f"run_sections(sections, Path({str(output)!r}), sizes='tiny', every_row={{'commit': 'c'}}, seconds=120,"
+        " environment={})"
+    )
+    path = os.pathsep.join([str(SCRIPT.parent), str(Path(__file__).parent), str(ROOT / "src")])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True, timeout=200)
+    return rows_of(output)
+
+
+def test_a_failure_is_a_row_with_its_first_line(faulty_run: list[dict[str, Any]]) -> None:
+    row = next(row for row in faulty_run if row["case"] == "wrong")
+    assert row["failed"].startswith("RuntimeError: inconsistent tensor size")
+    assert (row["tokens"], row["commit"]) == (7, "c")
+
+
+def test_out_of_memory_is_a_row(faulty_run: list[dict[str, Any]]) -> None:
+    row = next(row for row in faulty_run if row["case"] == "large")
+    assert row["out_of_memory"] is True
+    assert row["failed"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 8 GiB."
+
+
+def test_a_section_starts_again_after_a_crash_without_the_case_that_crashed(faulty_run: list[dict[str, Any]]) -> None:
+    section = [row for row in faulty_run if row["section"] == "cases"]
+    crash = [row for row in section if row["case"] == "ends the process"]
+    assert [row["failed"] for row in crash] == ["ended by SIGSEGV"]
+    one, two = (row for row in section if row["case"].startswith("timed"))
+    assert (one["ratio"], two["ratio_to"]) == (1, "one")
+    assert two["ms"] >= 1
+    assert [row["case"] for row in section].count("wrong") == 1
+
+
+def test_a_section_starts_again_when_the_device_is_lost(faulty_run: list[dict[str, Any]]) -> None:
+    lost = [row for row in faulty_run if row["case"] == "loses the device"]
+    assert [row["failed"] for row in lost] == ["RuntimeError: CUDA error: an illegal memory access was encountered"]
+
+
+def test_a_section_that_fails_before_its_first_case_is_a_row(faulty_run: list[dict[str, Any]]) -> None:
+    (row,) = [row for row in faulty_run if row["section"] == "none"]
+    assert row["failed"] == "RuntimeError: no card to be found"
+
+
+def test_a_section_over_its_deadline_is_stopped_and_says_in_which_case(faulty_run: list[dict[str, Any]]) -> None:
+    before, stopped = [row for row in faulty_run if row["section"] == "hangs"]
+    assert before["ok"] is True
+    assert stopped["failed"] == "over its deadline of 9 s"
+    assert stopped["case"] == "waits"
+
+
+@pytest.mark.usefixtures("modules")
+def test_no_section_starts_when_the_time_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from processes import run_sections
+    from sections import SECTIONS
+
+    file = tmp_path / "rows.jsonl"
+    run_sections(SECTIONS, file, sizes="tiny", every_row={}, seconds=0, environment={})
+    assert [row["skipped"] for row in rows_of(file)] == ["time is up"] * len(SECTIONS)
+
+
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pairing", ["row-major", "shells"])
+def test_the_search_on_the_device_is_that_of_the_tests(pairing: str, dtype: torch.dtype) -> None:
+    import oracle
+    import retrieval_checks
+
+    for name, make in retrieval_checks.KEYS.items():
+        query, keys = (each.to(dtype) for each in make(3, 2, 12, 4))
+        ids, scores = oracle.exhaustive_search(query, keys, 9, pairing)
+        exact_ids, exact_scores = exhaustive_search(query, keys, 9, pairing)
+        torch.testing.assert_close(scores, exact_scores, rtol=1e-14, atol=1e-14)
+        assert torch.equal(ids, exact_ids), name
+
+
+@pytest.mark.usefixtures("modules")
+def test_wrong_ids_fail_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import retrieval_checks
+    from report import Report
+    from rows import Progress
+    from sizes import TINY
+
+    from peerlm.ops import api
+
+    Progress(tmp_path / "rows.jsonl").clear()
+    report = Report("test", tmp_path / "rows.jsonl", TINY, {}, until=float("inf"))
+    arguments = (report, "reference", retrieval_checks.normal_keys, torch.float32, (4, 2, 16, 4), 4)
+    assert retrieval_checks._ids(*arguments)["ok"] is True
+    right = api.retrieve
+    monkeypatch.setattr(
+        api, "retrieve", lambda *given, **names: (right(*given, **names)[0], right(*given, **names)[1] ^ 1)
+    )
+    assert retrieval_checks._ids(*arguments)["ok"] is False
+
+
+@pytest.mark.usefixtures("modules")
+def test_another_optimizer_fails_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import row_checks
+    from report import Report
+    from rows import Progress
+    from sizes import TINY
+
+    Progress(tmp_path / "rows.jsonl").clear()
+    report = Report("test", tmp_path / "rows.jsonl", TINY, {}, until=float("inf"))
+    assert row_checks._as_dense(report)["ok"] is True
+    monkeypatch.setitem(row_checks.BITS, "exact, float32", (torch.float32, {"lazy": True}))
+    assert row_checks._as_dense(report)["ok"] is False
+
+
+@pytest.mark.usefixtures("modules")
+def test_goals_are_found_in_rows() -> None:
+    import goals
+
+    def row(section: str, case: str, contender: str, **figures: Any) -> dict[str, Any]:
+        return {"section": section, "case": f"{case} / {contender}", "contender": contender, **figures}
+
+    rows = [
+        row("kernels", "experts forward", "gather alone", ms=1.5, dim=1024, ids="uniform"),
+        row("kernels", "experts forward", "peerlm, triton", ms=2.0, dim=1024, ids="uniform"),
+        row("layer", "step", "PEER-pytorch", ms=50.0),
+        row("layer", "step", "peerlm, triton", ms=10.0),
+        row("many-tokens", "step", "PEER-pytorch", failed="OutOfMemoryError", out_of_memory=True),
+        row("many-tokens", "step", "peerlm, triton", ms=90.0),
+        {"section": "graphs", "case": "triton, a", "ok": True},
+        {"section": "graphs", "case": "triton, b", "failed": "RuntimeError"},
+        {"section": "graphs", "case": "reference, a", "ok": False},
+    ]
+    found = {line[:60].strip(): line[60:].split() for line in goals.lines(rows)}
+    assert found["experts forward, share of the gather limit, D=1024, uniform"] == ["0.88", "0.75", "!"]
+    assert found["experts forward, share of the gather limit, D=1024, zipf"] == ["0.88", "-"]
+    assert found["step, times as fast as PEER-pytorch"] == ["4.00", "5.00"]
+    assert found["a step of 65,536 tokens; PEER-pytorch is out of memory"] == ["1.00", "1.00"]
+    assert found["checks of synchronisation and graphs that are right"] == ["1.00", "0.50", "!"]
+    assert max(map(len, goals.lines(rows))) <= 80
+
+
+@pytest.mark.usefixtures("modules")
+def test_every_section_is_a_function_that_exists() -> None:
+    from importlib import import_module
+
+    from sections import SECTIONS
+
+    pytest.importorskip("triton")
+    for section in SECTIONS:
+        module: ModuleType = import_module(section.module)
+        assert callable(getattr(module, section.function))
+
+
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize(
+    "name", ["correctness", "layer", "many-tokens", "one-head", "graphs", "language-model", "memory"]
+)
+def test_a_section_measures_what_is_there(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from importlib import import_module
+
+    import contenders
+    from report import Report, SkippedError
+    from rows import Progress
+    from sections import SECTIONS
+    from sizes import TINY
+
+    def reference_alone(backend: str) -> None:
+        if backend != "reference":
+            raise SkippedError(f"no {backend}")
+
+    pytest.importorskip("triton")
+    section = next(each for each in SECTIONS if each.name == name)
+    module = import_module(section.module)
+    for each in [*sys.modules.values()]:
+        if getattr(each, "check_backend", None) is contenders.check_backend and each is not contenders:
+            monkeypatch.setattr(each, "check_backend", reference_alone)
+    monkeypatch.setattr(contenders, "check_backend", reference_alone)
+    file = tmp_path / "rows.jsonl"
+    Progress(file).clear()
+    getattr(module, section.function)(Report(name, file, TINY, {}, until=float("inf")))
+    rows = rows_of(file)
+    assert [row for row in rows if "failed" in row] == []
+    assert any(row.get("ok") or "ms" in row or "tokens_per_s" in row or "peak_GiB" in row for row in rows) or (
+        {row["skipped"] for row in rows} >= {"it runs; only a GPU can be waited for"}
+    )
+
+
+def test_help_names_every_section() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    for name in ("ceilings", "correctness", "language-model", "--prepare"):
+        assert name in done.stdout
