@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 from contenders import check_backend
 from oracle import exhaustive_search
-from report import Report
+from report import Report, SkippedError
 from torch import Tensor
 
 from peerlm.ops import api
@@ -29,6 +29,9 @@ def run(report: Report, backend: str) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             label = f"{backend}, ids, {name}, {str(dtype)[6:]}"
             report.check(label, lambda make=make, dtype=dtype: _ids(report, backend, make, dtype, shape, 16))
+    if backend == "triton":
+        for name, make in KEYS.items():
+            report.check(f"triton, share searched whole, {name}", lambda make=make: _share_missed(report, make))
     for name, k, side, tokens in (
         ("many experts", sizes.large_k, n, 4),
         ("many sub-keys", sizes.experts_per_head, sizes.large_n, 2),
@@ -117,7 +120,7 @@ def _ids(
     error = (weights.double() - wide).abs().max().item() if wide.numel() else 0.0
     facts["weight_error"] = float(f"{error:.3g}")
     facts["ok"] = bool(facts["ok"]) and error < 1e-4
-    return facts | _fallback(backend)
+    return facts
 
 
 def _compared(
@@ -139,13 +142,20 @@ def _compared(
     return {"ok": wrong == 0, "mismatches": int(different.sum()), "wrong": wrong, "largest_gap": gap.max().item()}
 
 
-def _fallback(backend: str) -> Facts:
-    """The share of rows that were searched whole, where the backend says it."""
-    if backend != "triton":
-        return {}
-    module = import_module(api._BACKENDS[backend][0])
-    says = getattr(module, "share_searched_whole", None)
-    return {} if says is None else {"share": float(says())}
+def _share_missed(report: Report, make: Callable[[int, int, int, int], tuple[Tensor, Tensor]]) -> Facts:
+    """The share of searches of sub-keys for which a shortlist was not certain, so that all were scored."""
+    check_backend("triton")
+    sizes = report.sizes
+    count = getattr(import_module("peerlm.ops.triton.retrieval"), "num_missed", None)
+    if count is None:
+        raise SkippedError("the kernels do not count them")
+    with torch.device(report.device):
+        query, keys = make(sizes.tokens, sizes.heads, math.isqrt(sizes.num_experts), sizes.key_dim // 2)
+    missed = count(query.bfloat16().float(), keys.bfloat16().float().contiguous(), sizes.experts_per_head)
+    if missed is None:
+        raise SkippedError("no shortlists at this size")
+    share = missed.item() / (2 * query.shape[0] * query.shape[1])
+    return {"ok": True, "share": round(share, 5), "tokens": sizes.tokens}
 
 
 def _odd_query(report: Report, backend: str, value: float, shape: tuple[int, int, int, int]) -> Facts:

@@ -68,3 +68,19 @@ def cases(
     query = draw_query(generator, tokens, heads, 2 * half) * query_size
     pairing = draw(st.sampled_from(sorted(PAIRINGS)))
     return query, draw_keys(generator, 2, key_heads, n, half) * keys_size, k, pairing
+
+
+def against_bfloat16(tokens: int, n: int) -> tuple[Tensor, Tensor]:
+    """Queries (T, 1, 32) and sub_keys (2, 1, n, 16) that bfloat16 misjudges as much as it can.
+
+    The best sub-key, the first, loses most by rounding, itself and what it meets in the query; the next three are
+    hardly worse, and gain as much. All others are zero.
+    """
+    half_ulp, little = 2.0**-8, 2.0**-18
+    down, up = 1 + half_ulp - little, 1 + half_ulp + little
+    query = torch.tensor([*[down] * 8, *[up] * 8]).repeat(tokens, 1, 2)
+    sub_keys = torch.zeros(2, 1, n, 16)
+    sub_keys[..., 0, :8] = down
+    sub_keys[..., 1:4, 8:15] = up
+    sub_keys[..., 1:4, 15] = 1 - half_ulp / 2 + little
+    return query, sub_keys

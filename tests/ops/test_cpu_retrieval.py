@@ -12,7 +12,7 @@ from peerlm.ops.functions import WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.testing import assert_within_budget, exhaustive_scores, exhaustive_search
 
-from .retrieval_cases import FEW_TOKENS, KINDS, cases
+from .retrieval_cases import FEW_TOKENS, KINDS, against_bfloat16, cases
 
 pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
 
@@ -63,6 +63,12 @@ def test_every_kind_of_values(kind: str, tokens: int, pairing: str, scores_of: s
     for n, k, half in ((40, 3, 16), (100, 8, 33), (31, 31, 5)):
         query = draw_query(generator, tokens, 2, 2 * half) * query_size
         assert_exhaustive(query, draw_keys(generator, 2, 1, n, half) * keys_size, k, pairing)
+
+
+@pytest.mark.parametrize("tokens", [FEW_TOKENS, 64])
+def test_what_bfloat16_misjudges_most_is_retrieved(tokens: int, scores_of: str) -> None:
+    for n, k in ((64, 1), (300, 1), (300, 2)):
+        assert_exhaustive(*against_bfloat16(tokens, n), k, "row-major")
 
 
 @pytest.mark.parametrize(("n", "k"), [(300, 16), (257, 64), (256, 1), (300, 300)])

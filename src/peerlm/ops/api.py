@@ -6,7 +6,9 @@ of the arguments, because scores rounded to bfloat16 would choose other experts.
 """
 
 import importlib
+import warnings
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import ModuleType
 from typing import Any, cast
 
@@ -149,7 +151,7 @@ def _choose(
     Raises ValueError where it cannot.
     """
     check_backend(backend)
-    reason = ""
+    reason, of_device = "", ""
     for name in _BACKENDS if backend == "auto" else (backend,):
         first = _backend(name)
         if backend == "auto" and not _is_automatic(name):
@@ -158,8 +160,17 @@ def _choose(
             op, *inputs, ids=ids, rows=rows, scales=scales, row_gradients=row_gradients
         )
         if not reason:
+            if of_device and not torch.compiler.is_compiling():
+                _say_once(f"{of_device}; backend {name!r} computes {op} in its place, more slowly")
             return first if hasattr(first, op) else next(m for m in map(_module, _BACKENDS[name][1:]) if hasattr(m, op))
+        if getattr(first, "device_type", "") == inputs[0].device.type:
+            of_device = f"backend {name!r} has kernels for this device, but {reason}"
     raise ValueError(f"backend is {backend!r}, but {reason}; choose 'auto', or convert the tensors")
+
+
+@cache
+def _say_once(what: str) -> None:
+    warnings.warn(what, stacklevel=4)
 
 
 def _refuse_shapes(**tensors: Tensor) -> None:

@@ -189,7 +189,7 @@ def test_the_operator_refuses_arguments_that_do_not_fit(query: Tensor, sub_keys:
 
 def test_more_sub_keys_than_registers_hold_are_refused() -> None:
     query, sub_keys = torch.zeros(1, 1, 2, device=DEVICE), torch.zeros(2, 1, MOST_SUB_KEYS + 1, 1, device=DEVICE)
-    with pytest.raises(ValueError, match=r"backend is 'triton', but there are 16385 sub-keys per half, .* up to 16384"):
+    with pytest.raises(ValueError, match=r"backend is 'triton', but there are 8193 sub-keys per half, .* up to 8192"):
         api.retrieve(query, sub_keys, 1, backend="triton")
-    with pytest.raises(ValueError, match="there are 16385 sub-keys per half"):
+    with pytest.raises(ValueError, match="there are 8193 sub-keys per half"):
         retrieval.retrieve(query, sub_keys, 1, "softmax")

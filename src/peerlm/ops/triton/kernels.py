@@ -40,6 +40,8 @@ __all__ = [
 
 automatic = not INTERPRETED
 
+device_type = "cuda"
+
 retrieve, mix_experts = OPERATORS.retrieve, OPERATORS.mix_experts
 mix_values, dot_values = OPERATORS.mix_values, OPERATORS.dot_values
 

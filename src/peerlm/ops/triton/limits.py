@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-MOST_SUB_KEYS = 16384
+MOST_SUB_KEYS = 8192
 """Per half: the scores of all of them must fit the registers of one program, and ids must fit 32 bits."""
 
 
