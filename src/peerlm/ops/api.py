@@ -260,7 +260,8 @@ def mix_experts(
 
     Args:
         x: (T, D).
-        weights, expert_ids: (T, P); ids int64 in 0 .. N - 1, repetitions count each time.
+        weights, expert_ids: (T, P); ids int64 in 0 .. N - 1, repetitions count each time. Other ids raise an error;
+            on a GPU, which the Triton kernels do not wait for, their tokens get NaN.
         rows: (N, 2, D), the experts' u and v, or (N, 3, D) with g for gated experts; a float dtype of
             16 bits or more, or 8 bits with scales: int8, float8_e4m3fn.
         scales: (N, 2 or 3) float32, what each vector of 8-bit rows is multiplied by; otherwise None.

@@ -5,6 +5,7 @@ gradient checkpointing then take models that use them. Shape suffixes as in `ref
 """
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -174,6 +175,17 @@ _SCHEMAS: tuple[tuple[str, Callable[..., Any]], ...] = (
 )
 
 
+def _on_its_gpu(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that is launched on the GPU of its tensors, which need not be the current one."""
+
+    @wraps(kernel)
+    def launched(*arguments: Any) -> Any:
+        with torch.cuda.device_of(next(argument for argument in arguments if isinstance(argument, Tensor))):
+            return kernel(*arguments)
+
+    return launched
+
+
 class Operators:
     """The operators of one namespace. Kernels that run on the same device as others need a namespace of their own.
 
@@ -202,7 +214,7 @@ class Operators:
     def implement(self, kernels: Mapping[str, Callable[..., Any]], dispatch_key: str) -> None:
         """Register kernels by operator's name for a dispatch key, as "CPU", "CUDA", or "CompositeExplicitAutograd"."""
         for name, kernel in kernels.items():
-            self._library.impl(name, kernel, dispatch_key)
+            self._library.impl(name, _on_its_gpu(kernel) if dispatch_key == "CUDA" else kernel, dispatch_key)
 
     def implement_fused_update(self, update: FusedUpdate, device_type: str) -> None:
         """Register what makes a table's step of the row gradients in the backward pass, for a type of device."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -15,7 +16,7 @@ from peerlm.ops import api
 from peerlm.ops.functions import ACTIVATIONS
 from peerlm.ops.triton import experts, experts_backward, gather, row_gradients, values
 from peerlm.ops.triton.runtime import OPERATORS
-from peerlm.testing import assert_within_budget, mix_inputs
+from peerlm.testing import MixInputs, assert_within_budget, mix_inputs
 
 from ..mixing_cases import assert_kernels_within_budget, draw, in_8_bits, in_float32, output_and_gradients
 from .guards import Guarded, between_poison
@@ -252,3 +253,18 @@ def test_compiled_in_one_graph_mixing_has_the_same_bits() -> None:
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), inputs.leaves())])
     for found, right in zip(*results, strict=True):
         assert torch.equal(found, right)
+
+
+def test_rows_that_lie_beyond_the_31st_bit_of_an_offset() -> None:
+    """Of two gigabytes, of which the system gives only the pages that are touched."""
+    num_rows, dim = 2**21 + 1, 512
+    rows = torch.from_numpy(np.zeros((num_rows, 2, dim), np.int8))
+    scales = torch.from_numpy(np.zeros((num_rows, 2), np.float32))
+    assert rows[-1].data_ptr() - rows.data_ptr() >= 2**31
+    inputs = in_float32(draw(2, 3, dim, 3))
+    rows[-3:], scales[-3:] = in_8_bits(inputs.rows.detach(), torch.int8)
+    arguments = MixInputs(x=inputs.x, weights=inputs.weights, ids=inputs.ids + num_rows - 3, rows=rows)
+    few = MixInputs(x=inputs.x, weights=inputs.weights, ids=inputs.ids, rows=rows[-3:])
+    found = output_and_gradients(arguments, scales, backend="triton")
+    for name, right in output_and_gradients(few, scales[-3:], backend="triton").items():
+        assert torch.equal(found[name], right)

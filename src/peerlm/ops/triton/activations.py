@@ -1,4 +1,4 @@
-"""Activations of neurons and their slopes, in float32, by arithmetic that rounds alike on every GPU and interpreted.
+"""Activations of neurons and their slopes, in float32.
 
 The approximations are those of the CPU's kernels (`csrc/vec.h`): Triton's own exponential loses digits where its
 argument is large, and 1 + erf(z) cancels where z is negative.
@@ -31,7 +31,7 @@ def _gelu(z):
     # Phi(-t) = exp(-t^2 / 2) * (polynomial in 1 / (1 + 0.3 t)) for t >= 0, relative error 6e-8 up to t = 14
     t = tl.abs(z)
     bell = exp(t * t * -0.5)
-    u = tl.div_rn(1.0, 1.0 + 0.3 * t)
+    u = 1.0 / (1.0 + 0.3 * t)
     p = 0.038378410 * u - 0.169166669
     p = p * u + 0.228661165
     p = p * u - 0.0765076354
@@ -50,7 +50,7 @@ def _gelu_tanh(z):
     # z sigmoid(2 sqrt(2 / pi) (z + 0.044715 z^3)), as GPT-2 and Gemma have it
     square = z * z
     odds = exp(z * (square * -0.0713548163 - 1.59576912))
-    sigmoid = tl.div_rn(1.0, 1.0 + odds)
+    sigmoid = 1.0 / (1.0 + odds)
     rise = square * 0.214064449 + 1.59576912
     return z * sigmoid, sigmoid * (1.0 + z * (odds * sigmoid) * rise)  # 1 - sigmoid would cancel
 
@@ -58,7 +58,7 @@ def _gelu_tanh(z):
 @triton.jit
 def _silu(z):
     odds = exp(-z)
-    sigmoid = tl.div_rn(1.0, 1.0 + odds)
+    sigmoid = 1.0 / (1.0 + odds)
     return z * sigmoid, sigmoid * (1.0 + z * (odds * sigmoid))  # 1 - sigmoid would cancel
 
 

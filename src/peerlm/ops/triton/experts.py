@@ -1,7 +1,8 @@
 """Single-neuron experts, forward: act(u . x) v, or (u . x) act(g . x) v, summed by weight.
 
-One program has one token. It gathers u, v and g of some experts before it uses any of them, so that all are in flight
-at a time. Rows too wide for that are read part by part. Shape suffixes as in `ops/reference.py`.
+One program has one token. It asks for u, v and g of the next experts before it computes with those that it has:
+compilers else ask for v once u has been used. Rows too wide for that are read part by part. Shape suffixes as in
+`ops/reference.py`.
 """
 
 import torch
@@ -62,12 +63,15 @@ def _mix(
     d = tl.arange(0, BLOCK_D)
     x_D = load_token(x, token, d, D)
     total = tl.zeros([TILE, BLOCK_D], tl.float32)
+    entry, is_entry, row, is_row = load_ids(ids, token, 0, num_rows, P, TILE)
+    u = load_vectors(rows, row, is_row, 0, d, R, D)
+    v = load_vectors(rows, row, is_row, 1, d, R, D)
+    g = load_vectors(rows, row, is_row, 2, d, R, D) if R == 3 else u
     for start in range(0, P, TILE):
-        entry, is_entry, row, is_row = load_ids(ids, token, start, num_rows, P, TILE)
-        u = load_vectors(rows, row, is_row, 0, d, R, D)
-        v = load_vectors(rows, row, is_row, 1, d, R, D)
-        if R == 3:
-            g = load_vectors(rows, row, is_row, 2, d, R, D)
+        next_entry, next_is_entry, next_row, next_is_row = load_ids(ids, token, start + TILE, num_rows, P, TILE)
+        next_u = load_vectors(rows, next_row, next_is_row, 0, d, R, D)
+        next_v = load_vectors(rows, next_row, next_is_row, 1, d, R, D)
+        next_g = load_vectors(rows, next_row, next_is_row, 2, d, R, D) if R == 3 else next_u
         weight = tl.load(weights + entry, mask=is_entry, other=0.0)
         first = dots(u, x_D, load_scales(scales, row, is_row, 0, R))
         gate = first
@@ -77,7 +81,9 @@ def _mix(
             tl.store(hidden + entry * 2 + 1, gate, mask=is_entry)
         value, _, _ = neuron(first, gate, R, ACTIVATION)
         factor = weight * value * load_scales(scales, row, is_row, 1, R)
-        total += tl.where(is_entry, factor, 0.0)[:, None] * v
+        total += tl.where(is_entry, factor, 0.0)[:, None] * v.to(tl.float32)
+        entry, is_entry, row, is_row = next_entry, next_is_entry, next_row, next_is_row
+        u, v, g = next_u, next_v, next_g
     tl.store(y + token * D + d, tl.sum(total, axis=0), mask=d < D)
 
 
@@ -114,7 +120,7 @@ def mix_experts(
         weigh_neurons(weights, hidden, weighted, parts, activation)
         return sum_rows(weighted[..., None], ids, rows, scales, first=1, step=parts), hidden
     y, hidden = torch.empty_like(x), x.new_empty(tokens, per_token, parts - 1)
-    tile, block_d, warps = tile_of_entries(dim)
+    tile, block_d, warps = tile_of_entries(rows)
     if y.numel():
         _mix[(tokens,)](
             x,

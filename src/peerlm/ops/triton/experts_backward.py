@@ -1,7 +1,7 @@
 """Single-neuron experts, backward: what belongs to tokens, token by token.
 
 That is the gradients of x and of the weights, and the coefficients of rows' gradients, which `row_gradients.py` sums.
-Shape suffixes as in `ops/reference.py`.
+Rows are asked for ahead, as in `experts.py`. Shape suffixes as in `ops/reference.py`.
 """
 
 import torch
@@ -69,21 +69,26 @@ def _mix_backward(
     d = tl.arange(0, BLOCK_D)
     grad_y_D = load_token(grad_y, token, d, D)
     total = tl.zeros([TILE, BLOCK_D], tl.float32)
+    entry, is_entry, row, is_row = load_ids(ids, token, 0, num_rows, P, TILE)
+    u = load_vectors(rows, row, is_row, 0, d, R, D)
+    v = load_vectors(rows, row, is_row, 1, d, R, D)
+    g = load_vectors(rows, row, is_row, 2, d, R, D) if R == 3 else u
     for start in range(0, P, TILE):
-        entry, is_entry, row, is_row = load_ids(ids, token, start, num_rows, P, TILE)
-        v = load_vectors(rows, row, is_row, 1, d, R, D)
-        u = load_vectors(rows, row, is_row, 0, d, R, D)
-        if R == 3:
-            g = load_vectors(rows, row, is_row, 2, d, R, D)
+        next_entry, next_is_entry, next_row, next_is_row = load_ids(ids, token, start + TILE, num_rows, P, TILE)
+        next_u = load_vectors(rows, next_row, next_is_row, 0, d, R, D)
+        next_v = load_vectors(rows, next_row, next_is_row, 1, d, R, D)
+        next_g = load_vectors(rows, next_row, next_is_row, 2, d, R, D) if R == 3 else next_u
         grad = dots(v, grad_y_D, load_scales(scales, row, is_row, 1, R))
         grad_first, grad_gate = _through_neurons(
             grad, weights, hidden, grad_weights, coefficients, entry, is_entry, R, ACTIVATION
         )
         factor = grad_first * load_scales(scales, row, is_row, 0, R)
-        total += tl.where(is_entry, factor, 0.0)[:, None] * u
+        total += tl.where(is_entry, factor, 0.0)[:, None] * u.to(tl.float32)
         if R == 3:
             factor = grad_gate * load_scales(scales, row, is_row, 2, R)
-            total += tl.where(is_entry, factor, 0.0)[:, None] * g
+            total += tl.where(is_entry, factor, 0.0)[:, None] * g.to(tl.float32)
+        entry, is_entry, row, is_row = next_entry, next_is_entry, next_row, next_is_row
+        u, v, g = next_u, next_v, next_g
     tl.store(grad_x + token * D + d, tl.sum(total, axis=0), mask=d < D)
 
 
@@ -144,7 +149,7 @@ def mix_experts_backward(
         through_neurons(grads, weights, hidden, grad_weights, coefficients, parts, activation)
         return sum_rows(coefficients, ids, rows, scales, first=0, step=2), grad_weights, coefficients
     grad_x = torch.empty_like(grad_y)
-    tile, block_d, warps = tile_of_entries(dim)
+    tile, block_d, warps = tile_of_entries(rows)
     if tokens:
         _mix_backward[(tokens,)](
             grad_y,

@@ -1,17 +1,18 @@
 """Rows of a table gathered by the entries of tokens, some entries at a time, and how many at a time.
 
 Rows (N, R, D) are float32, bfloat16, float16, or 8-bit with scales (N, R); they become float32 as soon as they are
-loaded. Offsets are int64. An entry whose id is not in 0 .. N - 1 reads nothing: what multiplies its vectors is NaN, so
+used. Offsets are int64. An entry whose id is not in 0 .. N - 1 reads nothing: what multiplies its vectors is NaN, so
 that its token's results are NaN.
 """
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 WIDEST = 4096
 """Of the vectors that a program holds whole."""
 _NUMBERS = 4096
-"""Of one part that a program gathers at a time: u and v in bfloat16 are 16 KB, and four programs fit on a processor."""
+"""Of one part that a program gathers at a time: u and v in bfloat16 are 16 KB, while as much is under way."""
 
 
 def is_held_whole(dim: int) -> bool:
@@ -19,10 +20,15 @@ def is_held_whole(dim: int) -> bool:
     return dim <= WIDEST
 
 
-def tile_of_entries(dim: int) -> tuple[int, int, int]:
-    """How a program gathers vectors of D numbers: TILE of entries, BLOCK_D of numbers, and how many warps it has."""
+def tile_of_entries(rows: Tensor) -> tuple[int, int, int]:
+    """How a program gathers vectors of rows (N, R, D): TILE of entries, BLOCK_D of numbers, and how many warps it has.
+
+    Half as many entries where they have more than 4 bytes for each place of a vector: registers are scarce.
+    """
+    _, parts, dim = rows.shape
     block_d = min(triton.next_power_of_2(dim), WIDEST)
-    return max(2, min(16, _NUMBERS // block_d)), block_d, 8 if block_d > 1024 else 4
+    numbers = _NUMBERS if parts * rows.element_size() <= 4 else _NUMBERS // 2
+    return max(2, min(16, numbers // block_d)), block_d, 8 if block_d > 1024 else 4
 
 
 @triton.jit
@@ -36,10 +42,10 @@ def load_ids(ids, token, first, num_rows, P: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def load_vectors(rows, row, is_row, part, d, R: tl.constexpr, D: tl.constexpr):
-    """One part of each row at d, a block of 0 .. D - 1, as float32 (TILE, BLOCK_D); zeros where there is no row."""
+    """One part of each row at d, a block of 0 .. D - 1, as stored (TILE, BLOCK_D); zeros where there is no row."""
     start = (row * R + part) * D
     mask = is_row[:, None] & (d < D)[None, :]
-    return tl.load(rows + start[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(rows + start[:, None] + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -61,4 +67,4 @@ def load_token(vectors, token, d, D: tl.constexpr):
 @triton.jit
 def dots(vectors, x, scale):
     """Inner products of gathered vectors (TILE, BLOCK_D) with a token's: (TILE,)."""
-    return tl.sum(vectors * x[None, :], axis=1) * scale
+    return tl.sum(vectors.to(tl.float32) * x[None, :], axis=1) * scale

@@ -35,7 +35,7 @@ def _sum_rows(
     for first in range(0, P, TILE):
         entry, is_entry, row, is_row = load_ids(ids, token, first, num_rows, P, TILE)
         for part in tl.static_range(FIRST, R, STEP):
-            vectors = load_vectors(rows, row, is_row, part, d, R, D)
+            vectors = load_vectors(rows, row, is_row, part, d, R, D).to(tl.float32)
             place = entry * PLACES + (part if PLACES == R else 0)
             weight = tl.load(weights + place, mask=is_entry, other=0.0) * load_scales(scales, row, is_row, part, R)
             total += tl.where(is_entry, weight, 0.0)[:, None] * vectors
@@ -68,7 +68,9 @@ def _dot_rows(
             total = tl.zeros([TILE, BLOCK_D], tl.float32)
             for block in range(0, D, BLOCK_D):
                 d = block + tl.arange(0, BLOCK_D)
-                total += load_vectors(rows, row, is_row, part, d, R, D) * load_token(x, token, d, D)[None, :]
+                total += (
+                    load_vectors(rows, row, is_row, part, d, R, D).to(tl.float32) * load_token(x, token, d, D)[None, :]
+                )
             product = tl.sum(total, axis=1) * load_scales(scales, row, is_row, part, R)
             tl.store(products + entry * PLACES + place, product, mask=is_entry)
 
@@ -81,7 +83,7 @@ def sum_rows(weights: Tensor, ids: Tensor, rows: Tensor, scales: Tensor | None, 
     tokens, per_token = ids.shape
     num_rows, parts, dim = rows.shape
     y = weights.new_empty(tokens, dim)
-    tile, block_d, warps = tile_of_entries(dim)
+    tile, block_d, warps = tile_of_entries(rows)
     if y.numel():
         _sum_rows[(tokens, triton.cdiv(dim, block_d))](
             weights,
@@ -110,7 +112,7 @@ def dot_rows(
     tokens, per_token = ids.shape
     num_rows, parts, dim = rows.shape
     products = x.new_empty(tokens, per_token, places)
-    tile, block_d, warps = tile_of_entries(dim)
+    tile, block_d, warps = tile_of_entries(rows)
     if products.numel():
         _dot_rows[(tokens,)](
             x,
