@@ -20,6 +20,16 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    # Triton asks once for all, when it is imported. Processes that tests start do without its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import peerlm.ops.triton.kernels
+
+    if importlib.util.find_spec("triton"):
+        importlib.import_module("triton.experimental.gluon")  # or Triton does it when it first runs a kernel
+
+    del os.environ["TRITON_INTERPRET"]
+
 import peerlm.testing
 
 from .models import Build, build

@@ -16,7 +16,7 @@ from peerlm.ops.row_updates import watch_rows
 from peerlm.testing import assert_within_budget, definition, gradient_of, relative_error
 
 PAIRS = list(itertools.product(ROW_FORMATS, ROW_FORMATS))
-# Of the rows, relative to those in float32: bfloat16 rounds by at most 2^-9, int8 by half of 1 / 127 of the largest.
+# Of the rows, relative to those in float32: bfloat16 rounds by at most 2^-8, int8 by half of 1 / 127 of the largest.
 ERRORS = {"float32": 0.0, "bfloat16": 2**-8, "int8": 1e-2}
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_rows_of_another_dtype_are_refused_by_name_and_taken_by_auto() -> None:
     ("options", "reason"),
     [
         ({"row_gradients": True}, "have no sparse row gradients"),
-        ({"scales": torch.ones(5, 2)}, "take no int8 rows"),
+        ({"scales": torch.ones(5, 2)}, "take no rows of 8 bits"),
     ],
     ids=["sparse", "int8"],
 )
@@ -180,6 +181,20 @@ def test_target_that_the_machine_does_not_run() -> None:
 def test_named_target_is_the_one_in_use() -> None:
     done = python("from peerlm.ops.cpu import native; print(native.module.target())", PEERLM_SIMD="portable")
     assert (done.stdout, done.stderr) == ("portable\n", "")
+
+
+def test_auto_says_once_why_a_device_has_to_do_without_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    bag = api._backend("bag")
+    own = SimpleNamespace(device_type="cpu", unavailable=lambda: "", unsupported=lambda op, *_, **__: "it is Sunday")
+    table = {"cpu": own, "bag": bag}
+    monkeypatch.setattr(api, "_BACKENDS", dict.fromkeys(table, ("",)))
+    monkeypatch.setattr(api, "_backend", table.__getitem__)
+    api._say_once.cache_clear()
+    values, ids = torch.ones(2, 4), torch.zeros(2, 3, dtype=torch.int64)
+    message = "backend 'cpu' has kernels for this device, but it is Sunday; backend 'bag' computes mix_values in its"
+    with pytest.warns(UserWarning, match=message):
+        api.mix_values(torch.ones(2, 3), ids, values)
+    api.mix_values(torch.ones(2, 3), ids, values)
 
 
 @pytest.mark.slow

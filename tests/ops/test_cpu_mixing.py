@@ -1,13 +1,13 @@
 """Native mixing of experts and values, forward and backward, against float64."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from peerlm.layers.table import quantise
 from peerlm.ops import api
@@ -15,65 +15,13 @@ from peerlm.ops.cpu import native
 from peerlm.ops.functions import ACTIVATIONS
 from peerlm.testing import MixInputs, assert_within_budget, mix_inputs, relative_error
 
+from .mixing_cases import assert_kernels_within_budget, draw, in_float32, output_and_gradients, widened
+
 pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
 
+assert_native_within_budget = partial(assert_kernels_within_budget, backend="cpu")
 AWKWARD_DIMS = [1, 7, 16, 17, 64, 100]
 AWKWARD_COUNTS = [1, 4, 15, 16, 17, 33, 70]
-
-
-def widened(inputs: MixInputs, rows: Tensor | None = None) -> MixInputs:
-    """The same values in float64, as leaves; `rows` take the place of theirs."""
-    taken = inputs.rows if rows is None else rows
-    return MixInputs(x=inputs.x, weights=inputs.weights, ids=inputs.ids, rows=taken).to(torch.float64)
-
-
-def in_float32(inputs: MixInputs, row_dtype: torch.dtype = torch.float32) -> MixInputs:
-    """Arguments in float32, as leaves, with rows in `row_dtype`."""
-    rows = inputs.rows.detach().to(row_dtype).requires_grad_()
-    single = inputs.to(torch.float32)
-    return MixInputs(x=single.x, weights=single.weights, ids=single.ids, rows=rows)
-
-
-def output_and_gradients(inputs: MixInputs, scales: Tensor | None = None, **options: Any) -> dict[str, Tensor]:
-    """By name: y and the gradients, of those that require one, of a fixed weighted sum of it."""
-    y = api.mix_experts(*inputs.arguments(), scales, **options)
-    names = [name for name in ("x", "weights", "rows") if getattr(inputs, name).requires_grad]
-    coefficients = torch.linspace(-1, 1, max(y.numel(), 1), dtype=torch.float64)[: y.numel()].view(y.shape)
-    gradients = torch.autograd.grad((y * coefficients.to(y.dtype)).sum(), [getattr(inputs, n) for n in names])
-    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
-
-
-def assert_kernels_within_budget(
-    drawn: MixInputs, row_dtype: torch.dtype = torch.float32, *, activation: str = "gelu", row_gradients: bool = False
-) -> dict[str, Tensor]:
-    """The kernels' output and gradients, which err no more than the definition's in the same dtypes may.
-
-    Both are judged by x and weights before these were rounded to float32: where sums cancel, what that loses is what
-    any order of summation may lose.
-    """
-    inputs, scales = in_float32(drawn), None
-    if row_dtype == torch.int8:
-        rows, scales = quantise(inputs.rows.detach())
-        stored = rows.double() * scales.double()[..., None]
-    else:
-        rows = stored = inputs.rows.detach().to(row_dtype).requires_grad_()
-    inputs = MixInputs(x=inputs.x, weights=inputs.weights, ids=inputs.ids, rows=rows)
-    options = {"activation": activation, "row_gradients": row_gradients}
-    actual = output_and_gradients(inputs, scales, backend="cpu", **options)
-    plain = output_and_gradients(inputs, scales, backend="reference", **options)
-    exact = output_and_gradients(widened(drawn, stored), activation=activation, backend="reference")
-    assert_within_budget(actual, plain, {name: exact[name] for name in actual})  # int8 rows have no gradient
-    return actual
-
-
-def draw(tokens: int, per_token: int, dim: int, num_experts: int, **options: Any) -> MixInputs:
-    """Inputs with u and g scaled for neurons of unit variance; float32 holds none of the numbers."""
-    inputs = mix_inputs(tokens, per_token, dim, num_experts, **options)
-    with torch.no_grad():
-        inputs.x.mul_(0.9)
-        inputs.weights.mul_(0.9)
-        inputs.rows[:, ::2] *= dim**-0.5
-    return inputs
 
 
 @pytest.mark.parametrize("row_dtype", [torch.float32, torch.bfloat16])
@@ -81,14 +29,14 @@ def draw(tokens: int, per_token: int, dim: int, num_experts: int, **options: Any
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_mixing_equals_float64(activation: str, gated: bool, row_dtype: torch.dtype) -> None:
     for dim, per_token in zip(AWKWARD_DIMS, AWKWARD_COUNTS, strict=False):
-        assert_kernels_within_budget(draw(21, per_token, dim, 30, gated=gated), row_dtype, activation=activation)
+        assert_native_within_budget(draw(21, per_token, dim, 30, gated=gated), row_dtype, activation=activation)
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dim", AWKWARD_DIMS)
 @pytest.mark.parametrize("per_token", AWKWARD_COUNTS)
 def test_awkward_sizes(per_token: int, dim: int, gated: bool) -> None:
-    assert_kernels_within_budget(draw(21, per_token, dim, 11, gated=gated))
+    assert_native_within_budget(draw(21, per_token, dim, 11, gated=gated))
 
 
 @given(
@@ -114,21 +62,21 @@ def test_any_shape(
     seed: int,
 ) -> None:
     drawn = draw(tokens, per_token, dim, num_experts, gated=gated, seed=seed)
-    assert_kernels_within_budget(drawn, row_format, activation=activation)
+    assert_native_within_budget(drawn, row_format, activation=activation)
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("row_gradients", [False, True])
 def test_one_expert_for_all(row_gradients: bool, gated: bool) -> None:
     drawn = draw(63, 8, 64, 100, gated=gated, one_expert=True)
-    actual = assert_kernels_within_budget(drawn, row_gradients=row_gradients)
+    actual = assert_native_within_budget(drawn, row_gradients=row_gradients)
     assert actual["rows"].is_sparse == row_gradients
 
 
 def test_repeated_ids_count_each_time() -> None:
     inputs = draw(6, 12, 20, 3)
     assert all(len(set(row)) < len(row) for row in inputs.ids.tolist())
-    assert_kernels_within_budget(inputs)
+    assert_native_within_budget(inputs)
 
 
 @pytest.mark.parametrize("row_dtype", [torch.float32, torch.bfloat16])
@@ -194,7 +142,7 @@ def test_int8_rows(gated: bool, dim: int) -> None:
     rows = 2 * torch.rand(300, 3 if gated else 2, dim, generator=generator, dtype=torch.float64) - 1
     rows[:, ::2] *= (3 / dim) ** 0.5
     drawn = widened(mix_inputs(32, 32, dim, 300), rows)
-    actual = assert_kernels_within_budget(drawn, torch.int8)
+    actual = assert_native_within_budget(drawn, torch.int8)
     assert sorted(actual) == ["weights", "x", "y"]
     quantised, scales = quantise(rows.float())
     stored = quantised.double() * scales.double()[..., None]

@@ -15,7 +15,7 @@ from peerlm.layers.table import quantise
 from peerlm.ops import api
 from peerlm.ops.cpu import native
 from peerlm.ops.functions import WEIGHTINGS
-from peerlm.ops.operators import _LIBRARY
+from peerlm.ops.operators import PEERLM
 from peerlm.testing import assert_within_budget, definition, float64, mix_inputs
 
 pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
@@ -109,7 +109,7 @@ def test_every_operator_is_checked_here() -> None:
     checked = with_backward | {f"{name}_backward" for name in with_backward}
     checked |= {"row_gradients", "gradients_by_row", "dot_values"}
     checked |= {"linear"}  # in test_onednn.py
-    assert {name.rpartition("::")[2] for name in _LIBRARY._op_defs} == checked
+    assert {name.rpartition("::")[2] for name in PEERLM._library._op_defs} == checked
 
 
 @pytest.mark.parametrize("dim", [16, 21])

@@ -8,7 +8,12 @@ from peerlm.ops import api
 from peerlm.ops.cpu import native
 from peerlm.testing import assert_within_budget
 
-BACKENDS = ["reference", "bag", pytest.param("cpu", marks=pytest.mark.skipif(bool(native._reason), reason="not built"))]
+BACKENDS = [
+    "reference",
+    "bag",
+    "triton",
+    pytest.param("cpu", marks=pytest.mark.skipif(bool(native._reason), reason="not built")),
+]
 
 
 def draw(tokens: int, per_token: int, dim: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:

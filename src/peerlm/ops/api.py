@@ -6,7 +6,9 @@ of the arguments, because scores rounded to bfloat16 would choose other experts.
 """
 
 import importlib
+import warnings
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import ModuleType
 from typing import Any, cast
 
@@ -16,10 +18,12 @@ from torch import Tensor
 from peerlm.ops.backend import Backend
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
+from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.row_updates import RowState
 
 _BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("peerlm.ops.cpu.kernels",),
+    "triton": ("peerlm.ops.triton.kernels",),
     "bag": ("peerlm.ops.bag", "peerlm.ops.reference"),
     "reference": ("peerlm.ops.reference", "peerlm.ops.reference_operators"),
 }
@@ -47,6 +51,11 @@ def _import(path: str) -> Backend:
     return _loaded[path]
 
 
+def _is_automatic(name: str) -> bool:
+    """Whether "auto" may take a backend."""
+    return getattr(_backend(name), "automatic", True)
+
+
 def load_backends() -> None:
     """Import every backend, so that `torch.ops.peerlm` is complete, as `torch.export.load` needs it."""
     for paths in _BACKENDS.values():
@@ -56,7 +65,7 @@ def load_backends() -> None:
 
 def available_backends() -> dict[str, str]:
     """Each backend by name, and in one phrase what it is; "auto" says what it stands for."""
-    able = [name for name in _BACKENDS if not _backend(name).unavailable()]
+    able = [name for name in _BACKENDS if _is_automatic(name) and not _backend(name).unavailable()]
     auto = f"the first that can compute with the tensors, of {', '.join(able)}"
     return {"auto": auto} | {name: _backend(name).description() for name in _BACKENDS}
 
@@ -142,15 +151,26 @@ def _choose(
     Raises ValueError where it cannot.
     """
     check_backend(backend)
-    reason = ""
+    reason, of_device = "", ""
     for name in _BACKENDS if backend == "auto" else (backend,):
         first = _backend(name)
+        if backend == "auto" and not _is_automatic(name):
+            continue
         reason = first.unavailable() or first.unsupported(
             op, *inputs, ids=ids, rows=rows, scales=scales, row_gradients=row_gradients
         )
         if not reason:
+            if of_device and not torch.compiler.is_compiling():
+                _say_once(f"{of_device}; backend {name!r} computes {op} in its place, more slowly")
             return first if hasattr(first, op) else next(m for m in map(_module, _BACKENDS[name][1:]) if hasattr(m, op))
+        if getattr(first, "device_type", "") == inputs[0].device.type:
+            of_device = f"backend {name!r} has kernels for this device, but {reason}"
     raise ValueError(f"backend is {backend!r}, but {reason}; choose 'auto', or convert the tensors")
+
+
+@cache
+def _say_once(what: str) -> None:
+    warnings.warn(what, stacklevel=4)
 
 
 def _refuse_shapes(**tensors: Tensor) -> None:
@@ -159,8 +179,8 @@ def _refuse_shapes(**tensors: Tensor) -> None:
 
 
 def _check_float(tensor: Tensor, name: str) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} has dtype {tensor.dtype}; it must have a float dtype")
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; it must have a float dtype of 16 bits or more")
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -240,9 +260,11 @@ def mix_experts(
 
     Args:
         x: (T, D).
-        weights, expert_ids: (T, P); ids int64 in 0 .. N - 1, repetitions count each time.
-        rows: (N, 2, D), the experts' u and v, or (N, 3, D) with g for gated experts; a float dtype, or int8.
-        scales: (N, 2 or 3) float32, what each vector of int8 rows is multiplied by; otherwise None.
+        weights, expert_ids: (T, P); ids int64 in 0 .. N - 1, repetitions count each time. Other ids raise an error;
+            on a GPU, which the Triton kernels do not wait for, their tokens get NaN.
+        rows: (N, 2, D), the experts' u and v, or (N, 3, D) with g for gated experts; a float dtype of
+            16 bits or more, or 8 bits with scales: int8, float8_e4m3fn.
+        scales: (N, 2 or 3) float32, what each vector of 8-bit rows is multiplied by; otherwise None.
         activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
         backend: a name in `BACKENDS`.
         row_gradients: give the gradient of `rows` as a sparse tensor of the rows that occur. torch.compile leaves the
@@ -257,11 +279,16 @@ def mix_experts(
     check_activation(activation)
     _check_float(x, "x")
     _check_float(weights, "weights")
-    if (rows.dtype == torch.int8) != (scales is not None):
+    if (rows.dtype in SCALED_DTYPES) != (scales is not None):
         given = "no scales" if scales is None else "scales"
-        raise ValueError(f"rows have dtype {rows.dtype} and {given} are given; int8 rows need scales, others have none")
+        need = " and ".join(str(dtype).removeprefix("torch.") for dtype in SCALED_DTYPES)
+        raise ValueError(
+            f"rows have dtype {rows.dtype} and {given} are given; {need} rows need scales, others have none"
+        )
     if scales is None:
         _check_float(rows, "rows")
+    elif rows.requires_grad:
+        raise ValueError(f"rows have dtype {rows.dtype} and require a gradient; rows with scales are not trained")
     elif scales.shape != rows.shape[:2]:
         _refuse_shapes(rows=rows, scales=scales)
     if rows.ndim != 3 or rows.shape[1] not in (2, 3):

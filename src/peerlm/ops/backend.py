@@ -8,7 +8,9 @@ from torch import Tensor
 class Backend(Protocol):
     """The functions of a backend's module; arguments are those of `api`'s functions of the same names.
 
-    An operation that a module has not is taken from the next module of its entry in the table.
+    An operation that a module has not is taken from the next module of its entry in the table. A module whose
+    `automatic` is False is taken by name alone, never by "auto". One with a `device_type` is what tensors there are
+    best computed by: where "auto" takes another, it says why.
     """
 
     @staticmethod

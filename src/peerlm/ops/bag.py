@@ -42,7 +42,7 @@ def unsupported(
     if row_gradients:
         return "embedding bags have no sparse row gradients"
     if scales is not None or (rows is not None and not rows.is_floating_point()):
-        return "embedding bags take no int8 rows"
+        return "embedding bags take no rows of 8 bits"
     return not_plain(*inputs, ids, rows)
 
 

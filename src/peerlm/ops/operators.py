@@ -1,12 +1,11 @@
 """The operators `torch.ops.peerlm.*`: schemas, fakes for tracing and autograd formulas, the same for every device.
 
-A backend with kernels registers them for a dispatch key (`implement`); torch.compile, torch.export and gradient
-checkpointing then take models that use them. The functions without an underscore give operators what all kernels may
-rely on: contiguous tensors, float32 but for rows, which are float32, bfloat16 or int8 with scales. Shape suffixes as in
-`reference.py`.
+A backend with kernels registers them for a dispatch key (`Operators.implement`); torch.compile, torch.export and
+gradient checkpointing then take models that use them. Shape suffixes as in `reference.py`.
 """
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,64 +17,6 @@ from peerlm.ops.tensors import has_values
 FusedUpdate = Callable[[RowState, RowStep, Tensor | None, Tensor, Tensor, Tensor], None]
 """Takes a table, its step, and x, grad_y, ids and coefficients as `row_gradients` does; updates the rows that occur."""
 
-_LIBRARY = torch.library.Library("peerlm", "DEF")
-_FUSED_UPDATES: dict[str, FusedUpdate] = {}
-
-
-def implement(kernels: Mapping[str, Callable[..., Any]], dispatch_key: str) -> None:
-    """Register kernels by operator's name for a dispatch key, as "CPU", "CUDA", or "CompositeExplicitAutograd"."""
-    for name, kernel in kernels.items():
-        _LIBRARY.impl(name, kernel, dispatch_key)
-
-
-def implement_fused_update(update: FusedUpdate, device_type: str) -> None:
-    """Register what makes a table's step of the row gradients in the backward pass, for a type of device."""
-    _FUSED_UPDATES[device_type] = update
-
-
-def retrieve(
-    query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, weighting: str, pairing: str = "row-major"
-) -> tuple[Tensor, Tensor]:
-    """As `reference.retrieve`, but differentiable once only; ids are those of float64 scores."""
-    query = query_THX.float().contiguous()
-    return torch.ops.peerlm.retrieve(query, sub_keys_2HnC.float().contiguous(), k, weighting, pairing)
-
-
-def mix_experts(
-    x_TD: Tensor,
-    weights_TP: Tensor,
-    ids_TP: Tensor,
-    rows_NRD: Tensor,
-    scales_NR: Tensor | None,
-    activation: str,
-    *,
-    row_gradients: bool = False,
-) -> Tensor:
-    """As `reference.mix_experts`, but differentiable once only; the arithmetic is in float32.
-
-    With `row_gradients` the gradient of the rows is a sparse tensor, coalesced, of those that occur.
-    """
-    x, weights = x_TD.float().contiguous(), weights_TP.float().contiguous()
-    scales = None if scales_NR is None else scales_NR.contiguous()
-    y, _ = torch.ops.peerlm.mix_experts(
-        x, weights, ids_TP.contiguous(), rows_NRD.contiguous(), scales, activation, row_gradients
-    )
-    return y.to(x_TD.dtype)
-
-
-def mix_values(weights_TP: Tensor, ids_TP: Tensor, values_ND: Tensor, *, row_gradients: bool = False) -> Tensor:
-    """As `reference.mix_values`, but differentiable once only; `row_gradients` as in `mix_experts`."""
-    weights = weights_TP.float().contiguous()
-    y = torch.ops.peerlm.mix_values(weights, ids_TP.contiguous(), values_ND.contiguous(), row_gradients)
-    return y.to(values_ND.dtype)
-
-
-def dot_values(x_TD: Tensor, ids_TP: Tensor, values_ND: Tensor, *, row_gradients: bool = False) -> Tensor:
-    """As `reference.dot_values`, but differentiable once only, in float32; `row_gradients` as in `mix_experts`."""
-    return torch.ops.peerlm.dot_values(
-        x_TD.float().contiguous(), ids_TP.contiguous(), values_ND.contiguous(), row_gradients
-    )
-
 
 # The product x W^T
 
@@ -86,14 +27,6 @@ def _linear_fake(x: Tensor, weight: Tensor) -> Tensor:
 
 def _linear_save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
-
-
-def _linear_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    x, weight = ctx.saved_tensors
-    grad_y = grad_y.contiguous()
-    grad_x = torch.ops.peerlm.linear(grad_y, weight.t()) if ctx.needs_input_grad[0] else None
-    grad_weight = torch.ops.peerlm.linear(x.t(), grad_y.t()).t() if ctx.needs_input_grad[1] else None
-    return grad_x, grad_weight
 
 
 # Retrieval
@@ -123,13 +56,6 @@ def _retrieve_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     weights, ids = output
     ctx.mark_non_differentiable(ids)
     ctx.save_for_backward(weights, ids, query, sub_keys)
-
-
-def _retrieve_gradients(ctx: Any, grad_weights: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grad_query, grad_sub_keys = torch.ops.peerlm.retrieve_backward(
-        grad_weights, *ctx.saved_tensors, ctx.weighting, ctx.pairing
-    )
-    return grad_query, grad_sub_keys, None, None, None
 
 
 # Mixing of experts
@@ -166,20 +92,6 @@ def _mix_experts_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.save_for_backward(x, weights, ids, output[1], rows, scales)
 
 
-def _mix_experts_gradients(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 7
-    x, weights, ids, hidden, rows, scales = ctx.saved_tensors
-    grad_y = grad_y.contiguous()
-    grad_x, grad_weights, coefficients = torch.ops.peerlm.mix_experts_backward(
-        grad_y, weights, ids, hidden, rows, scales, ctx.activation
-    )
-    grad_rows = None
-    if ctx.needs_input_grad[3]:
-        grad_rows = _gradient_of_rows(x, grad_y, ids, coefficients, rows, by_row=ctx.row_gradients)
-    return grad_x, grad_weights, None, grad_rows, None, None, None
-
-
 # Mixing of values, and inner products with them
 
 
@@ -196,16 +108,6 @@ def _mix_values_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(weights, ids, values)
 
 
-def _mix_values_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    weights, ids, values = ctx.saved_tensors
-    grad_y = grad_y.contiguous()
-    grad_weights = torch.ops.peerlm.mix_values_backward(grad_y, weights, ids, values)
-    grad_values = None
-    if ctx.needs_input_grad[2]:
-        grad_values = _gradient_of_rows(None, grad_y, ids, weights[..., None], values, by_row=ctx.row_gradients)
-    return grad_weights, None, grad_values, None
-
-
 def _dot_values_fake(x: Tensor, ids: Tensor, values: Tensor, row_gradients: bool) -> Tensor:
     return x.new_empty(ids.shape)
 
@@ -213,16 +115,6 @@ def _dot_values_fake(x: Tensor, ids: Tensor, values: Tensor, row_gradients: bool
 def _dot_values_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, ids, values, ctx.row_gradients = inputs
     ctx.save_for_backward(x, ids, values)
-
-
-def _dot_values_gradients(ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, ...]:
-    x, ids, values = ctx.saved_tensors
-    grad_dots = grad_dots.contiguous()
-    grad_x = torch.ops.peerlm.mix_values(grad_dots, ids, values, False) if ctx.needs_input_grad[0] else None
-    grad_values = None
-    if ctx.needs_input_grad[2]:
-        grad_values = _gradient_of_rows(None, x, ids, grad_dots[..., None], values, by_row=ctx.row_gradients)
-    return grad_x, None, grad_values, None
 
 
 # Gradients of rows
@@ -239,32 +131,12 @@ def _gradients_by_row_fake(
     return ids.new_empty(occur), grad_y.new_empty(occur, coefficients.shape[-1], grad_y.shape[-1])
 
 
-def _gradient_of_rows(
-    x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor, rows: Tensor, *, by_row: bool
-) -> Tensor | None:
-    """Gradient of `rows` in their shape and dtype: dense, or by row sparse; None where an optimizer has used it up."""
-    if not by_row:
-        grad = torch.ops.peerlm.row_gradients(x, grad_y, ids, coefficients, rows.shape[0])
-        return grad.view(rows.shape).to(rows.dtype)
-    if not has_values(grad_y):
-        raise RuntimeError(
-            "row_gradients=True gives a gradient by row, which code compiled in one graph cannot: "
-            "compile without fullgraph=True, or pass row_gradients=False"
-        )
-    update_rows = _FUSED_UPDATES.get(rows.device.type)
-    if update_rows is not None and (update := fused_row_update(rows)) is not None:
-        update_rows(*update, x, grad_y, ids, coefficients)
-        return None
-    found, grad = torch.ops.peerlm.gradients_by_row(x, grad_y, ids, coefficients, rows.shape[0])
-    values = grad.view(-1, *rows.shape[1:]).to(rows.dtype)
-    return torch.sparse_coo_tensor(found[None], values, rows.shape, is_coalesced=True, check_invariants=False)
-
-
 def _refuse_second_derivatives(ctx: Any, *gradients: Tensor) -> None:
     raise RuntimeError("these kernels are differentiable once only; backend 'reference' is twice")
 
 
-for _schema, _fake in (
+_ONCE_ONLY = ("retrieve_backward", "mix_experts_backward", "mix_values_backward", "row_gradients", "gradients_by_row")
+_SCHEMAS: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("linear(Tensor x, Tensor weight) -> Tensor", _linear_fake),
     (
         "retrieve(Tensor query, Tensor sub_keys, int k, str weighting, str pairing='row-major') -> (Tensor, Tensor)",
@@ -300,16 +172,163 @@ for _schema, _fake in (
         " -> (Tensor, Tensor)",
         _gradients_by_row_fake,
     ),
-):
-    _LIBRARY.define(_schema)
-    torch.library.register_fake(f"peerlm::{_schema.partition('(')[0]}", _fake, lib=_LIBRARY)
-for _name, _save, _gradients in (
-    ("linear", _linear_save, _linear_gradients),
-    ("retrieve", _retrieve_save, _retrieve_gradients),
-    ("mix_experts", _mix_experts_save, _mix_experts_gradients),
-    ("mix_values", _mix_values_save, _mix_values_gradients),
-    ("dot_values", _dot_values_save, _dot_values_gradients),
-):
-    torch.library.register_autograd(f"peerlm::{_name}", _gradients, setup_context=_save, lib=_LIBRARY)
-for _name in ("retrieve_backward", "mix_experts_backward", "mix_values_backward", "row_gradients", "gradients_by_row"):
-    torch.library.register_autograd(f"peerlm::{_name}", _refuse_second_derivatives, lib=_LIBRARY)
+)
+
+
+def _on_its_gpu(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that is launched on the GPU of its tensors, which need not be the current one."""
+
+    @wraps(kernel)
+    def launched(*arguments: Any) -> Any:
+        with torch.cuda.device_of(next(argument for argument in arguments if isinstance(argument, Tensor))):
+            return kernel(*arguments)
+
+    return launched
+
+
+class Operators:
+    """The operators of one namespace. Kernels that run on the same device as others need a namespace of their own.
+
+    The methods without an underscore give operators what all kernels may rely on: contiguous tensors, float32 but for
+    rows, which keep their dtype; those of 8 bits have scales.
+    """
+
+    def __init__(self, namespace: str):
+        self._library = torch.library.Library(namespace, "DEF")
+        self._fused_updates: dict[str, FusedUpdate] = {}
+        self.ops: Any = getattr(torch.ops, namespace)
+        for schema, fake in _SCHEMAS:
+            self._library.define(schema)
+            torch.library.register_fake(f"{namespace}::{schema.partition('(')[0]}", fake, lib=self._library)
+        for name, save, gradients in (
+            ("linear", _linear_save, self._linear_gradients),
+            ("retrieve", _retrieve_save, self._retrieve_gradients),
+            ("mix_experts", _mix_experts_save, self._mix_experts_gradients),
+            ("mix_values", _mix_values_save, self._mix_values_gradients),
+            ("dot_values", _dot_values_save, self._dot_values_gradients),
+        ):
+            torch.library.register_autograd(f"{namespace}::{name}", gradients, setup_context=save, lib=self._library)
+        for name in _ONCE_ONLY:
+            torch.library.register_autograd(f"{namespace}::{name}", _refuse_second_derivatives, lib=self._library)
+
+    def implement(self, kernels: Mapping[str, Callable[..., Any]], dispatch_key: str) -> None:
+        """Register kernels by operator's name for a dispatch key, as "CPU", "CUDA", or "CompositeExplicitAutograd"."""
+        for name, kernel in kernels.items():
+            self._library.impl(name, _on_its_gpu(kernel) if dispatch_key == "CUDA" else kernel, dispatch_key)
+
+    def implement_fused_update(self, update: FusedUpdate, device_type: str) -> None:
+        """Register what makes a table's step of the row gradients in the backward pass, for a type of device."""
+        self._fused_updates[device_type] = update
+
+    def retrieve(
+        self, query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, weighting: str, pairing: str = "row-major"
+    ) -> tuple[Tensor, Tensor]:
+        """As `reference.retrieve`, but differentiable once only; ids are those of float64 scores."""
+        query = query_THX.float().contiguous()
+        return self.ops.retrieve(query, sub_keys_2HnC.float().contiguous(), k, weighting, pairing)
+
+    def mix_experts(
+        self,
+        x_TD: Tensor,
+        weights_TP: Tensor,
+        ids_TP: Tensor,
+        rows_NRD: Tensor,
+        scales_NR: Tensor | None,
+        activation: str,
+        *,
+        row_gradients: bool = False,
+    ) -> Tensor:
+        """As `reference.mix_experts`, but differentiable once only; the arithmetic is in float32.
+
+        With `row_gradients` the gradient of the rows is a sparse tensor, coalesced, of those that occur.
+        """
+        x, weights = x_TD.float().contiguous(), weights_TP.float().contiguous()
+        scales = None if scales_NR is None else scales_NR.contiguous()
+        y, _ = self.ops.mix_experts(
+            x, weights, ids_TP.contiguous(), rows_NRD.contiguous(), scales, activation, row_gradients
+        )
+        return y.to(x_TD.dtype)
+
+    def mix_values(
+        self, weights_TP: Tensor, ids_TP: Tensor, values_ND: Tensor, *, row_gradients: bool = False
+    ) -> Tensor:
+        """As `reference.mix_values`, but differentiable once only; `row_gradients` as in `mix_experts`."""
+        weights = weights_TP.float().contiguous()
+        y = self.ops.mix_values(weights, ids_TP.contiguous(), values_ND.contiguous(), row_gradients)
+        return y.to(values_ND.dtype)
+
+    def dot_values(self, x_TD: Tensor, ids_TP: Tensor, values_ND: Tensor, *, row_gradients: bool = False) -> Tensor:
+        """As `reference.dot_values`, but differentiable once only, in float32; `row_gradients` as in `mix_experts`."""
+        return self.ops.dot_values(
+            x_TD.float().contiguous(), ids_TP.contiguous(), values_ND.contiguous(), row_gradients
+        )
+
+    def _linear_gradients(self, ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_y = grad_y.contiguous()
+        grad_x = self.ops.linear(grad_y, weight.t()) if ctx.needs_input_grad[0] else None
+        grad_weight = self.ops.linear(x.t(), grad_y.t()).t() if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+    def _retrieve_gradients(self, ctx: Any, grad_weights: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_query, grad_sub_keys = self.ops.retrieve_backward(
+            grad_weights, *ctx.saved_tensors, ctx.weighting, ctx.pairing
+        )
+        return grad_query, grad_sub_keys, None, None, None
+
+    def _mix_experts_gradients(self, ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_y is None:
+            return (None,) * 7
+        x, weights, ids, hidden, rows, scales = ctx.saved_tensors
+        grad_y = grad_y.contiguous()
+        grad_x, grad_weights, coefficients = self.ops.mix_experts_backward(
+            grad_y, weights, ids, hidden, rows, scales, ctx.activation
+        )
+        grad_rows = None
+        if ctx.needs_input_grad[3]:
+            grad_rows = self._gradient_of_rows(x, grad_y, ids, coefficients, rows, by_row=ctx.row_gradients)
+        return grad_x, grad_weights, None, grad_rows, None, None, None
+
+    def _mix_values_gradients(self, ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        weights, ids, values = ctx.saved_tensors
+        grad_y = grad_y.contiguous()
+        grad_weights = self.ops.mix_values_backward(grad_y, weights, ids, values)
+        grad_values = None
+        if ctx.needs_input_grad[2]:
+            grad_values = self._gradient_of_rows(
+                None, grad_y, ids, weights[..., None], values, by_row=ctx.row_gradients
+            )
+        return grad_weights, None, grad_values, None
+
+    def _dot_values_gradients(self, ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, ...]:
+        x, ids, values = ctx.saved_tensors
+        grad_dots = grad_dots.contiguous()
+        grad_x = self.ops.mix_values(grad_dots, ids, values, False) if ctx.needs_input_grad[0] else None
+        grad_values = None
+        if ctx.needs_input_grad[2]:
+            grad_values = self._gradient_of_rows(None, x, ids, grad_dots[..., None], values, by_row=ctx.row_gradients)
+        return grad_x, None, grad_values, None
+
+    def _gradient_of_rows(
+        self, x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor, rows: Tensor, *, by_row: bool
+    ) -> Tensor | None:
+        """Gradient of `rows` in their shape and dtype, dense or sparse; None where an optimizer has used it up."""
+        if not by_row:
+            grad = self.ops.row_gradients(x, grad_y, ids, coefficients, rows.shape[0])
+            return grad.view(rows.shape).to(rows.dtype)
+        if not has_values(grad_y):
+            raise RuntimeError(
+                "row_gradients=True gives a gradient by row, which code compiled in one graph cannot: "
+                "compile without fullgraph=True, or pass row_gradients=False"
+            )
+        update_rows = self._fused_updates.get(rows.device.type)
+        if update_rows is not None and (update := fused_row_update(rows)) is not None:
+            update_rows(*update, x, grad_y, ids, coefficients)
+            return None
+        found, grad = self.ops.gradients_by_row(x, grad_y, ids, coefficients, rows.shape[0])
+        values = grad.view(-1, *rows.shape[1:]).to(rows.dtype)
+        return torch.sparse_coo_tensor(found[None], values, rows.shape, is_coalesced=True, check_invariants=False)
+
+
+PEERLM = Operators("peerlm")
+"""What models use: each device's own kernels."""

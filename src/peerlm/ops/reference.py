@@ -132,7 +132,7 @@ class _SelectRows(torch.autograd.Function):
 
 
 def _gather_rows(rows: Tensor, ids_TP: Tensor, scales: Tensor | None, *, row_gradients: bool) -> Tensor:
-    """rows[ids], in float32 at least; int8 rows (N, ..., D) are multiplied by their scales (N, ...)."""
+    """rows[ids], in float32 at least; 8-bit rows (N, ..., D) are multiplied by their scales (N, ...)."""
     # index_select refuses negative ids, which indexing would count from the end
     gathered = _SelectRows.apply(rows, ids_TP) if row_gradients else _select(rows, ids_TP)
     if scales is not None:
@@ -156,7 +156,7 @@ def mix_experts(
         x_TD: inputs (T, D).
         weights_TP, ids_TP: (T, P); an id may stand several times in a row, and counts each time.
         rows_NRD: expert rows u, v and, if gated, g: (N, 2 or 3, D).
-        scales_NR: what int8 rows are multiplied by, (N, 2 or 3), or None.
+        scales_NR: what 8-bit rows are multiplied by, (N, 2 or 3), or None.
         activation: a name in `ACTIVATIONS`.
         row_gradients: whether the gradient of the rows is a sparse tensor of those that occur, or a dense one.
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peerlm.ops import operators, reference
+from peerlm.ops import reference
 from peerlm.ops.functions import ACTIVATIONS
+from peerlm.ops.operators import PEERLM
 from peerlm.ops.pairing import PAIRINGS
 
 Slope = Callable[[Tensor, Tensor], Tensor]
@@ -69,7 +70,7 @@ def _retrieve_backward(
 
 
 def _gather(rows: Tensor, ids_TP: Tensor, scales: Tensor | None) -> Tensor:
-    """rows[ids], int8 rows by their scales; in float32 at least."""
+    """rows[ids], 8-bit rows by their scales; in float32 at least."""
     gathered = rows[ids_TP].to(torch.promote_types(rows.dtype, torch.float32))
     return gathered if scales is None else gathered * scales[ids_TP][..., None]
 
@@ -172,4 +173,4 @@ KERNELS: dict[str, Callable[..., object]] = {
     "row_gradients": _row_gradients,
     "gradients_by_row": _gradients_by_row,
 }
-operators.implement(KERNELS, "CompositeExplicitAutograd")
+PEERLM.implement(KERNELS, "CompositeExplicitAutograd")

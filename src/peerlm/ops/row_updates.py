@@ -44,13 +44,16 @@ class RowStep:
 
     step: int
     """Counted from 1."""
-    learning_rate: float
+    learning_rate: float | Tensor
+    """A tensor on a GPU stays there, where the table's kernels have `place_step`."""
     weight_decay: float
     beta1: float
     beta2: float
     eps: float
     seed: int | None
     """Of stochastic rounding to bfloat16; None rounds to nearest."""
+    placed: Tensor | None = None
+    """These numbers on the table's device, as its kernels' `place_step` gives them; None where they are not yet."""
 
 
 @dataclass(frozen=True)

@@ -150,4 +150,4 @@ def _reads_data(function: Any) -> bool:
         return False
     # Backward passes of our own operators read the rows that their forward passes have prepared.
     name = str(function) if type(function).__module__ == "torch._ops" else ""
-    return not (name.startswith("peerlm.") and "_backward" in name)
+    return not (name.startswith("peerlm") and "_backward" in name)

@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import compress
 from typing import Any, overload
 
@@ -16,6 +17,7 @@ from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.ops.watched import raw
 from peerlm.optim import row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
+from peerlm.optim.placed import Placed, capturing
 from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_norms
 from peerlm.ranks import ddp_group, inside_backward
 
@@ -43,7 +45,8 @@ class RowAdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups.
-        lr: learning rate. Each group's "lr" may change before every step.
+        lr: learning rate. Each group's "lr" may change before every step. In a tensor on a GPU it stays there in lazy
+            mode; exact mode reads it in each step, and so waits for the device.
         betas: decay of the moments. Exact mode needs a row left alone to come to rest soon: it refuses betas for
             which `catch_up_rules` misses its tolerance. With beta1 = 0 tables have no first moment.
         eps: added to the root of the second moment; positive in exact mode.
@@ -96,6 +99,7 @@ class RowAdamW(torch.optim.Optimizer):
         if maximize:
             raise ValueError("maximize=True is not supported: negate the loss")
         teach_torch_sparse_norms()
+        self._placed = Placed(_SWEEP_EVERY + 1)
         self._watcher = _Watcher(self)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         defaults = {
@@ -210,10 +214,11 @@ class RowAdamW(torch.optim.Optimizer):
                 _dense_step(alike, [self.state[parameter] for parameter in alike], group)
 
     def _step_table(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        ids, gradient = _row_gradient(parameter)
         state = self._ready_state(parameter, group)
+        table = self._table(parameter)
+        ids, gradient, update = _row_gradient(parameter, _kernels(table))
         self._catch_up_rows(parameter, ids)
-        if ids is None and _is_plain(parameter, state):
+        if ids is None and _is_plain(parameter, state) and not capturing(parameter.device):
             self._age_moments(state)
             with torch._C.DisableTorchFunctionSubclass():
                 _dense_step([parameter], [{**state, "step": torch.tensor(float(state["step"]))}], group)
@@ -221,18 +226,17 @@ class RowAdamW(torch.optim.Optimizer):
                 if name in state:
                     state[name].fill_(state["step"] + 1)
         else:
-            table, step = self._table(parameter), self._row_step(parameter, group, state["step"] + 1)
-            _kernels(table).update_rows(table, ids, gradient, step)
-        self._finish_step(parameter, group, float(group["lr"]), group["weight_decay"])
+            update(table, ids, gradient, self._row_step(parameter, group, state["step"] + 1))
+        self._finish_step(parameter, group, group["lr"], group["weight_decay"])
 
-    def _finish_step(self, parameter: Tensor, group: dict[str, Any], lr: float, weight_decay: float) -> None:
+    def _finish_step(self, parameter: Tensor, group: dict[str, Any], lr: float | Tensor, weight_decay: float) -> None:
         """Count a step whose updates are made, at this learning rate and decay."""
         state = self.state[parameter]
         state["step"] += 1
         if group["lazy"]:
             return
-        _keep_history(state, _history(state).append(lr, weight_decay))
-        if state["step"] % _SWEEP_EVERY == 0:
+        _keep_history(state, _history(state).append(float(lr), weight_decay))
+        if state["step"] % _SWEEP_EVERY == 0 and not capturing(parameter.device):
             self._catch_up_rows(parameter, None)
 
     @torch.no_grad()
@@ -241,9 +245,9 @@ class RowAdamW(torch.optim.Optimizer):
         if parameter.grad is None:
             return
         table, step = self._fused_update(parameter)
-        ids, gradient = _row_gradient(parameter)
+        ids, gradient, update = _row_gradient(parameter, _kernels(table))
         self._catch_up_rows(parameter, ids)
-        _kernels(table).update_rows(table, ids, gradient, step)
+        update(table, ids, gradient, step)
         parameter.grad = None
 
     def _fused_update(self, parameter: Tensor) -> tuple[RowState, RowStep]:
@@ -272,18 +276,85 @@ class RowAdamW(torch.optim.Optimizer):
         if not state or state.get("weights_step") is None:
             return
         weights_step, now, history = state["weights_step"], state["step"], _history(state)
-        if history.start == now:  # no row is behind
+        if history.start == now and not capturing(parameter.device):  # no row is behind
             return
         table = self._table(parameter)
-        ids_U = _kernels(table).rows_behind(table, ids, now)
-        if len(ids_U):
+        kernels, group = _kernels(table), self._group(parameter)
+        if hasattr(kernels, "catch_up_entries"):  # no host learns which rows are stale
+            kernels.catch_up_entries(table, ids, *self._placed_rules(parameter, group))
+        elif len(ids_U := kernels.rows_behind(table, ids, now)):
             seen = torch.zeros(now - history.start + 1, dtype=torch.bool)
             seen[weights_step[ids_U].cpu().long() - history.start] = True
             rules = catch_up_rules(history, seen.nonzero().flatten() + history.start, state["beta1"], state["beta2"])
-            step = self._row_step(parameter, self._group(parameter), now)
-            _kernels(table).catch_up_rows(table, ids_U, rules, step)
+            kernels.catch_up_rows(table, ids_U, rules, self._row_step(parameter, group, now))
         if ids is None:
             _keep_history(state, RateHistory.empty(now))
+
+    def _placed_rules(self, parameter: Tensor, group: dict[str, Any]) -> tuple[Tensor, RowStep]:
+        """On a table's device: the rules by which any stale row catches up, and the numbers of the present step."""
+        state, table = self.state[parameter], self._table(parameter)
+        step = self._row_step(parameter, group, state["step"])
+        number = next(number for number, each in enumerate(self.param_groups) if each is group)
+        return self._placed.rules(_kernels(table), table, _history(state), step, number), step
+
+    @contextmanager
+    def captured_step(self) -> Iterator[None]:
+        """For the capture of a step in a CUDA graph, from the look-ups on: nothing is done, and no step is counted.
+
+        Before it at least one step must have been made. Learning rates of other parameters than tables must be
+        tensors, as torch's AdamW wants it for graphs.
+
+        Raises:
+            RuntimeError: a table's kernels take the numbers of a step from the host, and a graph would keep them; or
+                tables of one group have made different numbers of steps.
+        """
+        for table, _ in self._trained_tables():
+            if not hasattr(_kernels(self._table(table)), "place_step"):
+                raise RuntimeError(
+                    f"a step of a table {tuple(table.shape)} in {table.dtype} on {table.device} cannot be captured: "
+                    "only the Triton kernels for tables in float32 or bfloat16 can be replayed with other numbers"
+                )
+        self._place_next_step()
+        kept = ("step", "history_start", "learning_rates", "log_keep")
+        before = {table: {name: self.state[table].get(name) for name in kept} for table, _ in self._trained_tables()}
+        try:
+            yield
+        finally:
+            for table, values in before.items():
+                self.state[table].update({name: value for name, value in values.items() if value is not None})
+                self.state[table].pop("updated_at", None)
+
+    @contextmanager
+    def replayed_step(self) -> Iterator[None]:
+        """For the replay of a captured step: it is the next step, at the learning rates that are set by now."""
+        self._place_next_step()
+        yield
+        for table, group in self._trained_tables():
+            self._finish_step(table, group, group["lr"], group["weight_decay"])
+
+    def _trained_tables(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The tables that have made a step, and their groups."""
+        return [
+            (p, group) for group in self.param_groups if group["rows"] for p in group["params"] if self.state.get(p)
+        ]
+
+    def _place_next_step(self) -> None:
+        """Place what the kernels of the next step read, for all tables."""
+        tables = self._trained_tables()
+        for group in self.param_groups:  # whose tables share one tensor of rules
+            states = [self.state[table] for table, each in tables if each is group and not group["lazy"]]
+            if len({state["step"] for state in states}) > 1:
+                raise RuntimeError(
+                    "tables of one group have made different numbers of steps, and their steps cannot be captured "
+                    "together: give these tables groups of their own"
+                )
+            if len({state["history_start"] for state in states}) > 1:
+                self.catch_up()
+        for table, group in tables:
+            self._ready_state(table, group)
+            self._row_step(table, group, self.state[table]["step"] + 1)
+            if not group["lazy"]:
+                self._placed_rules(table, group)
 
     def _group(self, parameter: Tensor) -> dict[str, Any]:
         return next(group for group in self.param_groups if any(member is parameter for member in group["params"]))
@@ -299,20 +370,24 @@ class RowAdamW(torch.optim.Optimizer):
         )
 
     def _row_step(self, parameter: Tensor, group: dict[str, Any], number: int) -> RowStep:
-        state = self.state[parameter]
-        return RowStep(
+        """The numbers of step `number`: the next one, to be made, or the present one, up to which rows catch up."""
+        state, table = self.state[parameter], self._table(parameter)
+        kernels = _kernels(table)
+        stays = hasattr(kernels, "place_step") and group["lazy"]
+        step = RowStep(
             step=number,
-            learning_rate=float(group["lr"]),
+            learning_rate=group["lr"] if stays else float(group["lr"]),
             weight_decay=group["weight_decay"],
             beta1=state["beta1"],
             beta2=state["beta2"],
             eps=state["eps"],
             seed=group["seed"] + state["number"] if group["stochastic_rounding"] else None,
         )
+        return self._placed.step(kernels, table, step, state["number"], number - state["step"])
 
     def _ready_state(self, parameter: Tensor, group: dict[str, Any]) -> State:
         """The state of a table, made when first needed; a change of betas or eps sets in here."""
-        _check(group)
+        _check(group, wait=False)
         state: State = self.state[parameter]
         if not state:
             state.update(_new_state(parameter, group))
@@ -374,6 +449,7 @@ class RowAdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_watcher" not in self.__dict__:  # a copy, or unpickled
+            self._placed = Placed(_SWEEP_EVERY + 1)
             self._watcher, self._hooks = _Watcher(self), []
             for group in self.param_groups:
                 if group["rows"]:
@@ -409,6 +485,11 @@ class _Watcher:
         self.before_read(parameter, None)
         for hook in self.optimizer._hooks:
             hook.remove()
+
+
+def _is_on_device(rate: object) -> bool:
+    """Whether a learning rate is a tensor that is not on the CPU."""
+    return isinstance(rate, Tensor) and rate.device.type != "cpu"
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
@@ -461,26 +542,35 @@ def _kernels(table: RowState) -> Any:
     return api.row_kernels(table) or row_step
 
 
-def _row_gradient(parameter: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Distinct row numbers (U,), None for all rows in order, and their gradients (U, *row_shape)."""
+def _row_gradient(parameter: Tensor, kernels: Any) -> tuple[Tensor | None, Tensor, Callable[..., None]]:
+    """Row numbers (U,), None for all rows in order; their gradients (U, *row_shape); what updates the rows by these.
+
+    Row numbers are distinct, unless the kernels add up the gradients of each row as they go.
+    """
     gradient = parameter.grad
     assert gradient is not None
     if not gradient.is_sparse:
-        return None, gradient
+        return None, gradient, kernels.update_rows
     if gradient.sparse_dim() != 1:
         raise ValueError(
             f"the sparse gradient of a table {tuple(parameter.shape)} has {gradient.sparse_dim()} sparse dimensions: "
             "give indices (1, U) and values (U, *row_shape)"
         )
+    if not gradient.is_coalesced() and hasattr(kernels, "update_entries"):
+        return gradient._indices()[0], gradient._values(), kernels.update_entries
     gradient = coalesced(gradient)
-    return gradient.indices()[0], gradient.values()
+    return gradient.indices()[0], gradient.values(), kernels.update_rows
 
 
-def _check(group: dict[str, Any]) -> None:
-    """Raise ValueError where the numbers of a group are out of range or do not go together."""
+def _check(group: dict[str, Any], *, wait: bool = True) -> None:
+    """Raise ValueError where the numbers of a group are out of range or do not go together.
+
+    Unless told to wait for it, a learning rate on a device is not looked at.
+    """
     beta1, beta2 = group["betas"]
+    lr = float(group["lr"]) if wait or not _is_on_device(group["lr"]) else 0.0
     for name, value, right in (
-        ("lr", float(group["lr"]), float(group["lr"]) >= 0),
+        ("lr", lr, lr >= 0),
         ("betas", (beta1, beta2), 0 <= beta1 < 1 and 0 <= beta2 < 1),
         ("eps", group["eps"], group["eps"] >= 0),
         ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),

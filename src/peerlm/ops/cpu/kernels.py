@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from peerlm.errors import UserError
-from peerlm.ops import operators
 from peerlm.ops.cpu import native
 from peerlm.ops.cpu.native import description, group_by_row, move_to_start, unavailable, use_huge_pages
 from peerlm.ops.cpu.onednn import linear
 from peerlm.ops.cpu.rows import fit_rules, row_kernels, update_by_gradients, updates_rows_on
-from peerlm.ops.operators import dot_values, mix_experts, mix_values, retrieve
+from peerlm.ops.operators import PEERLM
 from peerlm.ops.tensors import not_plain
 
 __all__ = [
@@ -33,6 +32,9 @@ __all__ = [
     "updates_rows_on",
     "use_huge_pages",
 ]
+
+retrieve, mix_experts = PEERLM.retrieve, PEERLM.mix_experts
+mix_values, dot_values = PEERLM.mix_values, PEERLM.dot_values
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -229,7 +231,7 @@ def _sum_row_gradients(
 
 
 if native.module is not None:
-    operators.implement(
+    PEERLM.implement(
         {
             "retrieve": _retrieve,
             "retrieve_backward": _retrieve_backward,
@@ -243,4 +245,4 @@ if native.module is not None:
         },
         "CPU",
     )
-    operators.implement_fused_update(update_by_gradients, "cpu")
+    PEERLM.implement_fused_update(update_by_gradients, "cpu")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peerlm.ops import operators
+from peerlm.ops.operators import PEERLM
 from peerlm.ops.tensors import not_plain
 
 FEW_TOKENS = 8
@@ -19,7 +19,7 @@ def linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
     few = not torch.compiler.is_compiling() and x_TD.shape[0] < FEW_TOKENS  # a size to compile for must stay open
     if few or not supported(x_TD, weight_OD):
         return functional.linear(x_TD, weight_OD)
-    return torch.ops.peerlm.linear(x_TD.contiguous(), weight_OD.contiguous())
+    return PEERLM.ops.linear(x_TD.contiguous(), weight_OD.contiguous())
 
 
 def supported(*tensors: Tensor) -> bool:
@@ -42,4 +42,4 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 if _AVAILABLE:
-    operators.implement({"linear": _product}, "CPU")
+    PEERLM.implement({"linear": _product}, "CPU")

@@ -125,7 +125,7 @@ def _state(table: RowState) -> object:
 def _step(step: RowStep) -> object:
     return native.module.row_adamw_step(
         step.step,
-        step.learning_rate,
+        float(step.learning_rate),
         step.weight_decay,
         step.beta1,
         step.beta2,

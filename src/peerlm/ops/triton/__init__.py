@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs, behind the operators of `ops/operators.py`."""
