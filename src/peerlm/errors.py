@@ -38,6 +38,12 @@ class TrainingStopped(Exception):  # noqa: N818  # an outcome, not a mistake: th
         """What to type to resume, where that is known and shorter than the command that was stopped."""
 
 
+def check_seed(seed: int) -> None:
+    """Raise a UserError where torch takes no such seed."""
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"seed is {seed}; it must fit into 64 bits")
+
+
 def shortened(text: str, most: int = 200) -> str:
     """The text, or its beginning and its end where it has more than `most` characters."""
     if len(text) <= most:

@@ -186,6 +186,7 @@ def test_a_loss_that_is_not_finite_stops_it(configure: Callable[..., LearnConfig
         ({"stages": [{"name": "a/b", "text": ["x.txt"]}]}, "stage.name = 'a/b'"),
         ({"stages": [{"name": "a", "text": []}]}, "the text of stage 'a'"),
         ({"stages": [{"name": "background", "text": ["x.txt"]}]}, "would be called 'background'"),
+        ({"context": 0}, "the context is 0; a window needs at least 2 tokens"),
         ({"context": 1000}, "this model reads at most 32 tokens"),
         ({"budget": {"tokens": 10}}, "budget.tokens = 10 is less than one step"),
         ({"batch_size": 0}, "batch_size = 0: must be at least 1"),

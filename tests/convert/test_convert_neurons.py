@@ -178,6 +178,6 @@ def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert row["perplexity_after"] != row["perplexity_before"]
     assert run("generate", folder / "out", "w3 w4", "--tokens", "3") == 0
     assert run("convert", folder / "llama", folder / "again", *arguments) == 2
-    assert "init='neurons' learns from samples" in capfd.readouterr().err
+    assert "on the command line --text FILE" in capfd.readouterr().err
     assert run("convert", folder / "llama", folder / "again", *arguments, f"--text={folder / 'none.txt'}") == 2
     assert "none.txt is not a file" in capfd.readouterr().err

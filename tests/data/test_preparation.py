@@ -162,7 +162,7 @@ def test_other_content_is_refused(text_file: Path, tmp_path: Path) -> None:
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")
     for path in (output, output / "thesis.txt"):
-        with pytest.raises(UserError, match="exists and holds something else than prepared data: choose another"):
+        with pytest.raises(UserError, match="exists and holds something other than prepared data: choose another"):
             small(text_file, path)
     assert (output / "thesis.txt").read_text() == "years of work"
 

@@ -134,8 +134,8 @@ def text_case(content: bytes, sentence: str, name: str = "a.txt") -> object:
         text_case(b"[1]\n", r"a\.jsonl:1: the line is a JSON list, not an object", "a.jsonl"),
         text_case(b'{"a": 1, "b": 2}\n', r"a\.jsonl:1: no field 'text', only: a, b;", "a.jsonl"),
         text_case(b"{}\n", r"a\.jsonl:1: no field 'text', only: none;", "a.jsonl"),
-        text_case(b'{"text": 7}\n', r"a\.jsonl:1: 'text' is a int, no string", "a.jsonl"),
-        text_case(b'{"text": null}\n', r"a\.jsonl:1: 'text' is a NoneType", "a.jsonl"),
+        text_case(b'{"text": 7}\n', r"a\.jsonl:1: 'text' is of type int, not a string", "a.jsonl"),
+        text_case(b'{"text": null}\n', r"a\.jsonl:1: 'text' is of type NoneType", "a.jsonl"),
         text_case(rb'{"text": "ab\ud800"}' + b"\n", r"a\.jsonl:1: .* surrogate .* character 2", "a.jsonl"),
         text_case(b'{"text": "\xff"}\n', r"a\.jsonl:1: byte 0xff is not UTF-8", "a.jsonl"),
         text_case(b"no parquet", r"a\.parquet: not a parquet file", "a.parquet"),
@@ -156,9 +156,9 @@ def test_bad_parquet_column(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"id": [1, 2], "body": ["x", None]}), path)
     with pytest.raises(UserError, match=r"a\.parquet: no column 'text', only: id, body;"):
         list(read_documents([path]))
-    with pytest.raises(UserError, match=r"a\.parquet, row 1: 'id' is a int, no string"):
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: 'id' is of type int, not a string"):
         list(read_documents([path], text_field="id"))
-    with pytest.raises(UserError, match=r"a\.parquet, row 2: 'body' is a NoneType"):
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: 'body' is of type NoneType"):
         list(read_documents([path], text_field="body"))
 
 

@@ -101,3 +101,9 @@ def test_a_prompts_beginning_is_said(make_tokenizer, flat):
 def test_impossible_sampling_is_named(flat, option):
     with pytest.raises(UserError, match="the temperature must be 0 or more, top_k at least 1, top_p more than 0"):
         sample_text(*flat, "tin", tokens=1, **option)
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_a_seed_that_torch_does_not_take_is_named(flat, seed):
+    with pytest.raises(UserError, match=f"seed is {seed}; it must fit into 64 bits"):
+        sample_text(*flat, "tin", tokens=1, seed=seed)

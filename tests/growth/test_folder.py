@@ -217,6 +217,15 @@ def test_a_folder_grows_where_a_text_has_its_queries(keys: str, readable: tuple[
     assert not torch.allclose(a[:, :, 20:], b[:, :, 20:])
 
 
+def test_text_that_random_keys_would_not_read_is_refused(
+    readable: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, text = readable
+    assert run("grow", model, tmp_path / "new", "--num-experts=900", "--text", text) == 2
+    assert "--keys random reads no text; leave --text out" in capfd.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_text_begins_as_the_models_documents_do(
     readable: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

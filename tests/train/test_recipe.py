@@ -96,6 +96,7 @@ def test_a_resolved_configuration_reads_back_the_same(path: Path) -> None:
         ("run.folder=a", "cannot set run.folder: run is 'runs/a', not a section"),
         ("run=", "run = '': name the folder"),
         ("seed=-1", "seed = -1: must be 0 or more"),
+        ("seed=18446744073709551616", "seed = 18446744073709551616: must be 0 or more and below 2**64"),
         ("data.folder=''", "data.folder = '': name the folder"),
         ("data.context=1", "data.context = 1: must be at least 2"),
         ("data.batch_size=0", "data.batch_size = 0: must be at least 1"),

@@ -299,13 +299,20 @@ def test_nothing_is_overwritten(configure: Configure, straight: Path) -> None:
 
 def test_a_file_in_the_place_of_the_run_is_refused(configure: Configure, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="already exists"):
+    with pytest.raises(UserError, match="file exists and is not a run: choose another folder with --output"):
         train(configure(run=str(tmp_path / "file")), progress=False)
 
 
 def test_an_empty_folder_is_a_place_for_a_run(configure: Configure, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert train(configure(run=str(tmp_path / "empty")), progress=False).summary["steps"] == 8
+
+
+def test_a_folder_that_is_no_run_is_not_offered_for_resuming(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(UserError, match="notes exists and is not a run: choose another folder with --output"):
+        train(configure(run=str(tmp_path / "notes")), progress=False)
 
 
 def test_only_a_run_can_be_resumed(configure: Configure, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class LearnConfig:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
         _require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "must be 0 or more")
         _require(self.checkpoint_minutes >= 0, "checkpoint_minutes", self.checkpoint_minutes, "must be 0 or more")
-        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+        _require(0 <= self.seed < 2**64, "seed", self.seed, "must be 0 or more and below 2**64")
         if self.optim.tables == "fused" and self.method in ("grow", "pack", "sparse"):
             raise UserError(
                 f"optim.tables = 'fused' cannot be combined with method {self.method}: its backward pass updates all "

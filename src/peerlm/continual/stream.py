@@ -91,7 +91,7 @@ class _Stream:
         self.method.check(model, config.model)
         for stage in self.stages:
             self.method.check_name(stage.name)
-        self.context = config.context or default_context(config.model, model)
+        self.context = default_context(config.model, model) if config.context is None else config.context
         check_context(model, self.context)
         retention = config.memory
         if (retention.kl or retention.replay) and not retention.background:

@@ -73,7 +73,10 @@ def convert(
     """
     kind = kind_named(init, mode=mode, settings=settings, has_samples=samples is not None)
     if conversion_of(model) is not None:
-        raise ValueError(f"{type(model).__name__} is converted already; unconvert(model) first, or take the original")
+        raise ValueError(
+            f"{type(model).__name__} is converted already; unconvert(model) first, on the command line --undo, or take "
+            "the original"
+        )
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{type(model).__name__} is quantised; convert it before, from its weights in full precision")
     absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
@@ -117,7 +120,11 @@ def kind_named(init: str, *, mode: str, settings: Mapping[str, Any], has_samples
     kind = KINDS[init]
     kind.check(settings)
     if kind.learns_index != has_samples:
-        fix = "pass samples=, arguments of forward passes" if kind.learns_index else "leave samples out"
+        fix = (
+            "pass samples=, arguments of forward passes, or on the command line --text FILE"
+            if kind.learns_index
+            else "leave samples out, or on the command line --text"
+        )
         raise ValueError(f"init={init!r} {'learns' if kind.learns_index else 'does not learn'} from samples; {fix}")
     return kind
 

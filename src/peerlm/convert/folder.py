@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from peerlm.convert.conversion import convert, kind_named, unconvert
 from peerlm.convert.record import conversion_of
-from peerlm.convert.saved import check_seed, count_parameters, load_saved, save_changed
-from peerlm.errors import UserError
+from peerlm.convert.saved import count_parameters, load_saved, save_changed
+from peerlm.errors import UserError, check_seed
 
 
 def convert_folder(

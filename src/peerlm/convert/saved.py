@@ -33,12 +33,6 @@ _COMPANIONS = (
 """Files beside a model that a change of it leaves as they are: its tokenizer, or what prepares its images."""
 
 
-def check_seed(seed: int) -> None:
-    """Raise a UserError where torch takes no such seed."""
-    if not -(2**63) <= seed < 2**64:
-        raise UserError(f"seed is {seed}; it must fit into 64 bits")
-
-
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
     """Within this context what goes wrong is put down to the saved model in a folder, in one UserError."""

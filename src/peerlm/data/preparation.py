@@ -227,7 +227,7 @@ def _existing(output: Path, request: dict[str, Any]) -> Manifest | None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / MANIFEST_FILE).is_file():
-        raise UserError(f"{output} exists and holds something else than prepared data: choose another output")
+        raise UserError(f"{output} exists and holds something other than prepared data: choose another output")
     manifest = Manifest.read(output)
     for name in {**manifest.request, **request}:
         before, value = manifest.request.get(name), request.get(name)

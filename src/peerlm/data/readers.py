@@ -225,7 +225,7 @@ def _missing_field(where: str, kind: str, text_field: str, found: list[str]) -> 
 
 def _as_text(value: object, text_field: str, where: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where}: {text_field!r} is a {type(value).__name__}, no string: fix or drop the row")
+        raise UserError(f"{where}: {text_field!r} is of type {type(value).__name__}, not a string: fix or drop the row")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from peerlm.errors import UserError
+from peerlm.errors import UserError, check_seed
 from peerlm.marks import AUTO, NONE, Marks, marks_of
 
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation")
@@ -53,6 +53,7 @@ def sample_text(
             f"temperature {temperature}, top_k {top_k}, top_p {top_p}: the temperature must be 0 or more, top_k at "
             "least 1, top_p more than 0 and at most 1"
         )
+    check_seed(seed)
     ids = prompt_ids(tokenizer, prompt, marks_of(model, tokenizer, document_start))
     if not ids:
         raise UserError(f"an empty prompt with --document-start {NONE} leaves nothing to continue; give a prompt")

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from peerlm.convert.saved import check_seed, count_parameters, load_saved, save_changed
-from peerlm.errors import UserError
+from peerlm.convert.saved import count_parameters, load_saved, save_changed
+from peerlm.errors import UserError, check_seed
 from peerlm.growth.growing import grow, set_opening, to_shells
 from peerlm.growth.indexed import find_indexed_layers
 from peerlm.growth.new_experts import check_keys
@@ -53,6 +53,8 @@ def grow_folder(
         raise UserError(f"cannot grow {source}: {error}") from error
     if keys != "random" and samples is None:
         raise UserError(f"--keys {keys} depends on what the model reads; give --text FILE too")
+    if keys == "random" and samples is not None:
+        raise UserError("--keys random reads no text; leave --text out, or take --keys crowded or data")
 
     def change(model: PreTrainedModel) -> None:
         if any(layer.index.pairing != "shells" for layer in find_indexed_layers(model)):

@@ -240,7 +240,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self, "", "run", bool, "name the folder to write the run to")
-        _require(self, "", "seed", _at_least_0, "must be 0 or more")
+        _require(self, "", "seed", lambda value: 0 <= value < 2**64, "must be 0 or more and below 2**64")
 
 
 UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "data.workers")

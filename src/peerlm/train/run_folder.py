@@ -15,6 +15,8 @@ def check_run(config: TrainConfig, *, resume: bool) -> None:
     run = Path(config.run)
     if not resume:
         if run.exists() and not (run.is_dir() and not any(run.iterdir())):
+            if not run.is_dir() or _holds_other_things(run):
+                raise UserError(f"{run} exists and is not a run: choose another folder with --output")
             raise UserError(
                 f"the run folder {run} already exists: resume it with `{resume_command(run)}`, or choose another with "
                 "--output"
@@ -22,15 +24,20 @@ def check_run(config: TrainConfig, *, resume: bool) -> None:
         return
     if not run.is_dir():
         raise UserError(f"there is no run {run} to resume: leave out --resume to start it")
+    if _holds_other_things(run):
+        raise UserError(f"{run} is not a run, for it has no config.json: choose another folder with --set run=...")
     if not (run / "config.json").is_file():
-        if any(not path.name.startswith(PARTIAL) for path in run.iterdir()):
-            raise UserError(f"{run} is not a run, for it has no config.json: choose another folder with --set run=...")
         return
     difference = first_difference(load_recipe(run / "config.json"), config)
     if difference is not None:
         raise UserError(
             f"cannot resume {run}, for {difference}: resume with `{resume_command(run)}`, or start another run"
         )
+
+
+def _holds_other_things(run: Path) -> bool:
+    """Whether a folder without config.json holds more than a killed process left half written."""
+    return not (run / "config.json").is_file() and any(not path.name.startswith(PARTIAL) for path in run.iterdir())
 
 
 def open_run(config: TrainConfig) -> None:

@@ -72,7 +72,10 @@ def load_setup(
     model, tokenizer = load_model(run)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, DenseFFW)}
     if not layers:
-        raise UserError(f"{run} has no dense feed-forward layers, whose neurons could be retrieved; name a dense model")
+        raise UserError(
+            f"{run} has no dense feed-forward layers of peerlm's own, whose neurons could be retrieved; name a run "
+            'that was trained with model.ffw_layers = "dense"'
+        )
     try:
         for layer in layers.values():
             neuron_layer(neurons_of(layer), settings)

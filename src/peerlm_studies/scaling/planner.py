@@ -181,8 +181,12 @@ def _try(
     context: int | None,
 ) -> _Tried | None:
     """A model with its cost; None where the budget does not reach for a window, or memory for the model."""
-    context = context or fit["context"]
-    settings = {**model, "vocab_size": vocab_size or fit["vocab_size"], "max_position_embeddings": context}
+    context = fit["context"] if context is None else context
+    settings = {
+        **model,
+        "vocab_size": fit["vocab_size"] if vocab_size is None else vocab_size,
+        "max_position_embeddings": context,
+    }
     cost = _cost(settings, context)
     tokens = int(flops / cost.training_flops_per_token)
     needed = training_bytes(cost.total_parameters, _backbone_config(settings), tokens=context)

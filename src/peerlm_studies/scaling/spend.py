@@ -23,7 +23,7 @@ def check_spend(flops: float, memory: float) -> None:
     """Raise UserError unless both are above 0, and the FLOPs finite."""
     for name, value in (("flops", flops), ("memory", memory)):
         if not value > 0 or (name == "flops" and math.isinf(value)):
-            raise UserError(f"--{name} {value:g}: must be above 0")
+            raise UserError(f"--{name} {value:g}: must be above 0{' and finite' if name == 'flops' else ''}")
 
 
 def read_bytes(text: str) -> float:

@@ -237,7 +237,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "exactly one of --text and --data",
     ),
     "no model": (lambda f: [f"{f}/none", f"--data={f}/tokens"], "none is not a folder"),
-    "no dense layers": (lambda f: [f"{f}/peer", f"--data={f}/tokens"], "no dense feed-forward layers"),
+    "no dense layers": (lambda f: [f"{f}/peer", f"--data={f}/tokens"], "no dense feed-forward layers of peerlm's own"),
     "setting impossible": (lambda f: [f"{f}/dense", f"--data={f}/tokens", "--key-dim=5"], "key_dim is 5"),
     "share impossible": (lambda f: [f"{f}/dense", f"--data={f}/tokens", "--finetune=2"], "share is 2.0"),
     "text missing": (lambda f: [f"{f}/dense", f"--text={f}/none.txt"], "none.txt"),

@@ -202,7 +202,7 @@ def test_memory_limits_the_model(law_file: Path) -> None:
     ("options", "message"),
     [
         ({"flops": 0.0}, "--flops 0: must be above 0"),
-        ({"flops": math.inf}, "--flops inf: must be above 0"),
+        ({"flops": math.inf}, "--flops inf: must be above 0 and finite"),
         ({"flops": 1e12, "memory": -1.0}, "--memory -1: must be above 0"),
         ({"flops": 1e12, "method": "rival"}, "the law has no method 'rival': choose from dense, PEER"),
         ({"flops": 1e12, "memory": 1000.0}, "no model of at least 32 wide trains on one window for 1e\\+12 FLOPs"),
@@ -421,7 +421,7 @@ def test_a_wrong_budget_is_refused_before_anything_large_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "2 False False\n"
-    assert done.stderr == "error: --flops -1: must be above 0\n"
+    assert done.stderr == "error: --flops -1: must be above 0 and finite\n"
 
 
 def test_names_with_commas_are_quoted_in_messages(law_file: Path, tmp_path: Path) -> None:
