@@ -35,6 +35,7 @@ def build(root: Path) -> None:
     """Write site/ of the checkout at `root`; ends with an error where a link or a docstring's name leads nowhere."""
     (root / "docs/index.md").write_text(start_page((root / "README.md").read_text(encoding="utf-8")), encoding="utf-8")
     subprocess.run([sys.executable, "-m", "zensical", "build", "--clean", "--strict"], cwd=root, check=True)
+    (root / "site/build.py").unlink(missing_ok=True)  # what lies beside the pages is copied
     for page in (root / "site").rglob("*.html"):
         text = SHIM.sub("", page.read_text(encoding="utf-8"))
         page.write_text(with_math(text), encoding="utf-8")
