@@ -84,6 +84,8 @@ def load_report(path: str | Path) -> ReportConfig:
     Raises:
         UserError: as `peerlm.train.load_recipe`, a section lacks what it needs, or there is no such root.
     """
+    if not Path(path).is_file():
+        raise UserError(f"{path} is not a file: name a report's definition, as results/report.toml")
     config = from_dict(ReportConfig, read_recipe(path))
     root = Path(path).resolve().parent / config.root
     if not root.is_dir():

@@ -41,6 +41,8 @@ def report(definition: str | Path, output: str | Path) -> list[Path]:
         UserError: the definition, a recipe or a row cannot be read.
     """
     output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is not a folder: name one to write to, which need not exist")
     with mpl.rc_context():
         mpl.rcdefaults()  # a style of the user's would be seen in the plots
         title, markdown, figures = compose(definition)

@@ -204,6 +204,15 @@ def test_mistakes_are_named(folder: Path, old: str, new: str, message: str) -> N
     assert message in str(error.value)
 
 
+def test_a_definition_or_folder_that_is_none_is_named(folder: Path) -> None:
+    Path("file").write_text("")
+    with pytest.raises(UserError, match=r"none.toml is not a file: name a report's definition"):
+        compose("none.toml")
+    with pytest.raises(UserError, match=r"file is not a folder: name one to write to"):
+        report("report.toml", "file")
+    assert Path("file").read_text() == ""
+
+
 def test_the_command_names_what_it_wrote(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import peerlm_studies.report.report as module
 
