@@ -228,7 +228,7 @@ def test_product_key_memory_leaves_padding_out_of_the_query_norm() -> None:
         (lambda: ProductKeyMemory(8, values_per_head=0), "values_per_head is 0; it must be at least 1"),
         (
             lambda: ProductKeyMemory(8, backend="cuda"),
-            "backend is 'cuda'; choose one of auto, cpu, bag",
+            "backend is 'cuda'; choose one of auto, cpu, triton, bag",
         ),
     ],
 )

@@ -298,7 +298,7 @@ def test_repr_shows_the_settings() -> None:
         ({"weighting": "softmx"}, "weighting is 'softmx'; choose one of softmax, sigmoid, relu, none"),
         ({"pairing": "diagonals"}, "pairing is 'diagonals'; choose one of row-major, shells"),
         ({"activation": "tanh"}, "activation is 'tanh'; choose one of gelu, gelu_tanh, relu, silu, identity"),
-        ({"backend": "cuda"}, "backend is 'cuda'; choose one of auto, cpu, bag, reference"),
+        ({"backend": "cuda"}, "backend is 'cuda'; choose one of auto, cpu, triton, bag, reference"),
         ({"dropout": 1.0}, "dropout is 1.0; .* 0 <= dropout < 1"),
         ({"dropout": -0.1}, "dropout is -0.1; .* 0 <= dropout < 1"),
     ],

@@ -10,6 +10,7 @@ from peerlm.ops import api
 from peerlm.ops.cpu import kernels, native
 from peerlm.ops.functions import WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
+from peerlm.ops.scoring import half_scores
 from peerlm.testing import assert_within_budget, exhaustive_scores, exhaustive_search
 
 from .retrieval_cases import FEW_TOKENS, KINDS, against_bfloat16, cases
@@ -111,7 +112,8 @@ def test_weights_and_gradients(tokens: int, weighting: str, key_heads: int, pair
         weights, ids = api.retrieve(*leaves, k, weighting=weighting, pairing=pairing, backend="cpu")
         exact, exact_ids = api.retrieve(*wide, k, weighting=weighting, pairing=pairing, backend="reference")
         assert torch.equal(ids, exact_ids)
-        plain = WEIGHTINGS[weighting](exhaustive_scores(*leaves, pairing).gather(-1, ids))
+        halves, places = half_scores(*leaves), PAIRINGS[pairing].sub_keys(ids, n)
+        plain = WEIGHTINGS[weighting](halves[0].gather(-1, places[0]) + halves[1].gather(-1, places[1]))
         results = [
             (found, *torch.autograd.grad((found * coefficients).sum(), of))
             for found, of in ((weights, leaves), (plain, leaves), (exact, wide))

@@ -300,7 +300,7 @@ REFUSED: dict[str, tuple[Callable[[PEER], object], type[Exception], str]] = {
     "DataParallel": (
         lambda layer: layer.experts._replicate_for_data_parallel(),
         RuntimeError,
-        "nn.DataParallel copies tables without a word.* take DistributedDataParallel",
+        "nn.DataParallel copies tables with their stale rows.* use DistributedDataParallel",
     ),
 }
 

@@ -201,7 +201,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other base": (
         lambda f: edited(f, base="0" * 64),
-        "made for the model 000000000000, a PEER, but this one is [0-9a-f]{12}:",
+        "made for the model 000000000000, a PEER; this one is [0-9a-f]{12}:",
     ),
     "other layer": (
         lambda f: edited(f, layers={"x.y": 9}),
@@ -234,9 +234,7 @@ def test_a_damaged_pack_is_one_sentence_and_changes_nothing(
 
 def test_another_model_is_refused(folder: Path) -> None:
     for other in (small_layer(1), small_layer(weighting="sigmoid"), small_layer(row_format="int8")):
-        with pytest.raises(
-            UserError, match=": load the model that it was trained on, in the same format, or train a new"
-        ):
+        with pytest.raises(UserError, match=": load that model in the same format, or train a new pack"):
             load_pack(other, folder)
 
 
