@@ -51,13 +51,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as numerical what may reach the kernels, which round differently on every SIMD target.
 
-    That is every test of a file that imports torch or compares approximately.
+    That is every test of a file that imports torch or compares approximately, but for those of kernels for GPUs.
     """
-    modules = {item.module for item in items if isinstance(item, pytest.Function)}
+    modules = {item.module for item in items if isinstance(item, pytest.Function) and not _of_gpus(item.path)}
     numerical = {m for m in modules if hasattr(m, "torch") or "pytest.approx" in Path(m.__file__).read_text("utf-8")}
     for item in items:
         if isinstance(item, pytest.Function) and item.module in numerical:
             item.add_marker("numerical")
+
+
+def _of_gpus(path: Path) -> bool:
+    return not {"benchmarks", "triton"}.isdisjoint(path.parent.parts[len(Path(__file__).parent.parts) :])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

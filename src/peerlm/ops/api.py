@@ -37,7 +37,9 @@ _loaded: dict[str, Backend] = {}
 
 def _backend(name: str) -> Backend:
     """The first module of a backend, which speaks for all."""
-    return _module(_BACKENDS[name][0])
+    path = _BACKENDS[name][0]
+    found = _loaded.get(path)
+    return _import(path) if found is None else found
 
 
 def _module(path: str) -> Backend:
@@ -154,7 +156,7 @@ def _choose(
     reason, of_device = "", ""
     for name in _BACKENDS if backend == "auto" else (backend,):
         first = _backend(name)
-        if backend == "auto" and not _is_automatic(name):
+        if backend == "auto" and not getattr(first, "automatic", True):
             continue
         reason = first.unavailable() or first.unsupported(
             op, *inputs, ids=ids, rows=rows, scales=scales, row_gradients=row_gradients
