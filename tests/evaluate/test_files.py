@@ -76,7 +76,7 @@ def test_the_column_text_of_parquet_is_read(tmp_path):
             r"a\.jsonl:1: the fields are query, gold; a line needs",
         ),
         ("a.jsonl", lines({"text": "One."}, {"txt": "Two."}), r"a\.jsonl:2: no field 'text', only: txt"),
-        ("a.jsonl", lines({"prompt": "One.", "response": 2}), r"a\.jsonl:1: 'response' is a int"),
+        ("a.jsonl", lines({"prompt": "One.", "response": 2}), r"a\.jsonl:1: 'response' is of type int, not a string"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, name, content, message):
