@@ -191,7 +191,9 @@ def test_auto_says_once_why_a_device_has_to_do_without_its_kernels(monkeypatch: 
     monkeypatch.setattr(api, "_backend", table.__getitem__)
     api._say_once.cache_clear()
     values, ids = torch.ones(2, 4), torch.zeros(2, 3, dtype=torch.int64)
-    message = "backend 'cpu' has kernels for this device, but it is Sunday; backend 'bag' computes mix_values in its"
+    message = (
+        "backend 'cpu' has kernels for this device, but it is Sunday; backend 'bag' computes in its place, more slowly"
+    )
     with pytest.warns(UserWarning, match=message):
         api.mix_values(torch.ones(2, 3), ids, values)
     api.mix_values(torch.ones(2, 3), ids, values)

@@ -53,9 +53,9 @@ def _import(path: str) -> Backend:
     return _loaded[path]
 
 
-def _is_automatic(name: str) -> bool:
+def _is_automatic(backend: Backend) -> bool:
     """Whether "auto" may take a backend."""
-    return getattr(_backend(name), "automatic", True)
+    return getattr(backend, "automatic", True)
 
 
 def load_backends() -> None:
@@ -67,7 +67,7 @@ def load_backends() -> None:
 
 def available_backends() -> dict[str, str]:
     """Each backend by name, and in one phrase what it is; "auto" says what it stands for."""
-    able = [name for name in _BACKENDS if _is_automatic(name) and not _backend(name).unavailable()]
+    able = [name for name in _BACKENDS if _is_automatic(_backend(name)) and not _backend(name).unavailable()]
     auto = f"the first that can compute with the tensors, of {', '.join(able)}"
     return {"auto": auto} | {name: _backend(name).description() for name in _BACKENDS}
 
@@ -156,14 +156,14 @@ def _choose(
     reason, of_device = "", ""
     for name in _BACKENDS if backend == "auto" else (backend,):
         first = _backend(name)
-        if backend == "auto" and not getattr(first, "automatic", True):
+        if backend == "auto" and not _is_automatic(first):
             continue
         reason = first.unavailable() or first.unsupported(
             op, *inputs, ids=ids, rows=rows, scales=scales, row_gradients=row_gradients
         )
         if not reason:
             if of_device and not torch.compiler.is_compiling():
-                _say_once(f"{of_device}; backend {name!r} computes {op} in its place, more slowly")
+                _say_once(f"{of_device}; backend {name!r} computes in its place, more slowly")
             return first if hasattr(first, op) else next(m for m in map(_module, _BACKENDS[name][1:]) if hasattr(m, op))
         if getattr(first, "device_type", "") == inputs[0].device.type:
             of_device = f"backend {name!r} has kernels for this device, but {reason}"

@@ -19,9 +19,9 @@ from peerlm.optim import row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
 from peerlm.optim.placed import Placed, capturing
 from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_norms
+from peerlm.optim.table_state import State, history_of, keep_history, loaded_state, new_state, rates_of_decay
 from peerlm.ranks import ddp_group, inside_backward
 
-State = dict[str, Any]
 _IN_DDP = "_peerlm_in_ddp"
 """Attribute of a table: whether its last look-up was within DistributedDataParallel."""
 _SWEEP_EVERY = 4096
@@ -235,7 +235,7 @@ class RowAdamW(torch.optim.Optimizer):
         state["step"] += 1
         if group["lazy"]:
             return
-        _keep_history(state, _history(state).append(float(lr), weight_decay))
+        keep_history(state, history_of(state).append(float(lr), weight_decay))
         if state["step"] % _SWEEP_EVERY == 0 and not capturing(parameter.device):
             self._catch_up_rows(parameter, None)
 
@@ -275,7 +275,7 @@ class RowAdamW(torch.optim.Optimizer):
         state = self.state.get(parameter)
         if not state or state.get("weights_step") is None:
             return
-        weights_step, now, history = state["weights_step"], state["step"], _history(state)
+        weights_step, now, history = state["weights_step"], state["step"], history_of(state)
         if history.start == now and not capturing(parameter.device):  # no row is behind
             return
         table = self._table(parameter)
@@ -288,14 +288,14 @@ class RowAdamW(torch.optim.Optimizer):
             rules = catch_up_rules(history, seen.nonzero().flatten() + history.start, state["beta1"], state["beta2"])
             kernels.catch_up_rows(table, ids_U, rules, self._row_step(parameter, group, now))
         if ids is None:
-            _keep_history(state, RateHistory.empty(now))
+            keep_history(state, RateHistory.empty(now))
 
     def _placed_rules(self, parameter: Tensor, group: dict[str, Any]) -> tuple[Tensor, RowStep]:
         """On a table's device: the rules by which any stale row catches up, and the numbers of the present step."""
         state, table = self.state[parameter], self._table(parameter)
         step = self._row_step(parameter, group, state["step"])
         number = next(number for number, each in enumerate(self.param_groups) if each is group)
-        return self._placed.rules(_kernels(table), table, _history(state), step, number), step
+        return self._placed.rules(_kernels(table), table, history_of(state), step, number), step
 
     @contextmanager
     def captured_step(self) -> Iterator[None]:
@@ -390,10 +390,10 @@ class RowAdamW(torch.optim.Optimizer):
         _check(group, wait=False)
         state: State = self.state[parameter]
         if not state:
-            state.update(_new_state(parameter, group))
+            state.update(new_state(parameter, group))
             tables = [p for g in self.param_groups if g["rows"] for p in g["params"]]
             state["number"] = next(number for number, table in enumerate(tables) if table is parameter)
-        now = _rates_of_decay(group)
+        now = rates_of_decay(group)
         if any(state[name] != value for name, value in now.items()):
             if (now["beta1"] == 0) != (state["beta1"] == 0):
                 raise ValueError(f"beta1 cannot change from {state['beta1']} to {now['beta1']} during training")
@@ -444,7 +444,7 @@ class RowAdamW(torch.optim.Optimizer):
         for key, parameter in tables.items():
             saved_state = state_dict["state"].get(key)
             if saved_state:
-                self.state[parameter] = _loaded_state(parameter, self._group(parameter), saved_state)
+                self.state[parameter] = loaded_state(parameter, self._group(parameter), saved_state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -601,52 +601,3 @@ def _check(group: dict[str, Any], *, wait: bool = True) -> None:
         if group["eps"] == 0:
             raise ValueError("eps = 0: rows can only catch up with eps > 0, or pass lazy=True")
         check_betas(beta1, beta2)
-
-
-def _rates_of_decay(group: dict[str, Any]) -> dict[str, float]:
-    """What a table's state belongs to; a change costs a sweep."""
-    return {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
-
-
-def _new_state(parameter: Tensor, group: dict[str, Any]) -> State:
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    state_dtype = torch.bfloat16 if group["state_dtype"] == torch.bfloat16 else dtype
-    state: State = {"step": 0, **_rates_of_decay(group)}
-    if group["betas"][0] > 0:
-        state["exp_avg"] = torch.zeros_like(parameter, dtype=state_dtype, memory_format=torch.contiguous_format)
-    if group["row_wise"]:
-        state["exp_avg_sq"] = torch.zeros(len(parameter), dtype=dtype, device=parameter.device)
-    else:
-        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=state_dtype, memory_format=torch.contiguous_format)
-    if not group["lazy"]:
-        for name in ("moments_step", "weights_step"):
-            state[name] = torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device)
-        _keep_history(state, RateHistory.empty(0))
-    return state
-
-
-def _loaded_state(parameter: Tensor, group: dict[str, Any], saved: State) -> State:
-    expected = _new_state(torch.empty_like(parameter, device="meta"), group)
-    for name, value in expected.items():
-        if name not in saved and not isinstance(value, Tensor):
-            raise ValueError(f"the saved state of a table lacks {name!r}: another version of peerlm has written it")
-        if isinstance(value, Tensor) and name not in ("learning_rates", "log_keep"):
-            found = saved.get(name)
-            if found is None or found.shape != value.shape:
-                shape = None if found is None else tuple(found.shape)
-                raise ValueError(f"the saved {name!r} of a table has shape {shape}, not {tuple(value.shape)}")
-    on_cpu = ("learning_rates", "log_keep")
-    return {
-        name: value.to(parameter.device) if isinstance(value, Tensor) and name not in on_cpu else value
-        for name, value in saved.items()
-    }
-
-
-def _history(state: State) -> RateHistory:
-    return RateHistory(state["history_start"], state["learning_rates"], state["log_keep"])
-
-
-def _keep_history(state: State, history: RateHistory) -> None:
-    state["history_start"] = history.start
-    state["learning_rates"] = history.learning_rates
-    state["log_keep"] = history.log_keep

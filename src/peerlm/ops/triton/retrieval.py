@@ -42,23 +42,22 @@ def retrieve(
     rows = tokens * heads
     if rows == 0:
         return weights, ids
-    with torch.cuda.device_of(query):
-        scores, indices = _best_of_halves(query, sub_keys, k)
-        tile = tiles.merge(k)
-        best_pairs[(triton.cdiv(rows, tile.rows),)](
-            scores,
-            indices,
-            weights,
-            ids,
-            rows,
-            N=n,
-            K=k,
-            WEIGHTING=weighting,
-            PAIRING=pairing,
-            BLOCK_ROWS=tile.rows,
-            K_PADDED=tile.columns,
-            num_warps=tile.warps,
-        )
+    scores, indices = _best_of_halves(query, sub_keys, k)
+    tile = tiles.merge(k)
+    best_pairs[(triton.cdiv(rows, tile.rows),)](
+        scores,
+        indices,
+        weights,
+        ids,
+        rows,
+        N=n,
+        K=k,
+        WEIGHTING=weighting,
+        PAIRING=pairing,
+        BLOCK_ROWS=tile.rows,
+        K_PADDED=tile.columns,
+        num_warps=tile.warps,
+    )
     return weights, ids
 
 
@@ -214,27 +213,26 @@ def retrieve_backward(
     keys_of_entries = ids.new_empty(tokens * heads * 2, k)
     grad_scores = query.new_empty(tokens * heads * 2, k, 1)
     tile = tiles.score_gradients(k, half_dim)
-    with torch.cuda.device_of(query):
-        score_gradients[(tokens * heads,)](
-            grad_weights.contiguous(),
-            weights,
-            ids,
-            query,
-            sub_keys,
-            grad_query,
-            keys_of_entries,
-            grad_scores,
-            HEADS=heads,
-            SETS=sets,
-            N=n,
-            HALF_DIM=half_dim,
-            K=k,
-            WEIGHTING=weighting,
-            PAIRING=pairing,
-            K_PADDED=tile.rows,
-            BLOCK_C=tile.columns,
-            num_warps=tile.warps,
-        )
-        queries = query.view(tokens * heads * 2, half_dim)
-        grad_sub_keys = row_gradients(None, queries, keys_of_entries, grad_scores, 2 * sets * n)
+    score_gradients[(tokens * heads,)](
+        grad_weights.contiguous(),
+        weights,
+        ids,
+        query,
+        sub_keys,
+        grad_query,
+        keys_of_entries,
+        grad_scores,
+        HEADS=heads,
+        SETS=sets,
+        N=n,
+        HALF_DIM=half_dim,
+        K=k,
+        WEIGHTING=weighting,
+        PAIRING=pairing,
+        K_PADDED=tile.rows,
+        BLOCK_C=tile.columns,
+        num_warps=tile.warps,
+    )
+    queries = query.view(tokens * heads * 2, half_dim)
+    grad_sub_keys = row_gradients(None, queries, keys_of_entries, grad_scores, 2 * sets * n)
     return grad_query, grad_sub_keys.view(sub_keys.shape)

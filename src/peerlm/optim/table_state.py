@@ -1,0 +1,63 @@
+"""What RowAdamW remembers of a table: made, checked against what was saved, and its learning rates of late steps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peerlm.optim.catch_up import RateHistory
+
+State = dict[str, Any]
+
+
+def rates_of_decay(group: dict[str, Any]) -> dict[str, float]:
+    """What a table's state belongs to; a change costs a sweep."""
+    return {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
+
+
+def new_state(parameter: Tensor, group: dict[str, Any]) -> State:
+    """Empty moments and steps, as the settings of the group ask for."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    state_dtype = torch.bfloat16 if group["state_dtype"] == torch.bfloat16 else dtype
+    state: State = {"step": 0, **rates_of_decay(group)}
+    if group["betas"][0] > 0:
+        state["exp_avg"] = torch.zeros_like(parameter, dtype=state_dtype, memory_format=torch.contiguous_format)
+    if group["row_wise"]:
+        state["exp_avg_sq"] = torch.zeros(len(parameter), dtype=dtype, device=parameter.device)
+    else:
+        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=state_dtype, memory_format=torch.contiguous_format)
+    if not group["lazy"]:
+        for name in ("moments_step", "weights_step"):
+            state[name] = torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device)
+        keep_history(state, RateHistory.empty(0))
+    return state
+
+
+def loaded_state(parameter: Tensor, group: dict[str, Any], saved: State) -> State:
+    """What was saved of a table, on its device; raises ValueError where it does not fit the group's settings."""
+    expected = new_state(torch.empty_like(parameter, device="meta"), group)
+    for name, value in expected.items():
+        if name not in saved and not isinstance(value, Tensor):
+            raise ValueError(f"the saved state of a table lacks {name!r}: another version of peerlm has written it")
+        if isinstance(value, Tensor) and name not in ("learning_rates", "log_keep"):
+            found = saved.get(name)
+            if found is None or found.shape != value.shape:
+                shape = None if found is None else tuple(found.shape)
+                raise ValueError(f"the saved {name!r} of a table has shape {shape}, not {tuple(value.shape)}")
+    on_cpu = ("learning_rates", "log_keep")
+    return {
+        name: value.to(parameter.device) if isinstance(value, Tensor) and name not in on_cpu else value
+        for name, value in saved.items()
+    }
+
+
+def history_of(state: State) -> RateHistory:
+    """The learning rates of the steps since all rows were up to date."""
+    return RateHistory(state["history_start"], state["learning_rates"], state["log_keep"])
+
+
+def keep_history(state: State, history: RateHistory) -> None:
+    """Put these learning rates in the place of those that the state has."""
+    state["history_start"] = history.start
+    state["learning_rates"] = history.learning_rates
+    state["log_keep"] = history.log_keep
