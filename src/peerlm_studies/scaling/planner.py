@@ -16,7 +16,7 @@ from peerlm.accounting import Cost, model_cost
 from peerlm.errors import UserError, listed
 from peerlm.evaluate.likelihood import Report, silent
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, INNER, kinds_of_blocks
+from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, INNER, kinds_of_blocks, parts_of
 from peerlm.model.modeling_peer import build_ffw
 from peerlm_studies.memory import training_bytes
 from peerlm_studies.scaling.fit import CONSTANTS, Law, interval
@@ -144,13 +144,18 @@ def _models(fit: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for width in WIDTHS:
         named = base.get("ffw_layers")
         if isinstance(named, list):
-            ways = (kind, kind + INNER, None)
+            whole = next((each for each in named if kind in parts_of(each)), kind)
+            ways = (whole, whole + INNER, None)
             named = next((way for way in ways if named == kinds_of_blocks(way, len(named))), named)
         layers = len(named) if isinstance(named, list) else max(4, width // 64)
         heads = 4 if width <= 512 else width // 64
         sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
         model = {**base, **sizes, "ffw_layers": named}
         model.pop("num_key_value_heads", None)
+        if base.get("parallel_intermediate_size"):
+            model["parallel_intermediate_size"] = round(
+                base["parallel_intermediate_size"] * width / base["hidden_size"]
+            )
         if kind not in ("peer", "pkm"):
             yield model
             continue
@@ -268,22 +273,15 @@ def _cost(settings: Mapping[str, Any], context: int) -> Cost:
     layers = settings["num_hidden_layers"]
     blocks = Counter(kinds_of_blocks(settings.get("ffw_layers"), layers))
     one, two = (_backbone_cost(_backbone_text(settings, count), context) for count in (1, 2))
-    dense = _layer_cost("dense", settings["hidden_size"], "null", settings.get("intermediate_size"), context)
-    of_kind = {
-        kind: _layer_cost(
-            kind,
-            settings["hidden_size"],
-            json.dumps(settings.get(kind), sort_keys=True),
-            settings.get("intermediate_size"),
-            context,
-        )
-        for kind in blocks
-    }
+    dense, of_kind = (
+        {kind: _layer_cost(kind, _layer_text(settings, kind), context) for kind in kinds}
+        for kinds in (("dense",), blocks)
+    )
     return Cost(
         **{
             field.name: getattr(one, field.name)
             + (layers - 1) * (getattr(two, field.name) - getattr(one, field.name))
-            - layers * getattr(dense, field.name)
+            - layers * getattr(dense["dense"], field.name)
             + sum(count * getattr(of_kind[kind], field.name) for kind, count in blocks.items())
             for field in fields(Cost)
         }
@@ -311,10 +309,16 @@ def _backbone_cost(text: str, context: int) -> Cost:
         return model_cost(PeerForCausalLM(_config(text)), context)
 
 
+def _layer_text(settings: Mapping[str, Any], kind: str) -> str:
+    """The settings that a block's feed-forward layer of this kind depends on, as JSON."""
+    names = ("hidden_size", "intermediate_size", "parallel_intermediate_size", *parts_of(kind))
+    return json.dumps({name: settings.get(name) for name in names}, sort_keys=True)
+
+
 @functools.cache
-def _layer_cost(kind: str, width: int, settings: str, intermediate_size: int | None, context: int) -> Cost:
+def _layer_cost(kind: str, settings: str, context: int) -> Cost:
     """Of one feed-forward layer; its settings are JSON."""
-    config = SimpleNamespace(hidden_size=width, intermediate_size=intermediate_size, **{kind: json.loads(settings)})
+    config = SimpleNamespace(**json.loads(settings))
     with torch.device("meta"):
         return model_cost(build_ffw(config, kind), context)  # type: ignore[arg-type]
 

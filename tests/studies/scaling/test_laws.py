@@ -166,6 +166,7 @@ def test_the_plan_is_the_best_there_is(law_file: Path, flops: float) -> None:
         ("peer", "peer"),
         (["peer", "peer"], "peer"),
         (["dense", "peer", "peer", "dense"], "peer:inner"),
+        (["dense", "peer+dense", "peer+dense", "dense"], "peer+dense:inner"),
         (["dense", "peer"], None),
     ],
 )
@@ -294,6 +295,7 @@ def test_experts_are_counted_by_the_kind_of_layer() -> None:
     assert experts_of({"ffw_layers": "expert_choice", "expert_choice": {"num_experts": 16}}) == (1.0, 16.0)
     assert experts_of({}) == (128.0, 8192.0)
     assert kind_of({"ffw_layers": None}) == "peer"
+    assert kind_of({"ffw_layers": ["dense", "dense+pkm"]}) == "pkm"
 
 
 def test_fits_that_cannot_be_made_are_named(tmp_path: Path) -> None:
