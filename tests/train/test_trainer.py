@@ -24,6 +24,7 @@ from peerlm.files import PARTIAL
 from peerlm.train import TrainConfig, TrainingStopped, load_recipe, train
 from peerlm.train.checkpoint import list_checkpoints
 from peerlm.train.loop import take_step
+from peerlm.train.run_folder import check_run
 
 Configure = Callable[..., TrainConfig]
 TIMES = {"seconds", "tokens_per_second"}
@@ -323,6 +324,20 @@ def test_only_a_run_can_be_resumed(configure: Configure, tmp_path: Path) -> None
     (tmp_path / "run" / "thesis.txt").touch()
     with pytest.raises(UserError, match=r"is not a run, for it has no config.json"):
         train(config, resume=True, progress=False)
+
+
+def test_auto_starts_where_there_is_no_run_and_resumes_one(
+    configure: Configure, straight: Path, tmp_path: Path
+) -> None:
+    check_run(configure(), resume="auto")
+    (tmp_path / "run").mkdir()
+    check_run(configure(), resume="auto")
+    check_run(configure(run=str(straight)), resume="auto")
+    with pytest.raises(UserError, match="seed was 0, now 1"):
+        check_run(configure(run=str(straight), seed=1), resume="auto")
+    (tmp_path / "run" / "thesis.txt").touch()
+    with pytest.raises(UserError, match=r"is not a run, for it has no config.json"):
+        check_run(configure(), resume="auto")
 
 
 def test_a_run_is_not_resumed_as_another(configure: Configure, straight: Path) -> None:

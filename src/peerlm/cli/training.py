@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peerlm.cli.root import DocumentStart, Json, Output, PackFolders, Run, Settings, app, overrides
+from peerlm.cli.root import DocumentStart, Json, Output, PackFolders, Resume, Run, Settings, app, overrides, read_resume
 from peerlm.cli.show import STDOUT, show
 from peerlm.errors import TrainingStopped, UserError
 from peerlm.terminal import VALUE, print_table
@@ -80,6 +80,7 @@ def prepare(
         "peerlm train recipes/train-demo.toml --output runs/a",
         "peerlm train recipes/train-demo.toml --set budget.minutes=1",
         "peerlm train runs/a --resume",
+        "torchrun --nproc-per-node 2 -m peerlm train recipe.toml --resume=auto",
     ]
 )
 def train(
@@ -92,17 +93,20 @@ def train(
         str | None,
         typer.Option(metavar="N@SHARE,...", help="Grow to N sub-keys, N² experts, at a share of the run: 256@50%."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    resume: Resume = None,
     json_file: Json = None,
 ) -> None:
-    """Train a model from a recipe; --resume continues a stopped run to the same weights."""
+    """Train a model from a recipe; --resume continues a stopped run to the same weights.
+
+    Under torchrun, processes train one model together; with --resume=auto a restart of the same command resumes.
+    """
     from peerlm.train import load_recipe, train
     from peerlm.train.run_folder import resume_command
 
     growth = [] if grow is None else [f'grow.at="{grow}"']
     config = load_recipe(recipe, [*growth, *overrides(settings, output)])
     try:
-        result = train(config, resume=resume, progress=json_file != STDOUT)
+        result = train(config, resume=read_resume(resume), progress=json_file != STDOUT)
     except TrainingStopped as stopped:
         stopped.resume = resume_command(Path(config.run))
         raise

@@ -244,11 +244,14 @@ class TrainConfig:
     """Whether activations are computed again in the backward pass, which saves memory and costs time."""
     compile: bool = False
     """Whether torch.compile compiles the model."""
+    watchdog_minutes: float = 60.0
+    """Minutes that one step may take before the process prints where it hangs, and ends with exit code 70; 0: any."""
 
     def __post_init__(self) -> None:
         _require(self, "", "run", bool, "name the folder to write the run to")
+        _require(self, "", "watchdog_minutes", lambda value: 0 <= value < math.inf, "must be 0 or more, and finite")
         _require(self, "", "seed", lambda value: 0 <= value < 2**64, "must be 0 or more and below 2**64")
 
 
-UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "data.workers")
+UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "data.workers", "watchdog_minutes")
 """Keys, or sections, that a resumed run may change: the weights do not depend on them."""

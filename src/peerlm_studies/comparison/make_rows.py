@@ -74,7 +74,7 @@ def _make_row(
     config = output / "recipes" / f"{folder.name}.json"
     config.parent.mkdir(parents=True, exist_ok=True)
     write_json(config, to_dict(run.train))
-    _peerlm(run, processes, "train", str(config), *(["--resume"] if folder.exists() else []))
+    _peerlm(run, processes, "train", str(config), "--resume=auto")
     evaluation = {}
     if files := compare.evaluate:
         results = folder / "evaluation.json"
