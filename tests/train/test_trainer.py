@@ -454,3 +454,25 @@ def test_progress_is_told_in_lines(configure: Configure, capsys: pytest.CaptureF
     assert "step 2  25.0%  loss " in shown
     assert "step 8  validation loss " in shown
     assert "Writing" not in shown
+
+
+def test_measuring_copies_changes_nothing_else(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    short: dict[str, Any] = {"budget": {"steps": 2}, "eval": {"every": 1}}
+    plain = train(configure(run=str(tmp_path / "plain"), **short), progress=False)
+    short["eval"] |= {"copying": True}
+    asked = train(configure(run=str(tmp_path / "asked"), **short), progress=False)
+    assert asked.summary["validation_loss"] == plain.summary["validation_loss"]
+    assert asked.summary["usage"] == plain.summary["usage"]
+    measured = [row["copying"] for row in rows(asked.run) if "validation_loss" in row]
+    assert measured[-1] == asked.summary["copying"]
+    assert len(measured) == 2
+    for figures in measured:
+        assert figures["first_half"] > 0 < figures["second_half"]
+        assert list(figures["first_token"]) == ["0", "1"]
+        assert list(figures["by_position"]) == ["1", "2-3", "4-7", "8-15"]
+    assert "copying" not in plain.summary
+
+
+def test_copies_need_windows_of_four_tokens(configure: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(UserError, match="copying is measured on windows of at least 4 tokens, not of 3"):
+        train(configure(data={"context": 3}, eval={"copying": True}), progress=False)

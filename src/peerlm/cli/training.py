@@ -123,6 +123,7 @@ def train(
         "peerlm eval runs/a book.txt lambada.jsonl",
         "peerlm eval runs/a book.txt --limit 100000 --json -",
         "peerlm eval runs/a wiki.test.tokens --detokenize",
+        "peerlm eval runs/a book.txt --copying",
         "peerlm eval runs/a --tasks recipes/tasks/copa.yaml --task-data tasks/",
     ],
 )
@@ -147,6 +148,9 @@ def evaluate(
     detokenize: Annotated[
         bool, typer.Option("--detokenize", help="Put tokenised text (WikiText's ` @-@ `) back first.")
     ] = False,
+    copying: Annotated[
+        bool, typer.Option("--copying", help="Measure too what the model copies from its context.")
+    ] = False,
     document_start: DocumentStart = "auto",
     pack: PackFolders = [],  # noqa: B006
     json_file: Json = None,
@@ -154,8 +158,10 @@ def evaluate(
     """Measure perplexity, bits per byte, accuracy of last words (LAMBADA), use of the experts, and lm-eval's tasks."""
     from peerlm.evaluate import evaluate
 
-    if tasks and not files and (detokenize or stride is not None):
-        raise UserError("--stride and --detokenize are for files, and there are none; name one, or leave them out")
+    if tasks and not files and (detokenize or copying or stride is not None):
+        raise UserError(
+            "--stride, --detokenize and --copying are for files, and there are none; name one, or leave them out"
+        )
     rows: dict[str, dict[str, Any]] = {}
     if files or not tasks:
         rows |= evaluate(
@@ -165,6 +171,7 @@ def evaluate(
             stride=stride,
             limit=limit,
             detokenized=detokenize,
+            copying=copying,
             document_start=document_start,
             packs=pack,
             progress=json_file != STDOUT,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.row_updates import RowState, RowStep, fused_row_update
 from peerlm.ops.tensors import has_values
 
@@ -285,7 +286,7 @@ class Operators:
             grad_y, weights, ids, hidden, rows, scales, ctx.activation
         )
         grad_rows = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3] or (ctx.row_gradients and scales is not None):
             grad_rows = self._gradient_of_rows(x, grad_y, ids, coefficients, rows, by_row=ctx.row_gradients)
         return grad_x, grad_weights, None, grad_rows, None, None, None
 
@@ -325,6 +326,8 @@ class Operators:
         if update_rows is not None and (update := fused_row_update(rows)) is not None:
             update_rows(*update, x, grad_y, ids, coefficients)
             return None
+        if rows.dtype in SCALED_DTYPES:
+            raise RuntimeError(f"rows in {rows.dtype} have no gradient: they are trained by RowAdamW(fused=True)")
         found, grad = self.ops.gradients_by_row(x, grad_y, ids, coefficients, rows.shape[0])
         values = grad.view(-1, *rows.shape[1:]).to(rows.dtype)
         return torch.sparse_coo_tensor(found[None], values, rows.shape, is_coalesced=True, check_invariants=False)

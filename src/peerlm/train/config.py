@@ -16,6 +16,11 @@ def _require(config: object, prefix: str, names: str, holds: Callable[[Any], boo
             raise UserError(f"{prefix}{name} = {value!r}: {fix}")
 
 
+def added(default: Any) -> Any:
+    """A field that was added when rows of runs were there: at its default no row's key changes (`plain_values`)."""
+    return field(default=default, metadata={"added": True})
+
+
 def _at_least_0(value: float) -> bool:
     return value >= 0
 
@@ -151,6 +156,8 @@ class EvalConfig:
     """Held-out windows read at the end; null: all."""
     batch_size: int = 8
     """Windows in one forward pass on one rank."""
+    copying: bool = added(False)
+    """Whether every evaluation also measures what the model copies from its context (`peerlm.evaluate.copying`)."""
 
     def __post_init__(self) -> None:
         _require(self, "eval.", "every", _at_least_0, "must be 0 or more")
