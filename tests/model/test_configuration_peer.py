@@ -71,6 +71,13 @@ def test_round_trip(tiny_config: Callable[..., PeerConfig], tmp_path: Path) -> N
         ({"hidden_size": 3}, "head_dim is 0; .* an even number of at least 2"),
         ({"ffw_layers": ["peer"]}, "ffw_layers names 1 blocks; num_hidden_layers is 3: name each"),
         ({"ffw_layers": "moe"}, "ffw_layers has 'moe'; choose from dense, swiglu, peer, pkm, expert_choice"),
+        ({"ffw_layers": "peer+moe"}, "ffw_layers has 'moe'; choose from dense, swiglu, peer, pkm, expert_choice"),
+        ({"ffw_layers": "peer+peer"}, r"ffw_layers has 'peer\+peer'; a layer can be beside those of other kinds only"),
+        ({"parallel_intermediate_size": 0}, "parallel_intermediate_size is 0; it must be at least 1"),
+        ({"ffw_init_scale": [1.0]}, "ffw_init_scale has 1 numbers; num_hidden_layers is 3: give one for each block"),
+        ({"ffw_init_scale": {"peer": 1.0}}, "ffw_init_scale has no number for 'dense', which ffw_layers has; add it"),
+        ({"ffw_init_scale": {"perr": 1.0}}, "ffw_init_scale names 'perr'; choose from dense, swiglu, peer"),
+        ({"ffw_init_scale": -1.0}, "ffw_init_scale has -1.0; give finite numbers of at least 0"),
         ({"peer": {"num_expert": 4}}, "peer has no setting 'num_expert'; did you mean 'num_experts'?"),
         (
             {"token_choice": {"zzz": 4}},

@@ -4,6 +4,7 @@ Who keeps rows elsewhere (cut over ranks, in a mapped file, in other formats) wr
 table of a model made of it. Shape suffixes: N rows, X a row's shape, T tokens, P rows per token, D width.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -120,6 +121,12 @@ class Table(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the rows as they are stored."""
         return self.parts()[0][0].dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row as it is stored, with its scales."""
+        scales = 0 if self.scales is None else self.scales.element_size() * math.prod(self.row_shape[:-1])
+        return self.dtype.itemsize * math.prod(self.row_shape) + scales
 
     @property
     def device(self) -> torch.device:

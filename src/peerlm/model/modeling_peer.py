@@ -21,8 +21,8 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from peerlm.layers import DenseFFW, TokenChoiceMoE
-from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig
+from peerlm.layers import DenseFFW, ParallelFFW, TokenChoiceMoE
+from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig, parts_of
 from peerlm.optim.saved import FILE, STALE, catch_up_saved
 
 logger = logging.get_logger(__name__)
@@ -49,23 +49,37 @@ class PeerAttention(LlamaAttention):
 
 
 def build_ffw(config: PeerConfig, kind: str) -> nn.Module:
-    """A feed-forward layer of this kind, with the configuration's settings."""
+    """The feed-forward layer of a block of this kind, with the configuration's settings."""
+    hidden = config.intermediate_size or 4 * config.hidden_size
+    parts = parts_of(kind)
+    if len(parts) == 1:
+        return _build_part(config, kind, hidden)
+    hidden = config.parallel_intermediate_size or hidden
+    return ParallelFFW({part: _build_part(config, part, hidden) for part in parts})
+
+
+def _build_part(config: PeerConfig, kind: str, hidden: int) -> nn.Module:
     if kind in CONFIGURABLE_KINDS:
         return FFW_KINDS[kind](config.hidden_size, **(getattr(config, kind) or {}))
-    hidden = config.intermediate_size or 4 * config.hidden_size
     if kind == "swiglu":
         return DenseFFW(config.hidden_size, hidden=round(2 / 3 * hidden), activation="silu", gated=True)
     return DenseFFW(config.hidden_size, hidden=hidden)
 
 
 class PeerDecoderLayer(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + ffw(norm(x))."""
+    """x + attention(norm(x)), then x + ffw(norm(x)).
+
+    Attributes:
+        ffw_scales: the output scale at the start of each feed-forward layer, by its path in the block.
+    """
 
     def __init__(self, config: PeerConfig, layer_idx: int):
         super().__init__()
         self.self_attn = PeerAttention(config, layer_idx)  # type: ignore[arg-type]
         assert config.ffw_layers is not None  # filled in by PeerConfig
         self.ffw = build_ffw(config, config.ffw_layers[layer_idx])
+        scales = config.ffw_output_scales(layer_idx)
+        self.ffw_scales = {"ffw" if len(scales) == 1 else f"ffw.{part}": scale for part, scale in scales.items()}
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -82,6 +96,13 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.ffw(self.post_attention_layernorm(hidden_states), token_mask)
+
+    def reset_ffw(self) -> None:
+        """Initialise each feed-forward layer at its output scale, unless a conversion has put another in its place."""
+        for path, scale in self.ffw_scales.items():
+            layer = self.get_submodule(path)
+            if isinstance(layer, tuple(FFW_KINDS.values())):
+                layer.reset_parameters(output_scale=scale)  # type: ignore[operator]
 
 
 EARLIER_NAMES = {r"\.ffw\.values$": ".ffw.values.rows"}
@@ -110,7 +131,8 @@ class PeerPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         assert config.ffw_layers is not None  # filled in by PeerConfig
         # An expert chooses among all tokens of a call, and how many depends on the values of the mask.
-        self._can_compile_fullgraph = self._supports_context_parallel = "expert_choice" not in config.ffw_layers
+        parts = {part for kind in config.ffw_layers for part in parts_of(kind)}
+        self._can_compile_fullgraph = self._supports_context_parallel = "expert_choice" not in parts
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -149,7 +171,6 @@ class PeerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Matrices N(0, 1 / fan_in); what a block adds to the residual stream smaller by sqrt(2 * blocks)."""
-        residual_scale = (2 * self.config.num_hidden_layers) ** -0.5
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
@@ -157,9 +178,9 @@ class PeerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=module.embedding_dim**-0.5)
         elif isinstance(module, PeerAttention):
-            init.normal_(module.o_proj.weight, std=residual_scale * module.o_proj.in_features**-0.5)
-        elif isinstance(module, tuple(FFW_KINDS.values())):
-            module.reset_parameters(output_scale=self.config.ffw_init_scale * residual_scale)  # type: ignore[operator]
+            init.normal_(module.o_proj.weight, std=self.config.residual_scale * module.o_proj.in_features**-0.5)
+        elif isinstance(module, PeerDecoderLayer):
+            module.reset_ffw()
         else:
             super()._init_weights(module)
 

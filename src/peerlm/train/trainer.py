@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peerlm.accounting import model_cost
+from peerlm.accounting import BYTES, model_cost
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder, is_disk_full, write_json
 from peerlm.ranks import join_ranks
@@ -108,6 +108,7 @@ def _summary(training: Training, state: TrainState, evaluation: Mapping[str, Any
         "total_parameters": cost.total_parameters,
         "active_parameters": cost.active_parameters,
         "training_flops_per_token": cost.training_flops_per_token,
+        **{name: getattr(cost, name) for name in BYTES},
         "train_loss": state.train_loss,
         "perplexity": math.exp(evaluation["validation_loss"]),
         **evaluation,
