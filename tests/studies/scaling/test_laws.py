@@ -221,7 +221,10 @@ def test_bytes_of_rows_limit_the_model(law_file: Path) -> None:
         ({"flops": 1e12, "row_bytes": 0.0}, "--row-bytes 0: must be above 0"),
         ({"flops": 1e12, "row_bytes": 5.0, "method": "PEER"}, "within 1e\\+12 FLOPs, 5 bytes of rows per token, with"),
         ({"flops": 1e12, "method": "rival"}, "the law has no method 'rival': choose from dense, PEER"),
-        ({"flops": 1e12, "memory": 1000.0}, "no model of at least 32 wide trains on one window within 1e\\+12 FLOPs, 9.31e-07 GiB,"),
+        (
+            {"flops": 1e12, "memory": 1000.0},
+            "no model of at least 32 wide trains on one window within 1e\\+12 FLOPs, 9.31e-07 GiB,",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_named(law_file: Path, options: dict[str, Any], message: str) -> None:
