@@ -90,9 +90,9 @@ def open_data(config: DataConfig, ranks: Ranks, *, progress: bool) -> tuple[Toke
             f"data.batch_size = {config.batch_size} is not divisible by the {ranks.world_size} processes that train: "
             "choose a multiple"
         )
-    if ranks.is_main:
-        prepare_data(config, progress=progress)
-    ranks.wait()
+    with ranks.together():
+        if ranks.is_main:
+            prepare_data(config, progress=progress)
     train, heldout = (TokenWindows(TokenShards(config.folder, split), config.context) for split in ("train", "heldout"))
     return train, heldout
 
