@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peerlm.ops.padded_rows import pad
+from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.row_updates import RowState, RowStep, fused_row_update
 from peerlm.ops.tensors import has_values
 
@@ -294,7 +295,7 @@ class Operators:
             grad_y, weights, ids, hidden, rows, scales, ctx.activation
         )
         grad_rows = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3] or (ctx.row_gradients and scales is not None):
             grad_rows = self._gradient_of_rows(x, grad_y, ids, coefficients, rows, by_row=ctx.row_gradients)
         return grad_x, grad_weights, None, grad_rows, None, None, None
 
@@ -334,6 +335,8 @@ class Operators:
         if update_rows is not None and (update := fused_row_update(rows)) is not None:
             update_rows(*update, x, grad_y, ids, coefficients)
             return None
+        if rows.dtype in SCALED_DTYPES:
+            raise RuntimeError(f"rows in {rows.dtype} have no gradient: they are trained by RowAdamW(fused=True)")
         padded = self._padded_gradients.get(rows.device.type)
         gradients = self.ops.gradients_by_row if padded is None else padded
         found, grad = gradients(x, grad_y, ids, coefficients, rows.shape[0])

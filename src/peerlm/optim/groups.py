@@ -2,7 +2,8 @@
 
 Expert tables hold most of a PEER model's weights and each row sees few tokens, so that tables and sub-keys
 get groups of their own. A module names such parameters itself, in a dict `parameter_roles` from its own
-direct parameter names to "table" (expert rows, memory values) or "keys" (sub-keys).
+direct parameter names to "table" (expert rows, memory values) or "keys" (sub-keys). With an attribute
+`trained_in_place` that is True its tables are trained although they have no gradient.
 """
 
 import math
@@ -65,7 +66,8 @@ def _roles(model: nn.Module) -> dict[nn.Parameter, str]:
             if not hasattr(module, name):
                 raise ValueError(f"{path}.parameter_roles names {name!r}, which it does not have: {listed(own)}")
         for name, parameter in own.items():
-            if not parameter.requires_grad:
+            in_place = declared.get(name) == "table" and getattr(module, "trained_in_place", False)
+            if not parameter.requires_grad and not in_place:
                 continue
             plain = "vector" if parameter.ndim < 2 or isinstance(module, nn.Embedding) else "matrix"
             role = declared.get(name, plain)
