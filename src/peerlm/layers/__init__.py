@@ -3,6 +3,7 @@
 from peerlm.layers.dense import DenseFFW
 from peerlm.layers.expert_table import ExpertTable
 from peerlm.layers.moe import ExpertChoiceMoE, TokenChoiceMoE
+from peerlm.layers.output_gate import OutputGate
 from peerlm.layers.parallel import ParallelFFW
 from peerlm.layers.peer import PEER
 from peerlm.layers.product_key_memory import ProductKeyMemory
@@ -15,6 +16,7 @@ __all__ = [
     "DenseFFW",
     "ExpertChoiceMoE",
     "ExpertTable",
+    "OutputGate",
     "ParallelFFW",
     "ProductKeyMemory",
     "ProductKeys",
