@@ -4,6 +4,7 @@ from peerlm.layers.dense import DenseFFW
 from peerlm.layers.expert_table import ExpertTable
 from peerlm.layers.fine_grained_moe import FineGrainedMoE
 from peerlm.layers.moe import ExpertChoiceMoE, TokenChoiceMoE
+from peerlm.layers.output_gate import OutputGate
 from peerlm.layers.parallel import ParallelFFW
 from peerlm.layers.peer import PEER
 from peerlm.layers.product_key_memory import ProductKeyMemory
@@ -18,6 +19,7 @@ __all__ = [
     "ExpertChoiceMoE",
     "ExpertTable",
     "FineGrainedMoE",
+    "OutputGate",
     "ParallelFFW",
     "ProductKeyMemory",
     "ProductKeys",
