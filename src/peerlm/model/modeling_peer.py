@@ -227,6 +227,7 @@ class PeerModel(PeerPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         sequence = inputs_embeds.shape[1]
+        given_positions = position_ids
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + sequence, device=inputs_embeds.device)[None]
@@ -235,7 +236,8 @@ class PeerModel(PeerPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            # In these transformers looks for several texts in a row, and waits for the device to find none.
+            position_ids=given_positions,
         )
         token_mask = None
         if attention_mask is not None and attention_mask.dim() == 2:

@@ -132,6 +132,14 @@ def row_kernels(table: RowState) -> ModuleType | None:
     return cast("ModuleType | None", _offer("row_kernels", table))
 
 
+def sum_by_row(ids_E: Tensor, values_EX: Tensor, num_rows: int) -> tuple[Tensor, Tensor] | None:
+    """Sums of the values of equal ids, without waiting for the device; None where there are no kernels for that.
+
+    Returns ids (S,) int64, distinct, then -1, with S = min(E, num_rows); and sums (S, *X), zeros where the id is -1.
+    """
+    return cast("tuple[Tensor, Tensor] | None", _offer("sum_by_row", ids_E, values_EX, num_rows))
+
+
 def fit_rules(
     a_SK: Tensor, c_SK: Tensor, *, tolerance: float, spreads: Tensor, num_probes: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from peerlm.ops import api, row_updates
+from peerlm.ops.padded_rows import padded_ids
 from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.ops.watched import raw
@@ -557,7 +558,8 @@ def _kernels(table: RowState) -> Any:
 def _row_gradient(parameter: Tensor, kernels: Any) -> tuple[Tensor | None, Tensor, Callable[..., None]]:
     """Row numbers (U,), None for all rows in order; their gradients (U, *row_shape); what updates the rows by these.
 
-    Row numbers are distinct, unless the kernels add up the gradients of each row as they go.
+    Row numbers are distinct, unless the kernels add up the gradients of each row as they go; -1, which these kernels
+    leave out, is padding.
     """
     gradient = parameter.grad
     assert gradient is not None
@@ -569,6 +571,9 @@ def _row_gradient(parameter: Tensor, kernels: Any) -> tuple[Tensor | None, Tenso
             "give indices (1, U) and values (U, *row_shape)"
         )
     if not gradient.is_coalesced() and hasattr(kernels, "update_entries"):
+        padded = padded_ids(parameter)
+        if padded is not None:
+            return padded, gradient._values(), kernels.update_rows
         return gradient._indices()[0], gradient._values(), kernels.update_entries
     gradient = coalesced(gradient)
     return gradient.indices()[0], gradient.values(), kernels.update_rows
