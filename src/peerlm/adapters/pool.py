@@ -86,10 +86,9 @@ class AdapterPool(RetrievalLayer):
         self.rank = rank
         self.activation = activation
         self.down = Table(num_experts * rank, in_features, backend=backend)
-        self.down.fill(lambda rows: rows.normal_(std=in_features**-0.5))
+        self.down.fill_normal(in_features**-0.5)
         self.up = Table(num_experts * rank, out_features, backend=backend)
-        up_std = 0.0 if init_weights else out_features**-0.5
-        self.up.fill(lambda rows: rows.normal_(std=up_std) if up_std else rows.zero_())
+        self.up.fill_normal(0.0 if init_weights else out_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) of any float dtype to (..., out_features), computed in the dtype of the pool."""

@@ -4,7 +4,7 @@ Who keeps rows elsewhere (cut over ranks, in a mapped file, in other formats) wr
 table of a model made of it. Shape suffixes: N rows, X a row's shape, T tokens, P rows per token, D width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -76,11 +76,16 @@ class Table(nn.Module):
         self.backend = backend
         self.persistent = True
         self.watched = False
-        self._keep(empty_rows(num_rows, *row_shape, dtype=None if dtype == torch.float32 else dtype))
-        self.register_buffer("scales", None if dtype.is_floating_point else torch.empty(num_rows, *row_shape[:-1]))
+        held = self._begin(num_rows, *row_shape)
+        self._keep(empty_rows(*held, dtype=None if dtype == torch.float32 else dtype))
+        self.register_buffer("scales", None if dtype.is_floating_point else torch.empty(held[:-1]))
         keep_rows(self)
 
     # What a subclass that keeps rows elsewhere replaces.
+
+    def _begin(self, num_rows: int, *row_shape: int) -> tuple[int, ...]:
+        """How much of a new table (N, *X) is held here: the shape that `_keep` gets."""
+        return (num_rows, *row_shape)
 
     def _keep(self, rows: Tensor, *, trained: bool = True) -> None:
         """Take these rows (N, *X) as the parameters."""
@@ -223,6 +228,21 @@ class Table(nn.Module):
         if any(each.is_meta or getattr(each, "_is_hf_initialized", False) for each in self.row_parameters()):
             return
         self._fill(draw)
+
+    @torch.no_grad()
+    def fill_normal(self, std: float, factors: Mapping[int, float] | None = None) -> None:
+        """As `fill`, from N(0, std^2); vectors of rows (R, D) are multiplied by the factors of their places."""
+
+        def draw(rows: Tensor) -> None:
+            if std == 0:
+                rows.zero_()
+                return
+            rows.normal_(std=std)
+            for vector, factor in (factors or {}).items():
+                if factor != 1:
+                    rows[:, vector].mul_(factor)
+
+        self.fill(draw)
 
     def _fill(self, draw: Callable[[Tensor], object]) -> None:
         if self.scales is None:

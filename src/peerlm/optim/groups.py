@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from peerlm.errors import listed
+from peerlm.ops.row_shards import shard_of
 from peerlm.optim.sparse_gradients import coalesced
 
 GROUP_NAMES = ("matrix", "vector", "table", "keys")
@@ -96,7 +98,8 @@ def clip_gradients(groups: Sequence[dict[str, Any]], *, max_norm: float, table_m
     Separate norms, because a table's gradient touches few rows of many: clipped together, either would set
     the step of the other. A limit of math.inf never scales. Nothing is scaled when a norm is not finite.
 
-    Gradients may be sparse: an uncoalesced one, a sum over micro-batches, is coalesced first, because its norm is
+    Of gradients that lie on several ranks, of FSDP2 or of sharded tables, the norms are those over all; each rank must
+    call this. Gradients may be sparse: an uncoalesced one, a sum over micro-batches, is coalesced first, because its norm is
     that of the summed rows. Raises ValueError where tables have no gradients that could be clipped, under
     RowAdamW(fused=True).
     """
@@ -105,9 +108,10 @@ def clip_gradients(groups: Sequence[dict[str, Any]], *, max_norm: float, table_m
             f"RowAdamW(fused=True) leaves no gradient of tables to clip to table_max_norm = {table_max_norm}: "
             "choose fused=False, or table_max_norm = math.inf"
         )
-    tables = _gradient_values(group for group in groups if group.get("name") == "table")
+    of_tables = [group for group in groups if group.get("name") == "table"]
+    tables = _gradient_values(of_tables)
     rest = _gradient_values(group for group in groups if group.get("name") != "table")
-    rest_norm, table_norm = get_total_norm(rest), get_total_norm(tables)
+    rest_norm, table_norm = _norm_over_mesh(rest), _norm_over_ranks(of_tables, tables)
     norms = GradientNorms(rest=rest_norm.item(), table=table_norm.item())
     if norms.finite and norms.rest > max_norm:
         _scale(rest, max_norm / (rest_norm + 1e-6))
@@ -118,9 +122,8 @@ def clip_gradients(groups: Sequence[dict[str, Any]], *, max_norm: float, table_m
 
 def _gradient_values(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
     values = []
-    for parameter in (parameter for group in groups for parameter in group["params"]):
-        if parameter.grad is None:
-            continue
+    for parameter in _with_gradient(groups):
+        assert parameter.grad is not None
         if parameter.grad.is_sparse:
             parameter.grad = coalesced(parameter.grad)
             values.append(parameter.grad._values())  # not values(), which refuses to be scaled in place
@@ -129,7 +132,40 @@ def _gradient_values(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
     return values
 
 
+def _norm_over_mesh(values: list[Tensor]) -> Tensor:
+    """The norm of gradients that every rank has whole, or of which FSDP2 has left each rank a part."""
+    whole = [value for value in values if not hasattr(value, "full_tensor")]
+    if len(whole) == len(values):
+        return get_total_norm(whole)
+    cut = get_total_norm([value for value in values if hasattr(value, "full_tensor")]).full_tensor()  # type: ignore[attr-defined]
+    return torch.stack([get_total_norm(whole).to(cut), cut]).square().sum().sqrt()
+
+
+def _norm_over_ranks(groups: Sequence[dict[str, Any]], values: list[Tensor]) -> Tensor:
+    """The norm of gradients of tables, which may be sharded; each rank must call it."""
+    of_tables = [(value, shard_of(table)) for table, value in zip(_with_gradient(groups), values, strict=True)]
+    # Ranks without a gradient take part: which groups there are is said by the tables.
+    shards = [shard_of(parameter) for group in groups for parameter in group["params"]]
+    over = {id(shard.group): shard.group for shard in shards if shard is not None}
+    if not over:
+        return get_total_norm(values)
+    device = next(parameter.device for group in groups for parameter in group["params"])
+    total = get_total_norm([value for value, shard in of_tables if shard is None]).to(device).float().square()
+    for key, ranks in over.items():
+        own = [value for value, shard in of_tables if shard is not None and id(shard.group) == key]
+        square = get_total_norm(own).to(device).float().square()
+        if ranks is not None:
+            dist.all_reduce(square, group=ranks)
+        total = total + square
+    return total.sqrt()
+
+
+def _with_gradient(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    return [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
+
+
 def _scale(values: list[Tensor], factor: Tensor) -> None:
     with torch.no_grad():
         for value in values:
-            value.mul_(factor.to(value.device))
+            local = value.to_local() if hasattr(value, "to_local") else value
+            local.mul_(factor.to(local.device))

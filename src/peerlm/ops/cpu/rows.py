@@ -27,10 +27,10 @@ def row_kernels(table: RowState) -> ModuleType | None:
 def supports(table: RowState) -> bool:
     """Whether the native kernels work on this table."""
     tensors = [tensor for tensor in (table.rows, table.exp_avg, table.exp_avg_sq) if tensor is not None]
-    moments = {tensor.dtype for tensor in tensors[1:]} if table.exp_avg_sq.ndim > 1 else {torch.float32}
+    moments = {tensor.dtype for tensor in tensors[1:]} if table.by_weight else {torch.float32}
     return not native.unavailable() and (
         len(moments) == 1
-        and (table.exp_avg_sq.ndim > 1 or table.exp_avg_sq.dtype == torch.float32)
+        and (table.by_weight or table.exp_avg_sq.dtype == torch.float32)
         and all(t.device.type == "cpu" and t.dtype in _DTYPES and t.is_contiguous() for t in tensors)
         and all(map(has_values, tensors))
     )
@@ -112,14 +112,26 @@ def update_by_gradients(
 
 
 def _state(table: RowState) -> object:
-    count = len(table.rows)
     return native.module.RowState(
-        table.rows.detach().view(count, -1),
-        None if table.exp_avg is None else table.exp_avg.view(count, -1),
-        table.exp_avg_sq.view(count, -1),
+        table.rows.detach().flatten(1),
+        None if table.exp_avg is None else table.exp_avg.flatten(1),
+        table.exp_avg_sq[:, None] if table.exp_avg_sq.ndim == 1 else table.exp_avg_sq.flatten(1),
         table.moments_step,
         table.weights_step,
+        *_names(table),
     )
+
+
+def _names(table: RowState) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Which rows and columns of a whole table these are; None where they are the whole."""
+    shard = table.shard
+    if shard is None:
+        return None, None, None
+    *_, width = table.rows.shape
+    if table.exp_avg_sq.ndim == 1:  # a row is one run, whose columns are those of the whole
+        return shard.firsts, shard.shifts, torch.zeros(1, dtype=torch.int64)
+    run = width if table.by_weight else width // table.exp_avg_sq.shape[-1]
+    return shard.firsts, shard.shifts, torch.tensor(shard.columns(table.rows.shape[1:], run))
 
 
 def _step(step: RowStep) -> object:
