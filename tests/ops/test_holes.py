@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from .mixing_cases import in_float32
 from peerlm.ops import api
 from peerlm.ops.row_updates import RowState
 from peerlm.optim import row_step
 from peerlm.testing import assert_within_budget, mix_inputs
+
+from .mixing_cases import in_float32
 
 BACKENDS = ("cpu", "reference", "bag")
 

@@ -48,7 +48,7 @@ class ExpertTable(Table):
         self.reset_parameters(up_std)
 
     def _with_size(self, num_rows: int) -> Table:
-        return type(self)(num_rows, self.dim, activation=self.activation, gated=self.gated, backend=self.backend)
+        return self._kind(num_rows, self.dim, activation=self.activation, gated=self.gated, backend=self.backend)
 
     @property
     def num_experts(self) -> int:

@@ -65,7 +65,7 @@ class Table(nn.Module):
     def __new__(cls, *arguments: Any, **settings: Any) -> "Table":
         """A table of this class, in `tables_as` also of that subclass."""
         implementation = _implementation.get()
-        return super().__new__(cls if implementation is None else _class_of(implementation, cls))
+        return super().__new__(cls if implementation is None else class_of(implementation, cls))
 
     def __init__(self, num_rows: int, *row_shape: int, backend: str = "auto", row_format: str = "float32"):
         super().__init__()
@@ -305,7 +305,7 @@ class Table(nn.Module):
         dtype = _row_dtype(row_format)
         if dtype == self.dtype:
             return
-        wide = self.read().float()
+        wide = self._held().float()
         scales = None
         if dtype == torch.int8:
             wide, scales = quantise(wide)
@@ -313,6 +313,10 @@ class Table(nn.Module):
         rows.copy_(wide)
         self._keep(rows)
         self.scales = scales
+
+    def _held(self) -> Tensor:
+        """The rows that are held here, as `read` gives them."""
+        return self.read()
 
     def like(self, rows: Tensor, *, trained: bool) -> "Table":
         """A table of this kind with these float rows (N', *X), which it takes as they are; trained or frozen."""
@@ -322,7 +326,12 @@ class Table(nn.Module):
         return table
 
     def _with_size(self, num_rows: int) -> "Table":
-        return type(self)(num_rows, *self.row_shape, backend=self.backend)
+        return self._kind(num_rows, *self.row_shape, backend=self.backend)
+
+    @property
+    def _kind(self) -> "type[Any]":
+        """What `like` makes."""
+        return type(self)
 
     @torch.no_grad()
     def fused_with(self, others: Sequence["Table"]) -> "Table | None":
@@ -436,7 +445,7 @@ def tables_as(implementation: type[Table]) -> Iterator[None]:
 _classes: dict[tuple[type, type], type[Table]] = {}
 
 
-def _class_of(implementation: type[Table], kind: type[Table]) -> type[Table]:
+def class_of(implementation: type[Table], kind: type[Table]) -> type[Table]:
     """The class of tables of both: one of them, where it is the other's subclass, or a new one."""
     if issubclass(kind, implementation):
         return kind
@@ -448,8 +457,14 @@ def _class_of(implementation: type[Table], kind: type[Table]) -> type[Table]:
     return _classes[both]
 
 
+def plain_kind(table: Table) -> type[Table]:
+    """The kind of a table without what `tables_as` has added."""
+    made_of: tuple[type[Table], ...] = type(table).__dict__.get("_made_of", (Table, Table))
+    return made_of[1]
+
+
 def _unpickled(implementation: type[Table], kind: type[Table] = Table) -> Table:
-    return object.__new__(_class_of(implementation, kind))
+    return object.__new__(class_of(implementation, kind))
 
 
 def _row_dtype(row_format: str) -> torch.dtype:

@@ -326,8 +326,8 @@ def dot_values(
 ) -> Tensor:
     """Inner products of each token with its rows: x (T, D), value_ids (T, P), values (N, D) -> (T, P).
 
-    In float32 at least, or in the dtype of the values; 0 where the id is -1, a hole. With `mix_values` it makes experts that write another
-    width than they read: mix_values(weights * act(dot_values(x, ids, down)), ids, up).
+    In float32 at least, or in the dtype of the values; 0 where the id is -1, a hole. With `mix_values` it makes experts
+    that write another width than they read: mix_values(weights * act(dot_values(x, ids, down)), ids, up).
     """
     _check_float(x, "x")
     _check_float(values, "values")

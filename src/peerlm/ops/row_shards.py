@@ -14,9 +14,9 @@ class RowShard:
     """The rows and columns of a table that one rank holds as a parameter (n, *X, width of the part)."""
 
     group: "dist.ProcessGroup | None"
-    """The ranks that together hold the table once, whose gradients are those of all tokens; None for this rank alone."""
+    """The ranks that together hold the table once; None for this rank alone."""
     firsts: Tensor
-    """(S,) int64 on the CPU, ascending from 0: the rank's rows from each of these on lie one after another in the table."""
+    """(S,) int64 on the CPU, ascending from 0: from each of these on rows lie one after another in the table, too."""
     shifts: Tensor
     """(S,) int64 on the CPU: what turns numbers of these rows into numbers of the table's."""
     column: int

@@ -99,8 +99,8 @@ def clip_gradients(groups: Sequence[dict[str, Any]], *, max_norm: float, table_m
     the step of the other. A limit of math.inf never scales. Nothing is scaled when a norm is not finite.
 
     Of gradients that lie on several ranks, of FSDP2 or of sharded tables, the norms are those over all; each rank must
-    call this. Gradients may be sparse: an uncoalesced one, a sum over micro-batches, is coalesced first, because its norm is
-    that of the summed rows. Raises ValueError where tables have no gradients that could be clipped, under
+    call this. Gradients may be sparse: an uncoalesced one, a sum over micro-batches, is coalesced first, because its
+    norm is that of the summed rows. Raises ValueError where tables have no gradients that could be clipped, under
     RowAdamW(fused=True).
     """
     if table_max_norm < math.inf and any(group.get("fused") and group.get("rows") for group in groups):

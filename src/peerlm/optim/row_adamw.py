@@ -20,7 +20,15 @@ from peerlm.optim import row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
 from peerlm.optim.placed import Placed, capturing
 from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_norms
-from peerlm.optim.table_state import State, history_of, keep_history, loaded_state, new_state, rates_of_decay, second_moments
+from peerlm.optim.table_state import (
+    State,
+    history_of,
+    keep_history,
+    loaded_state,
+    new_state,
+    rates_of_decay,
+    second_moments,
+)
 from peerlm.ranks import ddp_group, inside_backward
 
 _IN_DDP = "_peerlm_in_ddp"
@@ -499,8 +507,8 @@ def _check_columns(parameter: Tensor, row_wise: bool | int) -> None:
     shard = shard_of(parameter)
     if row_wise is True and shard is not None and parameter.shape[-1] != shard.width:
         raise ValueError(
-            f"row_wise = True: this rank has {parameter.shape[-1]} of a table's {shard.width} columns, and a row's mean "
-            "needs all: take row_wise=128, one second moment per row and 128 columns"
+            f"row_wise = True: this rank has {parameter.shape[-1]} of a table's {shard.width} columns, and a row's "
+            "mean needs all: take row_wise=128, one second moment per row and 128 columns"
         )
 
 

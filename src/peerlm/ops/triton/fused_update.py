@@ -38,8 +38,8 @@ def update_by_gradients(
     num_rows, dim = len(table.rows), grad_y.shape[1]
     if not supports(table):
         raise ValueError(
-            "fused=True: the Triton kernels cannot round a part of a bfloat16 table as the whole is rounded, nor take one "
-            "second moment for some columns; pass fused=False"
+            "fused=True: the Triton kernels cannot round a part of a bfloat16 table as the whole is rounded, nor keep "
+            "one second moment for some columns; pass fused=False"
         )
     most_segments = min(ids.numel(), num_rows)
     if most_segments == 0 or dim == 0:
