@@ -63,6 +63,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def is_partial(path: Path) -> bool:
+    """Whether a killed process left this half written."""
+    return path.name.startswith(PARTIAL)
+
+
 def remove_partials(folder: Path) -> None:
     """Remove what a killed process left half written directly in `folder`."""
     for path in folder.glob(PARTIAL + "*"):

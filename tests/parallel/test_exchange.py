@@ -30,7 +30,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "gated experts": lambda: peer(gated=True, activation="silu", query_norm="layer"),
     "fewer rows than ranks": lambda: peer(num_experts=1, experts_per_head=1, heads=1),
     "values": memory,
-    "pool": lambda: AdapterPool(8, 8, num_experts=49, heads=2, experts_per_head=3, key_dim=8, rank=2, init_weights=False),
+    "pool": lambda: AdapterPool(
+        8, 8, num_experts=49, heads=2, experts_per_head=3, key_dim=8, rank=2, init_weights=False
+    ),
 }
 
 
@@ -74,7 +76,9 @@ def test_a_sharded_layer_is_the_whole_one(pool: Pool, kind: str, rows: int, cols
     for found in pool.run(both_ways, rows * cols, kind, rows, cols, uneven):
         assert len(found) > 4
         for name, (actual, expected) in found.items():
-            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                actual, expected, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def bytes_per_token(rank: int, world: int, num_experts: int, k: int, rows: int, cols: int) -> float:

@@ -75,9 +75,11 @@ Table table_of(const AnyTable& rows, const std::optional<Array<In, 2>>& scales) 
   RowFormat format;
   if (rows.dtype() == nb::dtype<float>()) format = RowFormat::f32;
   else if (rows.dtype() == nb::dtype<int8_t>()) format = RowFormat::i8;
+  else if (rows.dtype() == nb::dtype<uint8_t>()) format = RowFormat::f8;
   else if (rows.dtype().code == (uint8_t)nb::dlpack::dtype_code::Bfloat) format = RowFormat::bf16;
-  else throw std::invalid_argument("rows must be float32, bfloat16 or int8");
-  require((format == RowFormat::i8) == scales.has_value(), "int8 rows need scales, and others have none");
+  else throw std::invalid_argument("rows must be float32, bfloat16, int8, or float8 given as uint8");
+  require((format == RowFormat::i8 || format == RowFormat::f8) == scales.has_value(),
+          "rows of 8 bits need scales, and others have none");
   if (scales) require(scales->shape(0) == rows.shape(0) && scales->shape(1) == rows.shape(1), "scales must be (N, parts)");
   return {rows.data(), scales ? scales->data() : nullptr, format, (int64_t)rows.shape(0), (int64_t)rows.shape(1),
           (int64_t)rows.shape(2)};
@@ -366,7 +368,30 @@ struct RowState {
   std::optional<AnyRows> exp_avg;
   AnyRows exp_avg_sq;
   Steps moments_step, weights_step;
+  std::optional<Array<float, 2>> scales;  // (N, parts) of rows in int8, or float8 given as uint8
   Numbers firsts, shifts, columns;
+
+  RowState(AnyRows rows, std::optional<AnyRows> exp_avg, AnyRows exp_avg_sq, Steps moments_step, Steps weights_step,
+           std::optional<Array<float, 2>> scales, Numbers firsts, Numbers shifts, Numbers columns)
+      : rows(rows),
+        exp_avg(exp_avg),
+        exp_avg_sq(exp_avg_sq),
+        moments_step(moments_step),
+        weights_step(weights_step),
+        scales(scales),
+        firsts(firsts),
+        shifts(shifts),
+        columns(columns) {}
+
+  TrainedFormat format() const {
+    if (!scales) return is_bf16(rows) ? TrainedFormat::bf16 : TrainedFormat::f32;
+    require(scales->shape(0) == rows.shape(0) && scales->shape(1) && rows.shape(1) % scales->shape(1) == 0,
+            "scales must be (N, parts)");
+    require(!exp_avg || !weights_step, "rows of 8 bits cannot catch up with a first moment");
+    if (rows.dtype() == nb::dtype<int8_t>()) return TrainedFormat::i8;
+    require(rows.dtype() == nb::dtype<uint8_t>(), "rows with scales must be int8, or float8 given as uint8");
+    return TrainedFormat::f8;
+  }
 
   RowAdamWTable table() const {
     const size_t second_moments = exp_avg_sq.shape(1);
@@ -384,13 +409,15 @@ struct RowState {
     const bool bf16_moments = exp_avg ? is_bf16(*exp_avg) : !row_wise && is_bf16(exp_avg_sq);
     require(row_wise ? !is_bf16(exp_avg_sq) : is_bf16(exp_avg_sq) == bf16_moments, "moments must have one dtype");
     return {rows.data(),
+            data_or_null(scales),
             exp_avg ? exp_avg->data() : nullptr,
             exp_avg_sq.data(),
             moments_step ? moments_step->data() : nullptr,
             weights_step ? weights_step->data() : nullptr,
             (int64_t)count,
             (int64_t)rows.shape(1),
-            is_bf16(rows),
+            scales ? (int64_t)scales->shape(1) : 1,
+            format(),
             bf16_moments,
             row_wise,
             (int64_t)rows.shape(1) / runs,
@@ -500,9 +527,10 @@ NB_MODULE(_native, m) {
   m.def("row_gradients", &row_gradients_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg());
   nb::class_<RowState>(m, "RowState")
-      .def(nb::init<AnyRows, std::optional<AnyRows>, AnyRows, Steps, Steps, Numbers, Numbers, Numbers>(), nb::arg("rows"),
-           nb::arg("exp_avg").none(), nb::arg("exp_avg_sq"), nb::arg("moments_step").none(), nb::arg("weights_step").none(),
-           nb::arg("firsts") = nb::none(), nb::arg("shifts") = nb::none(), nb::arg("columns") = nb::none());
+      .def(nb::init<AnyRows, std::optional<AnyRows>, AnyRows, Steps, Steps, std::optional<Array<float, 2>>, Numbers, Numbers, Numbers>(),
+           nb::arg("rows"), nb::arg("exp_avg").none(), nb::arg("exp_avg_sq"), nb::arg("moments_step").none(),
+           nb::arg("weights_step").none(), nb::arg("scales") = nb::none(), nb::arg("firsts") = nb::none(),
+           nb::arg("shifts") = nb::none(), nb::arg("columns") = nb::none());
   nb::class_<RowAdamWStep>(m, "RowAdamWStep");
   m.def("row_adamw_step", &step_of, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
   m.def("update_rows", &update_rows_);

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peerlm.files import write_json
+from peerlm.ops.row_updates import scales_of
 from peerlm.optim.row_adamw import RowAdamW
 from peerlm.optim.table_state import row_wise_of
 
@@ -93,7 +94,11 @@ def catch_up_saved(model: nn.Module, folder: Path, prefix: str = "") -> None:
             raise ValueError(f"{folder / FILE} has the state of a table {name}, which the model does not have")
         if table.is_meta:
             raise ValueError(f"rows of {name} are stale in {folder}, and cannot be updated on a disk: load them whole")
-        _catch_up(table, saved)
+        scales = scales_of(table)
+        if scales is None:
+            _catch_up(table, saved)
+        else:  # without momentum: rows decay, as their scales do
+            _catch_up(scales, {**saved, "exp_avg_sq": torch.zeros(len(scales))})
 
 
 def mark_stale(folder: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peerlm.optim.catch_up import RateHistory
+from peerlm.optim.row_step import arithmetic_dtype
 
 State = dict[str, Any]
 
@@ -40,7 +41,7 @@ def row_wise_of(parameter: Tensor, exp_avg_sq: Tensor) -> bool | int:
 
 def new_state(parameter: Tensor, group: dict[str, Any]) -> State:
     """Empty moments and steps, as the settings of the group ask for."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    dtype = arithmetic_dtype(parameter)
     state_dtype = torch.bfloat16 if group["state_dtype"] == torch.bfloat16 else dtype
     state: State = {"step": 0, **rates_of_decay(group)}
     if group["betas"][0] > 0:
