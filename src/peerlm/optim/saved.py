@@ -58,13 +58,19 @@ def load_state(optimizer: Optimizer, folder: Path) -> None:
 def read_state(folder: Path) -> State:
     """What `save_state` wrote."""
     with safe_open(folder / FILE, framework="pt") as file:
-        values = json.loads((file.metadata() or {}).get("values", "{}"))
-        flat = {name: file.get_tensor(name) for name in file.keys()} | values  # noqa: SIM118, no mapping
+        flat = {name: file.get_tensor(name) for name in file.keys()} | read_values(folder)  # noqa: SIM118, no mapping
     state: State = {}
     for name, value in flat.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
     return state
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """What `save_state` wrote that is no tensor, by "INDEX.KEY"."""
+    with safe_open(folder / FILE, framework="pt") as file:
+        values: dict[str, Any] = json.loads((file.metadata() or {}).get("values", "{}"))
+    return values
 
 
 def catch_up_saved(model: nn.Module, folder: Path, prefix: str = "") -> None:

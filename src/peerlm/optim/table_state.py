@@ -9,6 +9,8 @@ from peerlm.optim.catch_up import RateHistory
 from peerlm.optim.row_step import arithmetic_dtype
 
 State = dict[str, Any]
+PER_ROW = ("exp_avg", "exp_avg_sq", "moments_step", "weights_step")
+"""What the state has of each row: the first size of these tensors is the table's."""
 
 
 def rates_of_decay(group: dict[str, Any]) -> dict[str, float]:

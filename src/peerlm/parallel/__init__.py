@@ -3,7 +3,7 @@
 from peerlm.parallel.gradients import set_requires_gradient_sync, unsynchronised
 from peerlm.parallel.layout import RowLayout
 from peerlm.parallel.meshes import mesh
-from peerlm.parallel.models import build, num_parameters, parallelize
+from peerlm.parallel.models import build, parallelize
 from peerlm.parallel.table import ShardedTable, local_states, sharded_tables
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "build",
     "local_states",
     "mesh",
-    "num_parameters",
     "parallelize",
     "set_requires_gradient_sync",
     "sharded_tables",

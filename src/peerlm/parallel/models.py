@@ -1,6 +1,5 @@
 """Models over a mesh: new ones, whose tables are nowhere whole, and those that exist."""
 
-import math
 from typing import Any
 
 import torch
@@ -130,11 +129,3 @@ def _buffers(model: nn.Module) -> list[Tensor]:
         for name, buffer in module.named_buffers(recurse=False)
         if not (isinstance(module, ShardedTable) and name in ("scales", "entries"))
     ]
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model, of whose tables this rank holds a part."""
-    tables = [module for module in model.modules() if isinstance(module, ShardedTable)]
-    parts = {id(table.rows) for table in tables}
-    whole = sum(table.num_rows * math.prod(table.row_shape) for table in tables)
-    return whole + sum(each.numel() for each in model.parameters() if id(each) not in parts)

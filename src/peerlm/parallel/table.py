@@ -79,6 +79,10 @@ class ShardedTable(Table):
         """As of `Table`."""
         return [self.rows]
 
+    def scales_of(self, parameter: Tensor) -> Tensor | None:
+        """As of `Table`."""
+        return self.scales
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the rows as they are stored."""
