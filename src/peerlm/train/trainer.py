@@ -54,7 +54,7 @@ def train(config: TrainConfig, *, resume: Resume = False, progress: bool = True)
     """
     run = Path(config.run)
     try:
-        with join_ranks(config.device) as ranks:
+        with join_ranks(config.device, always=config.parallel.sharded) as ranks:
             with ranks.together():
                 check_run(config, resume=resume)
             if (run / "summary.json").is_file():

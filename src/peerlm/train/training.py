@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peerlm.data import TokenWindows
 from peerlm.layers import share_statistics
+from peerlm.parallel import compile_dense, exchange_gradients
 from peerlm.ranks import Ranks
 from peerlm.train.budget import Budget
 from peerlm.train.checkpoint import TrainState, list_checkpoints
@@ -97,6 +98,11 @@ class Training:
     def wrap(self) -> None:
         """Let steps exchange gradients between ranks, and be compiled if asked; again where parameters are others."""
         self.unwrap()
+        if self.config.parallel.sharded:
+            exchange_gradients(self.model)
+            if self.config.compile:
+                compile_dense(self.model)
+            return
         if self.ranks.world_size > 1:
             share_statistics(self.model, dist.group.WORLD)
             self.forward = DistributedDataParallel(self.model, forward_sync_buffers=False)
