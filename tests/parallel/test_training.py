@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from peerlm.data import batches
-from peerlm.parallel import place_of, sharded_tables
+from peerlm.parallel import sharded_tables, since_last
 from peerlm.ranks import Ranks
 from peerlm.train import TrainConfig
 from peerlm.train.build import build_training, open_data
 from peerlm.train.checkpoint import TrainState
+from peerlm.train.feed import Feed
 from peerlm.train.loop import take_step
 from peerlm.train.recipe import from_dict
 
@@ -43,14 +44,16 @@ def curve(rank: int, world: int, values: dict[str, Any], steps: int) -> dict[str
         rank=rank,
         world_size=world,
     )
+    feed = Feed.to(ranks.device, stream)
     state, losses, norms = TrainState(), [], []
     for _ in range(steps):
         for hook in training.hooks:
             state = hook.before_step(training, state, training.budget.next_progress(state.step, state.seconds))
-        before = state.interval_loss
-        state, measured = take_step(training, state, stream, training.budget.next_progress(state.step, state.seconds))
-        losses.append(state.interval_loss - before)
-        norms.append((float(measured["grad_norm"]), float(measured["table_grad_norm"])))
+        state, _ = take_step(training, state, feed, training.budget.next_progress(state.step, state.seconds))
+        newest = training.measures.newest
+        losses.append(newest["loss"])
+        norms.append((newest["gradient norm"], newest["table gradient norm"]))
+    measured = since_last(training.model, steps * config.data.batch_size * config.data.context / world)
     training.model.eval()
     ids: list[Tensor] = []
     index: Any = training.model.get_submodule("model.layers.1.ffw.product_keys")
@@ -60,9 +63,8 @@ def curve(rank: int, world: int, values: dict[str, Any], steps: int) -> dict[str
     handle.remove()
     with torch.no_grad():
         rows = [table.read().clone() for table in sharded_tables(training.model).values()]
-    received = place_of(training.model).traffic.received
     training.unwrap()
-    return {"losses": losses, "norms": norms, "ids": ids[0], "rows": rows, "received": received}
+    return {"losses": losses, "norms": norms, "ids": ids[0], "rows": rows, **measured}
 
 
 @pytest.fixture(scope="module")
@@ -114,4 +116,6 @@ def test_losses_norms_and_ids_are_those_of_one_process(
         torch.testing.assert_close(found["norms"], one["norms"], rtol=1e-4, atol=1e-5)
         assert torch.equal(found["ids"], one["ids"])
         torch.testing.assert_close(found["rows"], one["rows"], rtol=1e-3, atol=2e-4)
-        assert found["received"] > 0
+        assert found["received_bytes_per_token"] > 0
+        assert set(found["load"]) == {"model.layers.1.ffw.experts", "model.layers.2.ffw.values"}
+        assert all(1 <= uneven < 2 for uneven in found["load"].values())

@@ -2,6 +2,7 @@
 
 from peerlm.parallel.gradients import set_requires_gradient_sync, unsynchronised
 from peerlm.parallel.layout import RowLayout
+from peerlm.parallel.measures import since_last
 from peerlm.parallel.meshes import mesh
 from peerlm.parallel.models import (
     build,
@@ -28,5 +29,6 @@ __all__ = [
     "place_of",
     "set_requires_gradient_sync",
     "sharded_tables",
+    "since_last",
     "unsynchronised",
 ]
