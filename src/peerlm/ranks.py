@@ -46,12 +46,12 @@ class Ranks:
         """Whether this process writes the run's files."""
         return self.rank == 0
 
-    def mean(self, value: torch.Tensor) -> float:
-        """Mean of a scalar over the processes; each must call it."""
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Mean of a scalar over the processes, float64, on its device; each must call it."""
         total = value.detach().double().clone()
         if self.world_size > 1:
             dist.all_reduce(total)
-        return total.item() / self.world_size
+        return total / self.world_size
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over the processes, in place; each must call it."""

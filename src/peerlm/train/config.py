@@ -244,6 +244,8 @@ class TrainConfig:
     """Whether activations are computed again in the backward pass, which saves memory and costs time."""
     compile: bool = False
     """Whether torch.compile compiles the model."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Whether a step is captured in a CUDA graph, which takes one launch: "auto" where it can be; "on" says why not."""
     watchdog_minutes: float = 60.0
     """Minutes that one step may take before the process prints where it hangs, and ends with exit code 70; 0: any."""
 
@@ -253,5 +255,5 @@ class TrainConfig:
         _require(self, "", "seed", lambda value: 0 <= value < 2**64, "must be 0 or more and below 2**64")
 
 
-UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "data.workers", "watchdog_minutes")
+UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "data.workers", "graph", "watchdog_minutes")
 """Keys, or sections, that a resumed run may change: the weights do not depend on them."""

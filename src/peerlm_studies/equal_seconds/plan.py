@@ -29,8 +29,8 @@ class SecondsConfig:
     def __post_init__(self) -> None:
         if not self.points or min(self.points) <= 0:
             raise UserError(f"seconds.points = {list(self.points)}: name at least one number above 0")
-        if self.warm_up < 0 or self.rounds < 1:
-            raise UserError(f"seconds.warm_up = {self.warm_up}, seconds.rounds = {self.rounds}: at least 0 and 1")
+        if self.warm_up < 1 or self.rounds < 1:
+            raise UserError(f"seconds.warm_up = {self.warm_up}, seconds.rounds = {self.rounds}: each at least 1")
         for method, points in self.only.items():
             if not isinstance(points, list) or not all(point in self.points for point in points):
                 raise UserError(f"seconds.only.{method} = {points!r}: give a list of some of {list(self.points)}")
