@@ -118,6 +118,7 @@ def take_step(
     """
     config, ranks, hooks = training.config, training.ranks, training.hooks
     started, cpu_started = time.perf_counter(), time.process_time()
+    training.others.since()
     optim = config.optim
     rate = learning_rate(
         optim.schedule,
@@ -145,6 +146,9 @@ def take_step(
         if role is Role.LOOKS:
             added = {**added, **hook.after_backward(training, state, what)}
     seconds = ranks.of_main(time.perf_counter() - started)
+    others = training.others.since()
+    if ranks.world_size > 1 or config.data.workers or state.other_cpu_seconds is None:
+        others = None  # the run's own processes would count as other programs
     state = replace(
         state,
         step=state.step + 1,
@@ -153,6 +157,7 @@ def take_step(
         flops=state.flops + training.flops_per_step,
         seconds=state.seconds + seconds,
         cpu_seconds=state.cpu_seconds + time.process_time() - cpu_started,
+        other_cpu_seconds=None if others is None else (state.other_cpu_seconds or 0.0) + others,
         interval_steps=state.interval_steps + 1,
         interval_seconds=state.interval_seconds + seconds,
     )

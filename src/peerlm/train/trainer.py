@@ -104,6 +104,7 @@ def _summary(training: Training, state: TrainState, evaluation: Mapping[str, Any
         "seconds": state.seconds,
         "tokens_per_second": state.tokens / state.seconds,
         "cpu_seconds": state.cpu_seconds,
+        "other_cores": None if state.other_cpu_seconds is None else max(0.0, state.other_cpu_seconds) / state.seconds,
         "evaluation_seconds": state.evaluation_seconds,
         "checkpoint_seconds": state.checkpoint_seconds,
         "peak_memory_bytes": max(state.peak_memory_bytes, peak_memory_bytes(training.ranks.device)),

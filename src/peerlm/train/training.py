@@ -23,6 +23,7 @@ from peerlm.train.budget import Budget
 from peerlm.train.captured import GRAPHS, Steps, runs_ahead
 from peerlm.train.checkpoint import TrainState, list_checkpoints
 from peerlm.train.config import TrainConfig
+from peerlm.train.disturbance import OtherPrograms
 from peerlm.train.measures import Measures
 from peerlm.train.runlog import Display, RunLog
 from peerlm.train.space import check_space
@@ -59,6 +60,8 @@ class Training:
     lower_rate: str = "start another run with a lower optim.learning_rate"
     """What to do where the loss is not finite."""
     display: Display = field(default_factory=lambda: Display(Path(), wanted=False))
+    others: OtherPrograms = field(default_factory=OtherPrograms)
+    """How busy the machine is besides."""
     log: RunLog | None = None
     """Rows of the run; None on other ranks than 0, and outside of `reporting`."""
 
