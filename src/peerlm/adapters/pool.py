@@ -94,10 +94,9 @@ class AdapterPool(RetrievalLayer):
         self.activation = activation
         self.in_proj, self.out_proj = row_map(in_features, reads), row_map(writes, out_features)
         self.down = Table(num_experts * rank, reads, backend=backend)
-        self.down.fill(lambda rows: rows.normal_(std=reads**-0.5))
+        self.down.fill_normal(reads**-0.5)
         self.up = Table(num_experts * rank, writes, backend=backend)
-        up_std = 0.0 if init_weights else writes**-0.5
-        self.up.fill(lambda rows: rows.normal_(std=up_std) if up_std else rows.zero_())
+        self.up.fill_normal(0.0 if init_weights else writes**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) of any float dtype to (..., out_features), computed in the dtype of the pool."""

@@ -75,7 +75,7 @@ class ProductKeyMemory(RetrievalLayer):
         if not self.owns_tables:
             return
         std = output_std(self.product_keys.initial_weight_power()) / self.weight_scale
-        self.values.fill(lambda rows: rows.normal_(std=output_scale * std))
+        self.values.fill_normal(output_scale * std)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map x (..., dim) to (..., dim); padding (mask False) does not enter the query norm's statistics."""
