@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peerlm.optim.muon import GROUP
+
 
 def learning_rate(schedule: str, progress: float, *, peak: float, warmup: float, decay: float, final: float) -> float:
     """The learning rate that is due at a share `progress` of the budget.
@@ -80,13 +82,13 @@ def set_learning_rates(
 
 
 def keep_learning_rates_on(device: torch.device, optimizer: torch.optim.Optimizer) -> None:
-    """Let torch's AdamW read learning rates from a device, as a captured step must; tables' rates stay numbers.
+    """Let torch's AdamW read learning rates from a device, as a captured step must.
 
-    They are float32 there, in which torch's fused kernels read them, so that eager and captured steps have the same
+    Those of tables and of Muon's matrices stay numbers. Rates on the device are float32, in which torch's fused kernels read them, so that eager and captured steps have the same
     bits.
     """
     for group in optimizer.param_groups:
-        if group.get("rows"):
+        if group.get("rows") or group.get("name") == GROUP:
             continue
         group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
         if "capturable" in group:
