@@ -75,7 +75,7 @@ def set_learning_rates(
         multiplier = group["lr_multiplier"]
         if table_lr_decay and group["name"] == "table":
             multiplier = decaying_multiplier(progress, start=multiplier)
-        if isinstance(group["lr"], Tensor):
+        if isinstance(group.get("lr"), Tensor):
             group["lr"].fill_(learning_rate * multiplier)
         else:
             group["lr"] = learning_rate * multiplier
@@ -84,8 +84,8 @@ def set_learning_rates(
 def keep_learning_rates_on(device: torch.device, optimizer: torch.optim.Optimizer) -> None:
     """Let torch's AdamW read learning rates from a device, as a captured step must.
 
-    Those of tables and of Muon's matrices stay numbers. Rates on the device are float32, in which torch's fused kernels read them, so that eager and captured steps have the same
-    bits.
+    Those of tables and of Muon's matrices stay numbers. On the device they are float32, in which torch's fused kernels
+    read them, so that eager and captured steps have the same bits.
     """
     for group in optimizer.param_groups:
         if group.get("rows") or group.get("name") == GROUP:
