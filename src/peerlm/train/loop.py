@@ -18,6 +18,7 @@ from torch import Tensor
 from peerlm.data import Batch, batches
 from peerlm.errors import TrainingStopped
 from peerlm.optim import clip_gradients, learning_rate, set_learning_rates
+from peerlm.parallel import since_last
 from peerlm.train.captured import own_stream
 from peerlm.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from peerlm.train.config import CheckpointConfig
@@ -117,6 +118,7 @@ def take_step(
     """
     config, ranks, hooks = training.config, training.ranks, training.hooks
     started, cpu_started = time.perf_counter(), time.process_time()
+    training.others.since()
     optim = config.optim
     rate = learning_rate(
         optim.schedule,
@@ -144,6 +146,9 @@ def take_step(
         if role is Role.LOOKS:
             added = {**added, **hook.after_backward(training, state, what)}
     seconds = ranks.of_main(time.perf_counter() - started)
+    others = training.others.since()
+    if ranks.world_size > 1 or config.data.workers or state.other_cpu_seconds is None:
+        others = None  # the run's own processes would count as other programs
     state = replace(
         state,
         step=state.step + 1,
@@ -152,6 +157,7 @@ def take_step(
         flops=state.flops + training.flops_per_step,
         seconds=state.seconds + seconds,
         cpu_seconds=state.cpu_seconds + time.process_time() - cpu_started,
+        other_cpu_seconds=None if others is None else (state.other_cpu_seconds or 0.0) + others,
         interval_steps=state.interval_steps + 1,
         interval_seconds=state.interval_seconds + seconds,
     )
@@ -263,6 +269,9 @@ def _log_interval(training: Training, state: TrainState, measured: Mapping[str, 
     norms = {"grad_norm": newest[_NORM], "table_grad_norm": newest[_TABLE_NORM]}
     found = {name: newest[name] if isinstance(value, Tensor) else value for name, value in measured.items()}
     row = {"loss": loss, "tokens_per_second": tokens_per_second, "lr": measured["lr"], **norms}
+    if training.config.parallel.sharded:
+        tokens = training.tokens_per_step * state.interval_steps / training.ranks.world_size
+        row |= since_last(training.model, tokens)
     training.write({**place(state), **row, **found})
     training.display.row(
         f"step {state.step}  {training.budget.progress(state.step, state.seconds):.1%}  loss {loss:.4f}  "

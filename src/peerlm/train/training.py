@@ -17,11 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peerlm.data import TokenWindows
 from peerlm.layers import share_statistics
 from peerlm.optim import keep_learning_rates_on
+from peerlm.parallel import compile_dense, exchange_gradients
 from peerlm.ranks import Ranks
 from peerlm.train.budget import Budget
 from peerlm.train.captured import GRAPHS, Steps, runs_ahead
 from peerlm.train.checkpoint import TrainState, list_checkpoints
 from peerlm.train.config import TrainConfig
+from peerlm.train.disturbance import OtherPrograms
 from peerlm.train.measures import Measures
 from peerlm.train.runlog import Display, RunLog
 from peerlm.train.space import check_space
@@ -58,6 +60,8 @@ class Training:
     lower_rate: str = "start another run with a lower optim.learning_rate"
     """What to do where the loss is not finite."""
     display: Display = field(default_factory=lambda: Display(Path(), wanted=False))
+    others: OtherPrograms = field(default_factory=OtherPrograms)
+    """How busy the machine is besides."""
     log: RunLog | None = None
     """Rows of the run; None on other ranks than 0, and outside of `reporting`."""
 
@@ -113,10 +117,15 @@ class Training:
     def wrap(self) -> None:
         """Let steps exchange gradients between ranks, and be compiled if asked; again where parameters are others."""
         self.unwrap()
-        if self.ranks.world_size > 1:
+        sharded = self.config.parallel.sharded
+        if sharded:
+            exchange_gradients(self.model)
+        elif self.ranks.world_size > 1:
             share_statistics(self.model, dist.group.WORLD)
             self.forward = DistributedDataParallel(self.model, forward_sync_buffers=False)
-        if self.config.compile:
+        if self.config.compile and sharded:
+            compile_dense(self.model)
+        elif self.config.compile:
             self.forward = torch.compile(self.forward)  # type: ignore[assignment]
         known = self.steps.obstacle if hasattr(self, "steps") else self._obstacle_to_graphs()
         self.steps = Steps(self.ranks.device, self.optimizer, known)
@@ -128,8 +137,8 @@ class Training:
             return "graph = 'off'"
         if device.type not in GRAPHS:
             return f"the run is on device {device}, and a graph is one of CUDA's"
-        if self.ranks.world_size > 1:
-            return f"{self.ranks.world_size} processes exchange gradients in each step"
+        if self.ranks.world_size > 1 or config.parallel.sharded:
+            return f"{self.ranks.world_size} processes exchange tokens or gradients in each step"
         return "compile = true" if config.compile else ""
 
     def unwrap(self) -> None:
