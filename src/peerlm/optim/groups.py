@@ -125,9 +125,8 @@ def clip_gradients(groups: Sequence[dict[str, Any]], *, max_norm: float, table_m
     of_tables = [group for group in groups if group.get("name") == "table"]
     tables = _gradient_values(of_tables)
     rest = _gradient_values(group for group in groups if group.get("name") != "table")
-    first = next(iter([*rest, *tables]), torch.zeros(()))
-    rest_norm = _norm_over_mesh(rest).to(first.device, non_blocking=True)
-    table_norm = _norm_over_ranks(of_tables, tables).to(first.device, non_blocking=True)
+    device = next((values.device for values in (*rest, *tables)), torch.device("cpu"))
+    rest_norm, table_norm = _norm(rest, device), _norm(tables, device)
     finite = rest_norm.isfinite() & table_norm.isfinite()
     _keep_within(rest, rest_norm, max_norm, finite)
     _keep_within(tables, table_norm, table_max_norm, finite)
@@ -180,13 +179,18 @@ def _is_cut(gradient: Tensor) -> bool:
     return hasattr(gradient, "full_tensor")
 
 
+def _norm(values: list[Tensor], device: torch.device) -> Tensor:
+    """Of all values, on this device, to which nothing is copied that the host would wait for."""
+    return get_total_norm(values).to(device, non_blocking=True) if values else torch.zeros((), device=device)
+
+
 @torch.no_grad()
 def _keep_within(values: list[Tensor], norm: Tensor, most: float, finite: Tensor) -> None:
     """Scale the values of this norm to the norm `most`, where it is larger and `finite` is true."""
     too_large = finite & (norm > most)
     if most == math.inf or (read_at_once(norm.device) and not too_large):
         return
-    factor = torch.where(too_large, most / (norm + 1e-6), 1.0)
+    factor = torch.where(too_large, most / (norm + 1e-6), torch.ones_like(norm))
     for value in values:
         own: Any = value
         local = own.to_local() if _is_cut(value) else value

@@ -237,7 +237,9 @@ class RowAdamW(torch.optim.Optimizer):
         if ids is None and _is_plain(parameter, state) and not capturing(parameter.device):
             self._age_moments(state)
             with torch._C.DisableTorchFunctionSubclass():
-                _dense_step([parameter], [{**state, "step": torch.tensor(float(state["step"]))}], group)
+                # Where the parameter is, as torch's fused kernels read it there
+                step = torch.full((), float(state["step"]), device=parameter.device)
+                _dense_step([parameter], [{**state, "step": step}], group)
             for name in ("moments_step", "weights_step"):
                 if name in state:
                     state[name].fill_(state["step"] + 1)
@@ -459,6 +461,9 @@ class RowAdamW(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": dense})
         for group, ours in zip(self.param_groups, fused, strict=True):
             group["fused"] = ours  # how steps are made, not what has been learned
+        for parameter in (p for group in self.param_groups if not group["rows"] for p in group["params"]):
+            if "step" in (state := self.state.get(parameter, {})):  # torch leaves it on the CPU
+                state["step"] = state["step"].to(parameter.device, torch.float32)
         for key, parameter in tables.items():
             saved_state = state_dict["state"].get(key)
             if saved_state:
