@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
+from peerlm.ops.row_formats import rows_at, widened
 from peerlm.ops.scoring import half_scores, top_k
 from peerlm.ops.tensors import not_plain
 
@@ -67,7 +68,7 @@ def retrieve_ids(scores_2THn: Tensor, k: int, pairing: str = "row-major") -> Ten
 def _retrieve_pairs(scores_2THn: Tensor, k: int, pairing: str) -> tuple[Tensor, Tensor]:
     """The sub-keys i and j of `retrieve_ids`, each (..., k) int64."""
     n = scores_2THn.shape[-1]
-    rank_a, rank_b = torch.tensor(_candidate_ranks(k), device=scores_2THn.device).unbind(-1)
+    rank_a, rank_b = _candidate_ranks(k, scores_2THn.device)
     (best_i, index_i), (best_j, index_j) = (top_k(half, k) for half in scores_2THn)
     score_i, score_j = best_i.index_select(-1, rank_a), best_j.index_select(-1, rank_b)
     total = score_i + score_j
@@ -82,8 +83,14 @@ def _retrieve_pairs(scores_2THn: Tensor, k: int, pairing: str) -> tuple[Tensor, 
     return index_i.gather(-1, rank_a[candidate]), index_j.gather(-1, rank_b[candidate])
 
 
-def _candidate_ranks(k: int) -> list[tuple[int, int]]:
-    return [(a, b) for a in range(k) for b in range(k // (a + 1))]
+def _candidate_ranks(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ranks a and b of the pairs with (a + 1) * (b + 1) <= k, made on the device: a copy from the host would wait."""
+    count = sum(k // (a + 1) for a in range(k))
+    rank = torch.arange(k, device=device)
+    of_rank = k // (rank + 1)
+    rank_a = rank.repeat_interleave(of_rank, output_size=count)
+    first = (of_rank.cumsum(0) - of_rank).repeat_interleave(of_rank, output_size=count)
+    return rank_a, torch.arange(count, device=device) - first
 
 
 def retrieve(
@@ -111,10 +118,6 @@ def retrieve(
     return WEIGHTINGS[weighting](scores_THK), ids_THK
 
 
-def _select(rows: Tensor, ids_TP: Tensor) -> Tensor:
-    return rows.index_select(0, ids_TP.reshape(-1)).unflatten(0, ids_TP.shape)
-
-
 class _SelectRows(torch.autograd.Function):
     """rows[ids] whose gradient is sparse: the ids, with repetitions, and the gradients of their rows."""
 
@@ -122,7 +125,7 @@ class _SelectRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, ids_TP: Tensor) -> Tensor:
         ctx.save_for_backward(ids_TP)
         ctx.shape = rows.shape
-        return _select(rows, ids_TP)
+        return rows_at(rows, ids_TP)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -133,10 +136,9 @@ class _SelectRows(torch.autograd.Function):
 
 def _gather_rows(rows: Tensor, ids_TP: Tensor, scales: Tensor | None, *, row_gradients: bool) -> Tensor:
     """rows[ids], in float32 at least; 8-bit rows (N, ..., D) are multiplied by their scales (N, ...)."""
-    # index_select refuses negative ids, which indexing would count from the end
-    gathered = _SelectRows.apply(rows, ids_TP) if row_gradients else _select(rows, ids_TP)
+    gathered = _SelectRows.apply(rows, ids_TP) if row_gradients else rows_at(rows, ids_TP)
     if scales is not None:
-        return gathered.to(scales.dtype) * scales[ids_TP][..., None]
+        return widened(gathered, scales[ids_TP])
     return gathered.to(torch.promote_types(rows.dtype, torch.float32))
 
 
