@@ -17,6 +17,7 @@ from peerlm import (
     TokenChoiceMoE,
 )
 from peerlm.accounting import model_cost
+from peerlm.layers import Table
 
 # The counter knows no embedding bags, so that the retrieving layers run by definition, as matrix products.
 PEER_SETTINGS = {"num_experts": 64, "heads": 2, "experts_per_head": 3, "key_dim": 8, "backend": "reference"}
@@ -150,3 +151,58 @@ def test_attention_counts_the_context() -> None:
 def test_no_parameters() -> None:
     cost = model_cost(nn.Identity(), context=1)
     assert (cost.total_parameters, cost.forward_flops_per_token, cost.parameter_bytes_per_token) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("row_format", "of_a_row"), [("float32", 8 * 16), ("bfloat16", 4 * 16), ("int8", 2 * 16 + 8)])
+def test_bytes_of_rows_are_those_of_their_format(row_format: str, of_a_row: int) -> None:
+    cost = model_cost(PEER(16, row_format=row_format, **PEER_SETTINGS), context=1)
+    index = 4 * (16 * 16 + 2 * 16 + 2 * 8 * 4)
+    assert cost.row_bytes_per_token == 6 * of_a_row
+    assert cost.shared_bytes_per_pass == index
+    assert cost.parameter_bytes_per_token == index + 6 * of_a_row
+    assert (cost.table_bytes, cost.weight_bytes) == (64 * of_a_row, index + 64 * of_a_row)
+    assert cost.table_training_bytes == 64 * (of_a_row + 2 * 4 * 2 * 16)
+
+
+def test_a_token_reads_its_own_rows_and_a_share_of_the_rest() -> None:
+    peer, dense = (model_cost(LAYERS[kind](), context=1) for kind in ("peer", "dense"))
+    assert peer.read_bytes_per_token(1) == peer.parameter_bytes_per_token
+    assert peer.read_bytes_per_token(100) == peer.row_bytes_per_token + peer.shared_bytes_per_pass / 100
+    assert peer.read_bytes_per_token(10**9) == pytest.approx(6 * 2 * 16 * 4, rel=1e-4)  # the rows dominate
+    assert (dense.row_bytes_per_token, dense.table_bytes) == (0, 0)
+    assert dense.read_bytes_per_token(100) == 4 * 2 * 16 * 64 / 100
+
+
+def test_large_experts_are_read_once_by_many_tokens_and_few_by_one() -> None:
+    cost = model_cost(LAYERS["token_choice"](), context=1)
+    expert = 4 * 2 * 16 * 64
+    router = 4 * 16 * 4
+    assert cost.read_bytes_per_token(1) == router + 2 * expert
+    assert cost.read_bytes_per_token(2) == (router + 4 * expert) / 2
+    assert cost.read_bytes_per_token(1000) == (router + 4 * expert) / 1000
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_is_gathered_and_an_output_matrix_is_shared(tied: bool) -> None:
+    config = PeerConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffw_layers="pkm",
+        pkm=PKM_SETTINGS, tie_word_embeddings=tied,
+    )  # fmt: skip
+    cost = model_cost(PeerForCausalLM(config), context=8)
+    assert cost.row_bytes_per_token == 4 * 32 * (6 + (not tied))
+    assert cost.parameter_bytes_per_token == cost.row_bytes_per_token + cost.shared_bytes_per_pass
+    assert cost.weight_bytes == 4 * cost.total_parameters
+
+
+def test_a_table_of_which_nobody_says_how_it_is_read_is_named() -> None:
+    model = nn.ModuleDict({"pool": Table(4, 8)})
+    with pytest.raises(ValueError, match=r"table 'pool'.*looked_up_rows"):
+        model_cost(model, context=1)
+
+
+def test_layers_that_share_a_table_hold_it_once_and_read_it_twice() -> None:
+    first, second = LAYERS["pkm"](), LAYERS["pkm"]()
+    second.values = first.values
+    cost, one = model_cost(nn.ModuleList([first, second]), context=1), model_cost(first, context=1)
+    assert cost.table_bytes == one.table_bytes
+    assert cost.row_bytes_per_token == 2 * one.row_bytes_per_token

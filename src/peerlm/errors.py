@@ -28,7 +28,7 @@ class TrainingStopped(Exception):  # noqa: N818  # an outcome, not a mistake: th
 
     The message is one sentence: what happened, where the state is, how to resume. `exit_code` is for the
     process: 3 when the loss or a gradient was not finite, 128 plus the signal's number when told to stop
-    (143 for SIGTERM).
+    (143 for SIGTERM), 75 when another of the processes that train together was lost.
     """
 
     def __init__(self, message: str, *, exit_code: int) -> None:
@@ -36,6 +36,18 @@ class TrainingStopped(Exception):  # noqa: N818  # an outcome, not a mistake: th
         self.exit_code = exit_code
         self.resume: str | None = None
         """What to type to resume, where that is known and shorter than the command that was stopped."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the same command may succeed when the run is resumed."""
+        return self.exit_code > 128 or self.exit_code == RankLost.exit_code
+
+
+class RankLost(Exception):  # noqa: N818  # an outcome, not a mistake
+    """Another process of those that train together has failed or does not answer; the message says what is known."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: the same command may succeed when it is run again."""
 
 
 def check_seed(seed: int) -> None:

@@ -92,6 +92,25 @@ def test_train_loads_the_recipe_with_its_settings(capsys: pytest.CaptureFixture[
     assert "1.25" in out
 
 
+@pytest.mark.parametrize(
+    ("given", "resume"), [(["--resume", "r.toml"], True), (["r.toml", "--resume=auto"], "auto"), (["r.toml"], False)]
+)
+def test_resume_takes_no_argument_and_may_be_automatic(
+    capsys: pytest.CaptureFixture[str], train: Mock, given: list[str], resume: object
+) -> None:
+    assert run(capsys, "train", *given)[0] == 0
+    train.assert_called_once_with("config", resume=resume, progress=True)
+
+
+def test_another_resume_is_refused(capsys: pytest.CaptureFixture[str], train: Mock) -> None:
+    assert run(capsys, "train", "r.toml", "--resume=maybe") == (
+        2,
+        "",
+        "error: --resume=maybe is unknown: write --resume, or --resume=auto\n",
+    )
+    train.assert_not_called()
+
+
 def test_train_prints_json_alone(capsys: pytest.CaptureFixture[str], train: Mock) -> None:
     code, out, err = run(capsys, "train", "r.toml", "--json=-")
     assert (code, err) == (0, "")
@@ -435,3 +454,4 @@ def test_what_has_no_shorter_way_is_resumed_by_the_same_command(
     err = run(capsys, *words)[2]
     assert err.endswith("Resume with: peerlm learn runs/a --text 'my text.txt' --output runs/b --resume\n")
     assert run(capsys, *words, "--resume")[2] == err
+    assert "--output runs/b --resume=auto\n" in run(capsys, *words, "--resume=auto")[2]

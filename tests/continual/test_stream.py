@@ -65,10 +65,10 @@ def test_a_killed_stream_ends_as_if_it_had_not_been(
     straight = configure(**options)
     rows = learn(straight, progress=False)
     killed = replace(straight, run=straight.run + "-killed", checkpoint_every=2)
-    for number, count in enumerate((4, 4)):  # in the first stage after its checkpoint, then in the second
+    for count in (4, 4):  # in the first stage after its checkpoint, then in the second
         kill_at(monkeypatch, count)
         with pytest.raises(Killed):
-            learn(killed, resume=bool(number), progress=False)
+            learn(killed, resume="auto", progress=False)
     monkeypatch.undo()
     resumed = learn(killed, resume=True, progress=False)
     assert [row["loss"] for row in resumed] == [row["loss"] for row in rows]

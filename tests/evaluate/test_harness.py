@@ -195,7 +195,7 @@ def test_options_of_files_are_not_for_tasks(saved, tasks, option, capsys) -> Non
     with pytest.raises(SystemExit) as stopped:
         main(["eval", str(saved), "--tasks", str(tasks / "words.yaml"), option])
     assert stopped.value.code == 2
-    assert "error: --stride and --detokenize are for files, and there are none" in capsys.readouterr().err
+    assert "error: --stride, --detokenize and --copying are for files, and there are none" in capsys.readouterr().err
 
 
 def main_exits(arguments) -> None:

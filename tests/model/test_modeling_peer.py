@@ -17,6 +17,8 @@ from transformers.utils import logging
 from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.model import FFW_KINDS, PeerForCausalLM, PeerModel
 
+from ..host_reads import NoHostReads
+
 pytestmark = pytest.mark.usefixtures("float64")
 
 CAUSAL_KINDS = [kind for kind in FFW_KINDS if kind != "expert_choice"]
@@ -55,6 +57,14 @@ def test_kinds_of_layers(tiny_model: Build) -> None:
     assert model.model.layers[0].ffw.up_proj.in_features == 4 * 32
     assert model.model.layers[1].ffw.up_proj.in_features == round(8 / 3 * 32)
     assert model.model.layers[2].ffw.experts.num_experts == 16
+
+
+@pytest.mark.parametrize("kind", ["dense", "swiglu"])
+def test_a_training_step_learns_nothing_from_the_device(tiny_model: Build, kind: str) -> None:
+    model, ids = tiny_model(ffw_layers=kind).train(), draw_tokens(2, 8)
+    with NoHostReads():
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_intermediate_size_sets_dense_layers(tiny_model: Build) -> None:

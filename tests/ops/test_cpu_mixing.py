@@ -158,6 +158,15 @@ def test_int8_rows(gated: bool, dim: int) -> None:
     assert lost <= 1.01 / 254 + rounding
 
 
+def test_every_number_of_float8_is_read() -> None:
+    codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
+    rows = torch.stack([torch.zeros_like(codes), codes]).view(torch.float8_e4m3fn)[None]
+    x, weights, ids = torch.zeros(1, len(codes)), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+    scales = torch.tensor([[1.0, 2.0]])
+    y = api.mix_experts(x, weights, ids, rows, scales, activation="one_plus", backend="cpu")
+    assert torch.equal(y[0], 2 * rows[0, 1].float())
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 def test_activations_of_any_input(activation: str) -> None:
     """One neuron whose input is z: value and slope for z in -40 .. 40, in parts where they are of one magnitude."""
@@ -242,8 +251,8 @@ def test_ids_out_of_range(bad_id: int, row_gradients: bool) -> None:
         ({"x": torch.ones(2, 6)}, "shapes of weights, ids and y do not fit"),
         ({"weights": torch.ones(3, 3)}, "shapes of weights, ids and y do not fit"),
         ({"ids": torch.zeros(2, 4, dtype=torch.int64)}, "shapes of weights, ids and y do not fit"),
-        ({"scales": torch.ones(5, 2)}, "int8 rows need scales, and others have none"),
-        ({"rows": torch.ones(5, 2, 6, dtype=torch.int8)}, "int8 rows need scales, and others have none"),
+        ({"scales": torch.ones(5, 2)}, "rows of 8 bits need scales, and others have none"),
+        ({"rows": torch.ones(5, 2, 6, dtype=torch.int8)}, "rows of 8 bits need scales, and others have none"),
         ({"rows": torch.ones(5, 2, 6).char(), "scales": torch.ones(4, 2)}, r"scales must be \(N, parts\)"),
         ({"activation": "tanh"}, "unknown activation tanh"),
     ],

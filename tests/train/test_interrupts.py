@@ -1,4 +1,4 @@
-"""Signals: the first is noted, the second acts."""
+"""Signals: the first is noted, and what is saved then is left alone by later ones."""
 
 import signal
 import threading
@@ -8,19 +8,38 @@ import pytest
 from peerlm.train.interrupts import Interrupts
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_is_noted_and_the_second_acts_as_before(number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "world_size", "acts"),
+    [
+        (signal.SIGTERM, signal.SIGTERM, 1, False),
+        (signal.SIGINT, signal.SIGTERM, 1, False),
+        (signal.SIGINT, signal.SIGINT, 1, True),
+        (signal.SIGTERM, signal.SIGINT, 1, True),
+        (signal.SIGINT, signal.SIGINT, 2, False),
+        (signal.SIGTERM, signal.SIGTERM, 2, False),
+    ],
+)
+def test_the_first_signal_is_noted_and_later_ones_leave_the_save_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    first: signal.Signals,
+    second: signal.Signals,
+    world_size: int,
+    acts: bool,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
     arrived = []
-    former = signal.signal(number, lambda *_: arrived.append(number))
+    former = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in Interrupts.SIGNALS}
     try:
         with Interrupts() as interrupts:
             assert interrupts.received is None
-            signal.raise_signal(number)
-            assert (interrupts.received, arrived) == (number, [])
-            signal.raise_signal(number)
-            assert arrived == [number]
+            signal.raise_signal(first)
+            assert (interrupts.received, arrived) == (first, [])
+            signal.raise_signal(second)
+            assert interrupts.received == first
+            assert arrived == [second] * acts
     finally:
-        signal.signal(number, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def test_handlers_are_put_back() -> None:

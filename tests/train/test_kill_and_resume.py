@@ -30,8 +30,7 @@ pytestmark = pytest.mark.slow
 
 def start(recipe: Path, run: Path) -> subprocess.Popen[bytes]:
     """`peerlm train`, resuming where there is something to resume."""
-    resume = ["--resume"] if run.exists() else []
-    command = [sys.executable, "-m", "peerlm", "train", str(recipe), "--output", str(run), "--json=-", *resume]
+    command = [sys.executable, "-m", "peerlm", "train", str(recipe), "--output", str(run), "--json=-", "--resume=auto"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 

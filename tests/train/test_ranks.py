@@ -10,11 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from peerlm.cli import main
 from peerlm.files import write_json
 from peerlm.ranks import join_ranks
+from peerlm.testing import float64 as float64_
 from peerlm.train import TrainConfig, train
 from peerlm.train.checkpoint import list_checkpoints
 from peerlm.train.recipe import to_dict
+
+from ..processes import ranks
 
 IN_FLOAT64 = """
 import sys
@@ -23,6 +27,11 @@ from peerlm.testing import float64
 with float64():
     main(sys.argv[1:])
 """
+
+
+def train_in_float64(recipe: Path) -> None:
+    with float64_():
+        main(["train", str(recipe)])
 
 
 def torchrun(recipe: Path, *program: str) -> subprocess.CompletedProcess[str]:
@@ -60,9 +69,9 @@ def test_two_processes_give_the_weights_of_one(
     assert process.stderr.count("step 8  100.0%") == 1
 
 
-@pytest.mark.slow
-def test_two_processes_grow_and_hold_still_as_one_does(
-    configure: Callable[..., TrainConfig], without_dropout: dict[str, Any], in_float64: str, tmp_path: Path
+@pytest.mark.usefixtures("float64")
+def test_two_processes_grow_and_freeze_as_one_does(
+    configure: Callable[..., TrainConfig], without_dropout: dict[str, Any], tmp_path: Path
 ) -> None:
     changes = {
         "model": without_dropout,
@@ -72,8 +81,8 @@ def test_two_processes_grow_and_hold_still_as_one_does(
     }
     one, two = configure(**changes), configure(**changes, run=str(tmp_path / "two"))
     write_json(tmp_path / "recipe.json", to_dict(two))
-    process = torchrun(tmp_path / "recipe.json", in_float64)
-    assert process.returncode == 0, process.stderr
+    with ranks(2, tmp_path / "ranks", train_in_float64, tmp_path / "recipe.json") as processes:
+        assert processes.wait() == [0, 0], processes.said()
     train(one, progress=False)
     found, expected = (load_file(Path(config.run) / "model" / "model.safetensors") for config in (two, one))
     torch.testing.assert_close(found, expected)
@@ -83,12 +92,15 @@ def test_two_processes_grow_and_hold_still_as_one_does(
     assert torch.equal(found[keys][:, :, :8], before[keys])
 
 
-@pytest.mark.slow
-def test_a_batch_that_cannot_be_shared_out_is_refused(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_shared_out_is_refused_once(
+    configure: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     write_json(tmp_path / "recipe.json", to_dict(configure(data={"batch_size": 3})))
-    process = torchrun(tmp_path / "recipe.json")
-    assert process.returncode != 0
-    assert "data.batch_size = 3 is not divisible by the 2 processes that train" in process.stderr
+    with ranks(2, tmp_path / "ranks", train_in_float64, tmp_path / "recipe.json") as processes:
+        assert processes.wait() == [2, 2], processes.said()
+    said = "".join(processes.said())
+    assert said.count("data.batch_size = 3 is not divisible by the 2 processes that train") == 1
+    assert len(said.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 

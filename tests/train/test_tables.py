@@ -27,6 +27,7 @@ Configure = Callable[..., TrainConfig]
 UNCLIPPED = {"table_clip": float("inf")}
 WHOLE_BATCHES = {"micro_batch_size": 4}
 MANY = {"peer": {"num_experts": 1024, "heads": 2, "experts_per_head": 2, "key_dim": 8}}
+EIGHT_BITS = {"peer": {**MANY["peer"], "row_format": "int8"}}
 
 
 def optimizer_of(config: TrainConfig) -> torch.optim.Optimizer:
@@ -89,6 +90,12 @@ def test_moments_of_tables_are_those_of_the_recipe(configure: Configure) -> None
             {"optim": {"tables": "exact"}, "model": {"peer": {**MANY["peer"], "row_format": "bfloat16"}}},
             "optim.tables = 'exact': .*bfloat16.*",
         ),
+        (
+            {"optim": {"tables": "exact"}, "model": EIGHT_BITS},
+            "'exact' cannot be combined with row_format = 'int8', whose rows have no gradient: set it to 'fused'",
+        ),
+        ({"model": EIGHT_BITS}, "optim.table_clip = 1.0: set it to inf"),
+        ({"optim": UNCLIPPED, "model": EIGHT_BITS, "data": WHOLE_BATCHES}, "int8.*betas with beta1 = 0"),
     ],
 )
 def test_what_does_not_go_together(configure: Configure, changes: dict[str, Any], message: str) -> None:
@@ -135,8 +142,13 @@ def stop_after_five_steps(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) 
             "data": WHOLE_BATCHES,
             "model": {"peer": {**MANY["peer"], "row_format": "bfloat16"}},
         },
+        {
+            "optim": {"table_beta1": 0.0, "table_row_wise": True, "table_lr_multiplier": 4.0, **UNCLIPPED},
+            "data": WHOLE_BATCHES,
+            "model": EIGHT_BITS,
+        },
     ],
-    ids=["exact", "lazy", "fused", "small state"],
+    ids=["exact", "lazy", "fused", "small state", "8 bits"],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
@@ -148,6 +160,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     train(stopped, resume=True, progress=False)
     weights = [(Path(config.run) / "model" / "model.safetensors").read_bytes() for config in (straight, stopped)]
     assert weights[0] == weights[1]
+    before = build_model(straight, TokenShards(straight.data.folder, "train"), torch.device("cpu"))
+    assert not torch.equal(rows_of(straight.run), before.get_parameter("model.layers.1.ffw.experts.rows"))
 
 
 @pytest.mark.parametrize("load", [lambda folder: load_model(folder)[0], load_saved], ids=["to evaluate", "to change"])

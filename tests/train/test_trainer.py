@@ -24,6 +24,7 @@ from peerlm.files import PARTIAL
 from peerlm.train import TrainConfig, TrainingStopped, load_recipe, train
 from peerlm.train.checkpoint import list_checkpoints
 from peerlm.train.loop import take_step
+from peerlm.train.run_folder import check_run
 
 Configure = Callable[..., TrainConfig]
 TIMES = {"seconds", "tokens_per_second"}
@@ -325,6 +326,20 @@ def test_only_a_run_can_be_resumed(configure: Configure, tmp_path: Path) -> None
         train(config, resume=True, progress=False)
 
 
+def test_auto_starts_where_there_is_no_run_and_resumes_one(
+    configure: Configure, straight: Path, tmp_path: Path
+) -> None:
+    check_run(configure(), resume="auto")
+    (tmp_path / "run").mkdir()
+    check_run(configure(), resume="auto")
+    check_run(configure(run=str(straight)), resume="auto")
+    with pytest.raises(UserError, match="seed was 0, now 1"):
+        check_run(configure(run=str(straight), seed=1), resume="auto")
+    (tmp_path / "run" / "thesis.txt").touch()
+    with pytest.raises(UserError, match=r"is not a run, for it has no config.json"):
+        check_run(configure(), resume="auto")
+
+
 def test_a_run_is_not_resumed_as_another(configure: Configure, straight: Path) -> None:
     with pytest.raises(
         UserError, match=r"cannot resume .*straight, for optim.learning_rate was 0.003, now 0.1: resume with"
@@ -439,3 +454,25 @@ def test_progress_is_told_in_lines(configure: Configure, capsys: pytest.CaptureF
     assert "step 2  25.0%  loss " in shown
     assert "step 8  validation loss " in shown
     assert "Writing" not in shown
+
+
+def test_measuring_copies_changes_nothing_else(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    short: dict[str, Any] = {"budget": {"steps": 2}, "eval": {"every": 1}}
+    plain = train(configure(run=str(tmp_path / "plain"), **short), progress=False)
+    short["eval"] |= {"copying": True}
+    asked = train(configure(run=str(tmp_path / "asked"), **short), progress=False)
+    assert asked.summary["validation_loss"] == plain.summary["validation_loss"]
+    assert asked.summary["usage"] == plain.summary["usage"]
+    measured = [row["copying"] for row in rows(asked.run) if "validation_loss" in row]
+    assert measured[-1] == asked.summary["copying"]
+    assert len(measured) == 2
+    for figures in measured:
+        assert figures["first_half"] > 0 < figures["second_half"]
+        assert list(figures["first_token"]) == ["0", "1"]
+        assert list(figures["by_position"]) == ["1", "2-3", "4-7", "8-15"]
+    assert "copying" not in plain.summary
+
+
+def test_copies_need_windows_of_four_tokens(configure: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(UserError, match="copying is measured on windows of at least 4 tokens, not of 3"):
+        train(configure(data={"context": 3}, eval={"copying": True}), progress=False)

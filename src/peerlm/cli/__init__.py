@@ -7,6 +7,7 @@ import io
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,14 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         is_mistake = isinstance(error, UserError | OSError) or is_disk_full(error)
         exit_code = 2 if is_mistake else getattr(error, "exit_code", None)
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        if alone:
+            if exit_code is None:
+                raise
+            _say(error, arguments, is_mistake=is_mistake, alone=True)
+            sys.exit(exit_code)
+        from peerlm import ranks
+
         if exit_code is None:
-            raise
-        typer.echo(f"error: {_sentence(error)}" if is_mistake else str(error), err=True)
-        if isinstance(error, TrainingStopped) and exit_code > 128:
-            alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-            command = error.resume or _again(arguments)
-            typer.echo(f"Resume with{'' if alone else ', started as before'}: {command}", err=True)
-        sys.exit(exit_code)
+            traceback.print_exc()
+        elif ranks.is_first_to_fail():
+            _say(error, arguments, is_mistake=is_mistake, alone=False)
+        ranks.end_process(1 if exit_code is None else exit_code)
+
+
+def _say(error: Exception, arguments: Sequence[str], *, is_mistake: bool, alone: bool) -> None:
+    """Print why a command ended early, and what resumes it."""
+    typer.echo(f"error: {_sentence(error)}" if is_mistake else str(error), err=True)
+    if isinstance(error, TrainingStopped) and error.resumes:
+        command = error.resume or _again(arguments)
+        typer.echo(f"Resume with{'' if alone else ', started as before'}: {command}", err=True)
 
 
 def _show_warning(
@@ -82,7 +96,8 @@ def _again(arguments: Sequence[str]) -> str:
     """The command that continues what was stopped, for a shell: the same, with --resume where it has that option."""
     command = typer.main.get_command(app).commands.get(arguments[0])  # type: ignore[attr-defined]
     resumes = command is not None and any("--resume" in parameter.opts for parameter in command.params)
-    return shlex.join(["peerlm", *arguments, *(["--resume"] if resumes and "--resume" not in arguments else [])])
+    given = any(argument.partition("=")[0] == "--resume" for argument in arguments)
+    return shlex.join(["peerlm", *arguments, *(["--resume"] if resumes and not given else [])])
 
 
 def _sentence(error: Exception) -> str:

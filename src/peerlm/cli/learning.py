@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from peerlm.cli.root import DocumentStart, Json, Run, app
+from peerlm.cli.root import DocumentStart, Json, Resume, Run, app, read_resume
 from peerlm.cli.show import STDOUT, show
 from peerlm.terminal import print_table
 
@@ -70,7 +70,7 @@ def learn(
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: none by steps.")] = 0,
     checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints; 0: none by time.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Of the order of the text and of new weights.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    resume: Resume = None,
     json_file: Json = None,
 ) -> None:
     """Let a trained model learn text after text, and show after each what it knows of all of them.
@@ -109,7 +109,7 @@ def learn(
         checkpoint_minutes=checkpoint_minutes,
         seed=seed,
     )
-    rows = learn(config, resume=resume, progress=json_file != STDOUT)
+    rows = learn(config, resume=read_resume(resume), progress=json_file != STDOUT)
     if begins := rows[0].get("document_start"):
         typer.echo(f"note: each document and window begins with {begins}", err=True)
     stages = {f"after {row['stage'] or 'nothing'}": row["perplexity"] for row in rows}

@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from peerlm import __version__
 from peerlm.cli.show import check_file
+from peerlm.errors import UserError
 
 
 def _with_plain_types(parameters: list[Any]) -> list[Any]:
@@ -29,6 +30,10 @@ def _element_type(name: str, ctx: object) -> str:
 
 
 class _Command(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read `--resume` alone, which takes no next argument, as `--resume=yes`."""
+        return super().parse_args(ctx, ["--resume=yes" if argument == "--resume" else argument for argument in args])
+
     def get_params(self, ctx: Any) -> list[Any]:
         return _with_plain_types(super().get_params(ctx))
 
@@ -83,6 +88,14 @@ Json = Annotated[
         help="Write the figures to FILE as JSON too; - prints them in place of tables and progress.",
     ),
 ]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        "--resume",
+        metavar="[=auto]",
+        help="Continue from the newest checkpoint; =auto: where there is nothing to resume, start.",
+    ),
+]
 PackFolders = Annotated[
     list[Path], typer.Option("--pack", metavar="FOLDER", help="A pack to load into the model first; repeatable.")
 ]
@@ -94,6 +107,13 @@ Version = Annotated[
 @app.callback()
 def options(version: Version = False) -> None:
     """Train language models of a million single-neuron experts (PEER), and compare them with baselines."""
+
+
+def read_resume(given: str | None) -> 'bool | Literal["auto"]':
+    """What `--resume`, `--resume=auto`, or neither asks for; raises UserError for another value."""
+    if given not in (None, "yes", "auto"):
+        raise UserError(f"--resume={given} is unknown: write --resume, or --resume=auto")
+    return "auto" if given == "auto" else given is not None
 
 
 def overrides(settings: Sequence[str], output: Path | None) -> list[str]:

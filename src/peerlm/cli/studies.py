@@ -106,10 +106,18 @@ def scaling(
     show(law, json_file, partial(print_markdown, law_markdown(law)))
 
 
-@app.command(examples=["peerlm plan --flops 1e13 --memory 8GiB", "peerlm plan --flops 1e13 --method PEER"])
+@app.command(
+    examples=[
+        "peerlm plan --flops 1e13 --memory 8GiB",
+        "peerlm plan --flops 1e13 --method PEER --row-bytes 64KiB",
+    ]
+)
 def plan(
     flops: Annotated[float, typer.Option(help="Training FLOPs to spend.")],
     memory: Annotated[str, typer.Option(help="Memory to train in, as in 80GiB.")] = "inf",
+    row_bytes: Annotated[
+        str, typer.Option(help="Bytes of tables that a token may read in a forward pass, as in 32KiB.")
+    ] = "inf",
     method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
     law: Annotated[
         Path | None, typer.Option(help="What `peerlm scaling` wrote; default: the law of docs/results.md.")
@@ -124,7 +132,7 @@ def plan(
     """
     from peerlm_studies.scaling.spend import check_spend, read_bytes
 
-    budget = {"flops": flops, "memory": read_bytes(memory)}
+    budget = {"flops": flops, "memory": read_bytes(memory), "row_bytes": read_bytes(row_bytes, "--row-bytes")}
     check_spend(**budget)  # before what takes seconds to import
 
     from peerlm.evaluate.progress import progress_bar

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peerlm.cli.root import DocumentStart, Json, Output, PackFolders, Run, Settings, app, overrides
+from peerlm.cli.root import DocumentStart, Json, Output, PackFolders, Resume, Run, Settings, app, overrides, read_resume
 from peerlm.cli.show import STDOUT, show
 from peerlm.errors import TrainingStopped, UserError
 from peerlm.terminal import VALUE, print_table
@@ -80,6 +80,7 @@ def prepare(
         "peerlm train recipes/train-demo.toml --output runs/a",
         "peerlm train recipes/train-demo.toml --set budget.minutes=1",
         "peerlm train runs/a --resume",
+        "torchrun --nproc-per-node 2 -m peerlm train recipe.toml --resume=auto",
     ]
 )
 def train(
@@ -92,17 +93,20 @@ def train(
         str | None,
         typer.Option(metavar="N@SHARE,...", help="Grow to N sub-keys, N² experts, at a share of the run: 256@50%."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    resume: Resume = None,
     json_file: Json = None,
 ) -> None:
-    """Train a model from a recipe; --resume continues a stopped run to the same weights."""
+    """Train a model from a recipe; --resume continues a stopped run to the same weights.
+
+    Under torchrun, processes train one model together; with --resume=auto a restart of the same command resumes.
+    """
     from peerlm.train import load_recipe, train
     from peerlm.train.run_folder import resume_command
 
     growth = [] if grow is None else [f'grow.at="{grow}"']
     config = load_recipe(recipe, [*growth, *overrides(settings, output)])
     try:
-        result = train(config, resume=resume, progress=json_file != STDOUT)
+        result = train(config, resume=read_resume(resume), progress=json_file != STDOUT)
     except TrainingStopped as stopped:
         stopped.resume = resume_command(Path(config.run))
         raise
@@ -119,6 +123,7 @@ def train(
         "peerlm eval runs/a book.txt lambada.jsonl",
         "peerlm eval runs/a book.txt --limit 100000 --json -",
         "peerlm eval runs/a wiki.test.tokens --detokenize",
+        "peerlm eval runs/a book.txt --copying",
         "peerlm eval runs/a --tasks recipes/tasks/copa.yaml --task-data tasks/",
     ],
 )
@@ -143,6 +148,9 @@ def evaluate(
     detokenize: Annotated[
         bool, typer.Option("--detokenize", help="Put tokenised text (WikiText's ` @-@ `) back first.")
     ] = False,
+    copying: Annotated[
+        bool, typer.Option("--copying", help="Measure too what the model copies from its context.")
+    ] = False,
     document_start: DocumentStart = "auto",
     pack: PackFolders = [],  # noqa: B006
     json_file: Json = None,
@@ -150,8 +158,10 @@ def evaluate(
     """Measure perplexity, bits per byte, accuracy of last words (LAMBADA), use of the experts, and lm-eval's tasks."""
     from peerlm.evaluate import evaluate
 
-    if tasks and not files and (detokenize or stride is not None):
-        raise UserError("--stride and --detokenize are for files, and there are none; name one, or leave them out")
+    if tasks and not files and (detokenize or copying or stride is not None):
+        raise UserError(
+            "--stride, --detokenize and --copying are for files, and there are none; name one, or leave them out"
+        )
     rows: dict[str, dict[str, Any]] = {}
     if files or not tasks:
         rows |= evaluate(
@@ -161,6 +171,7 @@ def evaluate(
             stride=stride,
             limit=limit,
             detokenized=detokenize,
+            copying=copying,
             document_start=document_start,
             packs=pack,
             progress=json_file != STDOUT,

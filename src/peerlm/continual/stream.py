@@ -24,10 +24,11 @@ from peerlm.evaluate import held_out_loss
 from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.likelihood import check_context, device_of
 from peerlm.evaluate.loading import default_context, model_folder
-from peerlm.files import remove_partials, write_bytes, write_json
+from peerlm.files import is_partial, remove_partials, write_bytes, write_json
 from peerlm.marks import Marks, marked, marks_in
 from peerlm.ranks import Ranks
 from peerlm.train.config import CheckpointConfig, DataConfig, TrainConfig
+from peerlm.train.run_folder import Resume
 
 BACKGROUND = "background"
 """What tables call the text that the model was trained on."""
@@ -40,7 +41,7 @@ Measure = Callable[[PreTrainedModel, PreTrainedTokenizerFast], dict[str, Any]]
 
 
 def learn(
-    config: LearnConfig, *, resume: bool = False, progress: bool = True, measure: Measure | None = None
+    config: LearnConfig, *, resume: Resume = False, progress: bool = True, measure: Measure | None = None
 ) -> list[dict[str, Any]]:
     """Learn the stages of a configuration, in order, into the folder `config.run`.
 
@@ -51,7 +52,8 @@ def learn(
 
     Args:
         config: what is learned and how.
-        resume: whether `config.run` is a stream to resume; otherwise it must not exist or be empty.
+        resume: whether `config.run` is a stream to resume; otherwise it must not exist or be empty. "auto": resume
+            where there is a stream, start where there is none.
         progress: whether to show a bar (on a terminal) or lines (elsewhere) on stderr.
         measure: called with the model, in evaluation mode, and its tokenizer before and after each stage; its figures
             join the row.
@@ -70,6 +72,8 @@ def learn(
         PeerlmWarning: what a text is measured on holds documents of a text that is trained on.
     """
     folder = Path(config.run)
+    if resume == "auto":
+        resume = (folder / "config.json").is_file()
     _check_folder(config, folder, resume=resume)
     try:
         return _Stream(config, progress=progress, measure=measure).run()
@@ -238,7 +242,7 @@ def _check_stages(stages: Sequence[StageConfig]) -> None:
 def _check_folder(config: LearnConfig, folder: Path, *, resume: bool) -> None:
     """Require an empty folder, or this same stream when resuming."""
     if not resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(not is_partial(path) for path in folder.iterdir())):
             raise UserError(f"{folder} exists already: --resume it, or choose another --output")
         return
     if not (folder / "config.json").is_file():

@@ -74,9 +74,11 @@ Table table_of(const AnyTable& rows, const std::optional<Array<In, 2>>& scales) 
   RowFormat format;
   if (rows.dtype() == nb::dtype<float>()) format = RowFormat::f32;
   else if (rows.dtype() == nb::dtype<int8_t>()) format = RowFormat::i8;
+  else if (rows.dtype() == nb::dtype<uint8_t>()) format = RowFormat::f8;
   else if (rows.dtype().code == (uint8_t)nb::dlpack::dtype_code::Bfloat) format = RowFormat::bf16;
-  else throw std::invalid_argument("rows must be float32, bfloat16 or int8");
-  require((format == RowFormat::i8) == scales.has_value(), "int8 rows need scales, and others have none");
+  else throw std::invalid_argument("rows must be float32, bfloat16, int8, or float8 given as uint8");
+  require((format == RowFormat::i8 || format == RowFormat::f8) == scales.has_value(),
+          "rows of 8 bits need scales, and others have none");
   if (scales) require(scales->shape(0) == rows.shape(0) && scales->shape(1) == rows.shape(1), "scales must be (N, parts)");
   return {rows.data(), scales ? scales->data() : nullptr, format, (int64_t)rows.shape(0), (int64_t)rows.shape(1),
           (int64_t)rows.shape(2)};
@@ -287,6 +289,26 @@ struct RowState {
   std::optional<AnyRows> exp_avg;
   AnyRows exp_avg_sq;
   Steps moments_step, weights_step;
+  std::optional<Array<float, 2>> scales;  // (N, parts) of rows in int8, or float8 given as uint8
+
+  RowState(AnyRows rows, std::optional<AnyRows> exp_avg, AnyRows exp_avg_sq, Steps moments_step, Steps weights_step,
+           std::optional<Array<float, 2>> scales = std::nullopt)
+      : rows(rows),
+        exp_avg(exp_avg),
+        exp_avg_sq(exp_avg_sq),
+        moments_step(moments_step),
+        weights_step(weights_step),
+        scales(scales) {}
+
+  TrainedFormat format() const {
+    if (!scales) return is_bf16(rows) ? TrainedFormat::bf16 : TrainedFormat::f32;
+    require(scales->shape(0) == rows.shape(0) && scales->shape(1) && rows.shape(1) % scales->shape(1) == 0,
+            "scales must be (N, parts)");
+    require(!exp_avg || !weights_step, "rows of 8 bits cannot catch up with a first moment");
+    if (rows.dtype() == nb::dtype<int8_t>()) return TrainedFormat::i8;
+    require(rows.dtype() == nb::dtype<uint8_t>(), "rows with scales must be int8, or float8 given as uint8");
+    return TrainedFormat::f8;
+  }
 
   RowAdamWTable table() const {
     const bool row_wise = exp_avg_sq.shape(1) == 1 && rows.shape(1) != 1;
@@ -298,13 +320,15 @@ struct RowState {
     const bool bf16_moments = exp_avg ? is_bf16(*exp_avg) : !row_wise && is_bf16(exp_avg_sq);
     require(row_wise ? !is_bf16(exp_avg_sq) : is_bf16(exp_avg_sq) == bf16_moments, "moments must have one dtype");
     return {rows.data(),
+            data_or_null(scales),
             exp_avg ? exp_avg->data() : nullptr,
             exp_avg_sq.data(),
             moments_step ? moments_step->data() : nullptr,
             weights_step ? weights_step->data() : nullptr,
             (int64_t)count,
             (int64_t)rows.shape(1),
-            is_bf16(rows),
+            scales ? (int64_t)scales->shape(1) : 1,
+            format(),
             bf16_moments,
             row_wise};
   }
@@ -410,7 +434,9 @@ NB_MODULE(_native, m) {
         nb::arg(), nb::arg(), nb::arg());
   nb::class_<RowState>(m, "RowState")
       .def(nb::init<AnyRows, std::optional<AnyRows>, AnyRows, Steps, Steps>(), nb::arg(), nb::arg().none(), nb::arg(),
-           nb::arg().none(), nb::arg().none());
+           nb::arg().none(), nb::arg().none())
+      .def(nb::init<AnyRows, std::optional<AnyRows>, AnyRows, Steps, Steps, Array<float, 2>>(), nb::arg(),
+           nb::arg().none(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg());
   nb::class_<RowAdamWStep>(m, "RowAdamWStep");
   m.def("row_adamw_step", &step_of, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
   m.def("update_rows", &update_rows_);

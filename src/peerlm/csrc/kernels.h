@@ -17,10 +17,10 @@ enum class Weighting { softmax, sigmoid, relu, none };
 // Which id the expert of sub-keys (i, j) has: see ops/pairing.py.
 enum class Pairing { row_major, shells };
 enum class Activation { gelu, gelu_tanh, relu, silu, identity, one_plus };
-enum class RowFormat { f32, bf16, i8 };
+enum class RowFormat { f32, bf16, i8, f8 };  // f8: e4m3fn
 enum class Scores { f32, bf16, i8 };
 
-// Rows of a table; `scales` (N, parts) belongs to i8 alone.
+// Rows of a table; `scales` (N, parts) belongs to i8 and f8.
 struct Table {
   const void* rows;
   const float* scales;

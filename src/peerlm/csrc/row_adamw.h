@@ -1,4 +1,4 @@
-// AdamW on chosen rows of a table, in plain C++: what optim/row_step.py defines, for tables in float or bfloat16.
+// AdamW on chosen rows of a table, in plain C++: what optim/row_step.py defines, for tables in float, bfloat16 or 8 bits.
 //
 // Arrays are contiguous and row-major. A table has N rows of `len` weights; a call works on `count` distinct rows `ids`.
 
@@ -8,15 +8,22 @@
 
 namespace peerlm {
 
+// What rows are stored as; the last two are numbers that a scale for each vector multiplies.
+enum class TrainedFormat { f32, bf16, i8, f8 };
+
 // A table and what AdamW remembers of its rows (RowState in ops/row_updates.py).
 struct RowAdamWTable {
-  void* rows;             // (N, len) float, or bfloat16 where bf16_rows
+  void* rows;             // (N, len)
+  float* scales;          // (N, parts) of rows in 8 bits, each vector len / parts long; null for others
   void* exp_avg;          // (N, len) float, or bfloat16 where bf16_moments; null without first moment
   void* exp_avg_sq;       // likewise; (N) float where row_wise
   int32_t* moments_step;  // (N), or null in lazy mode
   int32_t* weights_step;  // (N), or null in lazy mode
-  int64_t num_rows, len;
-  bool bf16_rows, bf16_moments, row_wise;
+  int64_t num_rows, len, parts;
+  TrainedFormat format;
+  bool bf16_moments, row_wise;
+
+  bool scaled() const { return scales; }
 };
 
 // The numbers of one step (RowStep in ops/row_updates.py).

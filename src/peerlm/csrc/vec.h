@@ -28,9 +28,14 @@ typedef double vd __attribute__((vector_size(4 * LANES)));                // LAN
 typedef float vf_half __attribute__((vector_size(2 * LANES)));            // LANES / 2 floats
 typedef uint16_t vu16 __attribute__((vector_size(2 * LANES)));
 typedef int8_t vi8 __attribute__((vector_size(LANES)));
+typedef uint8_t vu8 __attribute__((vector_size(LANES)));
 
 struct bf16 {
   uint16_t bits;
+};
+
+struct fp8 {  // e4m3fn; its one NaN is read as 480, for rows that are none have scales that are none
+  uint8_t bits;
 };
 
 PEERLM_INLINE vf splat(float value) { return value - vf{}; }  // + 0 would cost an instruction, for it changes -0
@@ -50,6 +55,11 @@ PEERLM_INLINE vf load(const bf16* from) {
 PEERLM_INLINE vf load(const int8_t* from) {
   return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from)));
 }
+// As half precision, whose exponents are 8 higher: sign, four of five bits of exponent, fraction.
+PEERLM_INLINE vf load(const fp8* from) {
+  const __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_as<__m128i>(from)), 7);
+  return 256.0f * (vf)_mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16((int16_t)0xBF80)));
+}
 #elif defined(__AVX2__)
 PEERLM_INLINE vf load(const bf16* from) {
   return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(from)), 16);
@@ -57,9 +67,18 @@ PEERLM_INLINE vf load(const bf16* from) {
 PEERLM_INLINE vf load(const int8_t* from) {
   return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_as<int64_t>(from))));
 }
+PEERLM_INLINE vf load(const fp8* from) {
+  const __m128i half = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_cvtsi64_si128(load_as<int64_t>(from))), 7);
+  return 256.0f * (vf)_mm256_cvtph_ps(_mm_and_si128(half, _mm_set1_epi16((int16_t)0xBF80)));
+}
 #else
 PEERLM_INLINE vf load(const bf16* from) { return (vf)(__builtin_convertvector(load_as<vu16>(from), vu) << 16); }
 PEERLM_INLINE vf load(const int8_t* from) { return __builtin_convertvector(load_as<vi8>(from), vf); }
+PEERLM_INLINE vf load(const fp8* from) {
+  const vu bits = __builtin_convertvector(load_as<vu8>(from), vu), magnitude = bits & 0x7F;
+  const vf normal = (vf)((magnitude << 20) + (120u << 23)), subnormal = __builtin_convertvector((vi)magnitude, vf) * 0x1p-9f;
+  return (vf)((vu)(magnitude >= 8 ? normal : subnormal) | (bits & 0x80) << 24);
+}
 #endif
 
 // LANES / 2 floats as doubles.
@@ -75,6 +94,13 @@ PEERLM_INLINE void store(float* to, vf value) { std::memcpy(to, &value, sizeof v
 
 PEERLM_INLINE float to_float(float value) { return value; }
 PEERLM_INLINE float to_float(int8_t value) { return value; }
+PEERLM_INLINE float to_float(fp8 value) {
+  const uint32_t magnitude = value.bits & 0x7Fu, normal = (magnitude << 20) + (120u << 23);
+  float out;
+  std::memcpy(&out, &normal, 4);
+  if (magnitude < 8) out = (float)magnitude * 0x1p-9f;
+  return value.bits & 0x80 ? -out : out;
+}
 PEERLM_INLINE float to_float(bf16 value) {
   const uint32_t bits = (uint32_t)value.bits << 16;
   float out;

@@ -1,5 +1,6 @@
 """Perplexity, prediction of last words, use of experts, and samples of a language model."""
 
+from peerlm.evaluate.copying import CopyCounts, copy_probe
 from peerlm.evaluate.held_out import held_out_loss
 from peerlm.evaluate.lambada import LastWordScore, score_last_words
 from peerlm.evaluate.loading import load_model
@@ -9,8 +10,10 @@ from peerlm.evaluate.run import evaluate
 from peerlm.evaluate.sample import sample_text
 
 __all__ = [
+    "CopyCounts",
     "LastWordScore",
     "TextScore",
+    "copy_probe",
     "evaluate",
     "held_out_loss",
     "load_model",

@@ -1,7 +1,7 @@
 """The mean loss over held-out windows, as the trainer measures it between steps."""
 
 import math
-from collections.abc import Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Protocol
 
 import torch
@@ -25,17 +25,17 @@ def held_out_loss(
     batch_size: int,
     limit: int | None = None,
     ranks: Ranks | None = None,
+    watch: Callable[[Sequence[int], Tensor, Tensor], None] | None = None,
 ) -> float:
     """Mean next-token loss in nats over the first `limit` windows (default: all), in evaluation mode.
 
     Each window of `context` tokens is read on its own and its last context - 1 tokens are scored: the plain
     language modelling loss, free of balance losses. Every submodule's training mode is restored. This process reads
     all windows, unless `ranks` are given: then each rank reads its share and all return the same mean, so that every
-    rank must call it. Raises ValueError when there are no windows.
+    rank must call it. `watch` sees every pass of this process: the windows' indices, their nats (B, context - 1), and
+    (B,) 1 for each that counts. Raises ValueError when there are no windows.
     """
-    num_windows = len(windows) if limit is None else min(limit, len(windows))
-    if num_windows < 1:
-        raise ValueError(f"{len(windows)} held-out windows with limit {limit}; at least one is needed")
+    num_windows = windows_read(windows, limit)
     device = device_of(model)
     ranks = ranks or Ranks(rank=0, world_size=1, device=device)
     # As many forward passes on each rank, since sharded models communicate in them; surplus windows weigh 0.
@@ -48,6 +48,16 @@ def held_out_loss(
             real = torch.tensor([index < num_windows for index in indices], dtype=torch.float64, device=device)
             targets = input_ids[:, 1:]
             nats = token_nats(last_logits(model, input_ids[:, :-1], targets.shape[1]), targets)
+            if watch is not None:
+                watch(indices, nats, real)
             sums += torch.stack([real @ nats.double().mean(1), real.sum()])
-    nats_per_token, windows_read = ranks.total(sums).tolist()
-    return nats_per_token / windows_read
+    nats_per_token, counted = ranks.total(sums).tolist()
+    return nats_per_token / counted
+
+
+def windows_read(windows: Windows, limit: int | None) -> int:
+    """How many windows a limit leaves; raises ValueError where there is none."""
+    number = len(windows) if limit is None else min(limit, len(windows))
+    if number < 1:
+        raise ValueError(f"{len(windows)} held-out windows with limit {limit}; at least one is needed")
+    return number

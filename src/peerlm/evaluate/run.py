@@ -12,8 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.data.shards import TokenShards
 from peerlm.errors import UserError
+from peerlm.evaluate.copying import CopyCounts, check_length, copy_probe
 from peerlm.evaluate.detokenize import detokenize
+from peerlm.evaluate.encoding import encode
 from peerlm.evaluate.files import PASSAGE, fields_of, read_document_parts, read_passages
+from peerlm.evaluate.held_out import held_out_loss
 from peerlm.evaluate.lambada import score_last_words
 from peerlm.evaluate.likelihood import Report
 from peerlm.evaluate.loading import default_context, load_model
@@ -21,9 +24,12 @@ from peerlm.evaluate.notes import notes_on
 from peerlm.evaluate.perplexity import check_windows, score_text
 from peerlm.evaluate.progress import progress_bar
 from peerlm.evaluate.split import held_out_split, split_documents
+from peerlm.evaluate.windows import begin_windows
 from peerlm.marks import AUTO, Marks, marked, marks_of
 from peerlm.usage import record_usage
 
+COPY_WINDOWS = 256
+"""Windows of a text on which copying is measured at the most."""
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 """Tokens read in one forward pass, by device: few, so that on a CPU activations stay in its caches."""
 
@@ -36,6 +42,7 @@ def evaluate(
     stride: int | None = None,
     limit: int | None = None,
     detokenized: bool = False,
+    copying: bool = False,
     document_start: str = AUTO,
     packs: Sequence[str | Path] = (),
     progress: bool = True,
@@ -52,6 +59,8 @@ def evaluate(
         limit: tokens of each file that are read; default: all.
         detokenized: read tokenised text, such as WikiText's, as people write it (see `evaluate.detokenize`); its bytes
             and words, which bits_per_byte and word_perplexity divide by, are still those of the file. Passages stay.
+        copying: whether to measure what the model copies from its context, on the first `COPY_WINDOWS` windows of each
+            text.
         document_start: what stands before each document: "auto", "none" or a token (see `peerlm.marks`).
         packs: folders of packs to load into the model (`peerlm.packs.api`).
         progress: whether to show a bar on stderr, when that is a terminal.
@@ -63,7 +72,8 @@ def evaluate(
         passages, truncated, perplexity (of the last word), accuracy. Where the tokenizer loses text, also lost: shares
         of its bytes by reason (`data.text_loss`). Where the model has layers that retrieve, also usage (share of their
         experts, 0 to 1) and unevenness (nats): lists, a number for each such layer, over all tokens read of that file,
-        as often as they were read. Where figures need a word of warning, also notes: a list of sentences.
+        as often as they were read. With `copying`, of text also copying: windows, and the figures of
+        `CopyCounts.figures` and `copy_probe`. Where figures need a word of warning, also notes: a list of sentences.
 
     Raises:
         UserError: a model or file that cannot be used, no files for a model that is no run's, or an impossible context,
@@ -97,6 +107,7 @@ def evaluate(
                 stride=stride,
                 limit=limit,
                 detokenized=detokenized,
+                copying=copying,
                 name=Path(file).name,
                 report=partial(_advance, bar, task),
             )
@@ -114,6 +125,7 @@ def _evaluate_file(
     stride: int,
     limit: int | None,
     detokenized: bool,
+    copying: bool,
     name: str,
     report: Report,
 ) -> dict[str, Any]:
@@ -145,8 +157,7 @@ def _evaluate_file(
                 "accuracy": last_words.accuracy,
             }
         else:
-            documents: Iterable[str | Iterable[str]]
-            documents = split_documents(file) if isinstance(file, TokenShards) else read_document_parts(file, fields)
+            documents = _documents(file, fields)
             whole: list[str] = []
             if detokenized:
                 whole = ["".join(document) for document in documents]
@@ -177,6 +188,11 @@ def _evaluate_file(
                 "word_perplexity": _finite(text.word_perplexity),
                 "bits_per_byte": _finite(text.bits_per_byte),
             }
+    if copying and fields != PASSAGE:
+        read = _documents(file, fields)
+        if detokenized:
+            read = (detokenize("".join(document)) for document in read)
+        row["copying"] = _copying(model, tokenizer, read, marks, context, batch_size, limit, name)
     if lost:
         row["lost"] = lost
     if usage:
@@ -185,6 +201,36 @@ def _evaluate_file(
     if notes := notes_on(model, windows_per_pass=batch_size):
         row["notes"] = notes
     return row
+
+
+def _documents(file: Path | TokenShards, fields: tuple[str, ...]) -> Iterable[str | Iterable[str]]:
+    return split_documents(file) if isinstance(file, TokenShards) else read_document_parts(file, fields)
+
+
+def _copying(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Iterable[str | Iterable[str]],
+    marks: Marks,
+    context: int,
+    batch_size: int,
+    limit: int | None,
+    name: str,
+) -> dict[str, Any]:
+    """What the model copies in the first windows of documents."""
+    read = COPY_WINDOWS * context if limit is None else min(limit, COPY_WINDOWS * context)
+    tokens = encode(tokenizer, documents, marks, limit=read, name=name).tokens
+    tokens = begin_windows(tokens, context, marks.window_start)
+    windows = tokens[: len(tokens) // context * context].view(-1, context)
+    if not len(windows):
+        raise UserError(
+            f"copying is measured on whole windows of {context} tokens, and {len(tokens)} of {name} are read: "
+            "lower the context, or leave copying out"
+        )
+    check_length(context, marks.window_start)
+    counts = CopyCounts(windows, limit=None, device=model.device)
+    held_out_loss(model, windows, batch_size=batch_size, watch=counts.add)
+    return {"windows": len(windows), **counts.figures(), **copy_probe(model, windows, begin=marks.window_start)}
 
 
 def _words(text: str) -> int:

@@ -3,6 +3,8 @@
 from peerlm.layers.dense import DenseFFW
 from peerlm.layers.expert_table import ExpertTable
 from peerlm.layers.moe import ExpertChoiceMoE, TokenChoiceMoE
+from peerlm.layers.output_gate import OutputGate
+from peerlm.layers.parallel import ParallelFFW
 from peerlm.layers.peer import PEER
 from peerlm.layers.product_key_memory import ProductKeyMemory
 from peerlm.layers.product_keys import ProductKeys
@@ -14,6 +16,8 @@ __all__ = [
     "DenseFFW",
     "ExpertChoiceMoE",
     "ExpertTable",
+    "OutputGate",
+    "ParallelFFW",
     "ProductKeyMemory",
     "ProductKeys",
     "QueryBatchNorm",

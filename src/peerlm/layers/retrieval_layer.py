@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from peerlm.layers.checks import check_dropout, check_weight_scale
 from peerlm.layers.product_keys import ProductKeys
+from peerlm.layers.table import Table
 
 
 class RetrievalLayer(nn.Module):
@@ -47,3 +48,9 @@ class RetrievalLayer(nn.Module):
         """Parameters of the experts that one token does not retrieve."""
         num_experts = self.product_keys.num_experts
         return self.parameters_per_expert * (num_experts - min(self._experts_per_token, num_experts))
+
+    def looked_up_rows(self) -> list[tuple[Table, int]]:
+        """This layer's tables, and how many rows of each a token looks up: those of its experts."""
+        num_experts = self.product_keys.num_experts
+        tables = [table for table in self.children() if isinstance(table, Table)]
+        return [(table, self._experts_per_token * (table.num_rows // num_experts)) for table in tables]

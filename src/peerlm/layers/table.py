@@ -4,6 +4,7 @@ Who keeps rows elsewhere (cut over ranks, in a mapped file, in other formats) wr
 table of a model made of it. Shape suffixes: N rows, X a row's shape, T tokens, P rows per token, D width.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -82,6 +83,7 @@ class Table(nn.Module):
         self.backend = backend
         self.persistent = True
         self.watched = False
+        self.trained_in_place = False
         self._keep(empty_rows(num_rows, *row_shape, dtype=None if dtype == torch.float32 else dtype))
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         scales = torch.empty(num_rows, *row_shape[:-1], dtype=wide) if dtype in SCALED_DTYPES else None
@@ -130,6 +132,12 @@ class Table(nn.Module):
         return self.parts()[0][0].dtype
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one row as it is stored, with its scales."""
+        scales = 0 if self.scales is None else self.scales.element_size() * math.prod(self.row_shape[:-1])
+        return self.dtype.itemsize * math.prod(self.row_shape) + scales
+
+    @property
     def device(self) -> torch.device:
         """Where the rows are."""
         return self.parts()[0][0].device
@@ -142,7 +150,28 @@ class Table(nn.Module):
     @property
     def requires_grad(self) -> bool:
         """Whether rows are trained now."""
-        return any(parameter.requires_grad for parameter, _ in self.parts())
+        return self.trained_in_place or any(parameter.requires_grad for parameter, _ in self.parts())
+
+    def train_in_place(self, trained: bool = True) -> None:
+        """Let rows of 8 bits be trained, or no longer: by `optim.RowAdamW(fused=True)`, to be made afterwards.
+
+        They have no gradient: the optimizer changes them, and their scales, in the backward pass.
+
+        Raises:
+            ValueError: rows of another format, which `requires_grad_` is for.
+        """
+        if self.scales is None:
+            raise ValueError(f"rows in {self.row_format} have gradients: use requires_grad_({trained})")
+        self.trained_in_place = trained
+
+    def scales_of(self, parameter: Tensor) -> Tensor | None:
+        """The scales of one of the parameters that hold rows, a view; None of rows without scales."""
+        part = next(part for each, part in self.parts() if each is parameter)
+        if self.scales is None:
+            return None
+        if not isinstance(part, slice):
+            raise ValueError("rows of 8 bits that lie scattered over parameters are not trained: use bfloat16 rows")
+        return self.scales[part]
 
     def row_parameters(self) -> list[nn.Parameter]:
         """The parameters that hold rows."""
@@ -162,9 +191,14 @@ class Table(nn.Module):
         def compute(rows: Tensor, row_gradients: bool) -> Tensor:
             if x_TD is None:
                 return api.mix_values(weights_TP, ids_TP, rows, backend=self.backend, row_gradients=row_gradients)
+            weights = weights_TP
+            if self.scales is not None:
+                row_gradients = self._updates_rows(row_gradients)
+                if row_gradients and not (x_TD.requires_grad or weights.requires_grad):
+                    weights = weights.detach().requires_grad_()  # what the backward pass comes by
             return api.mix_experts(
                 x_TD,
-                weights_TP,
+                weights,
                 ids_TP,
                 rows,
                 self.scales,
@@ -174,6 +208,20 @@ class Table(nn.Module):
             )
 
         return self._look_up(ids_TP, compute)
+
+    def _updates_rows(self, row_gradients: bool) -> bool:
+        """Whether the backward pass of a look-up will update rows of 8 bits.
+
+        Raises RuntimeError where nobody would, though they are to be trained.
+        """
+        if not (self.trained_in_place and torch.is_grad_enabled()):
+            return False
+        if self.training and not row_gradients:
+            raise RuntimeError(
+                f"rows in {self.row_format} are trained by RowAdamW(fused=True) alone, outside of "
+                "DistributedDataParallel: make one, or call train_in_place(False)"
+            )
+        return row_gradients
 
     def dot(self, x_TD: Tensor, ids_TP: Tensor) -> Tensor:
         """Inner products of each token with its rows of shape (D,): x (T, D), ids (T, P) int64 -> (T, P)."""

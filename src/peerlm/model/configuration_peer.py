@@ -1,5 +1,6 @@
 """PeerConfig: the settings of a language model of PEER blocks, dense blocks and baselines."""
 
+import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -8,6 +9,8 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.layers.checks import check_settings
+from peerlm.layers.output_gate import GATES
+from peerlm.layers.parallel import share_of_scale
 from peerlm.names import MODEL_TYPE
 
 # Kind of feed-forward layer -> its class. "dense" and "swiglu" take their size from `intermediate_size`, the
@@ -23,6 +26,8 @@ FFW_KINDS: dict[str, type] = {
 CONFIGURABLE_KINDS = ("peer", "pkm", "expert_choice", "token_choice")
 INNER = ":inner"
 """Ends the name of a kind of which a quarter of the blocks at either end have none."""
+BESIDE = "+"
+"""Stands between the names of layers that are beside each other in a block."""
 
 
 def kinds_of_blocks(ffw_layers: str | list[str] | None, blocks: int) -> list[str]:
@@ -34,6 +39,11 @@ def kinds_of_blocks(ffw_layers: str | list[str] | None, blocks: int) -> list[str
     outer = blocks // 4 if ffw_layers.endswith(INNER) else 0
     kind = ffw_layers.removesuffix(INNER)
     return [kind if outer <= block < blocks - outer else "dense" for block in range(blocks)]
+
+
+def parts_of(kind: str) -> list[str]:
+    """The kinds of the layers that are summed in a block of this kind, which may be one."""
+    return kind.split(BESIDE)
 
 
 @strict
@@ -54,12 +64,24 @@ class PeerConfig(PreTrainedConfig):
             in the inner blocks and dense layers in the first and the last quarter, which is best in
             recipes/ablations/blocks.toml (any kind can be named so; less than four blocks all have it). None puts PEER
             in the middle block and dense layers in the others, as He 2024. Kinds: "dense" (GELU), "swiglu", "peer",
-            "pkm", "expert_choice", "token_choice".
+            "pkm", "expert_choice", "token_choice". Names joined by "+", such as "peer+dense", are layers beside each
+            other: each maps the same input, and their outputs are summed.
+        parallel_intermediate_size: hidden neurons of dense layers that are beside another ("peer+dense"), as
+            intermediate_size of those that are alone (and that if None).
         peer, pkm, expert_choice, token_choice: keyword arguments of `PEER`, `ProductKeyMemory`,
             `ExpertChoiceMoE`, `TokenChoiceMoE`.
         balance_loss_coefficient: weight of the load-balancing loss that token-choice layers add in training.
         ffw_init_scale: output scale of feed-forward layers at the start, relative to the rule of `layers.output_scale`
-            over sqrt(2 * num_hidden_layers). The default is the best of recipes/tune.toml, for every kind of layer.
+            over sqrt(2 * num_hidden_layers): one number, a list with one for each block, or a dict with one for each
+            kind. The default is the best of recipes/tune.toml, for every kind of layer. Of n layers beside each other
+            each starts at 1 / sqrt(n) of its number, so that their sum has the scale of one.
+        ffw_output_gate: None, or what the output of each feed-forward layer has factors for, which are learned and 1 at
+            the start: "token" or "feature" (`OutputGate`).
+        qk_norm: whether attention norms the queries and keys of each head (RMSNorm, as in Qwen3).
+        kv_shift: whether attention mixes each key and value with that of the token before, by learned weights of each
+            head that start at no mix (`KeyValueShift`).
+        attention_sink: whether each head of attention has a learned logit to which no value belongs, 0 at the start, so
+            that it can attend to nothing (as in gpt-oss).
         rms_norm_eps, rope_parameters, attention_bias, attention_dropout, tie_word_embeddings, use_cache: as
             in LlamaConfig.
     """
@@ -74,6 +96,7 @@ class PeerConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int | None = None
+    parallel_intermediate_size: int | None = None
     max_position_embeddings: int = 1024
     ffw_layers: str | list[str] | None = None
     peer: dict[str, Any] | None = None
@@ -81,7 +104,11 @@ class PeerConfig(PreTrainedConfig):
     expert_choice: dict[str, Any] | None = None
     token_choice: dict[str, Any] | None = None
     balance_loss_coefficient: float | int = 0.01
-    ffw_init_scale: float | int = 3.0
+    ffw_init_scale: float | int | list[float | int] | dict[str, float | int] = 3.0
+    ffw_output_gate: str | None = None
+    qk_norm: bool = False
+    kv_shift: bool = False
+    attention_sink: bool = False
     rms_norm_eps: float = 1e-6
     rope_parameters: RopeParameters | dict[str, Any] | None = None
     attention_bias: bool = False
@@ -110,6 +137,7 @@ class PeerConfig(PreTrainedConfig):
             "num_attention_heads",
             "num_key_value_heads",
             "intermediate_size",
+            "parallel_intermediate_size",
             "max_position_embeddings",
         ):
             size = getattr(self, name)
@@ -135,7 +163,51 @@ class PeerConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers}: name each, or give one kind for all"
             )
         for kind in self.ffw_layers:
-            if kind not in FFW_KINDS:
-                raise ValueError(f"ffw_layers has {kind!r}; choose from {', '.join(FFW_KINDS)}")
+            parts = parts_of(kind)
+            for part in parts:
+                if part not in FFW_KINDS:
+                    raise ValueError(f"ffw_layers has {part!r}; choose from {', '.join(FFW_KINDS)}")
+            if len(set(parts)) < len(parts):
+                raise ValueError(f"ffw_layers has {kind!r}; a layer can be beside those of other kinds only")
+        if self.ffw_output_gate not in (None, *GATES):
+            raise ValueError(f"ffw_output_gate is {self.ffw_output_gate!r}; choose one of {', '.join(GATES)}, or None")
+        self._check_init_scale()
         for kind in CONFIGURABLE_KINDS:
             check_settings(FFW_KINDS[kind], kind, getattr(self, kind) or {})
+
+    def _check_init_scale(self) -> None:
+        given, blocks = self.ffw_init_scale, self.ffw_layers
+        assert isinstance(blocks, list)  # filled in by __post_init__
+        if isinstance(given, list) and len(given) != len(blocks):
+            raise ValueError(
+                f"ffw_init_scale has {len(given)} numbers; num_hidden_layers is {len(blocks)}: give one for each block"
+            )
+        if isinstance(given, dict):
+            used = dict.fromkeys(part for kind in blocks for part in parts_of(kind))
+            for kind in given:
+                if kind not in FFW_KINDS:
+                    raise ValueError(f"ffw_init_scale names {kind!r}; choose from {', '.join(FFW_KINDS)}")
+            for kind in used:
+                if kind not in given:
+                    raise ValueError(f"ffw_init_scale has no number for {kind!r}, which ffw_layers has; add it")
+        numbers = given if isinstance(given, list) else given.values() if isinstance(given, dict) else [given]
+        for number in numbers:
+            if not 0 <= number < math.inf:
+                raise ValueError(f"ffw_init_scale has {number}; give finite numbers of at least 0")
+
+    @property
+    def residual_scale(self) -> float:
+        """By what the layers that write to the residual stream start smaller, so that its scale does not grow."""
+        return float((2 * self.num_hidden_layers) ** -0.5)
+
+    def ffw_output_scales(self, block: int) -> dict[str, float]:
+        """What each of the layers that are summed in a block starts at, by its kind, as `reset_parameters` takes it."""
+        given, kinds = self.ffw_init_scale, self.ffw_layers
+        assert isinstance(kinds, list)  # filled in by __post_init__
+        parts = parts_of(kinds[block])
+        if isinstance(given, dict):
+            scales = {part: given[part] for part in parts}
+        else:
+            scales = dict.fromkeys(parts, given[block] if isinstance(given, list) else given)
+        share = self.residual_scale * share_of_scale(len(parts))
+        return {part: scale * share for part, scale in scales.items()}

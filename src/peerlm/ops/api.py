@@ -132,6 +132,14 @@ def row_kernels(table: RowState) -> ModuleType | None:
     return cast("ModuleType | None", _offer("row_kernels", table))
 
 
+def sum_by_row(ids_E: Tensor, values_EX: Tensor, num_rows: int) -> tuple[Tensor, Tensor] | None:
+    """Sums of the values of equal ids, without waiting for the device; None where there are no kernels for that.
+
+    Returns ids (S,) int64, distinct, then -1, with S = min(E, num_rows); and sums (S, *X), zeros where the id is -1.
+    """
+    return cast("tuple[Tensor, Tensor] | None", _offer("sum_by_row", ids_E, values_EX, num_rows))
+
+
 def fit_rules(
     a_SK: Tensor, c_SK: Tensor, *, tolerance: float, spreads: Tensor, num_probes: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -269,8 +277,8 @@ def mix_experts(
         scales: (N, 2 or 3) float32, what each vector of 8-bit rows is multiplied by; otherwise None.
         activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
         backend: a name in `BACKENDS`.
-        row_gradients: give the gradient of `rows` as a sparse tensor of the rows that occur. torch.compile leaves the
-            call out of its graph.
+        row_gradients: give the gradient of `rows` as a sparse tensor of the rows that occur; those with scales have
+            none, and are updated in the backward pass. torch.compile leaves the call out of its graph.
 
     Returns:
         (T, D), in the dtype of x.
@@ -290,7 +298,7 @@ def mix_experts(
     if scales is None:
         _check_float(rows, "rows")
     elif rows.requires_grad:
-        raise ValueError(f"rows have dtype {rows.dtype} and require a gradient; rows with scales are not trained")
+        raise ValueError(f"rows have dtype {rows.dtype} and require a gradient; rows with scales have none")
     elif scales.shape != rows.shape[:2]:
         _refuse_shapes(rows=rows, scales=scales)
     if rows.ndim != 3 or rows.shape[1] not in (2, 3):

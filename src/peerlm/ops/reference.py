@@ -37,7 +37,9 @@ def unsupported(
     scales: Tensor | None = None,
     row_gradients: bool = False,
 ) -> str:
-    """Why these arguments cannot be computed here: never, but for row gradients of tensors that are not plain."""
+    """Why these arguments cannot be computed here: never, but for row gradients of some tensors."""
+    if row_gradients and scales is not None:
+        return "the definition does not train rows of 8 bits"
     return not_plain(*inputs, ids, rows) if row_gradients else ""
 
 

@@ -16,6 +16,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.watched import watch_reads, with_views
 
 _WATCHER = "_peerlm_row_watcher"
@@ -27,7 +28,7 @@ class RowState:
     """A table and what AdamW remembers of its rows; its tensors are updated in place."""
 
     rows: Tensor
-    """(N, *row_shape): float32, float64 or bfloat16."""
+    """(N, *row_shape): float32, float64 or bfloat16, or int8 or float8_e4m3fn with scales."""
     exp_avg: Tensor | None
     """First moments, like `rows`, in the state's dtype; None without a first moment."""
     exp_avg_sq: Tensor
@@ -36,6 +37,8 @@ class RowState:
     """(N,) int32: the step whose moments are stored; 0 where none are. None in lazy mode, where they do not age."""
     weights_step: Tensor | None
     """(N,) int32: the step up to which a row's weights are right. None in lazy mode."""
+    scales: Tensor | None = None
+    """float32, (N, *row_shape) without its last dimension: what each vector of rows of 8 bits is multiplied by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +98,14 @@ class RowHolder(Protocol):
     watched: bool
     """Set once an optimizer watches any of its rows: its look-ups then belong `outside_graphs`."""
 
+    trained_in_place: bool
+    """Whether rows of 8 bits, which have no gradient, are trained: by an optimizer's update in the backward pass."""
+
     def row_parameters(self) -> Sequence[Tensor]:
         """The parameters that hold rows."""
+
+    def scales_of(self, parameter: Tensor) -> Tensor | None:
+        """What each vector of a parameter's rows is multiplied by, in memory that changes with the table's."""
 
 
 _holders: WeakSet[RowHolder] = WeakSet()
@@ -182,9 +191,24 @@ def keep_rows(holder: RowHolder) -> None:
     _holders.add(holder)
 
 
-def known_rows() -> set[int]:
-    """The `id` of every parameter that holds rows of a table now."""
-    return {id(parameter) for holder in list(_holders) for parameter in holder.row_parameters()}
+def trained_rows() -> set[int]:
+    """The `id` of every parameter that holds rows of a table now, and is trained."""
+    return {
+        id(parameter)
+        for holder in list(_holders)
+        for parameter in holder.row_parameters()
+        if parameter.requires_grad or holder.trained_in_place
+    }
+
+
+def scales_of(parameter: Tensor) -> Tensor | None:
+    """What each vector of a table's rows is multiplied by, to be changed in place; None for rows without scales."""
+    if parameter.dtype not in SCALED_DTYPES:
+        return None
+    for holder in list(_holders):
+        if any(each is parameter for each in holder.row_parameters()):
+            return holder.scales_of(parameter)
+    return None
 
 
 def is_watched(parameter: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Which tensors are plain memory: no subclass, no wrapper of a transform, no stand-in of a tracer."""
+"""What can be asked of tensors: whether they are plain memory, and whether looking at them waits for a device."""
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ def not_plain(*maybe_tensors: Tensor | None) -> str:
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         return "a tensor has a tangent, of forward-mode differentiation"
     return ""
+
+
+def read_at_once(device: torch.device) -> bool:
+    """Whether numbers on this device can be looked at without waiting: other devices compute while Python runs on."""
+    return device.type == "cpu"
 
 
 def has_values(tensor: Tensor) -> bool:

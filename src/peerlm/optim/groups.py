@@ -2,7 +2,8 @@
 
 Expert tables hold most of a PEER model's weights and each row sees few tokens, so that tables and sub-keys
 get groups of their own. A module names such parameters itself, in a dict `parameter_roles` from its own
-direct parameter names to "table" (expert rows, memory values) or "keys" (sub-keys).
+direct parameter names to "table" (expert rows, memory values) or "keys" (sub-keys). With an attribute
+`trained_in_place` that is True its tables are trained although they have no gradient.
 """
 
 import math
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from peerlm.errors import listed
-from peerlm.optim.sparse_gradients import coalesced
+from peerlm.ops.tensors import read_at_once
+from peerlm.optim.sparse_gradients import sum_rows
 
 GROUP_NAMES = ("matrix", "vector", "table", "keys")
 
@@ -64,7 +66,8 @@ def _roles(model: nn.Module) -> dict[nn.Parameter, str]:
             if not hasattr(module, name):
                 raise ValueError(f"{path}.parameter_roles names {name!r}, which it does not have: {listed(own)}")
         for name, parameter in own.items():
-            if not parameter.requires_grad:
+            in_place = declared.get(name) == "table" and getattr(module, "trained_in_place", False)
+            if not parameter.requires_grad and not in_place:
                 continue
             plain = "vector" if parameter.ndim < 2 or isinstance(module, nn.Embedding) else "matrix"
             role = declared.get(name, plain)
@@ -77,16 +80,26 @@ def _roles(model: nn.Module) -> dict[nn.Parameter, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNorms:
-    """Euclidean norms of the gradients before clipping."""
+    """Euclidean norms of the gradients before clipping, kept on their device until they are asked for as numbers."""
 
-    rest: float
-    """Of everything but the tables."""
-    table: float
-    """Of the tables; 0 for a model without any."""
+    of_rest: Tensor
+    """Of everything but the tables, ()."""
+    of_tables: Tensor
+    """Of the tables, (); 0 for a model without any."""
+
+    @property
+    def rest(self) -> float:
+        """Of everything but the tables. Waits for the device."""
+        return self.of_rest.item()
+
+    @property
+    def table(self) -> float:
+        """Of the tables. Waits for the device."""
+        return self.of_tables.item()
 
     @property
     def finite(self) -> bool:
-        """Whether neither is NaN or infinite."""
+        """Whether neither is NaN or infinite. Waits for the device."""
         return math.isfinite(self.rest) and math.isfinite(self.table)
 
 
@@ -94,10 +107,11 @@ def clip_gradients(groups: Sequence[dict[str, Any]], *, max_norm: float, table_m
     """Scale gradients in place so that tables and, apart from them, everything else keep within their norms.
 
     Separate norms, because a table's gradient touches few rows of many: clipped together, either would set
-    the step of the other. A limit of math.inf never scales. Nothing is scaled when a norm is not finite.
+    the step of the other. A limit of math.inf never scales. Nothing is scaled when a norm is not finite. No other
+    device than the CPU is waited for.
 
-    Gradients may be sparse: an uncoalesced one, a sum over micro-batches, is coalesced first, because its norm is
-    that of the summed rows. Raises ValueError where tables have no gradients that could be clipped, under
+    Gradients may be sparse: the rows of an uncoalesced one, a sum over micro-batches, are summed first, because its
+    norm is that of the summed rows. Raises ValueError where tables have no gradients that could be clipped, under
     RowAdamW(fused=True).
     """
     if table_max_norm < math.inf and any(group.get("fused") and group.get("rows") for group in groups):
@@ -107,29 +121,29 @@ def clip_gradients(groups: Sequence[dict[str, Any]], *, max_norm: float, table_m
         )
     tables = _gradient_values(group for group in groups if group.get("name") == "table")
     rest = _gradient_values(group for group in groups if group.get("name") != "table")
-    rest_norm, table_norm = get_total_norm(rest), get_total_norm(tables)
-    norms = GradientNorms(rest=rest_norm.item(), table=table_norm.item())
-    if norms.finite and norms.rest > max_norm:
-        _scale(rest, max_norm / (rest_norm + 1e-6))
-    if norms.finite and norms.table > table_max_norm:
-        _scale(tables, table_max_norm / (table_norm + 1e-6))
-    return norms
+    first = next(iter([*rest, *tables]), torch.zeros(()))
+    rest_norm, table_norm = (get_total_norm(each).to(first.device, non_blocking=True) for each in (rest, tables))
+    finite = rest_norm.isfinite() & table_norm.isfinite()
+    _keep_within(rest, rest_norm, max_norm, finite)
+    _keep_within(tables, table_norm, table_max_norm, finite)
+    return GradientNorms(of_rest=rest_norm, of_tables=table_norm)
 
 
 def _gradient_values(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
-    values = []
-    for parameter in (parameter for group in groups for parameter in group["params"]):
-        if parameter.grad is None:
-            continue
-        if parameter.grad.is_sparse:
-            parameter.grad = coalesced(parameter.grad)
-            values.append(parameter.grad._values())  # not values(), which refuses to be scaled in place
-        else:
-            values.append(parameter.grad)
-    return values
+    return [
+        sum_rows(parameter) if parameter.grad.is_sparse else parameter.grad
+        for group in groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
 
 
-def _scale(values: list[Tensor], factor: Tensor) -> None:
-    with torch.no_grad():
-        for value in values:
-            value.mul_(factor.to(value.device))
+@torch.no_grad()
+def _keep_within(values: list[Tensor], norm: Tensor, most: float, finite: Tensor) -> None:
+    """Scale the values of this norm to the norm `most`, where it is larger and `finite` is true."""
+    too_large = finite & (norm > most)
+    if most == math.inf or (read_at_once(norm.device) and not too_large):
+        return
+    factor = torch.where(too_large, most / (norm + 1e-6), 1.0)
+    for value in values:
+        value.mul_(factor.to(value.device, non_blocking=True))

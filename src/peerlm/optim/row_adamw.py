@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from peerlm.ops import api, row_updates
+from peerlm.ops.padded_rows import padded_ids
+from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.ops.watched import raw
 from peerlm.optim import row_step
@@ -69,6 +71,8 @@ class RowAdamW(torch.optim.Optimizer):
     `peerlm.optim.sparse_gradients`), so that it works under transformers.Trainer as it is.
 
     Exact mode holds tables in float32 or float64, and so their moments; bfloat16 needs lazy=True or beta1 = 0.
+    So do rows of 8 bits (`layers.table.Table.train_in_place`), which also need fused=True: they have no gradient. Their
+    scales follow them, and stale ones decay by their scales, without rounding.
     Per row it keeps two int32 besides the moments. Gradients that are NaN or infinite make weights so.
 
     State: dense parameters have torch's "step", "exp_avg", "exp_avg_sq". Tables have these ("step" an int), in
@@ -139,8 +143,8 @@ class RowAdamW(torch.optim.Optimizer):
 
     def _put_tables_apart(self, group: dict[str, Any]) -> None:
         """Put the tables of this new last group that have no name into a group "table"."""
-        known = row_updates.known_rows()
-        tables = [parameter.requires_grad and id(parameter) in known for parameter in group["params"]]
+        known = row_updates.trained_rows()
+        tables = [id(parameter) in known for parameter in group["params"]]
         if all(tables):
             group["name"] = "table"
         elif any(tables):
@@ -167,7 +171,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     def _watch(self, parameter: Tensor, group: dict[str, Any]) -> None:
         row_updates.watch_rows(parameter, self._watcher)
-        if group["fused"]:
+        if group["fused"] and parameter.requires_grad:  # rows of 8 bits have no gradient that would be left
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._update_in_backward))
 
     @overload
@@ -367,6 +371,7 @@ class RowAdamW(torch.optim.Optimizer):
             exp_avg_sq=state["exp_avg_sq"],
             moments_step=state.get("moments_step"),
             weights_step=state.get("weights_step"),
+            scales=_scales_of(parameter),
         )
 
     def _row_step(self, parameter: Tensor, group: dict[str, Any], number: int) -> RowStep:
@@ -487,6 +492,14 @@ class _Watcher:
             hook.remove()
 
 
+def _scales_of(parameter: Tensor) -> Tensor | None:
+    """The scales of rows of 8 bits, to be changed without a trace in autograd."""
+    scales = row_updates.scales_of(parameter)
+    if scales is None and parameter.dtype in SCALED_DTYPES:
+        raise ValueError(f"rows in {parameter.dtype} need scales, and no table of peerlm's layers has this parameter")
+    return None if scales is None else scales.data
+
+
 def _is_on_device(rate: object) -> bool:
     """Whether a learning rate is a tensor that is not on the CPU."""
     return isinstance(rate, Tensor) and rate.device.type != "cpu"
@@ -545,7 +558,8 @@ def _kernels(table: RowState) -> Any:
 def _row_gradient(parameter: Tensor, kernels: Any) -> tuple[Tensor | None, Tensor, Callable[..., None]]:
     """Row numbers (U,), None for all rows in order; their gradients (U, *row_shape); what updates the rows by these.
 
-    Row numbers are distinct, unless the kernels add up the gradients of each row as they go.
+    Row numbers are distinct, unless the kernels add up the gradients of each row as they go; -1, which these kernels
+    leave out, is padding.
     """
     gradient = parameter.grad
     assert gradient is not None
@@ -557,6 +571,9 @@ def _row_gradient(parameter: Tensor, kernels: Any) -> tuple[Tensor | None, Tenso
             "give indices (1, U) and values (U, *row_shape)"
         )
     if not gradient.is_coalesced() and hasattr(kernels, "update_entries"):
+        padded = padded_ids(parameter)
+        if padded is not None:
+            return padded, gradient._values(), kernels.update_rows
         return gradient._indices()[0], gradient._values(), kernels.update_entries
     gradient = coalesced(gradient)
     return gradient.indices()[0], gradient.values(), kernels.update_rows
@@ -589,11 +606,14 @@ def _check(group: dict[str, Any], *, wait: bool = True) -> None:
                 f"a table {tuple(parameter.shape)} is a DTensor, as FSDP2 makes them, which RowAdamW cannot train: "
                 "take DistributedDataParallel, or torch.optim.AdamW"
             )
-        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-            raise ValueError(f"a table has dtype {parameter.dtype}: tables are float32, float64 or bfloat16")
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16, *SCALED_DTYPES):
+            taken = "float32, float64, bfloat16, int8 or float8_e4m3fn"
+            raise ValueError(f"a table has dtype {parameter.dtype}: tables are {taken}")
+        if parameter.dtype in SCALED_DTYPES and not group["fused"]:
+            raise ValueError(f"a table in {parameter.dtype} has no gradient: pass fused=True, which needs none")
         if group["lazy"] or beta1 == 0:
             continue
-        if torch.bfloat16 in (parameter.dtype, group["state_dtype"]):
+        if parameter.dtype in SCALED_DTYPES or torch.bfloat16 in (parameter.dtype, group["state_dtype"]):
             raise ValueError(
                 "weights equal to dense AdamW's need tables and moments in float32 (got a table in "
                 f"{parameter.dtype}, state_dtype = {group['state_dtype']}): pass lazy=True, or betas with beta1 = 0"

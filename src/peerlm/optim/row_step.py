@@ -1,7 +1,7 @@
 """The definition: AdamW on chosen rows of a table in eager PyTorch, any device.
 
 Native kernels are tested against this file. Arithmetic is in float32, in float64 for float64 tables; what is
-kept in bfloat16 is rounded stochastically where a seed is given, because rounding to nearest would swallow
+kept in bfloat16 or 8 bits is rounded stochastically where a seed is given, because rounding to nearest would swallow
 steps below 1/256 of a value. Shape suffixes: U distinct rows of a table, X a row's shape, J nodes.
 """
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peerlm.ops.row_updates import CatchUpRules, RowState, RowStep
+from peerlm.optim.scaled_rows import following_scales, narrow
 
 _ELEMENTS_AT_ONCE = 1 << 22
 
@@ -40,7 +41,7 @@ def update_rows(table: RowState, ids: Tensor | None, gradient_UX: Tensor, step: 
 
 
 def _update(table: RowState, ids_U: Tensor, gradient_UX: Tensor, step: RowStep) -> None:
-    dtype = torch.promote_types(table.rows.dtype, torch.float32)
+    dtype = arithmetic_dtype(table.rows)
     gradient = gradient_UX.to(dtype).flatten(1)
     rounding = _Rounding(step.seed, 2 * step.step, ids_U, gradient.shape[1])
     age_U1 = gradient.new_ones(len(ids_U), 1)
@@ -58,9 +59,12 @@ def _update(table: RowState, ids_U: Tensor, gradient_UX: Tensor, step: RowStep) 
         _store(table.exp_avg, ids_U, m, rounding.first_moments)
     denominator = v.sqrt() / (1 - step.beta2**step.step) ** 0.5 + step.eps
     rate = step.learning_rate / (1 - step.beta1**step.step)
-    w = table.rows[ids_U].to(dtype).flatten(1)
+    w = _weights(table, ids_U)
     w = w - (w * (step.learning_rate * step.weight_decay) + rate * m / denominator)
-    _store(table.rows, ids_U, w, rounding.weights)
+    if table.scales is None:
+        _store(table.rows, ids_U, w, rounding.weights)
+    else:
+        _store_scaled(table.rows, table.scales, ids_U, w, rounding.weights())
     if table.weights_step is not None:
         table.weights_step[ids_U] = step.step
 
@@ -84,10 +88,15 @@ def _catch_up(table: RowState, ids_U: Tensor, rules: CatchUpRules, step: RowStep
     assert table.weights_step is not None
     assert table.moments_step is not None
     device = table.rows.device
-    dtype = torch.promote_types(table.rows.dtype, torch.float32)
+    dtype = arithmetic_dtype(table.rows)
     since_U = table.weights_step[ids_U]
     rule_U = rules.index.to(device)[since_U.long() - rules.first_step].long()
-    w = table.rows[ids_U].to(dtype).flatten(1)
+    if table.scales is not None:  # without momentum: rows decay, which scales do without rounding
+        decay_U = rules.decay.to(device, dtype)[rule_U].view(-1, *[1] * (table.scales.ndim - 1))
+        table.scales.index_copy_(0, ids_U, table.scales[ids_U] * (1 - decay_U))
+        table.weights_step[ids_U] = step.step
+        return
+    w = _weights(table, ids_U)
     change = w * rules.decay.to(device, dtype)[rule_U, None]
     if table.exp_avg is not None:
         aged_U1 = (since_U - table.moments_step[ids_U]).to(dtype)[:, None]
@@ -114,6 +123,27 @@ def _parts(table: RowState, ids: Tensor | None) -> Iterator[tuple[slice, Tensor]
     for start in range(0, len(ids), at_once):
         part = slice(start, start + at_once)
         yield part, ids[part]
+
+
+def arithmetic_dtype(rows: Tensor) -> torch.dtype:
+    """What AdamW computes in: float64 for rows in float64, float32 for all others."""
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+
+def _weights(table: RowState, ids_U: Tensor) -> Tensor:
+    """Rows as they count, (U, len)."""
+    w = table.rows[ids_U].to(arithmetic_dtype(table.rows))
+    return (w if table.scales is None else w * table.scales[ids_U][..., None]).flatten(1)
+
+
+def _store_scaled(rows: Tensor, scales: Tensor, ids_U: Tensor, value: Tensor, random_bits: Tensor | None) -> None:
+    """Store values (U, len) in 8 bits, and the scales that go with them."""
+    value = value.view(len(ids_U), *rows.shape[1:])
+    following = following_scales(value, scales[ids_U], rows.dtype)
+    bits = None if random_bits is None else random_bits.view(value.shape)
+    codes = narrow(value, following, rows.dtype, bits)
+    scales.index_copy_(0, ids_U, following)
+    rows.view(torch.int8).index_copy_(0, ids_U, codes.view(torch.int8))
 
 
 def _store(target: Tensor, ids_U: Tensor, value: Tensor, random_bits: Callable[[], Tensor | None]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peerlm.files import write_json
+from peerlm.ops.row_updates import scales_of
 from peerlm.optim.row_adamw import RowAdamW
 
 STALE = "stale_rows"
@@ -56,13 +57,19 @@ def load_state(optimizer: Optimizer, folder: Path) -> None:
 def read_state(folder: Path) -> State:
     """What `save_state` wrote."""
     with safe_open(folder / FILE, framework="pt") as file:
-        values = json.loads((file.metadata() or {}).get("values", "{}"))
-        flat = {name: file.get_tensor(name) for name in file.keys()} | values  # noqa: SIM118, no mapping
+        flat = {name: file.get_tensor(name) for name in file.keys()} | read_values(folder)  # noqa: SIM118, no mapping
     state: State = {}
     for name, value in flat.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
     return state
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """What `save_state` wrote that is no tensor, by "INDEX.KEY"."""
+    with safe_open(folder / FILE, framework="pt") as file:
+        values: dict[str, Any] = json.loads((file.metadata() or {}).get("values", "{}"))
+    return values
 
 
 def catch_up_saved(model: nn.Module, folder: Path, prefix: str = "") -> None:
@@ -92,7 +99,11 @@ def catch_up_saved(model: nn.Module, folder: Path, prefix: str = "") -> None:
             raise ValueError(f"{folder / FILE} has the state of a table {name}, which the model does not have")
         if table.is_meta:
             raise ValueError(f"rows of {name} are stale in {folder}, and cannot be updated on a disk: load them whole")
-        _catch_up(table, saved)
+        scales = scales_of(table)
+        if scales is None:
+            _catch_up(table, saved)
+        else:  # without momentum: rows decay, as their scales do
+            _catch_up(scales, {**saved, "exp_avg_sq": torch.zeros(len(scales))})
 
 
 def mark_stale(folder: Path) -> None:

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from peerlm.optim.catch_up import RateHistory
+from peerlm.optim.row_step import arithmetic_dtype
 
 State = dict[str, Any]
+PER_ROW = ("exp_avg", "exp_avg_sq", "moments_step", "weights_step")
+"""What the state has of each row: the first size of these tensors is the table's."""
 
 
 def rates_of_decay(group: dict[str, Any]) -> dict[str, float]:
@@ -17,7 +20,7 @@ def rates_of_decay(group: dict[str, Any]) -> dict[str, float]:
 
 def new_state(parameter: Tensor, group: dict[str, Any]) -> State:
     """Empty moments and steps, as the settings of the group ask for."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    dtype = arithmetic_dtype(parameter)
     state_dtype = torch.bfloat16 if group["state_dtype"] == torch.bfloat16 else dtype
     state: State = {"step": 0, **rates_of_decay(group)}
     if group["betas"][0] > 0:

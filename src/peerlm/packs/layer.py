@@ -186,6 +186,10 @@ class LayerPacks(nn.Module):
         """Of the experts: a token retrieves as many as without packs, and the layer counts those."""
         return sum(parameter.numel() for pack in self.by_name().values() for parameter in pack.table.row_parameters())
 
+    def looked_up_rows(self) -> list[tuple[Table, int]]:
+        """The tables of packs, and no rows: the layer counts as many as a token retrieves, wherever they are."""
+        return [(pack.table, 0) for pack in self.by_name().values()]
+
 
 def _add_part(
     y_TD: Tensor | None,

@@ -16,7 +16,7 @@ from peerlm.data.preparation import say_old_split
 from peerlm.data.request import difference, sources_said
 from peerlm.data.sources import fingerprint, resolve
 from peerlm.errors import UserError
-from peerlm.layers import ExpertTable, ProductKeys
+from peerlm.layers import ExpertTable, ProductKeys, Table
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import api
 from peerlm.optim import RowAdamW, parameter_groups
@@ -90,9 +90,9 @@ def open_data(config: DataConfig, ranks: Ranks, *, progress: bool) -> tuple[Toke
             f"data.batch_size = {config.batch_size} is not divisible by the {ranks.world_size} processes that train: "
             "choose a multiple"
         )
-    if ranks.is_main:
-        prepare_data(config, progress=progress)
-    ranks.wait()
+    with ranks.together():
+        if ranks.is_main:
+            prepare_data(config, progress=progress)
     train, heldout = (TokenWindows(TokenShards(config.folder, split), config.context) for split in ("train", "heldout"))
     return train, heldout
 
@@ -194,6 +194,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
     Raises UserError where `optim.tables` asks for what this run cannot have.
     """
     optim = config.optim
+    scaled = [module for module in model.modules() if isinstance(module, Table) and not module.can_be_trained]
+    for table in scaled:
+        table.train_in_place()
     groups = parameter_groups(
         model,
         weight_decay=optim.weight_decay,
@@ -205,13 +208,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
         "betas": (optim.beta1, optim.beta2),
         "eps": optim.eps,
     }
-    tables = optim.tables
+    tables: str = optim.tables
     obstacle = _obstacle_to_rows(config, ranks)
     needs_rows = _need_of_rows(model, optim)
     if tables == "fused" and config.grow.freeze:
         raise UserError(
             "optim.tables = 'fused' cannot be combined with grow.freeze: its backward pass updates all rows"
         )
+    if scaled:
+        tables = _tables_in_place(tables, scaled[0].row_format)
     if tables == "auto":
         tables = "exact" if needs_rows or (not obstacle and _rows_pay(model, config, ranks)) else "dense"
     if tables == "dense":
@@ -234,6 +239,16 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
         return RowAdamW(groups, **options, lazy=tables == "lazy", fused=tables == "fused")
     except ValueError as error:
         raise UserError(f"optim.tables = {tables!r}: {error}") from error
+
+
+def _tables_in_place(tables: str, row_format: str) -> str:
+    """How tables are updated whose rows have no gradient; raises UserError where that is not what is configured."""
+    if tables not in ("auto", "fused"):
+        raise UserError(
+            f"optim.tables = {tables!r} cannot be combined with row_format = {row_format!r}, whose rows have no "
+            "gradient: set it to 'fused'"
+        )
+    return "fused"
 
 
 def _obstacle_to_rows(config: TrainConfig, ranks: Ranks) -> str:

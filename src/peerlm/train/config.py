@@ -16,6 +16,11 @@ def _require(config: object, prefix: str, names: str, holds: Callable[[Any], boo
             raise UserError(f"{prefix}{name} = {value!r}: {fix}")
 
 
+def added(default: Any) -> Any:
+    """A field that was added when rows of runs were there: at its default no row's key changes (`plain_values`)."""
+    return field(default=default, metadata={"added": True})
+
+
 def _at_least_0(value: float) -> bool:
     return value >= 0
 
@@ -151,6 +156,8 @@ class EvalConfig:
     """Held-out windows read at the end; null: all."""
     batch_size: int = 8
     """Windows in one forward pass on one rank."""
+    copying: bool = added(False)
+    """Whether every evaluation also measures what the model copies from its context (`peerlm.evaluate.copying`)."""
 
     def __post_init__(self) -> None:
         _require(self, "eval.", "every", _at_least_0, "must be 0 or more")
@@ -237,11 +244,14 @@ class TrainConfig:
     """Whether activations are computed again in the backward pass, which saves memory and costs time."""
     compile: bool = False
     """Whether torch.compile compiles the model."""
+    watchdog_minutes: float = 60.0
+    """Minutes that one step may take before the process prints where it hangs, and ends with exit code 70; 0: any."""
 
     def __post_init__(self) -> None:
         _require(self, "", "run", bool, "name the folder to write the run to")
+        _require(self, "", "watchdog_minutes", lambda value: 0 <= value < math.inf, "must be 0 or more, and finite")
         _require(self, "", "seed", lambda value: 0 <= value < 2**64, "must be 0 or more and below 2**64")
 
 
-UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "data.workers")
+UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "data.workers", "watchdog_minutes")
 """Keys, or sections, that a resumed run may change: the weights do not depend on them."""

@@ -1,5 +1,6 @@
-"""SIGTERM and Ctrl-C, held back until a step is finished."""
+"""SIGTERM and Ctrl-C, held back until a step is finished and the run is saved."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -8,8 +9,9 @@ from types import FrameType, TracebackType
 class Interrupts:
     """Context in which the first SIGTERM or SIGINT is noted in `received`.
 
-    A second one acts as it did outside. Handlers exist only in the main thread; in another, nothing is held
-    back.
+    Later ones change nothing, for SLURM, torchrun and a terminal may each send one, and the run is being saved. But a
+    process that trains alone is left by a second SIGINT, which acts as it did outside. Handlers exist only in the main
+    thread; in another, nothing is held back.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -30,8 +32,11 @@ class Interrupts:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        if self.received is None:
+            self.received = signal.Signals(number)
+            if alone:
+                signal.signal(signal.SIGINT, self._former[signal.SIGINT])
 
     def _restore(self) -> None:
         if threading.current_thread() is threading.main_thread():

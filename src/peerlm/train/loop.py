@@ -23,6 +23,7 @@ from peerlm.train.interrupts import Interrupts
 from peerlm.train.run_folder import last_good
 from peerlm.train.step import accumulate_gradients
 from peerlm.train.training import Training, place
+from peerlm.train.watchdog import Watchdog
 
 
 def last_state(training: Training) -> TrainState:
@@ -56,12 +57,14 @@ def fit(training: Training, state: TrainState) -> TrainState:
     )
     done = budget.reached(state.step, state.seconds)
     saved = monotonic()
-    with Interrupts() as interrupts:
+    watchdog = Watchdog(60 * config.watchdog_minutes, lambda: last_good(training.folder))
+    with Interrupts() as interrupts, watchdog:
         while not done:
             progress = budget.next_progress(state.step, state.seconds)
             for hook in hooks:
                 state = hook.before_step(training, state, progress)
-            state, measured = take_step(training, state, stream, progress)
+            with watchdog.step():
+                state, measured = take_step(training, state, stream, progress)
             done = budget.reached(state.step, state.seconds)
             _show(training, state)
             if done or state.step % config.log.every == 0:
@@ -155,17 +158,17 @@ def save(training: Training, state: TrainState) -> TrainState:
     started = time.perf_counter()
     peak = max(state.peak_memory_bytes, peak_memory_bytes(training.ranks.device))
     state = replace(state, peak_memory_bytes=peak)
-    if training.log is not None:
-        state = replace(state, log_bytes=training.log.sync())
-        save_checkpoint(
-            training.folder,
-            state,
-            training.weights,
-            training.optimizer,
-            training.tokenizer,
-            keep=training.config.checkpoint.keep,
-        )
-    training.ranks.wait()
+    with training.ranks.together():
+        if training.log is not None:
+            state = replace(state, log_bytes=training.log.sync())
+            save_checkpoint(
+                training.folder,
+                state,
+                training.weights,
+                training.optimizer,
+                training.tokenizer,
+                keep=training.config.checkpoint.keep,
+            )
     return replace(state, checkpoint_seconds=state.checkpoint_seconds + time.perf_counter() - started)
 
 

@@ -91,12 +91,24 @@ def unknown_key(key: str, known: Sequence[str]) -> UserError:
     return UserError(f"unknown key {key!r}: did you mean {max(known, key=likeness)!r}?")
 
 
+def plain_values(config: Any) -> dict[str, Any]:
+    """A configuration as nested plain values without `config.added` ones at their defaults: what a row is known by."""
+    values = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            values[entry.name] = plain_values(value)
+        elif not entry.metadata.get("added") or value != entry.default:
+            values[entry.name] = value
+    return values
+
+
 def bound_values(config: TrainConfig) -> dict[str, Any]:
     """The values that the weights depend on, by full key: all but `config.UNBOUND_KEYS`, and [grow] if none does."""
     unbound = UNBOUND_KEYS if config.grow.at else (*UNBOUND_KEYS, "grow")
     return {
         key: value
-        for key, value in _flatten(to_dict(config)).items()
+        for key, value in _flatten(plain_values(config)).items()
         if not any(key == free or key.startswith(free + ".") for free in unbound)
     }
 

@@ -2,17 +2,23 @@
 
 import shlex
 from pathlib import Path
+from typing import Literal
 
 from peerlm.errors import UserError
-from peerlm.files import PARTIAL, remove_partials, write_json
+from peerlm.files import is_partial, remove_partials, write_json
 from peerlm.train.checkpoint import list_checkpoints
 from peerlm.train.config import TrainConfig
 from peerlm.train.recipe import first_difference, load_recipe, to_dict
 
+Resume = bool | Literal["auto"]
+"""Whether to resume; "auto": where there is something to resume."""
 
-def check_run(config: TrainConfig, *, resume: bool) -> None:
+
+def check_run(config: TrainConfig, *, resume: Resume) -> None:
     """Raise UserError unless `config.run` can be started, or resumed with the same configuration."""
     run = Path(config.run)
+    if resume == "auto":
+        resume = run.is_dir() and any(run.iterdir())
     if not resume:
         if run.exists() and not (run.is_dir() and not any(run.iterdir())):
             if not run.is_dir() or _holds_other_things(run):
@@ -37,7 +43,7 @@ def check_run(config: TrainConfig, *, resume: bool) -> None:
 
 def _holds_other_things(run: Path) -> bool:
     """Whether a folder without config.json holds more than a killed process left half written."""
-    return not (run / "config.json").is_file() and any(not path.name.startswith(PARTIAL) for path in run.iterdir())
+    return not (run / "config.json").is_file() and any(not is_partial(path) for path in run.iterdir())
 
 
 def open_run(config: TrainConfig) -> None:

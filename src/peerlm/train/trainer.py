@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from peerlm.accounting import model_cost
-from peerlm.errors import UserError
+from peerlm.accounting import BYTES, model_cost
+from peerlm.errors import RankLost, TrainingStopped, UserError
 from peerlm.files import atomic_folder, is_disk_full, write_json
 from peerlm.ranks import join_ranks
 from peerlm.train.build import build_training, open_data
@@ -18,7 +18,7 @@ from peerlm.train.card import model_card
 from peerlm.train.checkpoint import TrainState, save_model
 from peerlm.train.config import TrainConfig
 from peerlm.train.loop import fit, last_state, peak_memory_bytes
-from peerlm.train.run_folder import check_run, last_good, open_run
+from peerlm.train.run_folder import Resume, check_run, last_good, open_run
 from peerlm.train.training import Training
 from peerlm.train.watching import Evaluation
 
@@ -33,7 +33,7 @@ class TrainResult:
     """What `summary.json` holds."""
 
 
-def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> TrainResult:
+def train(config: TrainConfig, *, resume: Resume = False, progress: bool = True) -> TrainResult:
     """Train by `config` into the folder `config.run`, until the budget is spent.
 
     The run folder gets config.json (resolved), log.jsonl (rows with loss, or with validation_loss),
@@ -44,7 +44,8 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
 
     Args:
         config: the run; `load_recipe` reads one from a file.
-        resume: whether `config.run` is a run to resume; otherwise it must not exist or be empty.
+        resume: whether `config.run` is a run to resume; otherwise it must not exist or be empty. "auto": resume
+            where there is a run, start where there is none.
         progress: whether to show a bar (on a terminal) or lines (elsewhere) on stderr.
 
     Raises:
@@ -54,17 +55,18 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     run = Path(config.run)
     try:
         with join_ranks(config.device) as ranks:
-            check_run(config, resume=resume)
-            ranks.wait()
+            with ranks.together():
+                check_run(config, resume=resume)
             if (run / "summary.json").is_file():
                 return TrainResult(run=run, summary=json.loads((run / "summary.json").read_text()))
             windows, heldout = open_data(config.data, ranks, progress=progress)
             evaluation = Evaluation(heldout, config.eval)
             training = build_training(config, ranks, windows, evaluation)
-            try:
-                return TrainResult(run=run, summary=_run(training, evaluation, progress=progress))
-            finally:
-                training.unwrap()
+            summary = _run(training, evaluation, progress=progress)
+            training.unwrap()  # not after an exception: it could wait for ranks that have failed
+            return TrainResult(run=run, summary=summary)
+    except RankLost as error:
+        raise TrainingStopped(f"training stopped: {error}; {last_good(run)}", exit_code=error.exit_code) from error
     except Exception as error:
         if is_disk_full(error):
             raise UserError(f"the disk of {run} is full: free some space, then --resume; {last_good(run)}") from error
@@ -74,21 +76,21 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
 def _run(training: Training, evaluation: Evaluation, *, progress: bool) -> dict[str, Any]:
     """From the newest checkpoint, or the start, to the end; returns the summary."""
     config, ranks = training.config, training.ranks
-    if ranks.is_main:
-        training.check_space(progress=progress)
-        open_run(config)
-    ranks.wait()
+    with ranks.together():
+        if ranks.is_main:
+            training.check_space(progress=progress)
+            open_run(config)
     state = last_state(training)
     with training.reporting(state, progress=progress):
         state = fit(training, state)
         state, found = evaluation.measure(training, state, config.eval.final_windows)
         summary = _summary(training, state, found)
-        if ranks.is_main:
-            with atomic_folder(training.folder / "model") as folder:
-                save_model(folder, training.weights, training.tokenizer)
-                model_card(config, training.weights, summary).save(folder / "README.md")
-            write_json(training.folder / "summary.json", summary)
-    ranks.wait()
+        with ranks.together():
+            if ranks.is_main:
+                with atomic_folder(training.folder / "model") as folder:
+                    save_model(folder, training.weights, training.tokenizer)
+                    model_card(config, training.weights, summary).save(folder / "README.md")
+                write_json(training.folder / "summary.json", summary)
     return summary
 
 
@@ -108,6 +110,7 @@ def _summary(training: Training, state: TrainState, evaluation: Mapping[str, Any
         "total_parameters": cost.total_parameters,
         "active_parameters": cost.active_parameters,
         "training_flops_per_token": cost.training_flops_per_token,
+        **{name: getattr(cost, name) for name in BYTES},
         "train_loss": state.train_loss,
         "perplexity": math.exp(evaluation["validation_loss"]),
         **evaluation,

@@ -99,7 +99,7 @@ class Training:
         self.unwrap()
         if self.ranks.world_size > 1:
             share_statistics(self.model, dist.group.WORLD)
-            self.forward = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(self.model, forward_sync_buffers=False)
         if self.config.compile:
             self.forward = torch.compile(self.forward)  # type: ignore[assignment]
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from peerlm.data import TokenWindows
-from peerlm.evaluate import held_out_loss
+from peerlm.evaluate import CopyCounts, copy_probe, held_out_loss
+from peerlm.evaluate.copying import check_length
 from peerlm.optim import RowAdamW
 from peerlm.ranks import Ranks
 from peerlm.train.checkpoint import TrainState
@@ -22,6 +23,8 @@ class Evaluation(Hook):
 
     def __init__(self, heldout: TokenWindows, config: EvalConfig) -> None:
         self.heldout, self.config = heldout, config
+        if config.copying:
+            check_length(heldout.context, heldout.shards.window_start)
 
     def after_step(self, training: Training, state: TrainState, *, done: bool) -> TrainState:
         """Measure where it is due; after the last step more windows are measured on, by `measure`."""
@@ -33,11 +36,23 @@ class Evaluation(Hook):
         """Measure on that many windows (None: all) and write the row; returns what was measured, too."""
         started = time.perf_counter()
         model: Any = training.model
+        reading: dict[str, Any] = {"limit": windows, "ranks": training.ranks}
+        copies = None
+        if self.config.copying:
+            copies = CopyCounts(self.heldout, device=training.ranks.device, **reading)
         with training.autocast(), record_usage(model) as usage:
             loss = held_out_loss(
-                model, self.heldout, batch_size=self.config.batch_size, limit=windows, ranks=training.ranks
+                model,
+                self.heldout,
+                batch_size=self.config.batch_size,
+                watch=None if copies is None else copies.add,
+                **reading,
             )
         found = {"validation_loss": loss, "usage": _summed_usage(usage, training.ranks)}
+        if copies is not None:
+            with training.autocast():
+                probe = copy_probe(model, self.heldout, begin=self.heldout.shards.window_start)
+            found["copying"] = {**copies.figures(), **probe}
         training.write({**place(state), **found})
         training.display.note(f"step {state.step}  validation loss {loss:.4f}  perplexity {math.exp(loss):.2f}")
         seconds = time.perf_counter() - started

@@ -16,6 +16,8 @@ from peerlm_studies.comparison.plan import CompareConfig, PlannedRun
 from peerlm_studies.processes import Processes
 from peerlm_studies.rows import append_row, machine_and_date, read_rows
 
+CURVE = ("tokens", "flops", "seconds", "validation_loss")
+"""What a row keeps of each evaluation in training; where a run measures copying, that too."""
 ROWS_FILE = "rows.jsonl"
 """Where in the folder of a comparison its rows are."""
 
@@ -72,7 +74,7 @@ def _make_row(
     config = output / "recipes" / f"{folder.name}.json"
     config.parent.mkdir(parents=True, exist_ok=True)
     write_json(config, to_dict(run.train))
-    _peerlm(run, processes, "train", str(config), *(["--resume"] if folder.exists() else []))
+    _peerlm(run, processes, "train", str(config), "--resume=auto")
     evaluation = {}
     if files := compare.evaluate:
         results = folder / "evaluation.json"
@@ -96,7 +98,7 @@ def _make_row(
         "summary": summary,
         "evaluation": evaluation,
         "curve": [
-            {name: row[name] for name in ("tokens", "flops", "seconds", "validation_loss")}
+            {name: row[name] for name in (*CURVE, "copying") if name in row}
             for row in read_rows(folder / "log.jsonl")
             if "validation_loss" in row
         ],

@@ -5,14 +5,14 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from peerlm.errors import UserError, listed
 from peerlm.train.config import TrainConfig
 from peerlm.train.presets import merge, with_preset
-from peerlm.train.recipe import bound_values, from_dict, read_recipe, set_key
+from peerlm.train.recipe import bound_values, from_dict, plain_values, read_recipe, set_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class PlannedRun:
 
     def key(self, compare: CompareConfig) -> str:
         """Digest of all that the run's row depends on; a row with this key need not be made again."""
-        values = bound_values(self.train) | {"eval": asdict(self.train.eval)}
+        values = bound_values(self.train) | {"eval": plain_values(self.train.eval)}
         values |= {"files": compare.evaluate, "limit": compare.evaluate_limit}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

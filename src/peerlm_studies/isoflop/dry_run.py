@@ -62,6 +62,9 @@ def dry_run(plan: IsoflopPlan, *, gpu_tflops: float, utilisation: float, **part:
                 "tokens": int(budget.limit) * tokens_per_step,
                 "steps": int(budget.limit),
                 "memory_gib": memory / 2**30,
+                "row_bytes": cost.row_bytes_per_token,
+                "decoding_bytes": cost.parameter_bytes_per_token,
+                "table_gib": cost.table_training_bytes / 2**30,
                 "gpu_hours": flops / (gpu_tflops * 1e12 * utilisation) / 3600,
             }
         )
@@ -80,6 +83,9 @@ def dry_run_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             "tokens": [f"{row['tokens'] / 1e9:,.3g}G" for row in rows],
             "steps": [f"{row['steps']:,}" for row in rows],
             "GiB": [f"{row['memory_gib']:,.1f}" for row in rows],
+            "of tables": [f"{row['table_gib']:,.1f}" for row in rows],
+            "rows, KiB/token": [f"{row['row_bytes'] / 2**10:,.0f}" for row in rows],
+            "decoding, KiB/token": [f"{row['decoding_bytes'] / 2**10:,.0f}" for row in rows],
             "GPU hours": [f"{row['gpu_hours']:,.3g}" for row in rows],
         }
     )

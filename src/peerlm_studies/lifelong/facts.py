@@ -111,7 +111,7 @@ def learn_facts(plan: "LifelongPlan", facts: FactsConfig, *, progress: bool) -> 
                 run=str(folder / "base" / f"seed={stream.seed}"),
                 data=replace(stream.base.data, folder=str(folder / "data" / "base"), sources=(str(base_text),)),
             )
-            train(base, resume=Path(base.run).is_dir() and any(Path(base.run).iterdir()), progress=progress)
+            train(base, resume="auto", progress=progress)
             config = replace(
                 stream.learn,
                 run=str(folder / "streams" / f"{stream.label} seed={stream.seed}".replace(" ", "_").replace("/", "_")),
@@ -126,10 +126,9 @@ def learn_facts(plan: "LifelongPlan", facts: FactsConfig, *, progress: bool) -> 
             def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
                 return _measure(model, tokenizer, asked, facts, context)  # noqa: B023
 
-            resume = (Path(config.run) / "config.json").is_file()
             with warnings.catch_warnings():  # what is measured is how well a text is remembered
                 warnings.filterwarnings("ignore", ".* is measured on are in the text of ", PeerlmWarning)
-                learned = learn(config, resume=resume, progress=progress, measure=measure)
+                learned = learn(config, resume="auto", progress=progress, measure=measure)
             for number, row in enumerate(learned):
                 if number >= len(done):
                     append_row(path, {"key": key, "label": stream.label, "seed": stream.seed, **row, **provenance()})

@@ -62,12 +62,12 @@ def lifelong(recipe: str | Path, overrides: Sequence[str] = (), *, progress: boo
 
 def train_base(config: TrainConfig, *, progress: bool) -> None:
     """Train a base model, or resume it; nothing where it is finished."""
-    train(config, resume=Path(config.run).is_dir() and any(Path(config.run).iterdir()), progress=progress)
+    train(config, resume="auto", progress=progress)
 
 
 def run_stream(config: LearnConfig, *, progress: bool, **options: Any) -> list[dict[str, Any]]:
     """All stages of a stream, from where it was stopped."""
-    return learn(config, resume=(Path(config.run) / "config.json").is_file(), progress=progress, **options)
+    return learn(config, resume="auto", progress=progress, **options)
 
 
 def _named(row: Mapping[str, Any], stream: PlannedStream, key: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from peerlm.errors import TrainingStopped, UserError
 from peerlm.evaluate import held_out_loss
 from peerlm.evaluate.likelihood import device_of
 from peerlm.evaluate.progress import progress_bar
+from peerlm.model.modeling_peer import PeerDecoderLayer
 from peerlm.optim import clip_gradients, cosine, parameter_groups, set_learning_rates
 from peerlm.train.step import accumulate_gradients
 from peerlm_studies.neurons.setup import (
@@ -124,11 +125,16 @@ def _start(setup: NeuronSetup, learned: Mapping[str, NeuronLayer], start: str, s
     if start == "dense":
         return model
     torch.manual_seed(seed)
-    residual_scale = (2 * model.config.num_hidden_layers) ** -0.5  # as PeerForCausalLM initialises its layers
+    scales = {
+        f"{name}.{path}": scale
+        for name, block in model.named_modules()
+        if isinstance(block, PeerDecoderLayer)
+        for path, scale in block.ffw_scales.items()
+    }
     for path, layer in learned.items():
         copy = deepcopy(layer)
         if start == "random":
-            copy.reset_parameters(output_scale=model.config.ffw_init_scale * residual_scale)
+            copy.reset_parameters(output_scale=scales[path])
         model.set_submodule(path, copy)
     return model
 

@@ -16,7 +16,7 @@ from peerlm.accounting import Cost, model_cost
 from peerlm.errors import UserError, listed
 from peerlm.evaluate.likelihood import Report, silent
 from peerlm.model import PeerConfig, PeerForCausalLM
-from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, INNER, kinds_of_blocks
+from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, INNER, kinds_of_blocks, parts_of
 from peerlm.model.modeling_peer import build_ffw
 from peerlm_studies.memory import training_bytes
 from peerlm_studies.scaling.fit import CONSTANTS, Law, interval
@@ -55,6 +55,12 @@ class Candidate:
     active_parameters: int
     tokens: int
     memory_gib: float
+    row_bytes: int
+    """Of tables, that a token reads in a forward pass (`peerlm.accounting`)."""
+    decoding_bytes: int
+    """Of all parameters, that a token alone reads."""
+    table_gib: float
+    """Tables with AdamW's moments."""
     warnings: tuple[str, ...]
     """In what it lies outside of the runs that the law was fitted to."""
     ranges: Mapping[str, tuple[float, float]] | None = None
@@ -67,6 +73,7 @@ def plan_model(
     *,
     flops: float,
     memory: float = math.inf,
+    row_bytes: float = math.inf,
     method: str | None = None,
     vocab_size: int | None = None,
     context: int | None = None,
@@ -85,6 +92,7 @@ def plan_model(
         law: what `scaling` returns.
         flops: of training.
         memory: bytes for training (`training_bytes`, one window at a time).
+        row_bytes: of tables that a token may read in a forward pass, at the most.
         method: only this; None: all.
         vocab_size, context: of the model; None: of the fit, to whose text and tokens alone losses apply.
         report: called with how many models were tried, and how many there are.
@@ -92,20 +100,25 @@ def plan_model(
     Raises:
         UserError: a figure out of range, a method that the law lacks, or nothing fits.
     """
-    check_spend(flops, memory)
+    check_spend(flops, memory, row_bytes)
     fits = chosen_fits(law, method)
     models = {name: list(_models(fit)) for name, fit in fits.items()}
     total = sum(map(len, models.values()))
     tried: dict[str, list[_Tried]] = {name: [] for name in fits}
     for done, (fitted, model) in enumerate(((name, model) for name in fits for model in models[name]), start=1):
-        found = _try(fits[fitted], model, flops, memory, vocab_size, context)
+        found = _try(fits[fitted], model, flops, memory, row_bytes, vocab_size, context)
         tried[fitted] += [] if found is None else [found]
         report(done, total)
     best = [_best(name, fits[name], found, flops) for name, found in tried.items() if found]
     if not best:
+        limits = [
+            f"{flops:g} FLOPs",
+            *([] if math.isinf(memory) else [f"{memory / 2**30:.3g} GiB"]),
+            *([] if math.isinf(row_bytes) else [f"{row_bytes:,.0f} bytes of rows per token"]),
+        ]
         raise UserError(
-            f"no model of at least 32 wide trains on one window for {flops:g} FLOPs in {memory / 2**30:.3g} GiB: "
-            "allow more of either"
+            f"no model of at least 32 wide trains on one window within {', '.join(limits)}, with as few experts per "
+            "token as the law's runs had: allow more"
         )
     return best if any(each.ranges for each in best) else sorted(best, key=lambda candidate: candidate.loss)
 
@@ -131,13 +144,18 @@ def _models(fit: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for width in WIDTHS:
         named = base.get("ffw_layers")
         if isinstance(named, list):
-            ways = (kind, kind + INNER, None)
+            whole = next((each for each in named if kind in parts_of(each)), kind)
+            ways = (whole, whole + INNER, None)
             named = next((way for way in ways if named == kinds_of_blocks(way, len(named))), named)
         layers = len(named) if isinstance(named, list) else max(4, width // 64)
         heads = 4 if width <= 512 else width // 64
         sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
         model = {**base, **sizes, "ffw_layers": named}
         model.pop("num_key_value_heads", None)
+        if base.get("parallel_intermediate_size"):
+            model["parallel_intermediate_size"] = round(
+                base["parallel_intermediate_size"] * width / base["hidden_size"]
+            )
         if kind not in ("peer", "pkm"):
             yield model
             continue
@@ -177,10 +195,11 @@ def _try(
     model: Mapping[str, Any],
     flops: float,
     memory: float,
+    row_bytes: float,
     vocab_size: int | None,
     context: int | None,
 ) -> _Tried | None:
-    """A model with its cost; None where the budget does not reach for a window, or memory for the model."""
+    """A model with its cost; None where the budget does not reach for a window, or memory or bytes for the model."""
     context = fit["context"] if context is None else context
     settings = {
         **model,
@@ -190,7 +209,7 @@ def _try(
     cost = _cost(settings, context)
     tokens = int(flops / cost.training_flops_per_token)
     needed = training_bytes(cost.total_parameters, _backbone_config(settings), tokens=context)
-    if tokens < context or needed > memory:
+    if tokens < context or needed > memory or cost.row_bytes_per_token > row_bytes:
         return None
     granularity, expansion = experts_of(model)
     at = {
@@ -243,6 +262,9 @@ def _figures(tried: _Tried) -> dict[str, Any]:
         "active_parameters": tried.cost.active_parameters,
         "tokens": tried.tokens,
         "memory_gib": tried.needed / 2**30,
+        "row_bytes": tried.cost.row_bytes_per_token,
+        "decoding_bytes": tried.cost.parameter_bytes_per_token,
+        "table_gib": tried.cost.table_training_bytes / 2**30,
     }
 
 
@@ -251,22 +273,15 @@ def _cost(settings: Mapping[str, Any], context: int) -> Cost:
     layers = settings["num_hidden_layers"]
     blocks = Counter(kinds_of_blocks(settings.get("ffw_layers"), layers))
     one, two = (_backbone_cost(_backbone_text(settings, count), context) for count in (1, 2))
-    dense = _layer_cost("dense", settings["hidden_size"], "null", settings.get("intermediate_size"), context)
-    of_kind = {
-        kind: _layer_cost(
-            kind,
-            settings["hidden_size"],
-            json.dumps(settings.get(kind), sort_keys=True),
-            settings.get("intermediate_size"),
-            context,
-        )
-        for kind in blocks
-    }
+    dense, of_kind = (
+        {kind: _layer_cost(kind, _layer_text(settings, kind), context) for kind in kinds}
+        for kinds in (("dense",), blocks)
+    )
     return Cost(
         **{
             field.name: getattr(one, field.name)
             + (layers - 1) * (getattr(two, field.name) - getattr(one, field.name))
-            - layers * getattr(dense, field.name)
+            - layers * getattr(dense["dense"], field.name)
             + sum(count * getattr(of_kind[kind], field.name) for kind, count in blocks.items())
             for field in fields(Cost)
         }
@@ -294,10 +309,16 @@ def _backbone_cost(text: str, context: int) -> Cost:
         return model_cost(PeerForCausalLM(_config(text)), context)
 
 
+def _layer_text(settings: Mapping[str, Any], kind: str) -> str:
+    """The settings that a block's feed-forward layer of this kind depends on, as JSON."""
+    names = ("hidden_size", "intermediate_size", "parallel_intermediate_size", *parts_of(kind))
+    return json.dumps({name: settings.get(name) for name in names}, sort_keys=True)
+
+
 @functools.cache
-def _layer_cost(kind: str, width: int, settings: str, intermediate_size: int | None, context: int) -> Cost:
+def _layer_cost(kind: str, settings: str, context: int) -> Cost:
     """Of one feed-forward layer; its settings are JSON."""
-    config = SimpleNamespace(hidden_size=width, intermediate_size=intermediate_size, **{kind: json.loads(settings)})
+    config = SimpleNamespace(**json.loads(settings))
     with torch.device("meta"):
         return model_cost(build_ffw(config, kind), context)  # type: ignore[arg-type]
 
@@ -328,13 +349,17 @@ def plan_quantities(candidate: Candidate) -> dict[str, str]:
         "parameters": f"{candidate.total_parameters:.3g}",
         "active parameters": f"{candidate.active_parameters:.3g}",
         "memory, GiB": f"{candidate.memory_gib:.3g}",
+        "rows read per token, bytes": f"{candidate.row_bytes:.3g}",
+        "read in decoding, bytes": f"{candidate.decoding_bytes:.3g}",
+        "tables with optimizer, GiB": f"{candidate.table_gib:.3g}",
     }
     if candidate.experts:
         shown["experts in a layer"] = f"{candidate.experts:,}"
         shown["active experts"] = f"{candidate.active_experts:,}"
     if candidate.heads:
         shown["heads"] = f"{candidate.heads:,}"
-    names = ("loss", "hidden_size", "layers", "tokens", "total_parameters", "active_parameters", "memory_gib")
+    names = ["loss", "hidden_size", "layers", "tokens", "total_parameters", "active_parameters", "memory_gib"]
+    names += ["row_bytes", "decoding_bytes", "table_gib"]
     for label, name in zip(shown, names, strict=False):
         if candidate.ranges is not None:
             low, high = candidate.ranges[name]

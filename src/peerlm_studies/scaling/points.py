@@ -17,7 +17,14 @@ SIZES = {
     "token_choice": ("num_experts", "experts_per_token"),
 }
 """By kind of layer, the settings that are its expansion and granularity: all others must be alike in a group."""
-BACKBONE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+BACKBONE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "parallel_intermediate_size",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +87,11 @@ def _signature(config: Mapping[str, Any]) -> str:
 
 
 def kind_of(model: Mapping[str, Any]) -> str:
-    """The kind of layer in a [model] that is not dense; "dense" where all are."""
-    from peerlm.model.configuration_peer import kinds_of_blocks
+    """The kind of layer in a [model] that is not dense, alone or beside another; "dense" where all are."""
+    from peerlm.model.configuration_peer import kinds_of_blocks, parts_of
 
     kinds = kinds_of_blocks(model.get("ffw_layers", "peer"), model.get("num_hidden_layers", 1))
-    return next((kind for kind in kinds if kind in SIZES), "dense")
+    return next((part for kind in kinds for part in parts_of(kind) if part in SIZES), "dense")
 
 
 def point_of(row: Row) -> RunPoint:

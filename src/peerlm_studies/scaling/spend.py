@@ -19,14 +19,14 @@ UNITS = {
 }
 
 
-def check_spend(flops: float, memory: float) -> None:
-    """Raise UserError unless both are above 0, and the FLOPs finite."""
-    for name, value in (("flops", flops), ("memory", memory)):
+def check_spend(flops: float, memory: float, row_bytes: float) -> None:
+    """Raise UserError unless all are above 0, and the FLOPs finite."""
+    for name, value in (("flops", flops), ("memory", memory), ("row-bytes", row_bytes)):
         if not value > 0 or (name == "flops" and math.isinf(value)):
             raise UserError(f"--{name} {value:g}: must be above 0{' and finite' if name == 'flops' else ''}")
 
 
-def read_bytes(text: str) -> float:
+def read_bytes(text: str, option: str = "--memory") -> float:
     """Bytes from a number with a unit, as in 80GiB or 500MB; raises UserError for anything else."""
     if text == "inf":
         return math.inf
@@ -35,4 +35,4 @@ def read_bytes(text: str) -> float:
         assert match is not None
         return float(match.group(1)) * UNITS[match.group(2)]
     except (AssertionError, ValueError, KeyError) as error:
-        raise UserError(f"--memory {text!r}: write a number of bytes with a unit, as in 80GiB or 500MB") from error
+        raise UserError(f"{option} {text!r}: write a number of bytes with a unit, as in 80GiB or 500MB") from error

@@ -114,3 +114,12 @@ def test_a_recipe_without_methods_or_folder_is_refused(tmp_path: Path) -> None:
         plan_of(tmp_path, RECIPE.split("[methods")[0])
     with pytest.raises(UserError, match="lacks run: add the folder"):
         plan_of(tmp_path, RECIPE.replace('run = "out"', ""))
+
+
+def test_a_setting_that_came_later_changes_no_old_key(tmp_path: Path) -> None:
+    """The key of the first run was written down before eval.copying was there."""
+    plain, asked = plan_of(tmp_path), plan_of(tmp_path, RECIPE, "eval.copying=true")
+    assert plain.runs[0].key(plain.compare) == "6d3c43629020a280"
+    assert asked.runs[0].key(asked.compare) != "6d3c43629020a280"
+    off = plan_of(tmp_path, RECIPE, "eval.copying=false")
+    assert off.runs[0].key(off.compare) == "6d3c43629020a280"

@@ -24,6 +24,8 @@ def test_figures_follow_from_the_model_and_the_gpu(study: Any) -> None:
         state = 16 * row["total_parameters"]
         width = run.planned.train.model["hidden_size"]
         assert row["memory_gib"] * 2**30 == pytest.approx(state + 64 * (2 * 34 * 2 * width + 12 * 300), abs=1)
+        rows_read = 2 * 8 * 2 * 4 * width if run.method == "PEER" else 0  # blocks, experts, u and v, bytes
+        assert row["row_bytes"] == rows_read
     assert rows[-1]["size"] in dry_run_markdown(rows)
 
 

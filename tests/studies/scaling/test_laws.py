@@ -20,7 +20,7 @@ from peerlm_studies.scaling import planner
 from peerlm_studies.scaling.fit import Law
 from peerlm_studies.scaling.law_file import DEFAULT_LAW, read_law
 from peerlm_studies.scaling.laws import law_markdown, plot_law, scaling
-from peerlm_studies.scaling.planner import Candidate, plan_model, plan_row
+from peerlm_studies.scaling.planner import Candidate, plan_model, plan_quantities, plan_row
 from peerlm_studies.scaling.points import embedding_parameters, experts_of, groups_of, kind_of, point_of
 from peerlm_studies.scaling.spend import read_bytes
 
@@ -166,6 +166,7 @@ def test_the_plan_is_the_best_there_is(law_file: Path, flops: float) -> None:
         ("peer", "peer"),
         (["peer", "peer"], "peer"),
         (["dense", "peer", "peer", "dense"], "peer:inner"),
+        (["dense", "peer+dense", "peer+dense", "dense"], "peer+dense:inner"),
         (["dense", "peer"], None),
     ],
 )
@@ -180,6 +181,8 @@ def test_figures_of_deep_models_are_those_of_the_whole_model(law_file: Path, mea
         cost = model_cost(PeerForCausalLM(config), 64)
     assert (cost.total_parameters, cost.active_parameters) == (found.total_parameters, found.active_parameters)
     assert found.tokens == int(1e17 / cost.training_flops_per_token)
+    assert (found.row_bytes, found.decoding_bytes) == (cost.row_bytes_per_token, cost.parameter_bytes_per_token)
+    assert found.table_gib * 2**30 == cost.table_training_bytes > 0
 
 
 def test_a_plan_stays_within_the_experts_that_were_measured(law_file: Path) -> None:
@@ -198,14 +201,30 @@ def test_memory_limits_the_model(law_file: Path) -> None:
     assert tight.loss > free.loss
 
 
+def test_bytes_of_rows_limit_the_model(law_file: Path) -> None:
+    def best(row_bytes: float) -> Candidate:
+        return plan_model(read_law(law_file), flops=1.6e12, row_bytes=row_bytes, method="PEER")[0]
+
+    free = best(math.inf)
+    tight = best(free.row_bytes - 1)
+    assert free.row_bytes > tight.row_bytes > 0
+    assert tight.loss > free.loss
+    assert plan_quantities(tight)["rows read per token, bytes"] == f"{tight.row_bytes:.3g}"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"flops": 0.0}, "--flops 0: must be above 0"),
         ({"flops": math.inf}, "--flops inf: must be above 0 and finite"),
         ({"flops": 1e12, "memory": -1.0}, "--memory -1: must be above 0"),
+        ({"flops": 1e12, "row_bytes": 0.0}, "--row-bytes 0: must be above 0"),
+        ({"flops": 1e12, "row_bytes": 5.0, "method": "PEER"}, "within 1e\\+12 FLOPs, 5 bytes of rows per token, with"),
         ({"flops": 1e12, "method": "rival"}, "the law has no method 'rival': choose from dense, PEER"),
-        ({"flops": 1e12, "memory": 1000.0}, "no model of at least 32 wide trains on one window for 1e\\+12 FLOPs"),
+        (
+            {"flops": 1e12, "memory": 1000.0},
+            "no model of at least 32 wide trains on one window within 1e\\+12 FLOPs, 9.31e-07 GiB,",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_named(law_file: Path, options: dict[str, Any], message: str) -> None:
@@ -218,6 +237,8 @@ def test_bytes_have_units() -> None:
     for text in ("much", "80 gigs", "e"):
         with pytest.raises(UserError, match=f"--memory '{text}': write a number of bytes with a unit"):
             read_bytes(text)
+    with pytest.raises(UserError, match="--row-bytes 'much'"):
+        read_bytes("much", "--row-bytes")
 
 
 def test_runs_that_differ_in_other_settings_are_fitted_apart() -> None:
@@ -277,6 +298,7 @@ def test_experts_are_counted_by_the_kind_of_layer() -> None:
     assert experts_of({"ffw_layers": "expert_choice", "expert_choice": {"num_experts": 16}}) == (1.0, 16.0)
     assert experts_of({}) == (128.0, 8192.0)
     assert kind_of({"ffw_layers": None}) == "peer"
+    assert kind_of({"ffw_layers": ["dense", "dense+pkm"]}) == "pkm"
 
 
 def test_fits_that_cannot_be_made_are_named(tmp_path: Path) -> None:

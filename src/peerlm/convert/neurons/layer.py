@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peerlm.convert.neurons.keys import NeuronKeys
 from peerlm.convert.neurons.weights import Neurons
-from peerlm.layers import ExpertTable
+from peerlm.layers import ExpertTable, Table
 from peerlm.layers.checks import check_settings, check_sizes, flatten_tokens
 from peerlm.layers.output_scale import output_std
 
@@ -204,6 +204,10 @@ class NeuronLayer(nn.Module):
     def inactive_parameters(self) -> int:
         """Parameters of neurons that one token leaves untouched."""
         return self.table.row_shape[0] * self.width * (self.num_places - self.index.retrieved)
+
+    def looked_up_rows(self) -> list[tuple[Table, int]]:
+        """The table, which other layers may share, and how many rows of it a token looks up here."""
+        return [(self.table, self.index.retrieved)]
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""

@@ -1,7 +1,7 @@
 """The native kernels as operators on the CPU: tensors in, `_native` called.
 
-They compute in float32; rows may be float32, bfloat16 or int8 with scales. Results are the same bits for any number of
-threads.
+They compute in float32; rows may be float32 or bfloat16, or int8 or float8_e4m3fn with scales. Results are the same
+bits for any number of threads.
 """
 
 import os
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from peerlm.errors import UserError
 from peerlm.ops.cpu import native
-from peerlm.ops.cpu.native import description, group_by_row, move_to_start, unavailable, use_huge_pages
+from peerlm.ops.cpu.native import as_bytes, description, group_by_row, move_to_start, unavailable, use_huge_pages
 from peerlm.ops.cpu.onednn import linear
 from peerlm.ops.cpu.rows import fit_rules, row_kernels, update_by_gradients, updates_rows_on
 from peerlm.ops.operators import PEERLM
+from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.tensors import not_plain
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
 retrieve, mix_experts = PEERLM.retrieve, PEERLM.mix_experts
 mix_values, dot_values = PEERLM.mix_values, PEERLM.dot_values
 
-ROW_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+ROW_DTYPES = (torch.float32, torch.bfloat16, *SCALED_DTYPES)
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INT8_FROM = 1 << 16
 """Numbers in a half's sub-keys from which on comparing them in 8 bits saves more than its longer shortlist costs."""
@@ -61,7 +62,8 @@ def unsupported(
         if tensor.dtype not in _INPUT_DTYPES:
             return f"a tensor has dtype {tensor.dtype}, and the native kernels compute in float32"
     if rows is not None and rows.dtype not in ROW_DTYPES:
-        return f"rows have dtype {rows.dtype}, and the native kernels take float32, bfloat16 and int8"
+        taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in ROW_DTYPES)
+        return f"rows have dtype {rows.dtype}, and the native kernels take {taken}"
     return not_plain(*tensors)
 
 
@@ -134,7 +136,7 @@ def _mix_experts(
         x.detach(),
         weights.detach(),
         ids,
-        rows.detach(),
+        as_bytes(rows.detach()),
         scales,
         activation,
         torch.get_num_threads(),
@@ -160,7 +162,7 @@ def _mix_experts_backward(
         weights.detach(),
         ids,
         hidden,
-        rows.detach(),
+        as_bytes(rows.detach()),
         scales,
         activation,
         torch.get_num_threads(),

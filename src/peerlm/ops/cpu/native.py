@@ -95,6 +95,11 @@ def _is_of_a_file(address: int) -> bool:
     return False
 
 
+def as_bytes(rows: Tensor) -> Tensor:
+    """Rows as the module takes them: float8 as uint8, all others as they are."""
+    return rows.view(torch.uint8) if rows.dtype == torch.float8_e4m3fn else rows
+
+
 def group_by_row(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort the entries of ids (T, P) by row, stably.
 

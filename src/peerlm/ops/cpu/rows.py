@@ -1,4 +1,4 @@
-"""Native AdamW on chosen rows of a table: what `optim/row_step.py` defines, for float32 and bfloat16 on a CPU."""
+"""Native AdamW on chosen rows of a table: what `optim/row_step.py` defines, for rows on a CPU but in float64."""
 
 import sys
 from types import ModuleType
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from peerlm.ops.cpu import native
-from peerlm.ops.cpu.native import group_by_row
+from peerlm.ops.cpu.native import as_bytes, group_by_row
+from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.row_updates import CatchUpRules, RowState, RowStep
 from peerlm.ops.tensors import has_values
 
@@ -26,12 +27,15 @@ def row_kernels(table: RowState) -> ModuleType | None:
 
 def supports(table: RowState) -> bool:
     """Whether the native kernels work on this table."""
-    tensors = [tensor for tensor in (table.rows, table.exp_avg, table.exp_avg_sq) if tensor is not None]
-    moments = {tensor.dtype for tensor in tensors[1:]} if table.exp_avg_sq.ndim > 1 else {torch.float32}
+    moments = [tensor for tensor in (table.exp_avg, table.exp_avg_sq) if tensor is not None]
+    tensors = [table.rows, *moments, *([] if table.scales is None else [table.scales])]
+    dtypes = {tensor.dtype for tensor in moments} if table.exp_avg_sq.ndim > 1 else {torch.float32}
     return not native.unavailable() and (
-        len(moments) == 1
+        len(dtypes) == 1
         and (table.exp_avg_sq.ndim > 1 or table.exp_avg_sq.dtype == torch.float32)
-        and all(t.device.type == "cpu" and t.dtype in _DTYPES and t.is_contiguous() for t in tensors)
+        and table.rows.dtype in (_DTYPES if table.scales is None else SCALED_DTYPES)
+        and all(moment.dtype in _DTYPES for moment in moments)
+        and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
         and all(map(has_values, tensors))
     )
 
@@ -114,11 +118,12 @@ def update_by_gradients(
 def _state(table: RowState) -> object:
     count = len(table.rows)
     return native.module.RowState(
-        table.rows.detach().view(count, -1),
+        as_bytes(table.rows.detach()).view(count, -1),
         None if table.exp_avg is None else table.exp_avg.view(count, -1),
         table.exp_avg_sq.view(count, -1),
         table.moments_step,
         table.weights_step,
+        *([] if table.scales is None else [table.scales.view(count, -1)]),
     )
 
 

@@ -1,0 +1,39 @@
+"""The mesh of ranks: copies of the tables, cuts of their columns, cuts of their rows."""
+
+import os
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+NAMES = ("replica", "cols", "rows")
+"""Dimensions of the mesh, the innermost last: ranks along "rows" are neighbours, within one node."""
+
+
+def mesh(
+    *, rows: int | None = None, cols: int | None = None, replica: int = 1, device_type: str | None = None
+) -> DeviceMesh:
+    """The mesh ("replica", "cols", "rows") over all ranks of torch.distributed, which must be initialised.
+
+    Args:
+        rows: ranks that the rows of a table are cut over. None: those of one node, or what cols and replica leave.
+        cols: ranks that columns are cut over. None: what is left.
+        replica: how often a table is there.
+        device_type: "cpu" or "cuda". None: that of the process group's backend.
+
+    Raises:
+        ValueError: sizes whose product is not the number of ranks.
+    """
+    world = dist.get_world_size()
+    if rows is None:
+        left = world // (max(replica, 1) * max(cols or 1, 1))
+        rows = left if cols is not None else min(left, int(os.environ.get("LOCAL_WORLD_SIZE", left)))
+    if cols is None:
+        cols = world // max(1, rows * replica)
+    if min(rows, cols, replica) < 1 or rows * cols * replica != world:
+        raise ValueError(
+            f"replica x cols x rows = {replica} x {cols} x {rows}, but {world} ranks have been started: "
+            f"their product must be {world}"
+        )
+    if device_type is None:
+        device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return init_device_mesh(device_type, (replica, cols, rows), mesh_dim_names=NAMES)

@@ -1,0 +1,78 @@
+"""Ranks for tests: processes that torchrun could have started, from one that has imported all there is to import.
+
+A server forks them, so that each starts within milliseconds. The test hosts their store, as torchrun's agent does.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+PRELOADED = [
+    "peerlm.cli",
+    "peerlm.testing",
+    "peerlm.train",
+    "pydantic",
+    "torch.distributed.checkpoint",
+    "torch.profiler",
+]
+
+
+@dataclass
+class Processes:
+    """Ranks that run one function, whose stdout and stderr are in a file each."""
+
+    outputs: list[Path]
+    processes: list[ForkServerProcess] = field(default_factory=list)
+
+    def wait(self, seconds: float = 120) -> list[int | None]:
+        """Exit codes, once all have ended; None for one that has not by then."""
+        for process in self.processes:
+            process.join(seconds)
+        return [process.exitcode for process in self.processes]
+
+    def said(self) -> list[str]:
+        """What each rank wrote to stdout and stderr."""
+        return [path.read_text() for path in self.outputs]
+
+
+@contextmanager
+def ranks(count: int, folder: Path, function: Callable[..., object], *arguments: Any) -> Iterator[Processes]:
+    """Start `function(*arguments)` as that many ranks; those that still run at the end of the context are killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = Processes([folder / f"rank-{rank}.txt" for rank in range(count)])
+    try:
+        for rank, output in enumerate(started.outputs):
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            values = {key: str(value) for key, value in (numbers | place).items()}
+            process = context.Process(target=_be_a_rank, args=(values, output, function, arguments))
+            process.start()
+            started.processes.append(process)
+        yield started
+    finally:
+        for process in started.processes:
+            process.kill()
+            process.join()
+
+
+def _be_a_rank(values: dict[str, str], output: Path, function: Callable[..., object], arguments: Any) -> None:
+    os.environ |= values
+    with output.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    function(*arguments)
