@@ -66,6 +66,50 @@ def isoflop(
         show(rows, json_file, tables=_nothing)
 
 
+@app.command(examples=["peerlm frontier runs/frontier/rows.jsonl --output runs/frontier"])
+def frontier(
+    rows: Annotated[list[Path], typer.Argument(help="Files of rows that compare or isoflop wrote.")],
+    output: Annotated[Path, typer.Option(help="Folder to write: frontier.md, frontier.json and two plots.")],
+    method: Annotated[list[str], typer.Option(help="Only this method; repeatable.")] = [],  # noqa: B006
+    json_file: Json = None,
+) -> None:
+    """Draw what loss costs: over bytes read per token, seconds, memory, and bytes read in decoding."""
+    from peerlm_studies.frontier.study import frontier
+    from peerlm_studies.frontier.tables import frontier_markdown, frontier_rows
+
+    points = frontier(rows, output, methods=method)
+    show(frontier_rows(points), json_file, partial(print_markdown, frontier_markdown(points)))
+
+
+@app.command(examples=["peerlm seconds recipes/seconds.toml", "peerlm seconds recipes/seconds.toml --speeds"])
+def seconds(
+    recipe: Recipe,
+    settings: Settings = [],  # noqa: B006
+    output: Output = None,
+    speeds: Annotated[
+        bool, typer.Option("--speeds", help="Measure speeds alone: do this on a quiet machine, then train any time.")
+    ] = False,
+    json_file: Json = None,
+) -> None:
+    """Train methods for equal seconds: as many steps as fit, at speeds that are measured first."""
+    from rich.console import Console
+
+    from peerlm_studies.equal_seconds.plan import load_seconds
+    from peerlm_studies.equal_seconds.study import equal_seconds, measure_speeds
+
+    shown = json_file != STDOUT
+    changes = overrides(settings, output)
+    if speeds:
+        found = measure_speeds(load_seconds(recipe, changes), Console(quiet=not shown), progress=shown)
+        columns = {
+            method: {key: row[key] for key in ("seconds_per_step", "spread", "other_cores", "threads")}
+            for method, row in found.items()
+        }
+        show(list(found.values()), json_file, partial(print_table, "seconds per step", columns, rows=True))
+        return
+    show(equal_seconds(recipe, changes, progress=shown), json_file, tables=_nothing)
+
+
 @app.command(examples=["peerlm report results/report.toml --output docs"])
 def report(
     definition: Annotated[Path, typer.Argument(help="TOML file that names sections, their rows and their recipes.")],

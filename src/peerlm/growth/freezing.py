@@ -64,8 +64,8 @@ def freeze_grown(
 
     Args:
         model: a layer or a model with PEER layers or product-key memories.
-        what: of "rows", the old experts; "keys", the old sub-keys; "query", the map and norm of queries; and "rest",
-            all that is outside of these layers.
+        what: of "rows", the old experts, with the maps of a layer whose experts are narrower than the model; "keys",
+            the old sub-keys; "query", the map and norm of queries; and "rest", all that is outside of these layers.
         before: how many experts, or values, each layer had; by default `grown_from`, which a layer has until it is
             fully open.
         optimizer: the one that trains the model: it forgets its momentum of frozen rows and sub-keys. One built after
@@ -80,7 +80,7 @@ def freeze_grown(
         if part not in PARTS:
             raise ValueError(f"what has {part!r}; choose of {', '.join(PARTS)}")
     layers = find_indexed_layers(model)
-    held: list[tuple[nn.Parameter, Tensor, int]] = []
+    held: dict[int, tuple[nn.Parameter, Tensor, int]] = {}  # a table that layers share is held once
     for layer in layers:
         old = layer.index.grown_from if before is None else before
         if old is None:
@@ -91,19 +91,23 @@ def freeze_grown(
             )
         if "rows" in parts:
             keep = torch.arange(layer.table.num_rows, device=layer.table.device) >= old
-            held += [(parameter, keep[rows], 0) for parameter, rows in layer.table.parts()]
+            held |= {id(parameter): (parameter, keep[rows], 0) for parameter, rows in layer.table.parts()}
         if "keys" in parts:
             sub_keys = layer.index.sub_keys
-            held.append((sub_keys, torch.arange(sub_keys.shape[2], device=sub_keys.device) >= math.isqrt(old), 2))
-    for parameter, _, _ in held:
+            keep = torch.arange(sub_keys.shape[2], device=sub_keys.device) >= math.isqrt(old)
+            held[id(sub_keys)] = (sub_keys, keep, 2)
+    for parameter, _, _ in held.values():
         _check_optimizer(optimizer, parameter)
     frozen = Frozen()
     if "rows" in parts:
         for layer in layers:
             layer.table.catch_up()
-    for parameter, keep, dim in held:
+    for parameter, keep, dim in held.values():
         frozen._hold(parameter, keep, dim)
         _forget(optimizer, parameter, keep, dim)
+    if "rows" in parts:
+        for layer in layers:
+            frozen._stop(parameter for each in layer.row_maps for parameter in each.parameters())
     if "query" in parts:
         for layer in layers:
             frozen._stop([*layer.index.query_proj.parameters(), *layer.index.query_norm.parameters()])

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
-from peerlm.ops.row_formats import rows_at, widened
+from peerlm.ops.row_formats import movable, rows_at, widened
 from peerlm.ops.scoring import half_scores, top_k
-from peerlm.ops.tensors import not_plain
+from peerlm.ops.tensors import may_have_holes, not_plain
 
 
 def description() -> str:
@@ -120,6 +120,18 @@ def retrieve(
     return WEIGHTINGS[weighting](scores_THK), ids_THK
 
 
+def select(rows: Tensor, ids_TP: Tensor) -> Tensor:
+    """rows[ids], zeros for the id -1; rows (N, ...), ids of any shape."""
+    if not may_have_holes(ids_TP):
+        return rows_at(rows, ids_TP)
+    hole_TP, stored = ids_TP == -1, movable(rows)
+    if len(stored) == 0:
+        stored = torch.cat([stored, stored.new_zeros(1, *rows.shape[1:])])
+    found = rows_at(stored, torch.where(hole_TP, 0, ids_TP))
+    found = found.masked_fill(hole_TP[(...,) + (None,) * (rows.ndim - 1)], 0)
+    return found if found.dtype == rows.dtype else found.view(rows.dtype)
+
+
 class _SelectRows(torch.autograd.Function):
     """rows[ids] whose gradient is sparse: the ids, with repetitions, and the gradients of their rows."""
 
@@ -127,20 +139,23 @@ class _SelectRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, ids_TP: Tensor) -> Tensor:
         ctx.save_for_backward(ids_TP)
         ctx.shape = rows.shape
-        return rows_at(rows, ids_TP)
+        return select(rows, ids_TP)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (ids_TP,) = ctx.saved_tensors
-        values = grad.reshape(-1, *ctx.shape[1:])
-        return torch.sparse_coo_tensor(ids_TP.reshape(1, -1), values, ctx.shape, check_invariants=False), None
+        ids, values = ids_TP.reshape(-1), grad.reshape(-1, *ctx.shape[1:])
+        if may_have_holes(ids):
+            named = ids != -1
+            ids, values = ids[named], values[named]
+        return torch.sparse_coo_tensor(ids[None], values, ctx.shape, check_invariants=False), None
 
 
 def _gather_rows(rows: Tensor, ids_TP: Tensor, scales: Tensor | None, *, row_gradients: bool) -> Tensor:
     """rows[ids], in float32 at least; 8-bit rows (N, ..., D) are multiplied by their scales (N, ...)."""
-    gathered = _SelectRows.apply(rows, ids_TP) if row_gradients else rows_at(rows, ids_TP)
+    gathered = _SelectRows.apply(rows, ids_TP) if row_gradients else select(rows, ids_TP)
     if scales is not None:
-        return widened(gathered, scales[ids_TP])
+        return widened(gathered, select(scales, ids_TP))
     return gathered.to(torch.promote_types(rows.dtype, torch.float32))
 
 
@@ -158,7 +173,8 @@ def mix_experts(
 
     Args:
         x_TD: inputs (T, D).
-        weights_TP, ids_TP: (T, P); an id may stand several times in a row, and counts each time.
+        weights_TP, ids_TP: (T, P); an id may stand several times in a row, and counts each time; -1 is a hole, of
+            which nothing comes.
         rows_NRD: expert rows u, v and, if gated, g: (N, 2 or 3, D).
         scales_NR: what 8-bit rows are multiplied by, (N, 2 or 3), or None.
         activation: a name in `ACTIVATIONS`.

@@ -7,13 +7,17 @@ SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 """Eight bits a number; each vector of a row has a scale in float32, by which it is multiplied."""
 
 
+def largest_number(dtype: torch.dtype) -> float:
+    """The largest number of int8 or float8_e4m3fn, the most negative left aside."""
+    return float(torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max)
+
+
 def quantise(rows: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """Rows in one of `SCALED_DTYPES` and scales (...) of float rows (..., D), float32 or float64.
 
     Each vector's largest entry becomes the largest number of the dtype: 127 of int8, 448 of float8_e4m3fn.
     """
-    largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
-    scales = rows.abs().amax(dim=-1) / largest
+    scales = rows.abs().amax(dim=-1) / largest_number(dtype)
     safe = torch.where(scales > 0, scales, 1.0)
     scaled = rows / safe[..., None]
     return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scales

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from peerlm.ops.row_formats import SCALED_DTYPES
+from peerlm.ops.row_shards import RowShard
+from peerlm.ops.tensors import is_fake
 from peerlm.ops.watched import watch_reads, with_views
 
 _WATCHER = "_peerlm_row_watcher"
@@ -32,13 +34,21 @@ class RowState:
     exp_avg: Tensor | None
     """First moments, like `rows`, in the state's dtype; None without a first moment."""
     exp_avg_sq: Tensor
-    """Second moments, like `rows`; or (N,), the mean over each row."""
+    """Second moments, like `rows`; or (N,), the mean over each row; or (N, *X, B), X without the last dimension: the
+    mean over each B-th of each vector."""
     moments_step: Tensor | None
     """(N,) int32: the step whose moments are stored; 0 where none are. None in lazy mode, where they do not age."""
     weights_step: Tensor | None
     """(N,) int32: the step up to which a row's weights are right. None in lazy mode."""
     scales: Tensor | None = None
     """float32, (N, *row_shape) without its last dimension: what each vector of rows of 8 bits is multiplied by."""
+    shard: RowShard | None = None
+    """Which part of a table the rows are; None: all of it."""
+
+    @property
+    def by_weight(self) -> bool:
+        """Whether each weight has a second moment of its own."""
+        return self.exp_avg_sq.shape == self.rows.shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +108,9 @@ class RowHolder(Protocol):
     watched: bool
     """Set once an optimizer watches any of its rows: its look-ups then belong `outside_graphs`."""
 
+    users: int
+    """How many layers look rows up."""
+
     trained_in_place: bool
     """Whether rows of 8 bits, which have no gradient, are trained: by an optimizer's update in the backward pass."""
 
@@ -126,7 +139,8 @@ def watch_rows(parameter: Tensor, watcher: RowWatcher) -> None:
     earlier = _watcher(parameter)
     if earlier is not None and earlier is not watcher:
         earlier.release(parameter)
-    watch_reads(parameter, partial(prepare_rows, parameter, None))
+    if not is_fake(parameter):  # of which nobody reads values
+        watch_reads(parameter, partial(prepare_rows, parameter, None))
     setattr(parameter, _WATCHER, watcher)
     if not hasattr(_call, "_torchdynamo_disable"):
         _call = torch.compiler.disable(_call, reason=_OUTSIDE)  # not above: this imports the compiler
@@ -211,6 +225,13 @@ def scales_of(parameter: Tensor) -> Tensor | None:
     return None
 
 
+def is_shared(parameter: Tensor) -> bool:
+    """Whether several layers look up rows of this parameter."""
+    return any(
+        holder.users > 1 and any(each is parameter for each in holder.row_parameters()) for holder in list(_holders)
+    )
+
+
 def is_watched(parameter: Tensor) -> bool:
     """Whether an optimizer watches this table, and may change its rows without a trace in the tensor's version."""
     return _watcher(parameter) is not None
@@ -243,11 +264,12 @@ def wants_row_gradients(parameter: Tensor) -> bool:
 def fused_row_update(parameter: Tensor) -> tuple[RowState, RowStep] | None:
     """The update that a backward pass applies to the rows of `parameter` in place of giving a gradient.
 
-    The caller must apply it once to every row that has a gradient. None where no optimizer asks for it.
-    Raises RuntimeError on a second backward pass in one step.
+    The caller must apply it once to every row that has a gradient. None where no optimizer asks for it, and where
+    several layers look rows up, whose gradients are to be summed first. Raises RuntimeError on a second backward pass
+    in one step.
     """
     watcher = _watcher(parameter)
-    return None if watcher is None else watcher.fused_update(parameter)
+    return None if watcher is None or is_shared(parameter) else watcher.fused_update(parameter)
 
 
 def _watcher(parameter: Tensor) -> RowWatcher | None:

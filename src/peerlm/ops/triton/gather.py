@@ -2,7 +2,7 @@
 
 Rows (N, R, D) are float32, bfloat16, float16, or 8-bit with scales (N, R); they become float32 as soon as they are
 used. Offsets are int64. An entry whose id is not in 0 .. N - 1 reads nothing: what multiplies its vectors is NaN, so
-that its token's results are NaN.
+that its token's results are NaN. An entry of id -1 is a hole: it is passed over, and nothing is written for it.
 """
 
 import triton
@@ -35,11 +35,11 @@ def tile_of_entries(rows: Tensor) -> tuple[int, int, int]:
 def load_ids(ids, first, num_rows, P: tl.constexpr, TILE: tl.constexpr):
     """Entries first .. first + TILE - 1 of a token, whose ids (P,) these are.
 
-    Returns numbers, which there are, rows, and which of these are in the table.
+    Returns numbers, which there are, rows, and which of these are in the table. A hole, of id -1, is not there.
     """
     entry = first + tl.arange(0, TILE)
-    is_entry = entry < P
-    row = tl.load(ids + entry, mask=is_entry, other=0)
+    row = tl.load(ids + entry, mask=entry < P, other=-1)
+    is_entry = row != -1
     return entry, is_entry, row, is_entry & (row >= 0) & (row < num_rows)
 
 
