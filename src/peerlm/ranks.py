@@ -80,6 +80,10 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier(group=self.files)
 
+    def new_files_group(self) -> "dist.ProcessGroup | None":
+        """One more group like `files`, for another thread; each rank must call it."""
+        return _new_files_group() if self.world_size > 1 else None
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Context whose end no rank passes unless all of them get there; each must enter it, and wait for none within.
@@ -103,6 +107,14 @@ class Ranks:
                 raise _repeated(next((rank, *each) for rank, each in enumerate(said) if each))
         if error is not None:
             raise error
+
+
+def _new_files_group() -> "dist.ProcessGroup":
+    return dist.new_group(backend="gloo", timeout=_FILES_TIMEOUT)
+
+
+ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+"""A process that trains by itself."""
 
 
 def _said(error: Exception) -> tuple[str, str]:
@@ -162,8 +174,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         dist.init_process_group(
             "nccl" if local.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size
         )
-        files = dist.new_group(backend="gloo", timeout=_FILES_TIMEOUT)
-        yield Ranks(rank=rank, world_size=world_size, device=local, files=files)
+        yield Ranks(rank=rank, world_size=world_size, device=local, files=_new_files_group())
     except BaseException as error:
         note_failure()
         if _lost_connection(error):

@@ -20,6 +20,7 @@ from peerlm.train.budget import Budget
 from peerlm.train.checkpoint import TrainState, list_checkpoints
 from peerlm.train.config import TrainConfig
 from peerlm.train.runlog import Display, RunLog
+from peerlm.train.saving import Saver
 from peerlm.train.space import check_space
 
 
@@ -52,8 +53,10 @@ class Training:
     display: Display = field(default_factory=lambda: Display(Path(), wanted=False))
     log: RunLog | None = None
     """Rows of the run; None on other ranks than 0, and outside of `reporting`."""
+    saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
+        self.saver = Saver(self.config.checkpoint, self.ranks)
         self.wrap()
 
     @property
