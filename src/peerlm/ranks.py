@@ -4,9 +4,10 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from peerlm.errors import RankLost, UserError
-from peerlm.files import is_disk_full
+from peerlm.files import PARTIAL, atomic_folder, is_disk_full
 
 _FAILED = "peerlm/failed"
 """Key of the ranks' store under which those that end early are counted."""
@@ -107,6 +108,17 @@ class Ranks:
                 raise _repeated(next((rank, *each) for rank, each in enumerate(said) if each))
         if error is not None:
             raise error
+
+    @contextmanager
+    def atomic_folder(self, folder: Path) -> Iterator[Path]:
+        """As of `peerlm.files`, a folder that all ranks write into; each must enter it, and fails where any fails."""
+        with ExitStack() as stack:
+            with self.together():
+                if self.is_main:
+                    stack.enter_context(atomic_folder(folder))
+            yield folder.with_name(PARTIAL + folder.name)
+            with self.together():
+                stack.close()
 
 
 def _new_files_group() -> "dist.ProcessGroup":

@@ -76,8 +76,12 @@ def write_shards(
     return writer.fingerprints
 
 
-def read_shards(reader: "SafetensorsReader", entries: Entries, *, group: "dist.ProcessGroup | None") -> None:
+def read_shards(
+    reader: "SafetensorsReader", entries: Entries, *, group: "dist.ProcessGroup | None", cast: bool = False
+) -> None:
     """Fill tensors, in place, with what was saved under their names, whoever wrote it; each rank must call it.
+
+    With `cast` a tensor may have been saved in another dtype.
 
     Raises:
         ValueError: on every rank: a tensor was saved in another shape or dtype, not at all, or not wholly.
@@ -87,7 +91,7 @@ def read_shards(reader: "SafetensorsReader", entries: Entries, *, group: "dist.P
         dcp.load(
             {name: _readable(entry) for name, entry in entries.items()},
             storage_reader=reader,
-            planner=ShardLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            planner=ShardLoadPlanner(cast=cast),
             process_group=group,
             no_dist=group is None,
         )
@@ -105,6 +109,10 @@ class ShardSavePlanner(DefaultSavePlanner):
 class ShardLoadPlanner(DefaultLoadPlanner):
     """The default planner, for entries that may be `Cut`; it refuses what would be left as it was."""
 
+    def __init__(self, *, cast: bool) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.cast = cast
+
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
@@ -120,7 +128,7 @@ class ShardLoadPlanner(DefaultLoadPlanner):
             if name not in saved:
                 raise ValueError(f"the checkpoint has no {name}")
             found = saved[name]
-            if found.size != entry.size() or found.properties.dtype != entry.dtype:
+            if found.size != entry.size() or not (self.cast or found.properties.dtype == entry.dtype):
                 raise ValueError(
                     f"{name} is {tuple(entry.size())} in {entry.dtype} here, and {tuple(found.size)} in "
                     f"{found.properties.dtype} in the checkpoint"
@@ -250,7 +258,7 @@ class SafetensorsReader(StorageReader):
                     entry = file.get_slice(name)
                     shape = torch.Size(entry.get_shape())
                     offsets = torch.Size([0] * len(shape))
-                    tensors[name] = _metadata(_DTYPES[entry.get_dtype()], shape, [ChunkStorageMetadata(offsets, shape)])
+                    tensors[name] = _metadata(DTYPES[entry.get_dtype()], shape, [ChunkStorageMetadata(offsets, shape)])
                     places[name, tuple(offsets)] = path, name
         return cls(tensors, places)
 
@@ -302,7 +310,7 @@ class SafetensorsReader(StorageReader):
         return False
 
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,

@@ -16,7 +16,7 @@ the seed.
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,9 +30,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from peerlm.errors import UserError
-from peerlm.files import PARTIAL, atomic_folder, fingerprint, write_json
+from peerlm.files import fingerprint, write_json
 from peerlm.ops.row_updates import rows_as_they_are
 from peerlm.optim.saved import load_state, mark_stale, save_state
+from peerlm.parallel.export import write_pretrained
 from peerlm.parallel.states import (
     is_spread,
     load_states,
@@ -118,14 +119,16 @@ def save_checkpoint(
     """
     if is_spread(model):
         return save_shards(run, state, shards_of(model, optimizer), tokenizer, keep=keep, ranks=ranks)
-    with _folder_of_all(run, state, keep, ranks) as partial, ranks.together():
+    folder = checkpoint_folder(run, state.step)
+    with ranks.atomic_folder(folder) as partial, ranks.together():
         if ranks.is_main:
             with rows_as_they_are():  # stale rows are updated in the resumed run when they would be here
                 save_model(partial, model, tokenizer)
                 if save_state(optimizer, partial, model):
                     mark_stale(partial)
             _write_state(partial, state, {})
-    return checkpoint_folder(run, state.step)
+    _remove_old(run, keep, ranks)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,8 @@ def save_shards(
     ranks: Ranks,
 ) -> Path:
     """As `save_checkpoint`, in shards."""
-    with _folder_of_all(run, state, keep, ranks) as partial:
+    folder = checkpoint_folder(run, state.step)
+    with ranks.atomic_folder(folder) as partial:
         files = write_shards(partial, shards.entries, shards.values, group=ranks.files)
         with ranks.together():
             if ranks.is_main:
@@ -167,23 +171,14 @@ def save_shards(
                 if tokenizer is not None:
                     tokenizer.save_pretrained(partial)
                 _write_state(partial, state, files)
-    return checkpoint_folder(run, state.step)
+    _remove_old(run, keep, ranks)
+    return folder
 
 
-@contextmanager
-def _folder_of_all(run: Path, state: TrainState, keep: int, ranks: Ranks) -> Iterator[Path]:
-    """The folder that is to become this checkpoint; when all ranks have written, it does, and old ones are removed."""
-    folder = checkpoint_folder(run, state.step)
-    with ExitStack() as stack:
-        with ranks.together():
-            if ranks.is_main:
-                stack.enter_context(atomic_folder(folder))
-        yield folder.with_name(PARTIAL + folder.name)
-        with ranks.together():
-            stack.close()
-            if ranks.is_main:
-                for old in list_checkpoints(run)[:-keep]:
-                    rmtree(old)
+def _remove_old(run: Path, keep: int, ranks: Ranks) -> None:
+    if ranks.is_main:
+        for old in list_checkpoints(run)[:-keep]:
+            rmtree(old)
 
 
 def _write_state(partial: Path, state: TrainState, known: dict[str, dict[str, int]]) -> None:
@@ -194,12 +189,22 @@ def _write_state(partial: Path, state: TrainState, known: dict[str, dict[str, in
     write_json(partial / "state.json", {**values, "crc32": _checksum(values)})
 
 
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write model and tokenizer for `from_pretrained`, the weights in one file."""
+def save_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, ranks: Ranks = ALONE
+) -> None:
+    """Write model and tokenizer for `from_pretrained`, the weights in one file, or those of each sharded table in one.
+
+    Each rank must call it.
+    """
+    spread = is_spread(model)
     with _quiet():
-        model.save_pretrained(folder, max_shard_size="1000TB")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        if spread:
+            write_pretrained(model, folder, ranks=ranks)
+        with ranks.together():
+            if ranks.is_main and not spread:
+                model.save_pretrained(folder, max_shard_size="1000TB")
+            if ranks.is_main and tokenizer is not None:
+                tokenizer.save_pretrained(folder)
 
 
 def load_checkpoint(
