@@ -24,12 +24,12 @@ from peerlm.train.recipe import to_dict
 
 from ..processes import Processes, ranks
 
-KILLS = int(os.environ.get("PEERLM_KILLS", "4"))
+KILLS = int(os.environ.get("PEERLM_KILLS", "3"))
 STEPS_PER_KILL = 40
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "alone": (1, {}),
-    "two ranks": (2, {}),
+    "two ranks, saved in the background": (2, {"checkpoint": {"every": 2, "background": True}}),
 }
 """How many processes train, and what the recipe says of them."""
 
@@ -88,13 +88,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 ) -> None:
     count, settings = LAYOUTS[layout]
     # A checkpoint every second step, so that kills at random fall into the writing of one, too.
+    changes = {"data": {"micro_batch_size": None}, "log": {"every": 3}, "eval": {"every": 50}}
     config = configure(
-        budget={"steps": STEPS_PER_KILL * KILLS},
-        data={"micro_batch_size": None},
-        log={"every": 3},
-        eval={"every": 50},
-        checkpoint={"every": 2},
-        **settings,
+        **{"budget": {"steps": STEPS_PER_KILL * KILLS}, "checkpoint": {"every": 2}, **changes, **settings}
     )
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(to_dict(config)))

@@ -60,13 +60,13 @@ def optimizer_entries(model: nn.Module, optimizer: Optimizer) -> "tuple[dict[str
         name = names.get(id(parameter))
         if name is None:
             raise ValueError("the optimizer trains a parameter that is not the model's, whose state has no name")
-        for key, value in state.items():
+        for key, value in sorted(state.items()):
             if isinstance(value, Tensor):
                 table = tables.get(id(parameter)) if key in PER_ROW else None
                 tensors[f"{_OPTIMIZER}{name}.{key}"] = _laid(value, table)
             else:
                 values[name][key] = value
-    return tensors, dict(values)
+    return tensors, dict(sorted(values.items()))
 
 
 def load_states(

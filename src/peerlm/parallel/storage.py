@@ -67,7 +67,7 @@ def write_shards(
     )
     with _failures_of_all():
         dcp.save(
-            {name: _readable(entry) for name, entry in entries.items()},
+            {name: _readable(entry) for name, entry in sorted(entries.items())},  # the order decides who writes what
             storage_writer=writer,
             planner=planner,
             process_group=group,
