@@ -296,7 +296,7 @@ class Operators:
         )
         grad_rows = None
         if ctx.needs_input_grad[3] or (ctx.row_gradients and scales is not None):
-            grad_rows = self._gradient_of_rows(x, grad_y, ids, coefficients, rows, by_row=ctx.row_gradients)
+            grad_rows = self.gradient_of_rows(x, grad_y, ids, coefficients, rows, by_row=ctx.row_gradients)
         return grad_x, grad_weights, None, grad_rows, None, None, None
 
     def _mix_values_gradients(self, ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -305,9 +305,7 @@ class Operators:
         grad_weights = self.ops.mix_values_backward(grad_y, weights, ids, values)
         grad_values = None
         if ctx.needs_input_grad[2]:
-            grad_values = self._gradient_of_rows(
-                None, grad_y, ids, weights[..., None], values, by_row=ctx.row_gradients
-            )
+            grad_values = self.gradient_of_rows(None, grad_y, ids, weights[..., None], values, by_row=ctx.row_gradients)
         return grad_weights, None, grad_values, None
 
     def _dot_values_gradients(self, ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, ...]:
@@ -316,10 +314,10 @@ class Operators:
         grad_x = self.ops.mix_values(grad_dots, ids, values, False) if ctx.needs_input_grad[0] else None
         grad_values = None
         if ctx.needs_input_grad[2]:
-            grad_values = self._gradient_of_rows(None, x, ids, grad_dots[..., None], values, by_row=ctx.row_gradients)
+            grad_values = self.gradient_of_rows(None, x, ids, grad_dots[..., None], values, by_row=ctx.row_gradients)
         return grad_x, None, grad_values, None
 
-    def _gradient_of_rows(
+    def gradient_of_rows(
         self, x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor, rows: Tensor, *, by_row: bool
     ) -> Tensor | None:
         """Gradient of `rows` in their shape and dtype, dense or sparse; None where an optimizer has used it up."""

@@ -41,6 +41,11 @@ def has_values(tensor: Tensor) -> bool:
     return _functorch.peek_interpreter_stack() is None
 
 
+def may_have_holes(ids: Tensor) -> bool:
+    """Whether an id is -1, which names no row; True where that cannot be known, as of a traced tensor."""
+    return not has_values(ids) or bool((ids == -1).any())
+
+
 def _has_its_own_operations(tensor: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from peerlm.files import write_json
 from peerlm.ops.row_updates import scales_of
 from peerlm.optim.row_adamw import RowAdamW
+from peerlm.optim.table_state import row_wise_of
 
 STALE = "stale_rows"
 """The field of a saved model's configuration that says so."""
@@ -121,7 +122,7 @@ def _owes_updates(saved: dict[str, Any]) -> bool:
 def _catch_up(table: Tensor, saved: dict[str, Any]) -> None:
     # The same memory where it can be, so that no optimizer is left watching the model.
     twin = nn.Parameter(table.data.to(torch.promote_types(table.dtype, torch.float32)))
-    group = {"params": [twin], "rows": True, "row_wise": saved["exp_avg_sq"].ndim == 1}
+    group = {"params": [twin], "rows": True, "row_wise": row_wise_of(twin, saved["exp_avg_sq"])}
     optimizer = RowAdamW([group], betas=(saved["beta1"], saved["beta2"]), eps=saved["eps"])
     optimizer.load_state_dict({"state": {0: saved}, "param_groups": optimizer.state_dict()["param_groups"]})
     optimizer.catch_up()
