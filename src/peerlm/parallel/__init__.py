@@ -1,5 +1,6 @@
 """Models over many ranks: tables sharded by rows and columns, the rest by FSDP2 or replicated."""
 
+from peerlm.parallel.export import from_pretrained, save_pretrained
 from peerlm.parallel.gradients import set_requires_gradient_sync, unsynchronised
 from peerlm.parallel.layout import RowLayout
 from peerlm.parallel.meshes import mesh
@@ -10,9 +11,11 @@ __all__ = [
     "RowLayout",
     "ShardedTable",
     "build",
+    "from_pretrained",
     "local_states",
     "mesh",
     "parallelize",
+    "save_pretrained",
     "set_requires_gradient_sync",
     "sharded_tables",
     "unsynchronised",

@@ -196,7 +196,7 @@ def _blocks(table: ShardedTable, local: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _write_at(descriptor: int, values: Tensor, offset: int) -> None:
-    content = memoryview(values.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    content = memoryview(values.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     while content:
         written = os.pwrite(descriptor, content, offset)
         content, offset = content[written:], offset + written

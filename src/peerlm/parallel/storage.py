@@ -62,9 +62,7 @@ def write_shards(
         OSError: on every rank, the first that any of them met.
     """
     writer = SafetensorsWriter(folder, values)
-    planner = ShardSavePlanner(
-        flatten_state_dict=False, flatten_sharded_tensors=False, enable_plan_caching=group is not None
-    )
+    planner = ShardSavePlanner(folder.parent, group)
     with _failures_of_all():
         dcp.save(
             {name: _readable(entry) for name, entry in sorted(entries.items())},  # the order decides who writes what
@@ -98,7 +96,16 @@ def read_shards(
 
 
 class ShardSavePlanner(DefaultSavePlanner):
-    """The default planner, for entries that may be `Cut`."""
+    """The default planner, for entries that may be `Cut`.
+
+    Ranks send each other what has changed in their plans since the last save of the same ranks into the same place.
+    """
+
+    def __init__(self, place: Path, group: "dist.ProcessGroup | None") -> None:
+        cached = group is not None
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False, enable_plan_caching=cached)
+        if cached:  # by default all saves of a process share one plan, those of other models and ranks too
+            self._cached_plans_key = f"{place.absolute()} by {dist.get_world_size(group)}"
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """The tensor that is written for an item of the plan."""

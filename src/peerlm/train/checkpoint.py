@@ -142,7 +142,7 @@ class Shards:
     """The configuration of the model."""
 
     def staged(self) -> "Shards":
-        """A copy, which can be written while training goes on."""
+        """A copy, which can be written while steps change the originals."""
         return Shards(staged(self.entries), deepcopy(self.values), deepcopy(self.config))
 
 

@@ -176,7 +176,7 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints that are kept."""
     background: bool = False
-    """Whether each rank copies its part of a checkpoint and writes it, in shards, while training goes on. The copy
+    """Whether each rank copies its part of a checkpoint and writes it, in shards, during later steps. The copy
     takes as much memory as the model with its optimizer's state."""
 
     def __post_init__(self) -> None:
