@@ -53,6 +53,7 @@ class Table(nn.Module):
     Attributes:
         rows: (N, *X), the parameter; subclasses may have others, which `parts` names.
         persistent: whether rows are part of state dicts.
+        users: how many layers look rows up in this table.
         scales: what each vector of int8 rows is multiplied by, float32, (N, *X) without its last dimension; or None.
 
     Raises:
@@ -77,6 +78,7 @@ class Table(nn.Module):
         self.backend = backend
         self.persistent = True
         self.watched = False
+        self.users = 1
         self.trained_in_place = False
         held = self._begin(num_rows, *row_shape)
         self._keep(empty_rows(*held, dtype=None if dtype == torch.float32 else dtype))

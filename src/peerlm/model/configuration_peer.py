@@ -1,6 +1,7 @@
 """PeerConfig: the settings of a language model of PEER blocks, dense blocks and baselines."""
 
 import math
+from collections import Counter
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -11,6 +12,7 @@ from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, FineGrainedMoE, Produ
 from peerlm.layers.checks import check_settings
 from peerlm.layers.output_gate import GATES
 from peerlm.layers.parallel import share_of_scale
+from peerlm.layers.retrieval_layer import RetrievalLayer
 from peerlm.names import MODEL_TYPE
 
 # Kind of feed-forward layer -> its class. "dense" and "swiglu" take their size from `intermediate_size`, the
@@ -71,6 +73,8 @@ class PeerConfig(PreTrainedConfig):
             intermediate_size of those that are alone (and that if None).
         peer, pkm, expert_choice, token_choice, fine_grained_moe: keyword arguments of `PEER`, `ProductKeyMemory`,
             `ExpertChoiceMoE`, `TokenChoiceMoE`, `FineGrainedMoE`.
+        share_tables: whether all blocks of a kind that has a table ("peer", "pkm") look rows up in one, which the first
+            of them owns, each by its own index.
         balance_loss_coefficient: weight of the load-balancing loss that token-choice layers add in training.
         ffw_init_scale: output scale of feed-forward layers at the start, relative to the rule of `layers.output_scale`
             over sqrt(2 * num_hidden_layers): one number, a list with one for each block, or a dict with one for each
@@ -105,6 +109,7 @@ class PeerConfig(PreTrainedConfig):
     expert_choice: dict[str, Any] | None = None
     token_choice: dict[str, Any] | None = None
     fine_grained_moe: dict[str, Any] | None = None
+    share_tables: bool = False
     balance_loss_coefficient: float | int = 0.01
     ffw_init_scale: float | int | list[float | int] | dict[str, float | int] = 3.0
     ffw_output_gate: str | None = None
@@ -171,6 +176,13 @@ class PeerConfig(PreTrainedConfig):
                     raise ValueError(f"ffw_layers has {part!r}; choose from {', '.join(FFW_KINDS)}")
             if len(set(parts)) < len(parts):
                 raise ValueError(f"ffw_layers has {kind!r}; a layer can be beside those of other kinds only")
+        with_tables = [part for part in FFW_KINDS if issubclass(FFW_KINDS[part], RetrievalLayer)]
+        blocks_of = Counter(part for kind in self.ffw_layers for part in parts_of(kind) if part in with_tables)
+        if self.share_tables and max(blocks_of.values(), default=0) < 2:
+            raise ValueError(
+                f"share_tables is true, but no two blocks of ffw_layers have the same of {', '.join(with_tables)}; "
+                "name such a kind twice, or leave share_tables out"
+            )
         if self.ffw_output_gate not in (None, *GATES):
             raise ValueError(f"ffw_output_gate is {self.ffw_output_gate!r}; choose one of {', '.join(GATES)}, or None")
         self._check_init_scale()

@@ -22,6 +22,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from peerlm.layers import DenseFFW, OutputGate, ParallelFFW, TokenChoiceMoE
+from peerlm.layers.retrieval_layer import RetrievalLayer
 from peerlm.model.attention import KeyValueShift, PeerAttention, previous_tokens
 from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig, parts_of
 from peerlm.optim.saved import FILE, STALE, catch_up_saved
@@ -198,7 +199,14 @@ class PeerModel(PeerPreTrainedModel):
     def __init__(self, config: PeerConfig):
         super().__init__(config)
         self.embed_tokens = PeerEmbedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(PeerDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList()
+        owners: dict[type, RetrievalLayer] = {}
+        for index in range(config.num_hidden_layers):
+            block = PeerDecoderLayer(config, index)
+            self.layers.append(block)
+            for part in block.ffw.modules() if config.share_tables else ():
+                if isinstance(part, RetrievalLayer) and owners.setdefault(type(part), part) is not part:
+                    part.share_tables_of(owners[type(part)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]
         self.gradient_checkpointing = False

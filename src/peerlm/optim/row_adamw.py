@@ -639,6 +639,11 @@ def _check(group: dict[str, Any], *, wait: bool = True) -> None:
             raise ValueError(f"a table has dtype {parameter.dtype}: tables are {taken}")
         if parameter.dtype in SCALED_DTYPES and not group["fused"]:
             raise ValueError(f"a table in {parameter.dtype} has no gradient: pass fused=True, which needs none")
+        if parameter.dtype in SCALED_DTYPES and row_updates.is_shared(parameter):
+            raise ValueError(
+                f"a table in {parameter.dtype} has no gradient that layers which share it could add to: take float32 "
+                "or bfloat16 rows, or a table for each layer"
+            )
         if group["lazy"] or beta1 == 0:
             continue
         if parameter.dtype in SCALED_DTYPES or torch.bfloat16 in (parameter.dtype, group["state_dtype"]):

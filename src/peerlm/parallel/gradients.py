@@ -28,8 +28,12 @@ class Averaged:
         self.ranks = ranks
         self.sync = True
         self._queued = False
-        for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self._soon)
+        self._hooks = [each.register_post_accumulate_grad_hook(self._soon) for each in self.parameters]
+
+    def stop(self) -> None:
+        """Leave gradients as they are from now on."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _soon(self, parameter: Tensor) -> None:
         if self.sync and not self._queued:
@@ -53,7 +57,10 @@ class Averaged:
 
 
 def average_gradients(model: nn.Module, parameters: Sequence[nn.Parameter], ranks: Axis) -> None:
-    """Average the gradients of these parameters of a model over ranks from now on."""
+    """Average the gradients of these parameters of a model, and of no others, over ranks from now on."""
+    before: Averaged | None = getattr(model, _AVERAGED, None)
+    if before is not None:
+        before.stop()
     setattr(model, _AVERAGED, Averaged(parameters, ranks))
 
 
