@@ -63,6 +63,8 @@ def train_and_save(
     model = build(config(), cut)
     optimizer = optimizer_of(model, settings)
     take_steps(model, optimizer, 3, rank)
+    with torch.no_grad():
+        model(input_ids=IDS)  # FSDP2 then keeps what it has gathered
     save(run, model, optimizer, ranks)
     take_steps(model, optimizer, 2, rank)
     torch.manual_seed(1)

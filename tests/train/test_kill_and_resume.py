@@ -24,11 +24,12 @@ from peerlm.train.recipe import to_dict
 
 from ..processes import Processes, ranks
 
-KILLS = int(os.environ.get("PEERLM_KILLS", "3"))
-STEPS_PER_KILL = 40
+KILLS = int(os.environ.get("PEERLM_KILLS", "2"))
+STEPS_PER_KILL = 30
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "alone": (1, {}),
+    "two ranks, tables sharded": (2, {"parallel": {"rows": 2}}),
     "two ranks, saved in the background": (2, {"checkpoint": {"every": 2, "background": True}}),
 }
 """How many processes train, and what the recipe says of them."""
@@ -52,9 +53,13 @@ def wait_until(condition: Callable[[], object], processes: Processes) -> None:
         time.sleep(0.001)
 
 
+OF_A_PROCESS = ("seconds", "tokens_per_second", "load", "received_bytes_per_token")
+"""What rows say of the process that wrote them, since its last row or its start."""
+
+
 def untimed(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in OF_A_PROCESS} for row in rows]
 
 
 def kill_while_starting(processes: Processes, run: Path, moments: random.Random, victim: int) -> bool:

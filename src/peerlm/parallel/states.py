@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -27,7 +28,7 @@ _OPTIMIZER = "optimizer."
 
 def is_spread(model: nn.Module) -> bool:
     """Whether this process may hold a part of the model alone."""
-    return bool(sharded_tables(model)) or any(isinstance(each, DTensor) for each in model.parameters())
+    return any(isinstance(module, ShardedTable | FSDPModule) for module in model.modules())
 
 
 def model_entries(model: nn.Module) -> "dict[str, Tensor | Cut]":
@@ -35,6 +36,7 @@ def model_entries(model: nn.Module) -> "dict[str, Tensor | Cut]":
 
     They share memory with the model, so that what is read into them is loaded.
     """
+    _reshard(model)
     tables = {id(tensor): table for table in sharded_tables(model).values() for tensor in (table.rows, table.scales)}
     tables.pop(id(None), None)
     passing = {
@@ -53,6 +55,7 @@ def optimizer_entries(model: nn.Module, optimizer: Optimizer) -> "tuple[dict[str
 
     Raises ValueError for a trained parameter that is not the model's.
     """
+    _reshard(model)
     names, tables = _names(model), {id(table.rows): table for table in sharded_tables(model).values()}
     tensors: dict[str, Tensor | Cut] = {}
     values: dict[str, Any] = defaultdict(dict)
@@ -78,8 +81,8 @@ def load_states(
         ValueError: on every rank: what was saved is of another model, or part of it is missing.
         OSError: on every rank: a file cannot be read.
     """
-    names, tables = _names(model), {id(table.rows): table for table in sharded_tables(model).values()}
     entries = model_entries(model)
+    names, tables = _names(model), {id(table.rows): table for table in sharded_tables(model).values()}
     keys: dict[str, list[str]] = defaultdict(list)
     for entry in reader.tensors:
         if entry.startswith(_OPTIMIZER):
@@ -139,6 +142,13 @@ def reader_of(checkpoint: Path) -> SafetensorsReader:
 def staged(entries: Entries) -> "dict[str, Tensor | Cut]":
     """Copies on the CPU of what this rank holds, to be written while training changes the originals."""
     return {name: _copied(entry) for name, entry in entries.items()}
+
+
+def _reshard(model: nn.Module) -> None:
+    """Give back what FSDP2 has gathered: after an evaluation a model's parameters are not those that are trained."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _copied(entry: "Tensor | Cut") -> "Tensor | Cut":
