@@ -18,7 +18,7 @@ from peerlm.data.preparation import say_old_split
 from peerlm.data.request import difference, sources_said
 from peerlm.data.sources import fingerprint, resolve
 from peerlm.errors import UserError
-from peerlm.layers import ExpertTable, ProductKeys, Table
+from peerlm.layers import ExpertTable, Table
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import api
 from peerlm.optim import RowAdamW, parameter_groups
@@ -310,9 +310,10 @@ def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
     except ValueError:
         return False
     tokens = config.data.batch_size * config.data.context
-    layers = [module for module in model.modules() if isinstance(module, ProductKeys)]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "looked_up_rows")]
     largest = max((growth.sub_keys**2 for growth in read_growths(config.grow)), default=0)
     return api.updates_rows_on(ranks.device) and any(
-        tokens * keys.heads * keys.experts_per_head <= _QUICKER_BY_ROWS * max(keys.num_experts, largest)
-        for keys in layers
+        tokens * rows <= _QUICKER_BY_ROWS * max(table.num_rows, largest)
+        for layer in layers
+        for table, rows in layer.looked_up_rows()
     )
