@@ -18,7 +18,7 @@ set -euo pipefail
 
 nodes=${SLURM_JOB_NUM_NODES:-1}
 processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 # A process that fails ends all of them; torchrun starts them again, at most 3 times. With --resume=auto the same command
 # begins the run, or continues it from its newest checkpoint. --shutdown-timeout leaves time to save.
@@ -29,7 +29,7 @@ srun --kill-on-bad-exit=1 torchrun \
     --shutdown-timeout 600 \
     --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
     --rdzv-backend c10d \
-    --rdzv-endpoint "$head:29500" \
+    --rdzv-endpoint "${hosts[0]}:29500" \
     -m peerlm train "$@" --resume=auto &
 job=$!
 
