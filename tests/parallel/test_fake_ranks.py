@@ -12,6 +12,7 @@ from peerlm.model import PeerConfig
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.optim.sparse_gradients import teach_torch_sparse_norms
 from peerlm.parallel import build, mesh, sharded_tables
+from peerlm.parallel.cost import Shape, Tables, memory
 
 N, DIM, ROWS, COLS = 31624**2, 4096, 32, 32
 
@@ -55,3 +56,10 @@ def test_a_billion_experts_are_built_and_trained_over_a_thousand_ranks(a_thousan
         assert "exp_avg" not in kept
         assert table.rows.grad is None
         assert all(parameter.numel() < 1e9 for parameter in model.parameters() if parameter is not table.rows)
+        planned = memory(Tables(num_rows=N, dim=DIM, row_format="bfloat16", fused=True), Shape(cols=COLS, rows=ROWS))
+        assert planned["rows"] == table.rows.nbytes
+        assert planned["moments"] == kept["exp_avg_sq"].nbytes
+        assert planned["counters"] == kept["moments_step"].nbytes + kept["weights_step"].nbytes
+        (sub_keys,) = (each for name, each in model.named_parameters() if name.endswith("sub_keys"))
+        of_keys = optimizer.state[sub_keys]
+        assert planned["sub-keys"] == sub_keys.nbytes + of_keys["exp_avg"].nbytes + of_keys["exp_avg_sq"].nbytes

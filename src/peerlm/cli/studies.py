@@ -154,10 +154,12 @@ def scaling(
     examples=[
         "peerlm plan --flops 1e13 --memory 8GiB",
         "peerlm plan --flops 1e13 --method PEER --row-bytes 64KiB",
+        "peerlm plan --gpus 256 --gpu h200 --num-experts 1e9 --dim 4096",
     ]
 )
 def plan(
-    flops: Annotated[float, typer.Option(help="Training FLOPs to spend.")],
+    ctx: typer.Context,
+    flops: Annotated[float | None, typer.Option(help="Training FLOPs to spend.")] = None,
     memory: Annotated[str, typer.Option(help="Memory to train in, as in 80GiB.")] = "inf",
     row_bytes: Annotated[
         str, typer.Option(help="Bytes of tables that a token may read in a forward pass, as in 32KiB.")
@@ -168,12 +170,56 @@ def plan(
     ] = None,
     vocab_size: Annotated[int | None, typer.Option(min=2, help="Default: that of the law's runs.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Default: that of the law's runs.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Plan a mesh of so many GPUs, in place of a budget.")] = None,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU, for --gpus: a100, h100, h200 or b200.")] = "h100",
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs that NVLink joins, for --gpus.")] = 8,
+    num_experts: Annotated[
+        float | None, typer.Option(help="Experts in a layer, for --gpus; the next square number counts.")
+    ] = None,
+    dim: Annotated[int | None, typer.Option(help="Width of the model, for --gpus.")] = None,
+    vectors: Annotated[int, typer.Option(help="Of an expert, for --gpus: 2, or 3 of gated ones.")] = 2,
+    heads: Annotated[int, typer.Option(help="Heads of an index, for --gpus.")] = 8,
+    experts_per_head: Annotated[int, typer.Option(help="Experts that a head finds, for --gpus.")] = 16,
+    key_dim: Annotated[int, typer.Option(help="Size of a head's query, for --gpus.")] = 128,
+    layers: Annotated[int, typer.Option(help="Layers with a table, for --gpus.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Of a GPU in a step, for --gpus.")] = 4096,
+    row_format: Annotated[
+        str, typer.Option(help="float32 with two moments, or bfloat16 with one of 128 columns, for --gpus.")
+    ] = "float32",
+    fused: Annotated[bool, typer.Option("--fused", help="Rows are updated in the backward pass, for --gpus.")] = False,
+    dense_parameters: Annotated[float, typer.Option(help="Of the rest of the model, for --gpus.")] = 0,
     json_file: Json = None,
 ) -> None:
     """Say what to train for a budget: backbone, experts and tokens of least expected loss, and how sure that is.
 
     Far from the budgets that the law was fitted to it gives ranges in place of numbers.
+
+    With --gpus it says how to cut tables over a mesh: memory, bytes received and seconds of a step, what fits.
     """
+    from peerlm.cli.mesh_plan import check_kind, show_mesh_plan
+
+    given = {
+        name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") not in ("DEFAULT", "UNKNOWN")
+    }
+    check_kind(given - {"json_file"})
+    if gpus is not None:
+        assert num_experts is not None
+        assert dim is not None
+        settings = {
+            "dim": dim,
+            "vectors": vectors,
+            "heads": heads,
+            "per_head": experts_per_head,
+            "key_dim": key_dim,
+            "layers": layers,
+            "tokens": tokens,
+            "row_format": row_format,
+            "fused": fused,
+            "dense_parameters": dense_parameters,
+        }
+        show_mesh_plan(gpus, gpu, gpus_per_node, num_experts, settings, json_file)
+        return
+    assert flops is not None
     from peerlm_studies.scaling.spend import check_spend, read_bytes
 
     budget = {"flops": flops, "memory": read_bytes(memory), "row_bytes": read_bytes(row_bytes, "--row-bytes")}
