@@ -107,7 +107,8 @@ def what_would_fit(tables: Tables, gpus: int, gpu: Gpu, *, per_node: int = 8) ->
     for words, changed in (("", tables), (" --row-format bfloat16 --fused", lean)):
         if words and changed == tables:
             continue
-        more, best = 2 * gpus, []
+        more = 2 * gpus
+        best: list[tuple[str, MeshPlan]] = []
         while more <= MOST_GPUS and not best:
             best = _fitting(f"--gpus {more}{words}", changed, more, gpu, per_node)
             more *= 2
