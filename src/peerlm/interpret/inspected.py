@@ -76,7 +76,7 @@ class InspectedLayer(IndexedLayer):
         return _mapped(self.module.out_proj, vectors) if isinstance(self.module, PEER) else vectors
 
     def _gathered(self, ids: Tensor, part: int) -> Tensor:
-        """Vectors u (0), v (1) or g (2) of experts, with the scales of int8 rows."""
+        """Vectors u (0), v (1) or g (2) of experts, with the scales of 8-bit rows."""
         return self.table.gather(ids) if isinstance(self.module, ProductKeyMemory) else self.table.gather(ids, part)
 
     def norms(self) -> Tensor:
@@ -98,7 +98,7 @@ def find_inspected_layers(model: nn.Module) -> list[InspectedLayer]:
     """The PEER layers and product-key memories of a model, in its order.
 
     A layer's number is the first number in its module's path, the block's; where these are missing or not distinct,
-    layers are counted from 0. Raises UserError where there are none.
+    layers are counted from 0. Raises UserError where there are none, or values go through a gate.
     """
     found = indexed_layers(model)
     if not found:
@@ -106,6 +106,12 @@ def find_inspected_layers(model: nn.Module) -> list[InspectedLayer]:
             f"{type(model).__name__} has no PEER layer and no product-key memory, so that there are no experts to look "
             "at; name a model that has one, or `peerlm convert` it"
         )
+    for layer in found:
+        if isinstance(layer.module, ProductKeyMemory) and layer.module.gated:
+            raise UserError(
+                f"the values of {layer.name} go through a gate, so that what one adds depends on the token: inspect a "
+                "model of PEER or of memories with gated = false"
+            )
     blocks = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer.name) for layer in found]
     numbers = [int(match[1]) for match in blocks if match]
     if len(set(numbers)) < len(found):
