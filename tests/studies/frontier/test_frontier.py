@@ -157,7 +157,9 @@ def test_the_plot_names_the_front_and_joins_it() -> None:
 
 
 def test_names_of_points_that_lie_on_each_other_stand_below_each_other() -> None:
-    (axes,) = plot_frontier(points_of([row(4, 8, 3.0), row(4, 16, 3.5), row(4, 32, 3.499)])).axes
+    (axes,) = plot_frontier(
+        points_of([row(4, 8, 3.0), row(4, 16, 3.5), row(4, 16, 3.499) | {"method": "4 of 32²"}])
+    ).axes
     assert sorted(text.get_text() for text in axes.texts) == ["4 of 16²\n4 of 32²", "4 of 8²"]
 
 
