@@ -1,5 +1,6 @@
 """Sharded runs take the steps of one process: losses, norms and ids are the same, whatever the mesh."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ MODEL = {
     "peer": {"num_experts": 256, "heads": 2, "experts_per_head": 4, "key_dim": 16},
     "pkm": {"num_values": 121, "heads": 1, "values_per_head": 4, "key_dim": 16},
 }
+
+
+def without_batch_norm() -> dict[str, Any]:
+    """A model whose output for a window does not depend on which others are read with it."""
+    layers: Any = {kind: MODEL[kind] for kind in ("peer", "pkm")}
+    return {**MODEL, **{kind: {**settings, "query_norm": "layer"} for kind, settings in layers.items()}}
 
 
 def curve(rank: int, world: int, values: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -119,3 +126,34 @@ def test_losses_norms_and_ids_are_those_of_one_process(
         assert found["received_bytes_per_token"] > 0
         assert set(found["load"]) == {"model.layers.1.ffw.experts", "model.layers.2.ffw.values"}
         assert all(1 <= uneven < 2 for uneven in found["load"].values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "parallel"),
+    [
+        ({"grow": {"at": "20@50%", "opening": 0.2, "keys": "crowded"}}, {"rows": 2}),
+        ({"optim": {"tables": "fused", "table_clip": "inf", "weight_decay": 0.1}}, {"rows": 2, "cols": 2}),
+        ({"optim": {"tables": "lazy", "table_beta1": 0.0, "table_moment_columns": 8}}, {"rows": 1, "cols": 2}),
+        (
+            {
+                "data": {"micro_batch_size": 4},
+                "model": without_batch_norm(),
+            },
+            {"rows": 2},
+        ),
+    ],
+    ids=["growth", "fused", "lazy, no first moment, one second for 8 columns", "accumulation"],
+)
+def test_each_way_to_train_is_that_of_one_process(
+    pool: Pool, recipe: dict[str, Any], changes: dict[str, Any], parallel: dict[str, Any]
+) -> None:
+    world = parallel.get("rows", 1) * parallel.get("cols", 1)
+    values = {**recipe, **{key: {**recipe.get(key, {}), **change} for key, change in changes.items()}}
+    values["optim"] = {key: math.inf if value == "inf" else value for key, value in values["optim"].items()}
+    (alone,) = pool.run(curve, 1, values, STEPS)
+    if micro := values["data"]["micro_batch_size"]:
+        values = {**values, "data": {**values["data"], "micro_batch_size": micro // world}}
+    for found in pool.run(curve, world, {**values, "parallel": parallel}, STEPS):
+        torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-5, atol=1e-5)
+        assert torch.equal(found["ids"], alone["ids"])
+        torch.testing.assert_close(found["rows"], alone["rows"], rtol=1e-3, atol=2e-4)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.row_shards import RowShard
+from peerlm.ops.tensors import is_fake
 from peerlm.ops.watched import watch_reads, with_views
 
 _WATCHER = "_peerlm_row_watcher"
@@ -138,7 +139,8 @@ def watch_rows(parameter: Tensor, watcher: RowWatcher) -> None:
     earlier = _watcher(parameter)
     if earlier is not None and earlier is not watcher:
         earlier.release(parameter)
-    watch_reads(parameter, partial(prepare_rows, parameter, None))
+    if not is_fake(parameter):  # of which nobody reads values
+        watch_reads(parameter, partial(prepare_rows, parameter, None))
     setattr(parameter, _WATCHER, watcher)
     if not hasattr(_call, "_torchdynamo_disable"):
         _call = torch.compiler.disable(_call, reason=_OUTSIDE)  # not above: this imports the compiler

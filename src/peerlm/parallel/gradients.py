@@ -50,7 +50,9 @@ class Averaged:
             flat = torch.cat([there, *(part.flatten() for part in parts)])
             dist.all_reduce(flat, group=self.ranks.group)
             self.ranks.traffic.received += 2 * (self.ranks.size - 1) * flat.nbytes // self.ranks.size
-            found = flat[: len(alike)].tolist()
+            missing = any(each.grad is None for each in alike)
+            # The device is waited for only where this rank cannot know.
+            found = flat[: len(alike)].tolist() if missing else [1.0] * len(alike)
             means = (flat[len(alike) :] / self.ranks.size).split([part.numel() for part in parts])
             for each, somewhere, mean in zip(alike, found, means, strict=True):
                 each.grad = mean.view_as(each).clone() if somewhere else None

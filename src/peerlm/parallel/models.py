@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +16,7 @@ from peerlm.layers import ProductKeys, share_statistics
 from peerlm.layers.table import Table, class_of, tables_as
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.parallel.gradients import average_gradients
+from peerlm.parallel.meshes import all_ranks
 from peerlm.parallel.place import Place
 from peerlm.parallel.table import ShardedTable, sharded_at
 
@@ -109,7 +110,7 @@ def _spread(model: Any, place: Place, dense: str) -> Any:
     for tensor in (*rest, *_buffers(model)):
         dist.broadcast(tensor.detach(), src=0)
     if dense == "shard":
-        ranks = init_device_mesh(place.mesh.device_type, (place.world,), mesh_dim_names=("ranks",))
+        ranks = all_ranks(place.mesh)
         ignored = kept | {parameter for parameter in model.parameters() if id(parameter) in tables}
         whole_blocks = set(getattr(model, "_no_split_modules", None) or ())
         for module in list(model.modules()):
