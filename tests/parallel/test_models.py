@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -12,6 +13,8 @@ from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.optim import RowAdamW
 from peerlm.packs.api import load_pack, new_pack, save_pack
 from peerlm.parallel import build, mesh, parallelize, sharded_tables
+from peerlm.ranks import Ranks
+from peerlm.usage import record_usage
 
 from .pool import Pool
 
@@ -108,3 +111,31 @@ def test_packs_are_retrieved_beside_sharded_experts(pool: Pool, tmp_path: Path) 
     for whole, cut in pool.run(with_pack, 2, str(tmp_path / "pack")):
         torch.testing.assert_close(cut, whole)
         assert not torch.equal(whole[0], whole[1])
+
+
+def used(rank: int, world: int, rows: int, cols: int) -> list[tuple[float, float, int]]:
+    """Share, unevenness and counters of a whole model and a sharded one, which read the same tokens between them."""
+    found = []
+    ids = torch.arange(48).view(4, 12)
+    padding = torch.arange(12) < torch.tensor([[12], [9], [12], [5]])
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model: Any = PeerForCausalLM(config()).eval()
+        mine = slice(None)
+        if sharded:
+            parallelize(model, mesh(rows=rows, cols=cols), dense="replicate")
+            mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
+        with torch.no_grad(), record_usage(model) as usage:
+            model(input_ids=ids[mine], attention_mask=padding[mine].long())
+        (layer,) = usage.values()
+        layer.merge(Ranks(rank=0, world_size=1, device=torch.device("cpu")))
+        found.append((layer.share, layer.unevenness, len(layer.weight_N)))
+    return found
+
+
+def test_each_rank_counts_the_use_of_its_own_experts(pool: Pool) -> None:
+    for rank, (whole, cut) in enumerate(pool.run(used, 4, 2, 2)):
+        assert cut[0] == whole[0]
+        assert cut[1] == pytest.approx(whole[1], rel=1e-5)
+        assert whole[2] == 49
+        assert cut[2] == (25, 24)[rank % 2]

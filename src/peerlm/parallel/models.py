@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from peerlm.layers import ProductKeys, share_statistics
 from peerlm.layers.table import Table, class_of, tables_as
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.parallel.counting import count_by_owners
 from peerlm.parallel.gradients import average_gradients
 from peerlm.parallel.meshes import all_ranks
 from peerlm.parallel.place import Place
@@ -123,6 +124,7 @@ def _spread(model: Any, place: Place, dense: str) -> Any:
                 fully_shard(module, mesh=ranks, ignored_params=ignored)
         fully_shard(model, mesh=ranks, ignored_params=ignored)
     setattr(model, _PLACE, place)
+    count_by_owners(model)
     model._ddp_params_and_buffers_to_ignore = _NotOfDDP()
     exchange_gradients(model)
     return model
