@@ -135,6 +135,13 @@ def inside_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def automatic_device() -> torch.device:
+    """The device that is meant by "auto": this process's CUDA device where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
 @contextmanager
 def join_ranks(device: str, *, always: bool = False) -> Iterator[Ranks]:
     """Join the processes that torchrun started (gloo on CPU, NCCL on CUDA) and leave them at the end.
@@ -146,12 +153,10 @@ def join_ranks(device: str, *, always: bool = False) -> Iterator[Ranks]:
     always: whether a process alone is a group, too. Raises RankLost where another rank cannot be reached any more.
     """
     global _failures
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
+    local = torch.device("cpu") if device == "cpu" else automatic_device()
+    if device == "cuda" and local.type != "cuda":
         raise UserError("device = 'cuda': PyTorch finds no CUDA device on this machine; set device to 'cpu' or 'auto'")
-    local = torch.device("cpu")
-    if cuda and device != "cpu":
-        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if local.type == "cuda":
         torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         if always:

@@ -137,6 +137,8 @@ class Training:
             return "graph = 'off'"
         if device.type not in GRAPHS:
             return f"the run is on device {device}, and a graph is one of CUDA's"
+        if config.optim.matrices == "muon":
+            return "optim.matrices = 'muon' takes its learning rate from the host"
         if self.ranks.world_size > 1 or config.parallel.sharded:
             return f"{self.ranks.world_size} processes exchange tokens or gradients in each step"
         return "compile = true" if config.compile else ""
