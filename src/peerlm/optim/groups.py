@@ -131,7 +131,7 @@ def clip_gradients(groups: Sequence[dict[str, Any]], *, max_norm: float, table_m
     tables = _gradient_values(of_tables)
     rest = _gradient_values(group for group in groups if group.get("name") != "table")
     device = next((values.device for values in (*rest, *tables)), torch.device("cpu"))
-    rest_norm, table_norm = _norm(rest, device), _norm(tables, device)
+    rest_norm, table_norm = _norm_over_mesh(rest, device), _norm_over_ranks(of_tables, tables, device)
     finite = rest_norm.isfinite() & table_norm.isfinite()
     _keep_within(rest, rest_norm, max_norm, finite)
     _keep_within(tables, table_norm, table_max_norm, finite)
@@ -148,31 +148,29 @@ def _with_gradient(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, Tenso
     return [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
-def _norm_over_mesh(values: list[Tensor]) -> Tensor:
+def _norm_over_mesh(values: list[Tensor], device: torch.device) -> Tensor:
     """The norm of gradients that every rank has whole, or of which FSDP2 has left each rank a part."""
     whole = [value for value in values if not _is_cut(value)]
     if len(whole) == len(values):
-        return get_total_norm(whole)
+        return _norm(whole, device)
     cut: Any = get_total_norm([value for value in values if _is_cut(value)])
-    norms = [cut.full_tensor(), get_total_norm(whole).to(cut.device)]
-    return torch.stack(norms).square().sum().sqrt()
+    return torch.stack([cut.full_tensor().to(device), _norm(whole, device)]).square().sum().sqrt()
 
 
-def _norm_over_ranks(groups: Sequence[dict[str, Any]], values: list[Tensor]) -> Tensor:
+def _norm_over_ranks(groups: Sequence[dict[str, Any]], values: list[Tensor], device: torch.device) -> Tensor:
     """The norm of gradients of tables, which may be sharded; each rank must call it."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     # Ranks without a gradient take part, too.
     over = {id(shard.group): shard.group for shard in map(shard_of, parameters) if shard is not None}
     if not over:
-        return get_total_norm(values)
+        return _norm(values, device)
     shards = [shard_of(parameter) for parameter, _ in _with_gradient(groups)]
     of_ranks: dict[int | None, list[Tensor]] = {}
     for shard, value in zip(shards, values, strict=True):
         of_ranks.setdefault(None if shard is None else id(shard.group), []).append(value)
-    device = parameters[0].device
-    total = get_total_norm(of_ranks.get(None, [])).to(device).square()
+    total = _norm(of_ranks.get(None, []), device).square()
     for key, ranks in over.items():
-        square = get_total_norm(of_ranks.get(key, [])).to(device).square()
+        square = _norm(of_ranks.get(key, []), device).square()
         if ranks is not None:
             dist.all_reduce(square, group=ranks)
         total = total + square
