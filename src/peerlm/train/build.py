@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -330,9 +331,10 @@ def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
         return False
     tokens = config.data.batch_size * config.data.context
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "looked_up_rows")]
+    looked_up: Counter[Table] = Counter()  # a table that several layers share by all of them
+    for layer in layers:
+        looked_up.update(dict(layer.looked_up_rows()))
     largest = max((growth.sub_keys**2 for growth in read_growths(config.grow)), default=0)
     return api.updates_rows_on(ranks.device) and any(
-        tokens * rows <= _QUICKER_BY_ROWS * max(table.num_rows, largest)
-        for layer in layers
-        for table, rows in layer.looked_up_rows()
+        tokens * rows <= _QUICKER_BY_ROWS * max(table.num_rows, largest) for table, rows in looked_up.items()
     )

@@ -186,6 +186,9 @@ class CheckpointConfig:
     it."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    background: bool = False
+    """Whether each rank copies its part of a checkpoint and writes it, in shards, during later steps. The copy
+    takes as much memory as the model with its optimizer's state."""
 
     def __post_init__(self) -> None:
         _require(self, "checkpoint.", "every minutes", _at_least_0, "must be 0 or more")

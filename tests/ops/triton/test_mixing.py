@@ -14,11 +14,12 @@ from torch import Tensor
 
 from peerlm.ops import api
 from peerlm.ops.functions import ACTIVATIONS
+from peerlm.ops.row_formats import quantise
 from peerlm.ops.triton import experts, experts_backward, gather, row_gradients, values
 from peerlm.ops.triton.runtime import OPERATORS
 from peerlm.testing import MixInputs, assert_within_budget, mix_inputs
 
-from ..mixing_cases import assert_kernels_within_budget, draw, in_8_bits, in_float32, output_and_gradients
+from ..mixing_cases import assert_kernels_within_budget, draw, in_float32, output_and_gradients
 from .guards import Guarded, between_poison
 
 assert_right = partial(assert_kernels_within_budget, backend="triton")
@@ -181,6 +182,36 @@ def test_the_same_bits_in_every_run_and_every_batch() -> None:
         assert torch.equal(api.mix_experts(x, weights, ids, inputs.rows, backend="triton"), first["y"][some])
 
 
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel: Any, launched: list[Any]):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launched.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize(("per_token", "dim", "parts"), [(33, 13, 2), (16, 8, 3), (65, 1, 2)])
+def test_few_tokens_have_the_bits_of_many(
+    per_token: int, dim: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are few, each group of a token's entries has a program of its own."""
+    inputs = in_float32(draw(2, per_token, dim, 7, gated=parts == 3))
+    arguments = [tensor.detach() for tensor in inputs.arguments()]
+    found, launched = [], []
+    monkeypatch.setattr(experts, "_add_groups", Counted(experts._add_groups, launched))
+    for few in (2, 1):
+        monkeypatch.setattr(experts, "_FEW_TOKENS", few)
+        with Guarded() as guards:
+            found.append(experts.mix_experts(*arguments, None, "gelu", False))
+        guards.assert_kept()
+    assert len(launched) == (per_token > 32)
+    for few, many in zip(*found, strict=True):
+        assert torch.equal(few, many)
+
+
 def arguments_of_kernels(dim: int, parts: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """The function behind each operator, and what it is called with."""
     inputs = in_float32(draw(5, 3, dim, 7, gated=parts == 3))
@@ -222,7 +253,7 @@ def test_operators_are_as_pytorch_wants_them(parts: int, row_format: torch.dtype
     inputs = in_float32(draw(3, 2, 6, 5, gated=parts == 3))
     rows, scales = inputs.rows.detach().to(row_format), None
     if row_format == torch.int8:
-        rows, scales = in_8_bits(inputs.rows.detach(), row_format)
+        rows, scales = quantise(inputs.rows.detach(), row_format)
     else:
         rows.requires_grad_()
     arguments = inputs.x, inputs.weights, inputs.ids, rows, scales, "gelu"
@@ -261,7 +292,7 @@ def test_rows_that_lie_beyond_the_31st_bit_of_an_offset() -> None:
     scales = torch.from_numpy(np.zeros((num_rows, 2), np.float32))
     assert rows[-1].data_ptr() - rows.data_ptr() >= 2**31
     inputs = in_float32(draw(2, 3, dim, 3))
-    rows[-3:], scales[-3:] = in_8_bits(inputs.rows.detach(), torch.int8)
+    rows[-3:], scales[-3:] = quantise(inputs.rows.detach(), torch.int8)
     arguments = MixInputs(x=inputs.x, weights=inputs.weights, ids=inputs.ids + num_rows - 3, rows=rows)
     few = MixInputs(x=inputs.x, weights=inputs.weights, ids=inputs.ids, rows=rows[-3:])
     found = output_and_gradients(arguments, scales, backend="triton")
