@@ -27,7 +27,6 @@ from peerlm.train.recipe import to_dict
 
 from ..processes import Processes, ranks
 
-
 ENDS = int(os.environ.get("PEERLM_ENDS", "1"))
 
 
