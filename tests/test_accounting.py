@@ -11,6 +11,7 @@ from peerlm import (
     PEER,
     DenseFFW,
     ExpertChoiceMoE,
+    FineGrainedMoE,
     PeerConfig,
     PeerForCausalLM,
     ProductKeyMemory,
@@ -27,6 +28,7 @@ LAYERS: dict[str, Any] = {
     "swiglu": lambda: DenseFFW(16, activation="silu", gated=True),
     "expert_choice": lambda: ExpertChoiceMoE(16, num_experts=4, capacity_factor=2.0),
     "token_choice": lambda: TokenChoiceMoE(16, num_experts=4, experts_per_token=2),
+    "fine_grained_moe": lambda: FineGrainedMoE(16, num_experts=8, experts_per_token=3, shared_experts=2),
     "pkm": lambda: ProductKeyMemory(16, **PKM_SETTINGS),
     "pkm, shared keys": lambda: ProductKeyMemory(16, shared_keys=True, **PKM_SETTINGS),
     "peer": lambda: PEER(16, **PEER_SETTINGS),
@@ -35,8 +37,14 @@ LAYERS: dict[str, Any] = {
 }
 
 
+def grouped_flops(x_MD: Any, weights_EDF: Any, *_: Any, **__: Any) -> int:
+    """Of a grouped product, which the counter does not know."""
+    return 2 * x_MD[0] * weights_EDF[1] * weights_EDF[2]
+
+
 def counted_flops(model: nn.Module, inputs: torch.Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    own = {torch.ops.peerlm.rows_by_matrices: grouped_flops}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter, torch.no_grad():
         model(inputs)
     return counter.get_total_flops()
 
@@ -50,7 +58,9 @@ def test_flops_of_layers_agree_with_the_counter(kind: str, training: bool) -> No
     assert cost.training_flops_per_token == 3 * cost.forward_flops_per_token
 
 
-@pytest.mark.parametrize("kind", ["dense", "swiglu", "expert_choice", "token_choice", "pkm", "peer"])
+@pytest.mark.parametrize(
+    "kind", ["dense", "swiglu", "expert_choice", "token_choice", "fine_grained_moe", "pkm", "peer"]
+)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("key_value_heads", [1, 4])
 def test_flops_of_models_agree_with_the_counter(kind: str, tied: bool, key_value_heads: int) -> None:
@@ -81,6 +91,12 @@ def test_flops_of_models_agree_with_the_counter(kind: str, tied: bool, key_value
         # router + experts, of which 2 of 4 are active
         ("expert_choice", 16 * 4 + 4 * 2 * 16 * 64, 16 * 4 + 2 * 2 * 16 * 64),
         ("token_choice", 16 * 4 + 4 * 2 * 16 * 64, 16 * 4 + 2 * 2 * 16 * 64),
+        # router + routed experts, of which 3 of 8 are active, + the shared one
+        (
+            "fine_grained_moe",
+            16 * 8 + 8 * 3 * 16 * 8 + 3 * 16 * 16,
+            16 * 8 + 3 * 3 * 16 * 8 + 3 * 16 * 16,
+        ),
         # query map + its norm + sub-keys + rows, of which 2 heads * 3 are active
         ("pkm", 16 * 16 + 2 * 16 + 2 * 2 * 8 * 4 + 64 * 16, 16 * 16 + 2 * 16 + 2 * 2 * 8 * 4 + 6 * 16),
         ("pkm, shared keys", 16 * 16 + 2 * 16 + 2 * 8 * 4 + 64 * 16, 16 * 16 + 2 * 16 + 2 * 8 * 4 + 6 * 16),

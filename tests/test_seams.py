@@ -40,7 +40,10 @@ def reads_raw_rows(tree: ast.AST) -> Iterator[int]:
 Rule = tuple[Callable[[ast.AST], Iterator[int]], tuple[str, ...]]
 RULES: dict[str, Rule] = {
     "only tables talk to optimizers": (talks_to_optimizers, ("peerlm/ops/", "peerlm/layers/table.py")),
-    "rows are read through tables": (reads_raw_rows, ("peerlm/ops/", "peerlm/layers/", "peerlm/optim/")),
+    "rows are read through tables": (
+        reads_raw_rows,
+        ("peerlm/ops/", "peerlm/layers/", "peerlm/optim/", "peerlm/parallel/"),
+    ),
 }
 
 

@@ -89,7 +89,6 @@ def model_cost(model: nn.Module, context: int) -> Cost:
         ValueError: a table of which no module says how many rows a token looks up.
     """
     parameters = {id(p): p for p in model.parameters()}.values()
-    total = sum(p.numel() for p in parameters)
     linear_weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     looked_up = list(_looked_up(model))
     tables = {id(table): table for table, _ in looked_up}
@@ -116,6 +115,9 @@ def model_cost(model: nn.Module, context: int) -> Cost:
             inactive += inactive_parameters()
             if not hasattr(module, "looked_up_rows"):
                 inactive_bytes += round(inactive_parameters() * _own_element_size(module))
+    # A sharded table's parameter is the part of this rank.
+    in_all_tables = sum(table.num_rows * math.prod(table.row_shape) for table in tables.values())
+    total = in_all_tables + sum(p.numel() for p in parameters if id(p) not in in_tables)
     table_bytes = sum(table.num_rows * table.row_bytes for table in tables.values())
     return Cost(
         total_parameters=total,
@@ -127,7 +129,7 @@ def model_cost(model: nn.Module, context: int) -> Cost:
         shared_bytes_per_pass=shared,
         weight_bytes=others + table_bytes,
         table_bytes=table_bytes,
-        table_parameters=sum(table.num_rows * math.prod(table.row_shape) for table in tables.values()),
+        table_parameters=in_all_tables,
     )
 
 

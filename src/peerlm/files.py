@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial-"
 """Prefix of what is being written; a leftover of it is rubbish."""
+_CHUNK_BYTES = 2**22
 
 
 @contextmanager
@@ -29,13 +31,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield partial
         for path in partial.iterdir():
             path.chmod(partial.stat().st_mode & 0o666)
-            _sync(path)
-        _sync(partial)
+            sync(path)
+        sync(partial)
         if folder.exists():
             _exchange(partial, folder)
         else:
             partial.replace(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
         shutil.rmtree(partial, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -55,12 +57,22 @@ def write_bytes(path: Path, content: bytes) -> None:
     partial = path.with_name(PARTIAL + path.name)
     try:
         partial.write_bytes(content)
-        _sync(partial)
+        sync(partial)
         partial.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def fingerprint(path: Path) -> dict[str, int]:
+    """Size and CRC-32 of a file, as "bytes" and "crc32"."""
+    checksum, size = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+            size += len(chunk)
+    return {"bytes": size, "crc32": checksum}
 
 
 def is_partial(path: Path) -> bool:
@@ -107,7 +119,8 @@ def _exchange(new: Path, old: Path) -> None:
     aside.replace(new)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

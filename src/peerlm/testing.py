@@ -224,12 +224,13 @@ def loop_peer(layer: PEER, x_TD: Tensor) -> Tensor:
         [weigh_floats(head, keys.weighting) for head in token] for token in scores_THN.gather(-1, ids_THK).tolist()
     ]
     inputs = MixInputs(
-        x=x_TD,
+        x=x_TD @ layer.in_proj.weight.T if isinstance(layer.in_proj, nn.Linear) else x_TD,
         weights=torch.tensor(weights, dtype=torch.float64).flatten(1),
         ids=ids_THK.flatten(1),
         rows=layer.experts.read(),
     )
-    return loop_mix_experts(inputs, layer.experts.activation)
+    y_TD = loop_mix_experts(inputs, layer.experts.activation)
+    return y_TD @ layer.out_proj.weight.T if isinstance(layer.out_proj, nn.Linear) else y_TD
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

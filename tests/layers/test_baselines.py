@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlm.layers import DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
+from peerlm.layers import DenseFFW, ExpertChoiceMoE, FineGrainedMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.testing import exhaustive_scores, weigh_floats
 
@@ -19,6 +19,7 @@ RIVALS: dict[str, Any] = {
     "swiglu": lambda: DenseFFW(DIM, activation="silu", gated=True),
     "expert_choice": lambda: ExpertChoiceMoE(DIM, num_experts=4, hidden=5, capacity_factor=1.5),
     "token_choice": lambda: TokenChoiceMoE(DIM, num_experts=4, hidden=5),
+    "fine_grained_moe": lambda: FineGrainedMoE(DIM, num_experts=5, experts_per_token=3, hidden=4),
     "pkm": lambda: ProductKeyMemory(DIM, num_values=16, heads=2, values_per_head=3, key_dim=4),
 }
 
@@ -220,6 +221,13 @@ def test_product_key_memory_leaves_padding_out_of_the_query_norm() -> None:
             lambda: TokenChoiceMoE(8, experts_per_token=17),
             "experts_per_token is 17; take 1 to num_experts = 16",
         ),
+        (
+            lambda: FineGrainedMoE(8, num_experts=4, experts_per_token=5),
+            "experts_per_token is 5; take 1 to num_experts = 4",
+        ),
+        (lambda: FineGrainedMoE(8, shared_experts=-1), "shared_experts is -1; it must be at least 1"),
+        (lambda: FineGrainedMoE(8, routed_scale=0.0), "routed_scale is 0.0; .* take a number above 0"),
+        (lambda: FineGrainedMoE(8, balance_step=-0.1), "balance_step is -0.1; take a number of at least 0"),
         (lambda: ProductKeyMemory(8, num_values=1000), "num_values is 1000, .* the nearest is 1024"),
         (
             lambda: ProductKeyMemory(8, num_values=100),

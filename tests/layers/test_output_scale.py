@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from peerlm.growth import grow
-from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
+from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, FineGrainedMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.layers.output_scale import ACTIVATION_POWER, INPUT_STD, OUTPUT_POWER, output_std
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.scoring import half_scores
@@ -96,6 +96,14 @@ def test_mixtures(mixture: type[nn.Module], activation: str) -> None:
     assert power == pytest.approx(OUTPUT_POWER, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("shared_experts", [0, 1, 3])
+def test_fine_grained_mixture(shared_experts: int) -> None:
+    layer = FineGrainedMoE(128, shared_experts=shared_experts)
+    assert output_power(layer, 128, tokens=1024) == pytest.approx(OUTPUT_POWER, rel=TOLERANCE)
+    if layer.shared is not None:
+        assert layer.shared.up_proj.weight.std().item() == pytest.approx(layer.up.std().item(), rel=0.05)
+
+
 @pytest.mark.parametrize(
     "layer",
     [
@@ -104,6 +112,7 @@ def test_mixtures(mixture: type[nn.Module], activation: str) -> None:
         ProductKeyMemory(32, num_values=64**2),
         ExpertChoiceMoE(32),
         TokenChoiceMoE(32),
+        FineGrainedMoE(32, num_experts=16, experts_per_token=4),
     ],
     ids=lambda layer: type(layer).__name__,
 )

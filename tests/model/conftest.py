@@ -17,6 +17,7 @@ TINY: dict[str, Any] = {
     "pkm": {"num_values": 16, "heads": 2, "values_per_head": 3, "key_dim": 8},
     "expert_choice": {"num_experts": 4, "hidden": 16},
     "token_choice": {"num_experts": 4, "hidden": 16},
+    "fine_grained_moe": {"num_experts": 6, "experts_per_token": 3},
 }
 
 

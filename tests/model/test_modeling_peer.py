@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
-from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
+from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, FineGrainedMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.model import FFW_KINDS, PeerForCausalLM, PeerModel
+
+from ..host_reads import NoHostReads
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -27,6 +29,7 @@ OUTPUTS = {  # the matrix of each kind that writes to the residual stream
     "pkm": "ffw.values.rows",
     "expert_choice": "ffw.up",
     "token_choice": "ffw.up",
+    "fine_grained_moe": "ffw.up",
 }
 Build = Callable[..., PeerForCausalLM]
 
@@ -48,13 +51,21 @@ def query_statistics(model: PeerForCausalLM) -> dict[str, Tensor]:
 
 
 def test_kinds_of_layers(tiny_model: Build) -> None:
-    kinds = ["dense", "swiglu", "peer", "pkm", "expert_choice", "token_choice"]
-    model = tiny_model(num_hidden_layers=6, ffw_layers=kinds)
-    classes = [DenseFFW, DenseFFW, PEER, ProductKeyMemory, ExpertChoiceMoE, TokenChoiceMoE]
+    kinds = ["dense", "swiglu", "peer", "pkm", "expert_choice", "token_choice", "fine_grained_moe"]
+    model = tiny_model(num_hidden_layers=len(kinds), ffw_layers=kinds)
+    classes = [DenseFFW, DenseFFW, PEER, ProductKeyMemory, ExpertChoiceMoE, TokenChoiceMoE, FineGrainedMoE]
     assert [type(block.ffw) for block in model.model.layers] == classes
     assert model.model.layers[0].ffw.up_proj.in_features == 4 * 32
     assert model.model.layers[1].ffw.up_proj.in_features == round(8 / 3 * 32)
     assert model.model.layers[2].ffw.experts.num_experts == 16
+
+
+@pytest.mark.parametrize("kind", ["dense", "swiglu"])
+def test_a_training_step_learns_nothing_from_the_device(tiny_model: Build, kind: str) -> None:
+    model, ids = tiny_model(ffw_layers=kind).train(), draw_tokens(2, 8)
+    with NoHostReads():
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_intermediate_size_sets_dense_layers(tiny_model: Build) -> None:

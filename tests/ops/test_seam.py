@@ -11,7 +11,17 @@ from peerlm.ops import api
 
 PACKAGE = Path(peerlm.__file__).parent
 API = "peerlm.ops.api"
-PUBLIC = {"api", "functions", "pairing", "row_formats", "row_updates", "scoring", "tensors", "watched"}
+PUBLIC = {
+    "api",
+    "functions",
+    "padded_rows",
+    "pairing",
+    "row_formats",
+    "row_updates",
+    "scoring",
+    "tensors",
+    "watched",
+}
 """Modules of `ops` that the rest of the package may import."""
 MAY_COMPARE = {"peerlm.testing"}
 

@@ -49,8 +49,12 @@ def in_float64(tmp_path: Path, float64: None) -> str:
 
 @pytest.fixture
 def without_dropout(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Batch normalisation of queries stays on: its statistics must be those of both processes."""
-    return {**recipe["model"], "attention_dropout": 0.0, "peer": {**recipe["model"]["peer"], "dropout": 0.0}}
+    """Statistics of the batch, of queries and of experts' load, must be those of both processes."""
+    layers = {
+        "ffw_layers": ["fine_grained_moe", "peer"],
+        "fine_grained_moe": {"num_experts": 4, "experts_per_token": 2},
+    }
+    return {**recipe["model"], **layers, "attention_dropout": 0.0, "peer": {**recipe["model"]["peer"], "dropout": 0.0}}
 
 
 @pytest.mark.slow

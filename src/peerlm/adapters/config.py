@@ -41,6 +41,7 @@ _POOL_SETTINGS = (
     "dropout",
     "init_weights",
     "backend",
+    "row_dim",
 )
 
 
@@ -64,7 +65,7 @@ _PEFT_TYPE = _peft_type()
 class PeerAdapterConfig(PeftConfig):
     """An adapter of N low-rank experts beside each target module, retrieved by product keys for every token.
 
-    The settings up to `backend` are those of `peerlm.adapters.pool.AdapterPool`, which checks them.
+    The settings up to `row_dim` are those of `peerlm.adapters.pool.AdapterPool`, which checks them.
 
     Queries are normalised by "layer": no mask of padding reaches a linear layer, so that the statistics of "batch"
     would count padding, and batches in fine-tuning are small.
@@ -96,6 +97,8 @@ class PeerAdapterConfig(PeftConfig):
     """Whether a new adapter changes nothing until it is trained; False, as in tests of peft's, draws random experts."""
     backend: str = "auto"
     """A name in `peerlm.ops.api.BACKENDS`."""
+    row_dim: int | None = None
+    """Width of the experts' vectors, with maps that all experts share; None for that of the module, without maps."""
     module_dim: int | None = None
     """What target modules that are no linear layers read and write; None takes their own `dim` or `hidden_size`."""
     target_modules: list[str] | str | None = None

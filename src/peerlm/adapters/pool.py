@@ -6,6 +6,7 @@ from torch import Tensor
 from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.layers.retrieval_layer import RetrievalLayer
+from peerlm.layers.row_map import row_map
 from peerlm.layers.table import Table
 from peerlm.ops import api
 from peerlm.ops.functions import ACTIVATIONS
@@ -19,7 +20,8 @@ class AdapterPool(RetrievalLayer):
     PEER (He 2024, arXiv 2407.04153, section 2.1). The neurons of an expert share its key. All v are zero at the start,
     and so is y, unless told otherwise.
 
-    u and v lie in tables of their own, because a linear map may write another width than it reads.
+    u and v lie in tables of their own, because a linear map may write another width than it reads. With a `row_dim`
+    both have that width, and all experts share two maps: y = W_out sum of weight_i act(u_ij . W_in x) v_ij.
 
     Args:
         in_features: width of x.
@@ -39,8 +41,10 @@ class AdapterPool(RetrievalLayer):
         dropout: share of retrieved experts dropped per token in training; the others' weights are scaled up.
         init_weights: whether all v are zero at the start; otherwise they are random.
         backend: a name in `peerlm.ops.api.BACKENDS`.
+        row_dim: width of u and v; None for in_features and out_features, without maps.
 
     Attributes:
+        in_proj, out_proj: the maps W_in and W_out; without parameters where there are none.
         product_keys: the index, `ProductKeys`.
         down, up: u and v, a `Table` each of N * rank rows; expert i has rows i * rank up to (i + 1) * rank.
 
@@ -66,8 +70,11 @@ class AdapterPool(RetrievalLayer):
         dropout: float = 0.0,
         init_weights: bool = True,
         backend: str = "auto",
+        row_dim: int | None = None,
     ):
         check_sizes(in_features=in_features, out_features=out_features, rank=rank)
+        reads, writes = (in_features, out_features) if row_dim is None else (row_dim, row_dim)
+        check_sizes(row_dim=reads)
         api.check_activation(activation)
         product_keys = ProductKeys(
             in_features,
@@ -85,11 +92,11 @@ class AdapterPool(RetrievalLayer):
         self.out_features = out_features
         self.rank = rank
         self.activation = activation
-        self.down = Table(num_experts * rank, in_features, backend=backend)
-        self.down.fill(lambda rows: rows.normal_(std=in_features**-0.5))
-        self.up = Table(num_experts * rank, out_features, backend=backend)
-        up_std = 0.0 if init_weights else out_features**-0.5
-        self.up.fill(lambda rows: rows.normal_(std=up_std) if up_std else rows.zero_())
+        self.in_proj, self.out_proj = row_map(in_features, reads), row_map(writes, out_features)
+        self.down = Table(num_experts * rank, reads, backend=backend)
+        self.down.fill_normal(reads**-0.5)
+        self.up = Table(num_experts * rank, writes, backend=backend)
+        self.up.fill_normal(0.0 if init_weights else writes**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) of any float dtype to (..., out_features), computed in the dtype of the pool."""
@@ -102,14 +109,14 @@ class AdapterPool(RetrievalLayer):
             neurons = torch.arange(self.rank, device=x.device)
             row_ids_TP = (row_ids_TP[..., None] * self.rank + neurons).flatten(1)
             weights_TP = weights_TP.repeat_interleave(self.rank, dim=1)
-        hidden_TP = ACTIVATIONS[self.activation](self.down.dot(x_TD, row_ids_TP))
-        y_TD = self.up.mix(weights_TP.to(hidden_TP.dtype) * hidden_TP, row_ids_TP)
+        hidden_TP = ACTIVATIONS[self.activation](self.down.dot(self.in_proj(x_TD), row_ids_TP))
+        y_TD = self.out_proj(self.up.mix(weights_TP.to(hidden_TP.dtype) * hidden_TP, row_ids_TP))
         return y_TD.view(*x.shape[:-1], self.out_features)
 
     @property
     def parameters_per_expert(self) -> int:
         """The vectors u and v of each of its neurons."""
-        return self.rank * (self.in_features + self.out_features)
+        return self.rank * (self.down.row_shape[0] + self.up.row_shape[0])
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""

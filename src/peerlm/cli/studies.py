@@ -66,6 +66,21 @@ def isoflop(
         show(rows, json_file, tables=_nothing)
 
 
+@app.command(examples=["peerlm frontier runs/frontier/rows.jsonl --output runs/frontier"])
+def frontier(
+    rows: Annotated[list[Path], typer.Argument(help="Files of rows that compare or isoflop wrote.")],
+    output: Annotated[Path, typer.Option(help="Folder to write: frontier.md, frontier.json and two plots.")],
+    method: Annotated[list[str], typer.Option(help="Only this method; repeatable.")] = [],  # noqa: B006
+    json_file: Json = None,
+) -> None:
+    """Draw what loss costs: over bytes read per token, seconds, memory, and bytes read in decoding."""
+    from peerlm_studies.frontier.study import frontier
+    from peerlm_studies.frontier.tables import frontier_markdown, frontier_rows
+
+    points = frontier(rows, output, methods=method)
+    show(frontier_rows(points), json_file, partial(print_markdown, frontier_markdown(points)))
+
+
 @app.command(examples=["peerlm report results/report.toml --output docs"])
 def report(
     definition: Annotated[Path, typer.Argument(help="TOML file that names sections, their rows and their recipes.")],

@@ -109,6 +109,71 @@ void check_ids(const int64_t* ids, int64_t count, int64_t num_rows) {
       throw nb::index_error(("expert id " + std::to_string(ids[i]) + " is not in 0 .. " + std::to_string(num_rows - 1)).c_str());
 }
 
+// As check_ids, but ids may be holes; returns how many are.
+int64_t count_holes(const int64_t* ids, int64_t count, int64_t num_rows) {
+  int64_t holes = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] == HOLE) ++holes;
+    else if (ids[i] < 0 || ids[i] >= num_rows) check_ids(ids + i, 1, num_rows);
+  }
+  return holes;
+}
+
+// The entries of ids (T, P) that are no holes, one after another; tensors of all entries become those of these, and back.
+class Kept {
+ public:
+  Kept(const int64_t* ids, int64_t tokens, int64_t per_token, int64_t num_rows) : count_(tokens * per_token) {
+    const int64_t holes = count_holes(ids, count_, num_rows);
+    if (holes == 0) {
+      ids_ = ids;
+      return;
+    }
+    starts_.reserve(tokens + 1);
+    places_.reserve(count_ - holes);
+    for (int64_t entry = 0; entry < count_; ++entry) {
+      if (entry % per_token == 0) starts_.push_back((int64_t)places_.size());
+      if (ids[entry] == HOLE) continue;
+      places_.push_back(entry);
+      found_.push_back(ids[entry]);
+    }
+    starts_.push_back((int64_t)places_.size());
+    found_.push_back(0);  // so that there is an address
+    ids_ = found_.data();
+  }
+
+  const int64_t* ids() const { return ids_; }
+  const int64_t* starts() const { return starts_.empty() ? nullptr : starts_.data(); }
+
+  // What a tensor (T, P, width) has for these entries, in `room` where that is not the tensor itself.
+  const float* gather(const float* all, int64_t width, std::vector<float>& room) const {
+    if (starts_.empty() || !all) return all;
+    room.resize(places_.size() * width + 1);
+    for (size_t i = 0; i < places_.size(); ++i)
+      for (int64_t j = 0; j < width; ++j) room[i * width + j] = all[places_[i] * width + j];
+    return room.data();
+  }
+
+  // Where results (T, P, width) of these entries are written to: `scatter` puts them into their places.
+  float* space(float* all, int64_t width, std::vector<float>& room) const {
+    if (starts_.empty() || !all) return all;
+    room.resize(places_.size() * width + 1);
+    return room.data();
+  }
+
+  // Holes become 0.
+  void scatter(const std::vector<float>& room, int64_t width, float* all) const {
+    if (starts_.empty() || !all) return;
+    for (int64_t i = 0; i < count_ * width; ++i) all[i] = 0.0f;
+    for (size_t i = 0; i < places_.size(); ++i)
+      for (int64_t j = 0; j < width; ++j) all[places_[i] * width + j] = room[i * width + j];
+  }
+
+ private:
+  int64_t count_;
+  const int64_t* ids_;
+  std::vector<int64_t> starts_, places_, found_;
+};
+
 // Queries (T, H, 2, C) and sub-keys (2, H or 1, n, C) of one index.
 void require_fit(const Array<In, 4>& query, const Array<In, 4>& sub_keys, int64_t k) {
   require(query.shape(2) == 2 && sub_keys.shape(0) == 2 && sub_keys.shape(3) == query.shape(3) &&
@@ -174,22 +239,26 @@ void mix_(std::optional<Array<In, 2>> x, Array<In, 2> weights, Ids ids, AnyTable
           Scales scales, const std::string& activation, int threads,
           std::optional<Array<float, 3>> hidden, Array<float, 2> y) {
   const Table table = table_of(rows, scales);
-  const MixArgs a{data_or_null(x),
-                  weights.data(),
-                  ids.data(),
-                  table,
-                  (int64_t)ids.shape(0),
-                  (int64_t)ids.shape(1),
-                  activation_of(activation),
-                  threads,
-                  data_or_null(hidden),
-                  y.data()};
-  require(weights.size() == ids.size() && (int64_t)y.size() == a.tokens * table.dim, "shapes of weights, ids and y do not fit");
+  const int64_t tokens = (int64_t)ids.shape(0), per_token = (int64_t)ids.shape(1);
+  require(weights.size() == ids.size() && (int64_t)y.size() == tokens * table.dim, "shapes of weights, ids and y do not fit");
   require(x ? table.parts > 1 && x->size() == y.size() : table.parts == 1, "experts need x like y, and memory values none");
   require(!hidden || (int64_t)hidden->size() == (int64_t)ids.size() * (table.parts - 1), "hidden must be (T, P, parts - 1)");
-  check_ids(a.ids, (int64_t)ids.size(), table.num_rows);
+  const Kept kept(ids.data(), tokens, per_token, table.num_rows);
+  std::vector<float> weights_room, hidden_room;
+  const MixArgs a{data_or_null(x),
+                  kept.gather(weights.data(), 1, weights_room),
+                  kept.ids(),
+                  table,
+                  tokens,
+                  per_token,
+                  kept.starts(),
+                  activation_of(activation),
+                  threads,
+                  kept.space(data_or_null(hidden), table.parts - 1, hidden_room),
+                  y.data()};
   nb::gil_scoped_release released;
   (x ? kernels().mix_experts : kernels().mix_values)(a);
+  kept.scatter(hidden_room, table.parts - 1, data_or_null(hidden));
 }
 
 void mix_backward_(Array<In, 2> grad_y, Array<In, 2> weights, Ids ids, std::optional<Array<In, 3>> hidden, AnyTable rows,
@@ -197,29 +266,33 @@ void mix_backward_(Array<In, 2> grad_y, Array<In, 2> weights, Ids ids, std::opti
                    std::optional<Array<float, 2>> grad_x, std::optional<Array<float, 2>> grad_weights,
                    std::optional<Array<float, 3>> coefficients) {
   const Table table = table_of(rows, scales);
-  const MixBackwardArgs a{grad_y.data(),
-                          weights.data(),
-                          ids.data(),
-                          data_or_null(hidden),
-                          table,
-                          (int64_t)ids.shape(0),
-                          (int64_t)ids.shape(1),
-                          activation_of(activation),
-                          threads,
-                          data_or_null(grad_x),
-                          data_or_null(grad_weights),
-                          data_or_null(coefficients)};
-  const int64_t entries = a.tokens * a.per_token;
-  require((int64_t)weights.size() == entries && (int64_t)grad_y.size() == a.tokens * table.dim,
+  const int64_t tokens = (int64_t)ids.shape(0), per_token = (int64_t)ids.shape(1), entries = tokens * per_token;
+  require((int64_t)weights.size() == entries && (int64_t)grad_y.size() == tokens * table.dim,
           "shapes of weights, ids and grad_y do not fit");
   require(hidden ? (int64_t)hidden->size() == entries * (table.parts - 1) : table.parts == 1, "experts need hidden");
   require(!grad_x || grad_x->size() == grad_y.size(), "grad_x must have the shape of grad_y");
   require(!grad_weights || (int64_t)grad_weights->size() == entries, "grad_weights must have the shape of ids");
   require(!coefficients || (int64_t)coefficients->size() == entries * table.parts, "coefficients must be (T, P, parts)");
-  check_ids(a.ids, entries, table.num_rows);
+  const Kept kept(ids.data(), tokens, per_token, table.num_rows);
+  std::vector<float> weights_room, hidden_room, grad_weights_room, coefficients_room;
+  const MixBackwardArgs a{grad_y.data(),
+                          kept.gather(weights.data(), 1, weights_room),
+                          kept.ids(),
+                          kept.gather(data_or_null(hidden), table.parts - 1, hidden_room),
+                          table,
+                          tokens,
+                          per_token,
+                          kept.starts(),
+                          activation_of(activation),
+                          threads,
+                          data_or_null(grad_x),
+                          kept.space(data_or_null(grad_weights), 1, grad_weights_room),
+                          kept.space(data_or_null(coefficients), table.parts, coefficients_room)};
   nb::gil_scoped_release released;
   if (hidden) kernels().mix_experts_backward(a);
   else if (grad_weights) kernels().mix_values_backward(a);
+  kept.scatter(grad_weights_room, 1, data_or_null(grad_weights));
+  kept.scatter(coefficients_room, table.parts, data_or_null(coefficients));
 }
 
 QueryNorm query_norm_of(const std::string& name) {
@@ -264,7 +337,7 @@ int64_t group_by_row_(Ids ids, int64_t num_rows, Array<int32_t, 1> order, Array<
   require(count < (int64_t)1 << 31 && num_rows < (int64_t)1 << 31, "at most 2^31 - 1 entries and rows");
   require((int64_t)order.size() == count && (int64_t)starts.size() == count + 1 && (int64_t)rows.size() == count,
           "order, starts and rows need count, count + 1 and count elements");
-  check_ids(ids.data(), count, num_rows);
+  count_holes(ids.data(), count, num_rows);
   nb::gil_scoped_release released;
   uint32_t* const entries = reinterpret_cast<uint32_t*>(order.data());
   return group_by_row(ids.data(), count, num_rows, entries, starts.data(), rows.data(), threads);
@@ -275,7 +348,7 @@ int64_t stale_rows_(Array<const int32_t, 1> weights_step, std::optional<Array<co
   const int64_t num_rows = (int64_t)weights_step.size(), count = ids ? (int64_t)ids->size() : num_rows;
   require((int64_t)found.size() == count, "found needs an element for each row that is asked for");
   if (count == 0) return 0;  // an empty array may have no address, which would ask for all rows
-  if (ids) check_ids(ids->data(), count, num_rows);
+  if (ids) count_holes(ids->data(), count, num_rows);
   nb::gil_scoped_release released;
   return stale_rows(weights_step.data(), num_rows, ids ? ids->data() : nullptr, count, now, threads, found.data());
 }
@@ -337,22 +410,31 @@ bool is_bf16(const AnyArray& array) {
   return false;
 }
 
-// A table of rows (N, len) with its moments: exp_avg (N, len) or null, exp_avg_sq (N, len), or (N, 1) where row-wise.
+using Numbers = std::optional<Array<const int64_t, 1>>;
+
+// A table of rows (N, len) with its moments: exp_avg (N, len) or null, exp_avg_sq (N, len), or (N, R), one for each run of
+// len / R weights. Where these rows are a part of a table's: `firsts`, numbers at which rows begin that lie one after another in
+// the whole, the first of them 0, and `shifts`, what turns these numbers into the whole's; `columns`, the first column of each
+// of as many equal runs of a row's weights.
 struct RowState {
   AnyRows rows;
   std::optional<AnyRows> exp_avg;
   AnyRows exp_avg_sq;
   Steps moments_step, weights_step;
   std::optional<Array<float, 2>> scales;  // (N, parts) of rows in int8, or float8 given as uint8
+  Numbers firsts, shifts, columns;
 
   RowState(AnyRows rows, std::optional<AnyRows> exp_avg, AnyRows exp_avg_sq, Steps moments_step, Steps weights_step,
-           std::optional<Array<float, 2>> scales = std::nullopt)
+           std::optional<Array<float, 2>> scales, Numbers firsts, Numbers shifts, Numbers columns)
       : rows(rows),
         exp_avg(exp_avg),
         exp_avg_sq(exp_avg_sq),
         moments_step(moments_step),
         weights_step(weights_step),
-        scales(scales) {}
+        scales(scales),
+        firsts(firsts),
+        shifts(shifts),
+        columns(columns) {}
 
   TrainedFormat format() const {
     if (!scales) return is_bf16(rows) ? TrainedFormat::bf16 : TrainedFormat::f32;
@@ -365,9 +447,15 @@ struct RowState {
   }
 
   RowAdamWTable table() const {
-    const bool row_wise = exp_avg_sq.shape(1) == 1 && rows.shape(1) != 1;
+    const size_t second_moments = exp_avg_sq.shape(1);
+    const bool row_wise = second_moments != rows.shape(1);
     const size_t count = rows.shape(0);
-    require(exp_avg_sq.shape(0) == count && (row_wise || exp_avg_sq.shape(1) == rows.shape(1)) &&
+    const int64_t runs = columns ? (int64_t)columns->size() : row_wise ? (int64_t)second_moments : 1;
+    require(runs > 0 && (int64_t)rows.shape(1) % runs == 0 && (!row_wise || (int64_t)second_moments == runs),
+            "runs of a row's weights, their columns and second moments do not fit");
+    require(!firsts == !shifts && (!firsts || (firsts->size() > 0 && firsts->size() == shifts->size() && firsts->data()[0] == 0)),
+            "firsts and shifts do not fit");
+    require(exp_avg_sq.shape(0) == count &&
                 (!exp_avg || exp_avg->size() == rows.size()) && (!moments_step || moments_step->size() == count) &&
                 (!weights_step || weights_step->size() == count),
             "rows, moments and steps do not fit");
@@ -384,7 +472,12 @@ struct RowState {
             scales ? (int64_t)scales->shape(1) : 1,
             format(),
             bf16_moments,
-            row_wise};
+            row_wise,
+            (int64_t)rows.shape(1) / runs,
+            data_or_null(columns),
+            data_or_null(firsts),
+            data_or_null(shifts),
+            firsts ? (int64_t)firsts->size() : 0};
   }
 };
 
@@ -489,10 +582,10 @@ NB_MODULE(_native, m) {
   m.def("row_gradients", &row_gradients_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg());
   nb::class_<RowState>(m, "RowState")
-      .def(nb::init<AnyRows, std::optional<AnyRows>, AnyRows, Steps, Steps>(), nb::arg(), nb::arg().none(), nb::arg(),
-           nb::arg().none(), nb::arg().none())
-      .def(nb::init<AnyRows, std::optional<AnyRows>, AnyRows, Steps, Steps, Array<float, 2>>(), nb::arg(),
-           nb::arg().none(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg());
+      .def(nb::init<AnyRows, std::optional<AnyRows>, AnyRows, Steps, Steps, std::optional<Array<float, 2>>, Numbers, Numbers, Numbers>(),
+           nb::arg("rows"), nb::arg("exp_avg").none(), nb::arg("exp_avg_sq"), nb::arg("moments_step").none(),
+           nb::arg("weights_step").none(), nb::arg("scales") = nb::none(), nb::arg("firsts") = nb::none(),
+           nb::arg("shifts") = nb::none(), nb::arg("columns") = nb::none());
   nb::class_<RowAdamWStep>(m, "RowAdamWStep");
   m.def("row_adamw_step", &step_of, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
   m.def("update_rows", &update_rows_);

@@ -50,8 +50,15 @@ int64_t group_by_row(const int64_t* ids, int64_t count, int64_t num_rows, uint32
                      int threads) {
   threads = (int)std::max<int64_t>(1, std::min<int64_t>(threads, count / WORTH_A_THREAD));
   std::unique_ptr<Entry[]> from(new Entry[count]), to(new Entry[count]);
+  if (std::find(ids, ids + count, HOLE) == ids + count) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < count; ++i) from[i] = {(uint32_t)ids[i], (uint32_t)i};
+    for (int64_t i = 0; i < count; ++i) from[i] = {(uint32_t)ids[i], (uint32_t)i};
+  } else {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i)
+      if (ids[i] != HOLE) from[kept++] = {(uint32_t)ids[i], (uint32_t)i};
+    count = kept;
+  }
   const int bits = num_rows - 1 < (int64_t)1 << WIDE_DIGIT_BITS ? WIDE_DIGIT_BITS : DIGIT_BITS;
   for (int shift = 0; shift < 32 && (num_rows - 1) >> shift; shift += bits) {
     sort_by_digit(from.get(), to.get(), count, shift, (int64_t)1 << bits, threads);

@@ -13,6 +13,9 @@
 
 namespace peerlm {
 
+// An id that names no row: its entry adds nothing. Rows of other ranks are holes.
+constexpr int64_t HOLE = -1;
+
 enum class Weighting { softmax, sigmoid, relu, none };
 // Which id the expert of sub-keys (i, j) has: see ops/pairing.py.
 enum class Pairing { row_major, shells };
@@ -62,6 +65,7 @@ struct MixArgs {
   const int64_t* ids;    // (T, P)
   Table table;
   int64_t tokens, per_token;
+  const int64_t* starts;  // (T + 1): where each token's entries start, which then need not be P; null: all have P
   Activation activation;
   int threads;
   float* hidden;  // out (T, P, parts - 1): pre-activations u . x and, if gated, g . x; null: not wanted
@@ -75,6 +79,7 @@ struct MixBackwardArgs {
   const float* hidden;  // (T, P, parts - 1), as forward left it
   Table table;
   int64_t tokens, per_token;
+  const int64_t* starts;  // as in MixArgs
   Activation activation;
   int threads;
   float* grad_x;        // out (T, D), or null
@@ -139,13 +144,14 @@ const Kernels& kernels();
 // Names of the targets that this machine runs, best first, separated by commas.
 const char* runnable_targets();
 
-// Sort entries 0 .. count - 1 by ids[entry], stably, into `order`; list each id that occurs and where its entries start.
-// Returns how many ids occur. `rows` and `starts` have room for count and count + 1. count and num_rows < 2^31, ids in 0 .. num_rows - 1.
+// Sort entries 0 .. count - 1 by ids[entry], stably, into `order`; list each id that occurs and where its entries start, then
+// where they end. Returns how many ids occur. `rows` and `starts` have room for count and count + 1. count and num_rows < 2^31,
+// ids in 0 .. num_rows - 1, or HOLE, whose entries are left out.
 int64_t group_by_row(const int64_t* ids, int64_t count, int64_t num_rows, uint32_t* order, int64_t* starts, int64_t* rows,
                      int threads);
 
 // List the distinct rows among `ids`, or of all where that is null, whose weights_step is before `now`, ascending. Returns how many.
-// `found` has room for count, or num_rows; ids in 0 .. num_rows - 1.
+// `found` has room for count, or num_rows; ids in 0 .. num_rows - 1, or HOLE.
 int64_t stale_rows(const int32_t* weights_step, int64_t num_rows, const int64_t* ids, int64_t count, int32_t now, int threads,
                     int64_t* found);
 

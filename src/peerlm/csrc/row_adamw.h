@@ -16,12 +16,24 @@ struct RowAdamWTable {
   void* rows;             // (N, len)
   float* scales;          // (N, parts) of rows in 8 bits, each vector len / parts long; null for others
   void* exp_avg;          // (N, len) float, or bfloat16 where bf16_moments; null without first moment
-  void* exp_avg_sq;       // likewise; (N) float where row_wise
+  void* exp_avg_sq;       // likewise; (N, len / run) float where row_wise
   int32_t* moments_step;  // (N), or null in lazy mode
   int32_t* weights_step;  // (N), or null in lazy mode
   int64_t num_rows, len, parts;
   TrainedFormat format;
   bool bf16_moments, row_wise;
+  int64_t run;             // weights of a row that lie in columns one after another; row_wise: which share a second moment
+  const int64_t* columns;  // (len / run): the first column of each run; null: r * run
+  // Rounding depends on a row's number in the whole table: row + shifts[i] where firsts[i] <= row is the last such; null: row.
+  const int64_t *firsts, *shifts;
+  int64_t pieces;
+
+  uint32_t name(int64_t row) const {
+    int64_t piece = pieces;
+    while (piece > 0 && firsts[--piece] > row) {}
+    return (uint32_t)(pieces ? row + shifts[piece] : row);
+  }
+  int64_t column(int64_t r) const { return columns ? columns[r] : r * run; }
 
   bool scaled() const { return scales; }
 };

@@ -18,7 +18,7 @@ constexpr int64_t FEW = 256;  // rows for each id, from which on sorting ids is 
 int64_t sorted_rows(const int32_t* weights_step, const int64_t* ids, int64_t count, int32_t now, int64_t* found) {
   int64_t stale = 0;
   for (int64_t i = 0; i < count; ++i)
-    if (weights_step[ids[i]] < now) found[stale++] = ids[i];
+    if (ids[i] != HOLE && weights_step[ids[i]] < now) found[stale++] = ids[i];
   std::sort(found, found + stale);
   return std::unique(found, found + stale) - found;
 }
@@ -29,7 +29,7 @@ void mark(const int32_t* weights_step, int64_t num_rows, const int64_t* ids, int
   if (ids) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < count; ++i)
-      if (weights_step[ids[i]] < now)
+      if (ids[i] != HOLE && weights_step[ids[i]] < now)
         words[ids[i] / WORD_BITS].fetch_or((uint64_t)1 << ids[i] % WORD_BITS, std::memory_order_relaxed);
     return;
   }

@@ -64,8 +64,8 @@ def freeze_grown(
 
     Args:
         model: a layer or a model with PEER layers or product-key memories.
-        what: of "rows", the old experts; "keys", the old sub-keys; "query", the map and norm of queries; and "rest",
-            all that is outside of these layers.
+        what: of "rows", the old experts, with the maps of a layer whose experts are narrower than the model; "keys",
+            the old sub-keys; "query", the map and norm of queries; and "rest", all that is outside of these layers.
         before: how many experts, or values, each layer had; by default `grown_from`, which a layer has until it is
             fully open.
         optimizer: the one that trains the model: it forgets its momentum of frozen rows and sub-keys. One built after
@@ -104,6 +104,9 @@ def freeze_grown(
     for parameter, keep, dim in held:
         frozen._hold(parameter, keep, dim)
         _forget(optimizer, parameter, keep, dim)
+    if "rows" in parts:
+        for layer in layers:
+            frozen._stop(parameter for each in layer.row_maps for parameter in each.parameters())
     if "query" in parts:
         for layer in layers:
             frozen._stop([*layer.index.query_proj.parameters(), *layer.index.query_norm.parameters()])

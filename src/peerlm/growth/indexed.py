@@ -32,8 +32,13 @@ class IndexedLayer:
 
     @property
     def table(self) -> Table:
-        """The experts' rows (N, 2 or 3, dim), or the values (N, dim)."""
+        """The experts' rows (N, 2 or 3, row_dim), or the values (N, dim)."""
         return self.module.experts if isinstance(self.module, PEER) else self.module.values
+
+    @property
+    def row_maps(self) -> tuple[nn.Module, ...]:
+        """The maps by which rows that are narrower than the model read and write."""
+        return (self.module.in_proj, self.module.out_proj) if isinstance(self.module, PEER) else ()
 
     @property
     def size_name(self) -> str:

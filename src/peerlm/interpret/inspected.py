@@ -57,6 +57,7 @@ class InspectedLayer(IndexedLayer):
             return torch.ones(ids_TP.shape, device=x_TD.device)
         table = self.module.experts
         act = ACTIVATIONS[table.activation]
+        x_TD = _mapped(self.module.in_proj, x_TD)
         parts = []
         tokens = max(1, GATHERED_NUMBERS // (ids_TP.shape[1] * x_TD.shape[1]))
         for x, ids in zip(x_TD.split(tokens), ids_TP.split(tokens), strict=True):
@@ -70,19 +71,27 @@ class InspectedLayer(IndexedLayer):
 
     @torch.no_grad()
     def vectors(self, expert_ids: Tensor) -> Tensor:
-        """The vectors v of experts: (..., D), in float32 at least."""
-        return self._gathered(expert_ids, 1)
+        """What experts add to the layer's output at strength 1, v or W_out v: (..., D), in float32 at least."""
+        vectors = self._gathered(expert_ids, 1)
+        return _mapped(self.module.out_proj, vectors) if isinstance(self.module, PEER) else vectors
 
     def _gathered(self, ids: Tensor, part: int) -> Tensor:
         """Vectors u (0), v (1) or g (2) of experts, with the scales of int8 rows."""
         return self.table.gather(ids) if isinstance(self.module, ProductKeyMemory) else self.table.gather(ids, part)
 
     def norms(self) -> Tensor:
-        """Length of each expert's v, (N,) float32 on the CPU; the table is read in parts."""
+        """Length of what each expert adds at strength 1, (N,) float32 on the CPU; the table is read in parts."""
         step = max(1, GATHERED_NUMBERS // self.module.dim)
         device = self.index.sub_keys.device
         ids = torch.arange(self.num_experts, device=device).split(step)
         return torch.cat([self.vectors(part).norm(dim=-1).float().cpu() for part in ids])
+
+
+def _mapped(row_map: nn.Module, vectors: Tensor) -> Tensor:
+    """Vectors through a map of a layer, which may have another dtype, in float32 at least."""
+    weight = next(row_map.parameters(), vectors)
+    mapped: Tensor = row_map(vectors.to(weight.dtype))
+    return mapped.to(torch.promote_types(mapped.dtype, torch.float32))
 
 
 def find_inspected_layers(model: nn.Module) -> list[InspectedLayer]:

@@ -2,12 +2,15 @@
 
 from peerlm.layers.dense import DenseFFW
 from peerlm.layers.expert_table import ExpertTable
+from peerlm.layers.fine_grained_moe import FineGrainedMoE
 from peerlm.layers.moe import ExpertChoiceMoE, TokenChoiceMoE
+from peerlm.layers.output_gate import OutputGate
 from peerlm.layers.parallel import ParallelFFW
 from peerlm.layers.peer import PEER
 from peerlm.layers.product_key_memory import ProductKeyMemory
 from peerlm.layers.product_keys import ProductKeys
-from peerlm.layers.query_norm import QueryBatchNorm, share_statistics
+from peerlm.layers.query_norm import QueryBatchNorm
+from peerlm.layers.shared_statistics import share_statistics
 from peerlm.layers.table import Table
 
 __all__ = [
@@ -15,6 +18,8 @@ __all__ = [
     "DenseFFW",
     "ExpertChoiceMoE",
     "ExpertTable",
+    "FineGrainedMoE",
+    "OutputGate",
     "ParallelFFW",
     "ProductKeyMemory",
     "ProductKeys",

@@ -48,7 +48,7 @@ class ExpertTable(Table):
         self.reset_parameters(up_std)
 
     def _with_size(self, num_rows: int) -> Table:
-        return type(self)(num_rows, self.dim, activation=self.activation, gated=self.gated, backend=self.backend)
+        return self._kind(num_rows, self.dim, activation=self.activation, gated=self.gated, backend=self.backend)
 
     @property
     def num_experts(self) -> int:
@@ -57,15 +57,9 @@ class ExpertTable(Table):
 
     def reset_parameters(self, up_std: float = 1.0) -> None:
         """u, g ~ N(0, 1 / dim), what is activated by `output_scale.py`; v ~ N(0, up_std^2)."""
-
-        def draw(rows: Tensor) -> None:
-            drawn = input_std(self.dim)
-            rows.normal_(std=drawn)
-            for vector, std in {**self._input_stds(), 1: up_std}.items():
-                if std != drawn:
-                    rows[:, vector].mul_(std / drawn)
-
-        self.fill(draw)
+        drawn = input_std(self.dim)
+        stds = {**self._input_stds(), 1: up_std}
+        self.fill_normal(drawn, {vector: std / drawn for vector, std in stds.items()})
 
     def fill_new(self, first: int, generator: torch.Generator) -> None:
         """Write what rows first, first + 1, ... start as when they are added: u and g as at the start, v zero."""

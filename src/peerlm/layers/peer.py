@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from peerlm.layers.checks import flatten_tokens
+from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.layers.expert_table import ExpertTable
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.layers.retrieval_layer import RetrievalLayer
+from peerlm.layers.row_map import RowMap, row_map
 from peerlm.ops import api
 
 
@@ -18,6 +19,10 @@ class PEER(RetrievalLayer):
 
     A drop-in for a transformer's feed-forward layer: y = sum over heads and retrieved experts of weight *
     act(u . x) * v. The defaults are the paper's. The paper does not state key_dim or the activation.
+
+    With a `row_dim` below `dim` experts are narrower than the model: u and v have row_dim entries, and y = W_out sum of
+    weight * act(u . W_in x) * v, with two maps that all experts share. So a token reads fewer bytes, and the same
+    memory holds more experts. Queries are made of x as it is.
 
     Args:
         dim: width of input and output.
@@ -41,11 +46,13 @@ class PEER(RetrievalLayer):
             the output more.
         pairing: the id of the expert of sub-keys i and j: "row-major", i * n + j, or "shells", which a layer needs
             to grow (`peerlm.growth.grow`).
+        row_dim: width of the experts' vectors; dim if None.
         grown_from: of a layer that has grown and is not fully open, the number of experts before; see `ProductKeys`.
 
     Attributes:
         product_keys: the index, `ProductKeys`.
         experts: the rows, `ExpertTable`.
+        in_proj, out_proj: the maps W_in (row_dim, dim) and W_out (dim, row_dim); without parameters if row_dim is dim.
         packs: None, or further experts that are retrieved together with these (`peerlm.packs.api`).
 
     Raises:
@@ -74,7 +81,10 @@ class PEER(RetrievalLayer):
         weight_scale: float = 1.0,
         pairing: str = "row-major",
         grown_from: int | None = None,
+        row_dim: int | None = None,
     ):
+        row_dim = dim if row_dim is None else row_dim
+        check_sizes(dim=dim, row_dim=row_dim)
         api.check_activation(activation)
         product_keys = ProductKeys(
             dim,
@@ -92,9 +102,10 @@ class PEER(RetrievalLayer):
         )
         super().__init__(product_keys, weight_scale=weight_scale, dropout=dropout)
         self.dim = dim
+        self.in_proj, self.out_proj = row_map(dim, row_dim), row_map(row_dim, dim)
         self.experts = ExpertTable(
             num_experts,
-            dim,
+            row_dim,
             activation=activation,
             gated=gated,
             backend=backend,
@@ -106,6 +117,9 @@ class PEER(RetrievalLayer):
     def reset_parameters(self, output_scale: float = 1.0) -> None:
         """Initialise to an output of a dense FFW's scale (see `output_scale.py`) times `output_scale`."""
         self.product_keys.reset_parameters()
+        for each in (self.in_proj, self.out_proj):
+            if isinstance(each, RowMap):
+                each.reset_parameters()
         self.experts.reset_parameters(output_scale * self._initial_up_std(self.experts.activation))
 
     def _initial_up_std(self, activation: str) -> float:
@@ -124,9 +138,10 @@ class PEER(RetrievalLayer):
         packs = self.packs
         weights, expert_ids = self.retrieve(x, mask) if packs is None else packs(x, mask, self.product_keys)
         mix = self.experts if packs is None else partial(packs.mix, self.experts)
-        return mix(x_TD, *self.per_token(weights, expert_ids)).view(x.shape)
+        y_TD = self.out_proj(mix(self.in_proj(x_TD), *self.per_token(weights, expert_ids)))
+        return y_TD.to(x.dtype).view(x.shape)
 
     @property
     def parameters_per_expert(self) -> int:
         """The vectors u and v and, gated, g."""
-        return (3 if self.experts.gated else 2) * self.dim
+        return (3 if self.experts.gated else 2) * self.experts.dim

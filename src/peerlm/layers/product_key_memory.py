@@ -73,7 +73,7 @@ class ProductKeyMemory(RetrievalLayer):
         """The index by its own rule, the values by `output_scale.py`, times `output_scale`."""
         self.product_keys.reset_parameters()
         std = output_std(self.product_keys.initial_weight_power()) / self.weight_scale
-        self.values.fill(lambda rows: rows.normal_(std=output_scale * std))
+        self.values.fill_normal(output_scale * std)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map x (..., dim) to (..., dim); padding (mask False) does not enter the query norm's statistics."""

@@ -1,6 +1,5 @@
 """Batch normalisation of queries that is right in a language model."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -8,7 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlm.ranks import ddp_group, inside_backward
+from peerlm.layers.shared_statistics import SharesStatistics
+from peerlm.ranks import inside_backward
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -28,18 +28,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total, None
 
 
-def share_statistics(module: nn.Module, group: "dist.ProcessGroup | None") -> None:
-    """Let every `QueryBatchNorm` in a module take its statistics over the ranks of a process group.
-
-    Every rank of the group must then call the module in training whenever one does. None ends it. Under
-    DistributedDataParallel this is not needed; under FSDP it is.
-    """
-    for each in module.modules():
-        if isinstance(each, QueryBatchNorm):
-            each.process_group = group
-
-
-class QueryBatchNorm(nn.Module):
+class QueryBatchNorm(SharesStatistics):
     """BatchNorm over the features of queries, with what a language model asks of it.
 
     Padding is left out of the statistics; ranks share them under DistributedDataParallel and where `share_statistics`
@@ -53,16 +42,10 @@ class QueryBatchNorm(nn.Module):
         num_features: size of the last dimension.
         eps: added to the variance.
         momentum: share of the newest batch in the running statistics.
-
-    Attributes:
-        process_group: the ranks that share statistics, beside those of DistributedDataParallel; None at the start, and
-            in copies.
     """
 
     running_mean: Tensor
     running_var: Tensor
-    process_group: "dist.ProcessGroup | None" = None
-    _last_group: "dist.ProcessGroup | None" = None
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
@@ -96,29 +79,6 @@ class QueryBatchNorm(nn.Module):
             mean, var = self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype)
         normalised = (wide - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
         return normalised.to(x.dtype)
-
-    def _ranks(self) -> "dist.ProcessGroup | None":
-        """Those to share the statistics of this pass with; None where this rank has its own."""
-        if not dist.is_available() or not dist.is_initialized():
-            return None
-        if inside_backward():
-            return self._last_group
-        group = self.process_group or ddp_group()
-        if group is None and dist.get_world_size() > 1 and not torch.compiler.is_compiling():
-            warnings.warn(
-                f"this rank's {type(self).__name__} takes statistics of its own batch alone, because it is not inside "
-                "DistributedDataParallel; peerlm.layers.share_statistics(model, group) shares them",
-                stacklevel=3,
-            )
-        if group is not None and dist.get_world_size(group) == 1:
-            group = None
-        if self._last_group is not group:
-            self._last_group = group
-        return group
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles hold: all but process groups, which belong to this module in this process."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("process_group", "_last_group")}
 
     def _by_torch(self, x: Tensor, of_batch: bool) -> Tensor:
         """What PyTorch's own operator can do, in a fifth of the time: no padding, one rank."""

@@ -5,7 +5,7 @@ table of a model made of it. Shape suffixes: N rows, X a row's shape, T tokens, 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class Table(nn.Module):
     def __new__(cls, *arguments: Any, **settings: Any) -> "Table":
         """A table of this class, in `tables_as` also of that subclass."""
         implementation = _implementation.get()
-        return super().__new__(cls if implementation is None else _class_of(implementation, cls))
+        return super().__new__(cls if implementation is None else class_of(implementation, cls))
 
     def __init__(self, num_rows: int, *row_shape: int, backend: str = "auto", row_format: str = "float32"):
         super().__init__()
@@ -78,11 +78,16 @@ class Table(nn.Module):
         self.persistent = True
         self.watched = False
         self.trained_in_place = False
-        self._keep(empty_rows(num_rows, *row_shape, dtype=None if dtype == torch.float32 else dtype))
-        self.register_buffer("scales", None if dtype.is_floating_point else torch.empty(num_rows, *row_shape[:-1]))
+        held = self._begin(num_rows, *row_shape)
+        self._keep(empty_rows(*held, dtype=None if dtype == torch.float32 else dtype))
+        self.register_buffer("scales", None if dtype.is_floating_point else torch.empty(held[:-1]))
         keep_rows(self)
 
     # What a subclass that keeps rows elsewhere replaces.
+
+    def _begin(self, num_rows: int, *row_shape: int) -> tuple[int, ...]:
+        """How much of a new table (N, *X) is held here: the shape that `_keep` gets."""
+        return (num_rows, *row_shape)
 
     def _keep(self, rows: Tensor, *, trained: bool = True) -> None:
         """Take these rows (N, *X) as the parameters."""
@@ -272,6 +277,21 @@ class Table(nn.Module):
             return
         self._fill(draw)
 
+    @torch.no_grad()
+    def fill_normal(self, std: float, factors: Mapping[int, float] | None = None) -> None:
+        """As `fill`, from N(0, std^2); vectors of rows (R, D) are multiplied by the factors of their places."""
+
+        def draw(rows: Tensor) -> None:
+            if std == 0:
+                rows.zero_()
+                return
+            rows.normal_(std=std)
+            for vector, factor in (factors or {}).items():
+                if factor != 1:
+                    rows[:, vector].mul_(factor)
+
+        self.fill(draw)
+
     def _fill(self, draw: Callable[[Tensor], object]) -> None:
         if self.scales is None:
             draw(self.rows)
@@ -333,7 +353,7 @@ class Table(nn.Module):
         dtype = _row_dtype(row_format)
         if dtype == self.dtype:
             return
-        wide = self.read().float()
+        wide = self._held().float()
         scales = None
         if dtype == torch.int8:
             wide, scales = quantise(wide)
@@ -341,6 +361,10 @@ class Table(nn.Module):
         rows.copy_(wide)
         self._keep(rows)
         self.scales = scales
+
+    def _held(self) -> Tensor:
+        """The rows that are held here, as `read` gives them."""
+        return self.read()
 
     def like(self, rows: Tensor, *, trained: bool) -> "Table":
         """A table of this kind with these float rows (N', *X), which it takes as they are; trained or frozen."""
@@ -350,7 +374,12 @@ class Table(nn.Module):
         return table
 
     def _with_size(self, num_rows: int) -> "Table":
-        return type(self)(num_rows, *self.row_shape, backend=self.backend)
+        return self._kind(num_rows, *self.row_shape, backend=self.backend)
+
+    @property
+    def _kind(self) -> "type[Any]":
+        """What `like` makes."""
+        return type(self)
 
     @torch.no_grad()
     def fused_with(self, others: Sequence["Table"]) -> "Table | None":
@@ -464,7 +493,7 @@ def tables_as(implementation: type[Table]) -> Iterator[None]:
 _classes: dict[tuple[type, type], type[Table]] = {}
 
 
-def _class_of(implementation: type[Table], kind: type[Table]) -> type[Table]:
+def class_of(implementation: type[Table], kind: type[Table]) -> type[Table]:
     """The class of tables of both: one of them, where it is the other's subclass, or a new one."""
     if issubclass(kind, implementation):
         return kind
@@ -476,8 +505,14 @@ def _class_of(implementation: type[Table], kind: type[Table]) -> type[Table]:
     return _classes[both]
 
 
+def plain_kind(table: Table) -> type[Table]:
+    """The kind of a table without what `tables_as` has added."""
+    made_of: tuple[type[Table], ...] = type(table).__dict__.get("_made_of", (Table, Table))
+    return made_of[1]
+
+
 def _unpickled(implementation: type[Table], kind: type[Table] = Table) -> Table:
-    return object.__new__(_class_of(implementation, kind))
+    return object.__new__(class_of(implementation, kind))
 
 
 def _row_dtype(row_format: str) -> torch.dtype:

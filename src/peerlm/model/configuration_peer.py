@@ -7,8 +7,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
+from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, FineGrainedMoE, ProductKeyMemory, TokenChoiceMoE
 from peerlm.layers.checks import check_settings
+from peerlm.layers.output_gate import GATES
 from peerlm.layers.parallel import share_of_scale
 from peerlm.names import MODEL_TYPE
 
@@ -21,8 +22,9 @@ FFW_KINDS: dict[str, type] = {
     "pkm": ProductKeyMemory,
     "expert_choice": ExpertChoiceMoE,
     "token_choice": TokenChoiceMoE,
+    "fine_grained_moe": FineGrainedMoE,
 }
-CONFIGURABLE_KINDS = ("peer", "pkm", "expert_choice", "token_choice")
+CONFIGURABLE_KINDS = ("peer", "pkm", "expert_choice", "token_choice", "fine_grained_moe")
 INNER = ":inner"
 """Ends the name of a kind of which a quarter of the blocks at either end have none."""
 BESIDE = "+"
@@ -63,17 +65,24 @@ class PeerConfig(PreTrainedConfig):
             in the inner blocks and dense layers in the first and the last quarter, which is best in
             recipes/ablations/blocks.toml (any kind can be named so; less than four blocks all have it). None puts PEER
             in the middle block and dense layers in the others, as He 2024. Kinds: "dense" (GELU), "swiglu", "peer",
-            "pkm", "expert_choice", "token_choice". Names joined by "+", such as "peer+dense", are layers beside each
-            other: each maps the same input, and their outputs are summed.
+            "pkm", "expert_choice", "token_choice", "fine_grained_moe". Names joined by "+", such as "peer+dense", are
+            layers beside each other: each maps the same input, and their outputs are summed.
         parallel_intermediate_size: hidden neurons of dense layers that are beside another ("peer+dense"), as
             intermediate_size of those that are alone (and that if None).
-        peer, pkm, expert_choice, token_choice: keyword arguments of `PEER`, `ProductKeyMemory`,
-            `ExpertChoiceMoE`, `TokenChoiceMoE`.
+        peer, pkm, expert_choice, token_choice, fine_grained_moe: keyword arguments of `PEER`, `ProductKeyMemory`,
+            `ExpertChoiceMoE`, `TokenChoiceMoE`, `FineGrainedMoE`.
         balance_loss_coefficient: weight of the load-balancing loss that token-choice layers add in training.
         ffw_init_scale: output scale of feed-forward layers at the start, relative to the rule of `layers.output_scale`
             over sqrt(2 * num_hidden_layers): one number, a list with one for each block, or a dict with one for each
             kind. The default is the best of recipes/tune.toml, for every kind of layer. Of n layers beside each other
             each starts at 1 / sqrt(n) of its number, so that their sum has the scale of one.
+        ffw_output_gate: None, or what the output of each feed-forward layer has factors for, which are learned and 1 at
+            the start: "token" or "feature" (`OutputGate`).
+        qk_norm: whether attention norms the queries and keys of each head (RMSNorm, as in Qwen3).
+        kv_shift: whether attention mixes each key and value with that of the token before, by learned weights of each
+            head that start at no mix (`KeyValueShift`).
+        attention_sink: whether each head of attention has a learned logit to which no value belongs, 0 at the start, so
+            that it can attend to nothing (as in gpt-oss).
         rms_norm_eps, rope_parameters, attention_bias, attention_dropout, tie_word_embeddings, use_cache: as
             in LlamaConfig.
     """
@@ -95,8 +104,13 @@ class PeerConfig(PreTrainedConfig):
     pkm: dict[str, Any] | None = None
     expert_choice: dict[str, Any] | None = None
     token_choice: dict[str, Any] | None = None
+    fine_grained_moe: dict[str, Any] | None = None
     balance_loss_coefficient: float | int = 0.01
     ffw_init_scale: float | int | list[float | int] | dict[str, float | int] = 3.0
+    ffw_output_gate: str | None = None
+    qk_norm: bool = False
+    kv_shift: bool = False
+    attention_sink: bool = False
     rms_norm_eps: float = 1e-6
     rope_parameters: RopeParameters | dict[str, Any] | None = None
     attention_bias: bool = False
@@ -157,6 +171,8 @@ class PeerConfig(PreTrainedConfig):
                     raise ValueError(f"ffw_layers has {part!r}; choose from {', '.join(FFW_KINDS)}")
             if len(set(parts)) < len(parts):
                 raise ValueError(f"ffw_layers has {kind!r}; a layer can be beside those of other kinds only")
+        if self.ffw_output_gate not in (None, *GATES):
+            raise ValueError(f"ffw_output_gate is {self.ffw_output_gate!r}; choose one of {', '.join(GATES)}, or None")
         self._check_init_scale()
         for kind in CONFIGURABLE_KINDS:
             check_settings(FFW_KINDS[kind], kind, getattr(self, kind) or {})

@@ -1,7 +1,7 @@
 """PeerForCausalLM: a decoder-only transformer whose blocks choose their kind of feed-forward layer.
 
-Attention, rotary positions and RMSNorm are Llama's, from transformers. What is here is the block, which hands
-its feed-forward layer the mask of real tokens, and the initialisation.
+Rotary positions and RMSNorm are Llama's, from transformers, and so is most of attention. What is here is the block,
+which hands its feed-forward layer the mask of real tokens, and the initialisation.
 """
 
 # ruff: noqa: RUF012, transformers declares its class settings as instance variables
@@ -16,12 +16,13 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from peerlm.layers import DenseFFW, ParallelFFW, TokenChoiceMoE
+from peerlm.layers import DenseFFW, OutputGate, ParallelFFW, TokenChoiceMoE
+from peerlm.model.attention import KeyValueShift, PeerAttention, previous_tokens
 from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig, parts_of
 from peerlm.optim.saved import FILE, STALE, catch_up_saved
 
@@ -38,14 +39,6 @@ class PeerEmbedding(nn.Embedding):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Map ids (...) to (..., embedding_dim)."""
         return super().forward(input_ids) * self.embedding_dim**0.5
-
-
-class PeerAttention(LlamaAttention):
-    """Llama's attention, which also states its cost."""
-
-    def extra_flops_per_token(self, context: int) -> int:
-        """Forward FLOPs of scores and mixing over the full context; the four maps count themselves."""
-        return 4 * context * self.config.num_attention_heads * self.head_dim
 
 
 def build_ffw(config: PeerConfig, kind: str) -> nn.Module:
@@ -67,7 +60,7 @@ def _build_part(config: PeerConfig, kind: str, hidden: int) -> nn.Module:
 
 
 class PeerDecoderLayer(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + ffw(norm(x)).
+    """x + attention(norm(x)), then x + ffw(norm(x)), the latter times the factors of a gate if there is one.
 
     Attributes:
         ffw_scales: the output scale at the start of each feed-forward layer, by its path in the block.
@@ -75,11 +68,14 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: PeerConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = PeerAttention(config, layer_idx)  # type: ignore[arg-type]
+        self.self_attn = PeerAttention(config, layer_idx)
         assert config.ffw_layers is not None  # filled in by PeerConfig
         self.ffw = build_ffw(config, config.ffw_layers[layer_idx])
         scales = config.ffw_output_scales(layer_idx)
         self.ffw_scales = {"ffw" if len(scales) == 1 else f"ffw.{part}": scale for part, scale in scales.items()}
+        self.ffw_gate = (
+            None if config.ffw_output_gate is None else OutputGate(config.hidden_size, config.ffw_output_gate)
+        )
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -95,7 +91,9 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
             hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.ffw(self.post_attention_layernorm(hidden_states), token_mask)
+        normed = self.post_attention_layernorm(hidden_states)
+        added = self.ffw(normed, token_mask)
+        return hidden_states + (added if self.ffw_gate is None else added * self.ffw_gate(normed))
 
     def reset_ffw(self) -> None:
         """Initialise each feed-forward layer at its output scale, unless a conversion has put another in its place."""
@@ -128,11 +126,13 @@ class PeerPreTrainedModel(PreTrainedModel):
     }
 
     def __init__(self, config: PeerConfig):
+        self._supports_flash_attn = not config.attention_sink  # some of its versions leave sinks out and do not say so
         super().__init__(config)
         assert config.ffw_layers is not None  # filled in by PeerConfig
         # An expert chooses among all tokens of a call, and how many depends on the values of the mask.
         parts = {part for kind in config.ffw_layers for part in parts_of(kind)}
         self._can_compile_fullgraph = self._supports_context_parallel = "expert_choice" not in parts
+        self._supports_context_parallel &= not config.kv_shift  # the token before may be on another rank
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -171,7 +171,9 @@ class PeerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Matrices N(0, 1 / fan_in); what a block adds to the residual stream smaller by sqrt(2 * blocks)."""
-        if isinstance(module, nn.Linear):
+        if isinstance(module, OutputGate):
+            init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -179,6 +181,11 @@ class PeerPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=module.embedding_dim**-0.5)
         elif isinstance(module, PeerAttention):
             init.normal_(module.o_proj.weight, std=self.config.residual_scale * module.o_proj.in_features**-0.5)
+            if module.sinks is not None:
+                init.zeros_(module.sinks)
+        elif isinstance(module, KeyValueShift):
+            for name, parameter in module.named_parameters():
+                init.constant_(parameter, 0.0 if name.startswith("previous") else 1.0)
         elif isinstance(module, PeerDecoderLayer):
             module.reset_ffw()
         else:
@@ -220,20 +227,24 @@ class PeerModel(PeerPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         sequence = inputs_embeds.shape[1]
+        given_positions = position_ids
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + sequence, device=inputs_embeds.device)[None]
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            # In these transformers looks for several texts in a row, and waits for the device to find none.
+            position_ids=given_positions,
         )
         token_mask = None
         if attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -sequence:].bool()
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        if self.config.kv_shift:
+            kwargs["previous"] = previous_tokens(position_ids, attention_mask, past, self.rotary_emb)
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(
@@ -250,6 +261,10 @@ class PeerModel(PeerPreTrainedModel):
 
 class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
     """The transformer with its output matrix, tied to the embeddings by default."""
+
+    def _get_static_cache_init_shape(self) -> Any:
+        """As in transformers, which makes a cache by it ahead of time; with shifted keys the first call makes it."""
+        return None if self.config.kv_shift else super()._get_static_cache_init_shape()  # type: ignore[misc]
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 

@@ -132,6 +132,14 @@ def row_kernels(table: RowState) -> ModuleType | None:
     return cast("ModuleType | None", _offer("row_kernels", table))
 
 
+def sum_by_row(ids_E: Tensor, values_EX: Tensor, num_rows: int) -> tuple[Tensor, Tensor] | None:
+    """Sums of the values of equal ids, without waiting for the device; None where there are no kernels for that.
+
+    Returns ids (S,) int64, distinct, then -1, with S = min(E, num_rows); and sums (S, *X), zeros where the id is -1.
+    """
+    return cast("tuple[Tensor, Tensor] | None", _offer("sum_by_row", ids_E, values_EX, num_rows))
+
+
 def fit_rules(
     a_SK: Tensor, c_SK: Tensor, *, tolerance: float, spreads: Tensor, num_probes: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -262,8 +270,8 @@ def mix_experts(
 
     Args:
         x: (T, D).
-        weights, expert_ids: (T, P); ids int64 in 0 .. N - 1, repetitions count each time. Other ids raise an error;
-            on a GPU, which the Triton kernels do not wait for, their tokens get NaN.
+        weights, expert_ids: (T, P); ids int64 in 0 .. N - 1, repetitions count each time. Nothing comes of the id -1,
+            a hole. Other ids raise an error; on a GPU, which the Triton kernels do not wait for, their tokens get NaN.
         rows: (N, 2, D), the experts' u and v, or (N, 3, D) with g for gated experts; a float dtype of
             16 bits or more, or 8 bits with scales: int8, float8_e4m3fn.
         scales: (N, 2 or 3) float32, what each vector of 8-bit rows is multiplied by; otherwise None.
@@ -309,7 +317,7 @@ def mix_experts(
 def mix_values(
     weights: Tensor, value_ids: Tensor, values: Tensor, *, backend: str = "auto", row_gradients: bool = False
 ) -> Tensor:
-    """Sum each token's retrieved values: weights, value_ids (T, P), values (N, D) -> (T, D)."""
+    """Sum each token's retrieved values: weights, value_ids (T, P), values (N, D) -> (T, D); -1 is a hole."""
     _check_float(weights, "weights")
     _check_float(values, "values")
     if weights.ndim != 2 or weights.shape != value_ids.shape or values.ndim != 2:
@@ -326,8 +334,8 @@ def dot_values(
 ) -> Tensor:
     """Inner products of each token with its rows: x (T, D), value_ids (T, P), values (N, D) -> (T, P).
 
-    In float32 at least, or in the dtype of the values. With `mix_values` it makes experts that write another
-    width than they read: mix_values(weights * act(dot_values(x, ids, down)), ids, up).
+    In float32 at least, or in the dtype of the values; 0 where the id is -1, a hole. With `mix_values` it makes experts
+    that write another width than they read: mix_values(weights * act(dot_values(x, ids, down)), ids, up).
     """
     _check_float(x, "x")
     _check_float(values, "values")

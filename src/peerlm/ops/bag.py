@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peerlm.ops.functions import ACTIVATIONS
-from peerlm.ops.tensors import has_values, not_plain
+from peerlm.ops.tensors import has_values, may_have_holes, not_plain
 
 _SUM = 0  # the code of mode="sum" in the ATen operators
 
@@ -43,6 +43,8 @@ def unsupported(
         return "embedding bags have no sparse row gradients"
     if scales is not None or (rows is not None and not rows.is_floating_point()):
         return "embedding bags take no rows of 8 bits"
+    if rows is not None and len(rows) == 0:
+        return "embedding bags need a table with rows"
     return not_plain(*inputs, ids, rows)
 
 
@@ -72,7 +74,7 @@ def _check_ids(ids_TP: Tensor, num_rows: int) -> None:
     """Raise an IndexError where a row does not exist: PyTorch's operator would read beyond the table."""
     if ids_TP.device.type == "cpu" and has_values(ids_TP) and ids_TP.numel():
         lowest, highest = (int(bound) for bound in ids_TP.aminmax())
-        if lowest < 0 or highest >= num_rows:
+        if lowest < -1 or highest >= num_rows:
             raise IndexError(f"ids are in {lowest} .. {highest}, but the table has rows 0 .. {num_rows - 1}")
 
 
@@ -117,16 +119,31 @@ def _sum_bags(weights_TP: Tensor, ids_TP: Tensor, table_ND: Tensor) -> Tensor:
     return F.embedding_bag(ids_TP.contiguous(), table_ND, per_sample_weights=weights, mode="sum")
 
 
+def _without_holes(ids_TP: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Ids with row 0 in the place of -1, and which were -1; None where none was."""
+    if not may_have_holes(ids_TP):
+        return ids_TP, None
+    hole_TP = ids_TP == -1
+    return torch.where(hole_TP, 0, ids_TP), hole_TP
+
+
+def _spared(values_TP: Tensor, hole_TP: Tensor | None) -> Tensor:
+    """Values of entries, zeros where there are holes."""
+    return values_TP if hole_TP is None else values_TP.masked_fill(hole_TP, 0)
+
+
 def mix_values(weights_TP: Tensor, ids_TP: Tensor, values_ND: Tensor) -> Tensor:
     """As `reference.mix_values`."""
+    ids_TP, hole_TP = _without_holes(ids_TP)
     table, places_TP = _wide(values_ND, ids_TP)
-    return _sum_bags(weights_TP, places_TP, table).to(values_ND.dtype)
+    return _sum_bags(_spared(weights_TP, hole_TP), places_TP, table).to(values_ND.dtype)
 
 
 def dot_values(x_TD: Tensor, ids_TP: Tensor, values_ND: Tensor) -> Tensor:
     """As `reference.dot_values`, but differentiable once only."""
+    ids_TP, hole_TP = _without_holes(ids_TP)
     table, places_TP = _wide(values_ND, ids_TP)
-    return _RowDots.apply(x_TD.to(table.dtype).contiguous(), table, places_TP.contiguous())
+    return _spared(_RowDots.apply(x_TD.to(table.dtype).contiguous(), table, places_TP.contiguous()), hole_TP)
 
 
 def mix_experts(
@@ -139,6 +156,7 @@ def mix_experts(
 ) -> Tensor:
     """As `reference.mix_experts`, but differentiable once only, and without scales."""
     _, parts, dim = rows_NRD.shape
+    ids_TP, hole_TP = _without_holes(ids_TP)
     rows, places_TP = _wide(rows_NRD, ids_TP)
     table = rows.reshape(-1, dim)
     first_TP = places_TP * parts
@@ -148,4 +166,5 @@ def mix_experts(
         hidden_TP = ACTIVATIONS[activation](hidden_TP)
     else:
         hidden_TP = hidden_TP * ACTIVATIONS[activation](_RowDots.apply(x, table, first_TP + 2))
-    return _sum_bags(hidden_TP * weights_TP.to(hidden_TP.dtype), first_TP + 1, table).to(x_TD.dtype)
+    factor_TP = _spared(hidden_TP * weights_TP.to(hidden_TP.dtype), hole_TP)
+    return _sum_bags(factor_TP, first_TP + 1, table).to(x_TD.dtype)

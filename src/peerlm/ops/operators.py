@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peerlm.ops.padded_rows import pad
 from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.row_updates import RowState, RowStep, fused_row_update
 from peerlm.ops.tensors import has_values
 
 FusedUpdate = Callable[[RowState, RowStep, Tensor | None, Tensor, Tensor, Tensor], None]
 """Takes a table, its step, and x, grad_y, ids and coefficients as `row_gradients` does; updates the rows that occur."""
+PaddedGradients = Callable[[Tensor | None, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""As `row_gradients`, but ids (S,) and gradients (S, R, D) of the rows that occur, then -1 and zeros; S is known."""
 
 
 # The product x W^T
@@ -197,6 +200,7 @@ class Operators:
     def __init__(self, namespace: str):
         self._library = torch.library.Library(namespace, "DEF")
         self._fused_updates: dict[str, FusedUpdate] = {}
+        self._padded_gradients: dict[str, PaddedGradients] = {}
         self.ops: Any = getattr(torch.ops, namespace)
         for schema, fake in _SCHEMAS:
             self._library.define(schema)
@@ -221,6 +225,10 @@ class Operators:
         """Register what makes a table's step of the row gradients in the backward pass, for a type of device."""
         self._fused_updates[device_type] = update
 
+    def implement_padded_gradients(self, gradients: PaddedGradients, device_type: str) -> None:
+        """Register what gives gradients by row without waiting for a type of device, in place of an operator."""
+        self._padded_gradients[device_type] = gradients
+
     def retrieve(
         self, query_THX: Tensor, sub_keys_2HnC: Tensor, k: int, weighting: str, pairing: str = "row-major"
     ) -> tuple[Tensor, Tensor]:
@@ -241,7 +249,8 @@ class Operators:
     ) -> Tensor:
         """As `reference.mix_experts`, but differentiable once only; the arithmetic is in float32.
 
-        With `row_gradients` the gradient of the rows is a sparse tensor, coalesced, of those that occur.
+        With `row_gradients` the gradient of the rows is a sparse tensor of those that occur: coalesced, or padded
+        (`padded_rows.pad`) where the kernels do not wait for the device to tell how many these are.
         """
         x, weights = x_TD.float().contiguous(), weights_TP.float().contiguous()
         scales = None if scales_NR is None else scales_NR.contiguous()
@@ -287,7 +296,7 @@ class Operators:
         )
         grad_rows = None
         if ctx.needs_input_grad[3] or (ctx.row_gradients and scales is not None):
-            grad_rows = self._gradient_of_rows(x, grad_y, ids, coefficients, rows, by_row=ctx.row_gradients)
+            grad_rows = self.gradient_of_rows(x, grad_y, ids, coefficients, rows, by_row=ctx.row_gradients)
         return grad_x, grad_weights, None, grad_rows, None, None, None
 
     def _mix_values_gradients(self, ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -296,9 +305,7 @@ class Operators:
         grad_weights = self.ops.mix_values_backward(grad_y, weights, ids, values)
         grad_values = None
         if ctx.needs_input_grad[2]:
-            grad_values = self._gradient_of_rows(
-                None, grad_y, ids, weights[..., None], values, by_row=ctx.row_gradients
-            )
+            grad_values = self.gradient_of_rows(None, grad_y, ids, weights[..., None], values, by_row=ctx.row_gradients)
         return grad_weights, None, grad_values, None
 
     def _dot_values_gradients(self, ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, ...]:
@@ -307,10 +314,10 @@ class Operators:
         grad_x = self.ops.mix_values(grad_dots, ids, values, False) if ctx.needs_input_grad[0] else None
         grad_values = None
         if ctx.needs_input_grad[2]:
-            grad_values = self._gradient_of_rows(None, x, ids, grad_dots[..., None], values, by_row=ctx.row_gradients)
+            grad_values = self.gradient_of_rows(None, x, ids, grad_dots[..., None], values, by_row=ctx.row_gradients)
         return grad_x, None, grad_values, None
 
-    def _gradient_of_rows(
+    def gradient_of_rows(
         self, x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor, rows: Tensor, *, by_row: bool
     ) -> Tensor | None:
         """Gradient of `rows` in their shape and dtype, dense or sparse; None where an optimizer has used it up."""
@@ -328,8 +335,12 @@ class Operators:
             return None
         if rows.dtype in SCALED_DTYPES:
             raise RuntimeError(f"rows in {rows.dtype} have no gradient: they are trained by RowAdamW(fused=True)")
-        found, grad = self.ops.gradients_by_row(x, grad_y, ids, coefficients, rows.shape[0])
+        padded = self._padded_gradients.get(rows.device.type)
+        gradients = self.ops.gradients_by_row if padded is None else padded
+        found, grad = gradients(x, grad_y, ids, coefficients, rows.shape[0])
         values = grad.view(-1, *rows.shape[1:]).to(rows.dtype)
+        if padded is not None:
+            return pad(rows, found, values)
         return torch.sparse_coo_tensor(found[None], values, rows.shape, is_coalesced=True, check_invariants=False)
 
 

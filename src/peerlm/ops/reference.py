@@ -15,7 +15,7 @@ from torch import Tensor
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.ops.scoring import half_scores, top_k
-from peerlm.ops.tensors import not_plain
+from peerlm.ops.tensors import may_have_holes, not_plain
 
 
 def description() -> str:
@@ -113,8 +113,15 @@ def retrieve(
     return WEIGHTINGS[weighting](scores_THK), ids_THK
 
 
-def _select(rows: Tensor, ids_TP: Tensor) -> Tensor:
-    return rows.index_select(0, ids_TP.reshape(-1)).unflatten(0, ids_TP.shape)
+def select(rows: Tensor, ids_TP: Tensor) -> Tensor:
+    """rows[ids], zeros for the id -1; rows (N, ...), ids of any shape."""
+    if not may_have_holes(ids_TP):
+        return rows.index_select(0, ids_TP.reshape(-1)).unflatten(0, ids_TP.shape)
+    hole_TP = ids_TP == -1
+    if len(rows) == 0:
+        rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+    found = rows.index_select(0, torch.where(hole_TP, 0, ids_TP).reshape(-1)).unflatten(0, ids_TP.shape)
+    return found.masked_fill(hole_TP[(...,) + (None,) * (rows.ndim - 1)], 0)
 
 
 class _SelectRows(torch.autograd.Function):
@@ -124,21 +131,24 @@ class _SelectRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, ids_TP: Tensor) -> Tensor:
         ctx.save_for_backward(ids_TP)
         ctx.shape = rows.shape
-        return _select(rows, ids_TP)
+        return select(rows, ids_TP)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (ids_TP,) = ctx.saved_tensors
-        values = grad.reshape(-1, *ctx.shape[1:])
-        return torch.sparse_coo_tensor(ids_TP.reshape(1, -1), values, ctx.shape, check_invariants=False), None
+        ids, values = ids_TP.reshape(-1), grad.reshape(-1, *ctx.shape[1:])
+        if may_have_holes(ids):
+            named = ids != -1
+            ids, values = ids[named], values[named]
+        return torch.sparse_coo_tensor(ids[None], values, ctx.shape, check_invariants=False), None
 
 
 def _gather_rows(rows: Tensor, ids_TP: Tensor, scales: Tensor | None, *, row_gradients: bool) -> Tensor:
     """rows[ids], in float32 at least; 8-bit rows (N, ..., D) are multiplied by their scales (N, ...)."""
     # index_select refuses negative ids, which indexing would count from the end
-    gathered = _SelectRows.apply(rows, ids_TP) if row_gradients else _select(rows, ids_TP)
+    gathered = _SelectRows.apply(rows, ids_TP) if row_gradients else select(rows, ids_TP)
     if scales is not None:
-        return gathered.to(scales.dtype) * scales[ids_TP][..., None]
+        return gathered.to(scales.dtype) * select(scales, ids_TP)[..., None]
     return gathered.to(torch.promote_types(rows.dtype, torch.float32))
 
 
@@ -156,7 +166,8 @@ def mix_experts(
 
     Args:
         x_TD: inputs (T, D).
-        weights_TP, ids_TP: (T, P); an id may stand several times in a row, and counts each time.
+        weights_TP, ids_TP: (T, P); an id may stand several times in a row, and counts each time; -1 is a hole, of
+            which nothing comes.
         rows_NRD: expert rows u, v and, if gated, g: (N, 2 or 3, D).
         scales_NR: what 8-bit rows are multiplied by, (N, 2 or 3), or None.
         activation: a name in `ACTIVATIONS`.

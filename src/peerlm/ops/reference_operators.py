@@ -13,6 +13,7 @@ from peerlm.ops import reference
 from peerlm.ops.functions import ACTIVATIONS
 from peerlm.ops.operators import PEERLM
 from peerlm.ops.pairing import PAIRINGS
+from peerlm.ops.tensors import may_have_holes
 
 Slope = Callable[[Tensor, Tensor], Tensor]
 """(gradient of a function's value, the function's argument) -> gradient of the argument."""
@@ -70,9 +71,9 @@ def _retrieve_backward(
 
 
 def _gather(rows: Tensor, ids_TP: Tensor, scales: Tensor | None) -> Tensor:
-    """rows[ids], 8-bit rows by their scales; in float32 at least."""
-    gathered = rows[ids_TP].to(torch.promote_types(rows.dtype, torch.float32))
-    return gathered if scales is None else gathered * scales[ids_TP][..., None]
+    """rows[ids], 8-bit rows by their scales, zeros for the id -1; in float32 at least."""
+    gathered = reference.select(rows, ids_TP).to(torch.promote_types(rows.dtype, torch.float32))
+    return gathered if scales is None else gathered * reference.select(scales, ids_TP)[..., None]
 
 
 def _mix_experts(
@@ -149,8 +150,11 @@ def _row_gradients(
     x_TD: Tensor | None, grad_y_TD: Tensor, ids_TP: Tensor, coefficients_TPR: Tensor, num_rows: int
 ) -> Tensor:
     """The gradient of all rows, (num_rows, R, D)."""
-    grad = grad_y_TD.new_zeros(num_rows, coefficients_TPR.shape[-1], grad_y_TD.shape[-1])
-    return grad.index_add_(0, ids_TP.flatten(), _of_entries(x_TD, grad_y_TD, coefficients_TPR))
+    ids, entries = ids_TP.flatten(), _of_entries(x_TD, grad_y_TD, coefficients_TPR)
+    hole = may_have_holes(ids)
+    grad = grad_y_TD.new_zeros(num_rows + hole, coefficients_TPR.shape[-1], grad_y_TD.shape[-1])
+    grad.index_add_(0, torch.where(ids == -1, num_rows, ids) if hole else ids, entries)
+    return grad[:num_rows].clone() if hole else grad
 
 
 def _gradients_by_row(
@@ -158,7 +162,9 @@ def _gradients_by_row(
 ) -> tuple[Tensor, Tensor]:
     """The rows that occur, ascending, and their gradients (U, R, D)."""
     found_U, place_TP = ids_TP.unique(return_inverse=True)
-    return found_U, _row_gradients(x_TD, grad_y_TD, place_TP, coefficients_TPR, len(found_U))
+    gradients = _row_gradients(x_TD, grad_y_TD, place_TP, coefficients_TPR, len(found_U))
+    named = slice(int(bool((found_U[:1] == -1).any())), None)
+    return found_U[named], gradients[named]
 
 
 KERNELS: dict[str, Callable[..., object]] = {

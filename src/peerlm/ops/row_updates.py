@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from peerlm.ops.row_formats import SCALED_DTYPES
+from peerlm.ops.row_shards import RowShard
 from peerlm.ops.watched import watch_reads, with_views
 
 _WATCHER = "_peerlm_row_watcher"
@@ -32,13 +33,21 @@ class RowState:
     exp_avg: Tensor | None
     """First moments, like `rows`, in the state's dtype; None without a first moment."""
     exp_avg_sq: Tensor
-    """Second moments, like `rows`; or (N,), the mean over each row."""
+    """Second moments, like `rows`; or (N,), the mean over each row; or (N, *X, B), X without the last dimension: the
+    mean over each B-th of each vector."""
     moments_step: Tensor | None
     """(N,) int32: the step whose moments are stored; 0 where none are. None in lazy mode, where they do not age."""
     weights_step: Tensor | None
     """(N,) int32: the step up to which a row's weights are right. None in lazy mode."""
     scales: Tensor | None = None
     """float32, (N, *row_shape) without its last dimension: what each vector of rows of 8 bits is multiplied by."""
+    shard: RowShard | None = None
+    """Which part of a table the rows are; None: all of it."""
+
+    @property
+    def by_weight(self) -> bool:
+        """Whether each weight has a second moment of its own."""
+        return self.exp_avg_sq.shape == self.rows.shape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Which tensors are plain memory: no subclass, no wrapper of a transform, no stand-in of a tracer."""
+"""What can be asked of tensors: whether they are plain memory, and whether looking at them waits for a device."""
 
 import torch
 from torch import Tensor
@@ -29,11 +29,21 @@ def not_plain(*maybe_tensors: Tensor | None) -> str:
     return ""
 
 
+def read_at_once(device: torch.device) -> bool:
+    """Whether numbers on this device can be looked at without waiting: other devices compute while Python runs on."""
+    return device.type == "cpu"
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether the values of a tensor are there to be looked at: it is not traced, batched or fake."""
     if torch.compiler.is_compiling() or type(tensor) not in _PLAIN or tensor.is_meta:
         return False
     return _functorch.peek_interpreter_stack() is None
+
+
+def may_have_holes(ids: Tensor) -> bool:
+    """Whether an id is -1, which names no row; True where that cannot be known, as of a traced tensor."""
+    return not has_values(ids) or bool((ids == -1).any())
 
 
 def _has_its_own_operations(tensor: Tensor) -> bool:

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from peerlm.errors import listed
-from peerlm.optim.sparse_gradients import coalesced
+from peerlm.ops.row_shards import shard_of
+from peerlm.ops.tensors import read_at_once
+from peerlm.optim.sparse_gradients import sum_rows
 
 GROUP_NAMES = ("matrix", "vector", "table", "keys")
 
@@ -79,16 +82,26 @@ def _roles(model: nn.Module) -> dict[nn.Parameter, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNorms:
-    """Euclidean norms of the gradients before clipping."""
+    """Euclidean norms of the gradients before clipping, kept on their device until they are asked for as numbers."""
 
-    rest: float
-    """Of everything but the tables."""
-    table: float
-    """Of the tables; 0 for a model without any."""
+    of_rest: Tensor
+    """Of everything but the tables, ()."""
+    of_tables: Tensor
+    """Of the tables, (); 0 for a model without any."""
+
+    @property
+    def rest(self) -> float:
+        """Of everything but the tables. Waits for the device."""
+        return self.of_rest.item()
+
+    @property
+    def table(self) -> float:
+        """Of the tables. Waits for the device."""
+        return self.of_tables.item()
 
     @property
     def finite(self) -> bool:
-        """Whether neither is NaN or infinite."""
+        """Whether neither is NaN or infinite. Waits for the device."""
         return math.isfinite(self.rest) and math.isfinite(self.table)
 
 
@@ -96,42 +109,85 @@ def clip_gradients(groups: Sequence[dict[str, Any]], *, max_norm: float, table_m
     """Scale gradients in place so that tables and, apart from them, everything else keep within their norms.
 
     Separate norms, because a table's gradient touches few rows of many: clipped together, either would set
-    the step of the other. A limit of math.inf never scales. Nothing is scaled when a norm is not finite.
+    the step of the other. A limit of math.inf never scales. Nothing is scaled when a norm is not finite. No other
+    device than the CPU is waited for.
 
-    Gradients may be sparse: an uncoalesced one, a sum over micro-batches, is coalesced first, because its norm is
-    that of the summed rows. Raises ValueError where tables have no gradients that could be clipped, under
-    RowAdamW(fused=True).
+    Of gradients that lie on several ranks, of FSDP2 or of sharded tables, the norms are those over all; each rank must
+    call this. Gradients may be sparse: the rows of an uncoalesced one, a sum over micro-batches, are summed first,
+    because its norm is that of the summed rows. Raises ValueError where tables have no gradients that could be clipped,
+    under RowAdamW(fused=True).
     """
     if table_max_norm < math.inf and any(group.get("fused") and group.get("rows") for group in groups):
         raise ValueError(
             f"RowAdamW(fused=True) leaves no gradient of tables to clip to table_max_norm = {table_max_norm}: "
             "choose fused=False, or table_max_norm = math.inf"
         )
-    tables = _gradient_values(group for group in groups if group.get("name") == "table")
+    of_tables = [group for group in groups if group.get("name") == "table"]
+    tables = _gradient_values(of_tables)
     rest = _gradient_values(group for group in groups if group.get("name") != "table")
-    rest_norm, table_norm = get_total_norm(rest), get_total_norm(tables)
-    norms = GradientNorms(rest=rest_norm.item(), table=table_norm.item())
-    if norms.finite and norms.rest > max_norm:
-        _scale(rest, max_norm / (rest_norm + 1e-6))
-    if norms.finite and norms.table > table_max_norm:
-        _scale(tables, table_max_norm / (table_norm + 1e-6))
-    return norms
+    first = next(iter([*rest, *tables]), torch.zeros(()))
+    rest_norm = _norm_over_mesh(rest).to(first.device, non_blocking=True)
+    table_norm = _norm_over_ranks(of_tables, tables).to(first.device, non_blocking=True)
+    finite = rest_norm.isfinite() & table_norm.isfinite()
+    _keep_within(rest, rest_norm, max_norm, finite)
+    _keep_within(tables, table_norm, table_max_norm, finite)
+    return GradientNorms(of_rest=rest_norm, of_tables=table_norm)
 
 
 def _gradient_values(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
-    values = []
-    for parameter in (parameter for group in groups for parameter in group["params"]):
-        if parameter.grad is None:
-            continue
-        if parameter.grad.is_sparse:
-            parameter.grad = coalesced(parameter.grad)
-            values.append(parameter.grad._values())  # not values(), which refuses to be scaled in place
-        else:
-            values.append(parameter.grad)
-    return values
+    return [sum_rows(parameter) if gradient.is_sparse else gradient for parameter, gradient in _with_gradient(groups)]
 
 
-def _scale(values: list[Tensor], factor: Tensor) -> None:
-    with torch.no_grad():
-        for value in values:
-            value.mul_(factor.to(value.device))
+def _with_gradient(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+    """Parameters that have a gradient, and that."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+
+
+def _norm_over_mesh(values: list[Tensor]) -> Tensor:
+    """The norm of gradients that every rank has whole, or of which FSDP2 has left each rank a part."""
+    whole = [value for value in values if not _is_cut(value)]
+    if len(whole) == len(values):
+        return get_total_norm(whole)
+    cut: Any = get_total_norm([value for value in values if _is_cut(value)])
+    norms = [cut.full_tensor(), get_total_norm(whole).to(cut.device)]
+    return torch.stack(norms).square().sum().sqrt()
+
+
+def _norm_over_ranks(groups: Sequence[dict[str, Any]], values: list[Tensor]) -> Tensor:
+    """The norm of gradients of tables, which may be sharded; each rank must call it."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    # Ranks without a gradient take part, too.
+    over = {id(shard.group): shard.group for shard in map(shard_of, parameters) if shard is not None}
+    if not over:
+        return get_total_norm(values)
+    shards = [shard_of(parameter) for parameter, _ in _with_gradient(groups)]
+    of_ranks: dict[int | None, list[Tensor]] = {}
+    for shard, value in zip(shards, values, strict=True):
+        of_ranks.setdefault(None if shard is None else id(shard.group), []).append(value)
+    device = parameters[0].device
+    total = get_total_norm(of_ranks.get(None, [])).to(device).square()
+    for key, ranks in over.items():
+        square = get_total_norm(of_ranks.get(key, [])).to(device).square()
+        if ranks is not None:
+            dist.all_reduce(square, group=ranks)
+        total = total + square
+    return total.sqrt()
+
+
+def _is_cut(gradient: Tensor) -> bool:
+    """Whether FSDP2 has left this rank a part of a gradient."""
+    return hasattr(gradient, "full_tensor")
+
+
+@torch.no_grad()
+def _keep_within(values: list[Tensor], norm: Tensor, most: float, finite: Tensor) -> None:
+    """Scale the values of this norm to the norm `most`, where it is larger and `finite` is true."""
+    too_large = finite & (norm > most)
+    if most == math.inf or (read_at_once(norm.device) and not too_large):
+        return
+    factor = torch.where(too_large, most / (norm + 1e-6), 1.0)
+    for value in values:
+        own: Any = value
+        local = own.to_local() if _is_cut(value) else value
+        local.mul_(factor.to(local.device, non_blocking=True))

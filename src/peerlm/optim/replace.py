@@ -9,7 +9,7 @@ from torch import Tensor
 from peerlm.optim.row_adamw import RowAdamW
 
 _OF_ROWS = ("exp_avg_sq", "moments_step", "weights_step")
-"""What RowAdamW keeps of a table as one number for each row."""
+"""What RowAdamW keeps of a table as one number for each row, or some."""
 
 
 def holds(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
@@ -76,5 +76,5 @@ def _belongs_to(name: str, values: list[Any], parameters: Sequence[Tensor]) -> b
         return False
     pairs = list(zip(values, parameters, strict=True))
     return all(value.shape == parameter.shape for value, parameter in pairs) or (
-        name in _OF_ROWS and all(value.shape == parameter.shape[:1] for value, parameter in pairs)
+        name in _OF_ROWS and all(value.shape[:1] == parameter.shape[:1] for value, parameter in pairs)
     )

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from peerlm.optim.sparse_gradients import coalesced
+from peerlm.ops.padded_rows import pad, padded_ids
+from peerlm.optim.sparse_gradients import sum_rows
 
 
 @torch.no_grad()
@@ -37,9 +38,15 @@ def restrict_gradient(parameter: Tensor, keep: Tensor, *, dim: int = 0) -> None:
         return
     if dim:
         raise ValueError(f"a sparse gradient of rows can be restricted along dimension 0, not {dim}")
-    gradient = coalesced(gradient)
-    ids, values = gradient._indices(), gradient._values()
-    kept = keep[ids[0]]
-    parameter.grad = torch.sparse_coo_tensor(
-        ids[:, kept], values[kept], gradient.shape, is_coalesced=True, check_invariants=False
-    )
+    values = sum_rows(parameter)
+    padded = padded_ids(parameter)
+    if padded is None:
+        ids = parameter.grad._indices()  # type: ignore[union-attr]
+        kept = keep[ids[0]]
+        parameter.grad = torch.sparse_coo_tensor(
+            ids[:, kept], values[kept], gradient.shape, is_coalesced=True, check_invariants=False
+        )
+        return
+    kept = keep[padded.clamp_min(0)] & (padded >= 0)  # how many these are only the device knows
+    values = values.masked_fill(~kept.view(-1, *[1] * (values.ndim - 1)), 0.0)
+    parameter.grad = pad(parameter, torch.where(kept, padded, -1), values)

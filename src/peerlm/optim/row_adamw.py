@@ -13,14 +13,24 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from peerlm.ops import api, row_updates
+from peerlm.ops.padded_rows import padded_ids
 from peerlm.ops.row_formats import SCALED_DTYPES
+from peerlm.ops.row_shards import shard_of
 from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.ops.watched import raw
 from peerlm.optim import row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
 from peerlm.optim.placed import Placed, capturing
 from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_norms
-from peerlm.optim.table_state import State, history_of, keep_history, loaded_state, new_state, rates_of_decay
+from peerlm.optim.table_state import (
+    State,
+    history_of,
+    keep_history,
+    loaded_state,
+    new_state,
+    rates_of_decay,
+    second_moments,
+)
 from peerlm.ranks import ddp_group, inside_backward
 
 _IN_DDP = "_peerlm_in_ddp"
@@ -55,16 +65,18 @@ class RowAdamW(torch.optim.Optimizer):
         lazy: rows of tables without a gradient stay where they are and their moments do not decay, as in
             `torch.optim.SparseAdam`; rows with one also decay. It is another optimizer: in `tests/optim` its
             weights end a quarter to a half of their whole movement away from AdamW's.
-        row_wise: one second moment per row of a table, the mean of the squares over the row.
+        row_wise: one second moment per row of a table, the mean of the squares over the row; or a number of columns,
+            as 128: one per row and so many columns of a vector.
         state_dtype: of tables' moments: float32 (float64 for float64 tables) or bfloat16.
         stochastic_rounding: whether what tables keep in bfloat16 is rounded up or down at random, right in the
             mean; to nearest, small steps would be lost.
         seed: of stochastic rounding, which is a function of seed, step, row and column.
         fused: rows of tables are updated in the backward pass, which then leaves no gradient. Each step
-            must have one backward pass, outside of DistributedDataParallel, at the learning rate that is set by then;
-            tables cannot be clipped.
+            must have one backward pass, at the learning rate that is set by then; tables cannot be clipped, nor be
+            whole on each rank of DistributedDataParallel.
 
-    Within DistributedDataParallel gradients of tables are dense, which is what it exchanges.
+    Within DistributedDataParallel gradients of tables are dense, which is what it exchanges. Where tables are sharded
+    (`peerlm.parallel`) they are sparse: each rank has all there is of its rows.
 
     Both `clip_gradients` and torch's `clip_grad_norm_` take the sparse gradients (the latter by
     `peerlm.optim.sparse_gradients`), so that it works under transformers.Trainer as it is.
@@ -92,7 +104,7 @@ class RowAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         lazy: bool = False,
-        row_wise: bool = False,
+        row_wise: bool | int = False,
         state_dtype: torch.dtype = torch.float32,
         stochastic_rounding: bool = True,
         seed: int = 0,
@@ -158,10 +170,11 @@ class RowAdamW(torch.optim.Optimizer):
         """Raise ValueError where the gradients of tables stay on their ranks."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         cut = any(_is_dtensor(each) and each.device_mesh.size() > 1 for each in parameters)
-        if cut and any(group["rows"] for group in self.param_groups):
+        tables = [table for group in self.param_groups if group["rows"] for table in group["params"]]
+        if cut and any(shard_of(table) is None for table in tables):
             raise ValueError(
                 "FSDP2 does not exchange the gradients of tables that it ignores, and tables would differ from rank to "
-                "rank: take DistributedDataParallel, or torch.optim.AdamW"
+                "rank: shard them (peerlm.parallel.parallelize), or take DistributedDataParallel or torch.optim.AdamW"
             )
 
     def watch(self, parameter: Tensor) -> None:
@@ -370,6 +383,7 @@ class RowAdamW(torch.optim.Optimizer):
             exp_avg_sq=state["exp_avg_sq"],
             moments_step=state.get("moments_step"),
             weights_step=state.get("weights_step"),
+            shard=shard_of(parameter),
             scales=_scales_of(parameter),
         )
 
@@ -472,7 +486,9 @@ class _Watcher:
         self.optimizer._catch_up_rows(parameter, ids)
 
     def takes_row_gradients(self, parameter: Tensor) -> bool:
-        """Not within DistributedDataParallel, which exchanges dense gradients."""
+        """Not within DistributedDataParallel, which exchanges dense gradients of tables that each rank has whole."""
+        if shard_of(parameter) is not None:
+            return True
         if not inside_backward():
             setattr(parameter, _IN_DDP, ddp_group() is not None)
         within = getattr(parameter, _IN_DDP, False)
@@ -497,6 +513,16 @@ def _scales_of(parameter: Tensor) -> Tensor | None:
     if scales is None and parameter.dtype in SCALED_DTYPES:
         raise ValueError(f"rows in {parameter.dtype} need scales, and no table of peerlm's layers has this parameter")
     return None if scales is None else scales.data
+
+
+def _check_columns(parameter: Tensor, row_wise: bool | int) -> None:
+    """Raise ValueError where the mean over a row would need the columns of other ranks."""
+    shard = shard_of(parameter)
+    if row_wise is True and shard is not None and parameter.shape[-1] != shard.width:
+        raise ValueError(
+            f"row_wise = True: this rank has {parameter.shape[-1]} of a table's {shard.width} columns, and a row's "
+            "mean needs all: take row_wise=128, one second moment per row and 128 columns"
+        )
 
 
 def _is_on_device(rate: object) -> bool:
@@ -557,7 +583,8 @@ def _kernels(table: RowState) -> Any:
 def _row_gradient(parameter: Tensor, kernels: Any) -> tuple[Tensor | None, Tensor, Callable[..., None]]:
     """Row numbers (U,), None for all rows in order; their gradients (U, *row_shape); what updates the rows by these.
 
-    Row numbers are distinct, unless the kernels add up the gradients of each row as they go.
+    Row numbers are distinct, unless the kernels add up the gradients of each row as they go; -1, which these kernels
+    leave out, is padding.
     """
     gradient = parameter.grad
     assert gradient is not None
@@ -569,6 +596,9 @@ def _row_gradient(parameter: Tensor, kernels: Any) -> tuple[Tensor | None, Tenso
             "give indices (1, U) and values (U, *row_shape)"
         )
     if not gradient.is_coalesced() and hasattr(kernels, "update_entries"):
+        padded = padded_ids(parameter)
+        if padded is not None:
+            return padded, gradient._values(), kernels.update_rows
         return gradient._indices()[0], gradient._values(), kernels.update_entries
     gradient = coalesced(gradient)
     return gradient.indices()[0], gradient.values(), kernels.update_rows
@@ -596,6 +626,9 @@ def _check(group: dict[str, Any], *, wait: bool = True) -> None:
             f"state_dtype = {group['state_dtype']}: tables keep moments in torch.float32 or torch.bfloat16"
         )
     for parameter in group["params"]:
+        if group["row_wise"]:
+            second_moments(parameter, group["row_wise"])
+            _check_columns(parameter, group["row_wise"])
         if _is_dtensor(parameter):
             raise ValueError(
                 f"a table {tuple(parameter.shape)} is a DTensor, as FSDP2 makes them, which RowAdamW cannot train: "

@@ -5,6 +5,7 @@ kept in bfloat16 or 8 bits is rounded stochastically where a seed is given, beca
 steps below 1/256 of a value. Shape suffixes: U distinct rows of a table, X a row's shape, J nodes.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,11 +18,15 @@ _ELEMENTS_AT_ONCE = 1 << 22
 
 
 def rows_behind(table: RowState, ids: Tensor | None, now: int) -> Tensor:
-    """The distinct rows among ids (int64, any shape), or of all, that are not right up to step `now`; ascending."""
+    """The distinct rows among ids (int64, any shape), or of all, that are not right up to step `now`; ascending.
+
+    An id of -1 names no row.
+    """
     assert table.weights_step is not None
     if ids is None:
         return (table.weights_step < now).nonzero().flatten()
     ids = ids.flatten()
+    ids = ids[ids >= 0]
     return ids[table.weights_step[ids] < now].unique()
 
 
@@ -43,21 +48,21 @@ def update_rows(table: RowState, ids: Tensor | None, gradient_UX: Tensor, step: 
 def _update(table: RowState, ids_U: Tensor, gradient_UX: Tensor, step: RowStep) -> None:
     dtype = arithmetic_dtype(table.rows)
     gradient = gradient_UX.to(dtype).flatten(1)
-    rounding = _Rounding(step.seed, 2 * step.step, ids_U, gradient.shape[1])
+    rounding = _Rounding(step.seed, 2 * step.step, table, ids_U)
     age_U1 = gradient.new_ones(len(ids_U), 1)
     if table.moments_step is not None:
         age_U1 = (step.step - table.moments_step[ids_U]).to(dtype)[:, None]
         table.moments_step[ids_U] = step.step
     square = gradient.square()
-    if table.exp_avg_sq.ndim == 1:
-        square = square.mean(-1, keepdim=True)
+    if not table.by_weight:
+        square = square.unflatten(1, (-1, _run(table))).mean(-1)
     v = table.exp_avg_sq[ids_U].to(dtype).view(len(ids_U), -1) * step.beta2**age_U1 + square * (1 - step.beta2)
     _store(table.exp_avg_sq, ids_U, v, rounding.second_moments)
     m = gradient
     if table.exp_avg is not None:
         m = table.exp_avg[ids_U].to(dtype).flatten(1) * step.beta1**age_U1 + gradient * (1 - step.beta1)
         _store(table.exp_avg, ids_U, m, rounding.first_moments)
-    denominator = v.sqrt() / (1 - step.beta2**step.step) ** 0.5 + step.eps
+    denominator = _spread(table, v.sqrt()) / (1 - step.beta2**step.step) ** 0.5 + step.eps
     rate = step.learning_rate / (1 - step.beta1**step.step)
     w = _weights(table, ids_U)
     w = w - (w * (step.learning_rate * step.weight_decay) + rate * m / denominator)
@@ -102,7 +107,7 @@ def _catch_up(table: RowState, ids_U: Tensor, rules: CatchUpRules, step: RowStep
         aged_U1 = (since_U - table.moments_step[ids_U]).to(dtype)[:, None]
         m = table.exp_avg[ids_U].to(dtype).flatten(1) * step.beta1**aged_U1
         v = table.exp_avg_sq[ids_U].to(dtype).view(len(ids_U), -1) * step.beta2**aged_U1
-        root = v.sqrt()
+        root = _spread(table, v.sqrt())
         num_nodes = int(rules.num_nodes.max())
         weights_UJ = rules.weights[:, :num_nodes].to(device, dtype)[rule_U]
         nodes_UJ = (rules.nodes[:, :num_nodes] * step.eps).to(device, dtype)[rule_U]
@@ -110,7 +115,7 @@ def _catch_up(table: RowState, ids_U: Tensor, rules: CatchUpRules, step: RowStep
         for weight_U1, node_U1 in zip(weights_UJ.split(1, dim=1), nodes_UJ.split(1, dim=1), strict=True):
             factor += weight_U1 / (root + node_U1)
         change += m * factor
-    rounding = _Rounding(step.seed, 2 * step.step + 1, ids_U, w.shape[1])
+    rounding = _Rounding(step.seed, 2 * step.step + 1, table, ids_U)
     _store(table.rows, ids_U, w - change, rounding.weights)
     table.weights_step[ids_U] = step.step
 
@@ -119,10 +124,20 @@ def _parts(table: RowState, ids: Tensor | None) -> Iterator[tuple[slice, Tensor]
     """Pieces of ids small enough that temporaries stay small, and where they stand."""
     if ids is None:
         ids = torch.arange(len(table.rows), device=table.rows.device)
-    at_once = max(1, _ELEMENTS_AT_ONCE // max(1, table.rows[0].numel()))
+    at_once = max(1, _ELEMENTS_AT_ONCE // max(1, math.prod(table.rows.shape[1:])))
     for start in range(0, len(ids), at_once):
         part = slice(start, start + at_once)
         yield part, ids[part]
+
+
+def _run(table: RowState) -> int:
+    """How many weights of a row share a second moment."""
+    return math.prod(table.rows.shape[1:]) // math.prod(table.exp_avg_sq.shape[1:])
+
+
+def _spread(table: RowState, root: Tensor) -> Tensor:
+    """What belongs to second moments (U, R), for each weight of a row, or to be broadcast over these."""
+    return root if table.by_weight or root.shape[1] == 1 else root.repeat_interleave(_run(table), dim=1)
 
 
 def arithmetic_dtype(rows: Tensor) -> torch.dtype:
@@ -175,18 +190,26 @@ def mix_bits(word: Tensor) -> Tensor:
 
 
 class _Rounding:
-    """Random bits as a function of seed, pass, row and column: no state, and the same in any order of rows."""
+    """Random bits as a function of seed, pass, row and column: no state, and the same in any order of rows.
 
-    def __init__(self, seed: int | None, number: int, ids_U: Tensor, row_len: int):
-        self.seed, self.number, self.ids_U, self.row_len = seed, number, ids_U, row_len
+    Rows and columns are those of the whole table, of which the given one may be a part.
+    """
+
+    def __init__(self, seed: int | None, number: int, table: RowState, ids_U: Tensor):
+        self.seed, self.number, self.table, self.ids_U = seed, number, table, ids_U
 
     def _words(self) -> Tensor | None:
         if self.seed is None:
             return None
         number = torch.tensor((self.seed + _GOLDEN * self.number) & _WORD, device=self.ids_U.device)
-        row_U1 = mix_bits(mix_bits(number) + self.ids_U & _WORD)[:, None]
-        column = torch.arange(1, self.row_len + 1, device=self.ids_U.device) * _GOLDEN
-        return mix_bits(row_U1 + column & _WORD)
+        row_shape, shard = self.table.rows.shape[1:], self.table.shard
+        column = torch.arange(math.prod(row_shape), device=self.ids_U.device)
+        names_U = self.ids_U
+        if shard is not None:
+            names_U = shard.names(self.ids_U)
+            column = torch.tensor(shard.columns(row_shape, 1), device=self.ids_U.device)
+        row_U1 = mix_bits(mix_bits(number) + names_U & _WORD)[:, None]
+        return mix_bits(row_U1 + (column + 1) * _GOLDEN & _WORD)
 
     def weights(self) -> Tensor | None:
         words = self._words()

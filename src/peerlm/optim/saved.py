@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from peerlm.files import write_json
 from peerlm.ops.row_updates import scales_of
 from peerlm.optim.row_adamw import RowAdamW
+from peerlm.optim.table_state import row_wise_of
 
 STALE = "stale_rows"
 """The field of a saved model's configuration that says so."""
@@ -57,13 +58,19 @@ def load_state(optimizer: Optimizer, folder: Path) -> None:
 def read_state(folder: Path) -> State:
     """What `save_state` wrote."""
     with safe_open(folder / FILE, framework="pt") as file:
-        values = json.loads((file.metadata() or {}).get("values", "{}"))
-        flat = {name: file.get_tensor(name) for name in file.keys()} | values  # noqa: SIM118, no mapping
+        flat = {name: file.get_tensor(name) for name in file.keys()} | read_values(folder)  # noqa: SIM118, no mapping
     state: State = {}
     for name, value in flat.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
     return state
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """What `save_state` wrote that is no tensor, by "INDEX.KEY"."""
+    with safe_open(folder / FILE, framework="pt") as file:
+        values: dict[str, Any] = json.loads((file.metadata() or {}).get("values", "{}"))
+    return values
 
 
 def catch_up_saved(model: nn.Module, folder: Path, prefix: str = "") -> None:
@@ -115,7 +122,7 @@ def _owes_updates(saved: dict[str, Any]) -> bool:
 def _catch_up(table: Tensor, saved: dict[str, Any]) -> None:
     # The same memory where it can be, so that no optimizer is left watching the model.
     twin = nn.Parameter(table.data.to(torch.promote_types(table.dtype, torch.float32)))
-    group = {"params": [twin], "rows": True, "row_wise": saved["exp_avg_sq"].ndim == 1}
+    group = {"params": [twin], "rows": True, "row_wise": row_wise_of(twin, saved["exp_avg_sq"])}
     optimizer = RowAdamW([group], betas=(saved["beta1"], saved["beta2"]), eps=saved["eps"])
     optimizer.load_state_dict({"state": {0: saved}, "param_groups": optimizer.state_dict()["param_groups"]})
     optimizer.catch_up()

@@ -1,4 +1,4 @@
-"""Sparse gradients of rows: made coalesced cheaply, and their norm, which torch's clipping lacks.
+"""Sparse gradients of rows: each row once, as cheaply as can be, and their norm, which torch's clipping lacks.
 
 `torch.nn.utils.clip_grad_norm_`, and with it transformers.Trainer (which calls it even where nothing is to be
 clipped, to log the norm), knows `linalg_vector_norm` for dense gradients alone.
@@ -6,6 +6,9 @@ clipped, to log the norm), knows `linalg_vector_norm` for dense gradients alone.
 
 import torch
 from torch import Tensor
+
+from peerlm.ops import api
+from peerlm.ops.padded_rows import pad, padded_ids
 
 _library = torch.library.Library("aten", "IMPL")
 
@@ -31,7 +34,28 @@ def _vector_norm(
     """Of all entries; entries that are not stored are zeros, and count for no norm with ord > 0."""
     if dim is not None or keepdim or ord <= 0:
         raise NotImplementedError("of a sparse tensor only the norm of all entries is known, for ord > 0")
-    return torch.linalg.vector_norm(coalesced(x).values(), ord, dtype=dtype)
+    summed = None if x.is_coalesced() else _sum_on_device(x)
+    values = coalesced(x).values() if summed is None else summed[1]
+    return torch.linalg.vector_norm(values, ord, dtype=dtype)
+
+
+def sum_rows(parameter: Tensor) -> Tensor:
+    """Let a parameter's sparse gradient have each row once; returns the values (S, *X), for changes in place.
+
+    Where there are kernels that do not wait for the device, it is padded then (`padded_rows.pad`), by values of zero;
+    elsewhere it is coalesced.
+    """
+    gradient = parameter.grad
+    assert gradient is not None
+    if padded_ids(parameter) is None and not gradient.is_coalesced():
+        summed = _sum_on_device(gradient)
+        parameter.grad = coalesced(gradient) if summed is None else pad(parameter, *summed)
+    return parameter.grad._values()  # type: ignore[union-attr]  # not values(), which refuses changes in place
+
+
+def _sum_on_device(gradient: Tensor) -> tuple[Tensor, Tensor] | None:
+    ids = gradient._indices()
+    return api.sum_by_row(ids[0], gradient._values(), len(gradient)) if len(ids) == 1 else None
 
 
 def coalesced(gradient: Tensor) -> Tensor:

@@ -9,11 +9,36 @@ from peerlm.optim.catch_up import RateHistory
 from peerlm.optim.row_step import arithmetic_dtype
 
 State = dict[str, Any]
+PER_ROW = ("exp_avg", "exp_avg_sq", "moments_step", "weights_step")
+"""What the state has of each row: the first size of these tensors is the table's."""
 
 
 def rates_of_decay(group: dict[str, Any]) -> dict[str, float]:
     """What a table's state belongs to; a change costs a sweep."""
     return {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
+
+
+def second_moments(parameter: Tensor, row_wise: bool | int) -> tuple[int, ...]:
+    """The shape of the second moments of a table (N, *X, D): one per row, or one per `row_wise` columns of a vector.
+
+    Raises ValueError where that many columns do not divide D.
+    """
+    if row_wise is True:
+        return (len(parameter),)
+    *vectors, width = parameter.shape
+    if width % row_wise:
+        raise ValueError(
+            f"row_wise = {row_wise}: a table {tuple(parameter.shape)} has {width} columns, which {row_wise} does not "
+            "divide; choose another number, or True for one second moment per row"
+        )
+    return (*vectors, width // row_wise)
+
+
+def row_wise_of(parameter: Tensor, exp_avg_sq: Tensor) -> bool | int:
+    """The setting by which a table's second moments have this shape."""
+    if exp_avg_sq.shape == parameter.shape:
+        return False
+    return True if exp_avg_sq.ndim == 1 else parameter.shape[-1] // exp_avg_sq.shape[-1]
 
 
 def new_state(parameter: Tensor, group: dict[str, Any]) -> State:
@@ -24,7 +49,8 @@ def new_state(parameter: Tensor, group: dict[str, Any]) -> State:
     if group["betas"][0] > 0:
         state["exp_avg"] = torch.zeros_like(parameter, dtype=state_dtype, memory_format=torch.contiguous_format)
     if group["row_wise"]:
-        state["exp_avg_sq"] = torch.zeros(len(parameter), dtype=dtype, device=parameter.device)
+        shape = second_moments(parameter, group["row_wise"])
+        state["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=parameter.device)
     else:
         state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=state_dtype, memory_format=torch.contiguous_format)
     if not group["lazy"]:

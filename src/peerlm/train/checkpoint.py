@@ -25,12 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from peerlm.errors import UserError
-from peerlm.files import atomic_folder, write_json
+from peerlm.files import atomic_folder, fingerprint, write_json
 from peerlm.ops.row_updates import rows_as_they_are
 from peerlm.optim.saved import load_state, mark_stale, save_state
 
 PREFIX = "step-"
-_CHUNK_BYTES = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,7 @@ def save_checkpoint(
             save_model(partial, model, tokenizer)
             if save_state(optimizer, partial, model):
                 mark_stale(partial)
-        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+        files = {path.name: fingerprint(path) for path in sorted(partial.iterdir())}
         values = {**asdict(state), "files": files}
         write_json(partial / "state.json", {**values, "crc32": _checksum(values)})
     for old in list_checkpoints(run)[:-keep]:
@@ -146,8 +145,8 @@ def read_state(folder: Path) -> TrainState:
         state = TrainState(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt(folder, "state.json") from error
-    for name, fingerprint in files.items():
-        if not (folder / name).is_file() or _fingerprint(folder / name) != fingerprint:
+    for name, written in files.items():
+        if not (folder / name).is_file() or fingerprint(folder / name) != written:
             raise _corrupt(folder, name)
     return state
 
@@ -174,12 +173,3 @@ def _corrupt(folder: Path, name: str) -> UserError:
 
 def _checksum(values: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(values).encode())
-
-
-def _fingerprint(path: Path) -> dict[str, int]:
-    checksum, size = 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            checksum = zlib.crc32(chunk, checksum)
-            size += len(chunk)
-    return {"bytes": size, "crc32": checksum}

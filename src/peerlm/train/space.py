@@ -1,5 +1,6 @@
 """Whether the disk has room for what a run will save, known before its first step."""
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 from peerlm.errors import UserError
 from peerlm.optim import RowAdamW
+from peerlm.optim.table_state import second_moments
 
 
 def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
@@ -20,7 +22,7 @@ def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
             size = parameter.numel() * parameter.element_size()
             row_wise = by_rows and group.get("row_wise") and group.get("rows")
             weights += size
-            moments += first * size + (parameter.shape[0] * 4 if row_wise else size)
+            moments += first * size + (math.prod(second_moments(parameter, row_wise)) * 4 if row_wise else size)
     return weights, weights + moments
 
 

@@ -12,6 +12,7 @@ from peerlm_studies.comparison.figures import plot_losses
 from peerlm_studies.comparison.make_rows import ROWS_FILE, make_rows, rows_of
 from peerlm_studies.comparison.plan import ComparePlan, load_plan
 from peerlm_studies.comparison.tables import markdown_table, show_table, summarise
+from peerlm_studies.frontier.study import frontier_of_study
 from peerlm_studies.rows import read_rows
 
 
@@ -19,8 +20,8 @@ def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool
     """Train and evaluate every run of a comparison's recipe (see `load_plan`), then write its table, plots and sample.
 
     Each run is a process of its own, so that peak memory is its alone. Finished runs are rows of OUTPUT/rows.jsonl and
-    are not made again; an interrupted one resumes from its checkpoint. OUTPUT also gets table.md, table.json, loss.png
-    and sample.txt.
+    are not made again; an interrupted one resumes from its checkpoint. OUTPUT also gets table.md, table.json, loss.png,
+    sample.txt, and of several settings what loss costs in bytes, seconds and memory (`frontier.study.frontier`).
 
     Args:
         recipe: TOML file.
@@ -43,11 +44,13 @@ def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool
     write_json(plan.output / "table.json", table)
     write_bytes(plan.output / "table.md", markdown_table(table, command=command, rows=rows).encode())
     plot_losses(rows, plan.output / "loss.png")
+    drawn = frontier_of_study(rows, plan.output)
     sample = _write_sample(plan)
     show_table(table, console)
     if sample:
         console.print(f"{plan.compare.sample} writes: {sample}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Table, plot, rows and sample are in {plan.output}.", highlight=False, soft_wrap=True)
+    what = "Table, plots, rows and sample" if drawn else "Table, plot, rows and sample"
+    console.print(f"{what} are in {plan.output}.", highlight=False, soft_wrap=True)
     return table
 
 

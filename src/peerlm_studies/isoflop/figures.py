@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from peerlm_studies.figures import finish
 from peerlm_studies.isoflop.curves import Curve, frontiers
 from peerlm_studies.isoflop.seconds import Cost
+from peerlm_studies.row_cost import read_bytes_per_token
 
 
 def plot_curves(curves: Sequence[Curve]) -> Figure:
@@ -47,25 +49,39 @@ def _draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
 
 
 def plot_costs(curves: Sequence[Curve], seconds: Cost) -> Figure:
-    """Perplexity of runs nearest to optima over FLOPs, and of the frontier of all over seconds if these are known."""
+    """Perplexity of runs nearest to optima over FLOPs and over bytes read per token; over seconds the frontier of all.
+
+    Panels of bytes or seconds are left out where these are not known.
+    """
     methods = _methods(curves)
     fronts = frontiers(curves, seconds)
-    panels = 2 if fronts else 1
-    figure = Figure(figsize=(5.5 * panels, 4), layout="constrained")
-    over_flops, *over_seconds = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    bytes_read = {id(curve): read_bytes_per_token(curve.nearest.rows[min(curve.nearest.rows)]) for curve in curves}
+    names = ["flops", *(["seconds"] if fronts else []), *(["bytes"] if any(bytes_read.values()) else [])]
+    figure = Figure(figsize=(5.5 * len(names), 4), layout="constrained")
+    panels: dict[str, Axes] = dict(
+        zip(names, figure.subplots(1, len(names), sharey=True, squeeze=False)[0], strict=True)
+    )
     for method in methods:
         own = sorted((curve for curve in curves if curve.method == method), key=lambda curve: curve.flops)
-        style = {"color": f"C{methods.index(method) % 10}", "marker": ".", "label": method}
-        over_flops.plot([c.flops for c in own], [math.exp(np.mean(c.nearest.losses)) for c in own], **style)
-        front = fronts.get(method, [])
-        for axes in over_seconds:
-            axes.plot([cost for cost, _ in front], [math.exp(loss) for _, loss in front], **style)
-            axes.set(xlabel="seconds of training")
-    over_flops.set(xlabel="training FLOPs", ylabel="held-out perplexity")
-    for axes in (over_flops, *over_seconds):
-        axes.set(xscale="log", yscale="log")
+        style: dict[str, Any] = {"color": f"C{methods.index(method) % 10}", "marker": ".", "label": method}
+        nearest = [(curve, math.exp(np.mean(curve.nearest.losses))) for curve in own]
+        panels["flops"].plot([curve.flops for curve, _ in nearest], [perplexity for _, perplexity in nearest], **style)
+        if "seconds" in panels:
+            front = fronts.get(method, [])
+            panels["seconds"].plot([cost for cost, _ in front], [math.exp(loss) for _, loss in front], **style)
+        if "bytes" in panels:
+            known = [(read, perplexity) for curve, perplexity in nearest if (read := bytes_read[id(curve)])]
+            panels["bytes"].plot([read / 2**10 for read, _ in known], [perplexity for _, perplexity in known], **style)
+    titles = {
+        "flops": "training FLOPs",
+        "seconds": "seconds of training",
+        "bytes": "KiB of parameters read per token, forward pass",
+    }
+    for name, axes in panels.items():
+        axes.set(xscale="log", yscale="log", xlabel=titles[name])
         finish(axes)
-    over_flops.legend(frameon=False)
+    panels["flops"].set_ylabel("held-out perplexity")
+    panels["flops"].legend(frameon=False)
     return figure
 
 

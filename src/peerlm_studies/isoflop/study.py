@@ -13,6 +13,7 @@ from peerlm_studies.comparison.make_rows import ROWS_FILE, make_rows, rows_of
 from peerlm_studies.comparison.plan import PlannedRun
 from peerlm_studies.comparison.tables import show_table, summarise
 from peerlm_studies.figures import save_plot
+from peerlm_studies.frontier.study import frontier_of_study
 from peerlm_studies.isoflop.curves import Curve, curves_of, equal_seconds_table, optima_table, rows_of_curves
 from peerlm_studies.isoflop.figures import plot_costs, plot_curves
 from peerlm_studies.isoflop.plan import IsoflopPlan, load_isoflop
@@ -35,7 +36,7 @@ def isoflop(
 
     Finished runs are rows of OUTPUT/rows.jsonl, as a comparison's, and are not made again. When every size has a row,
     the one nearest to each optimum is trained with isoflop.optimum_seeds. OUTPUT also gets isoflop.json (both tables),
-    isoflop.md, curves.png and costs.png.
+    isoflop.md, curves.png, costs.png, and what loss costs in bytes, seconds and memory (`frontier.study.frontier`).
 
     Args:
         recipe: TOML file.
@@ -95,3 +96,4 @@ def write_study(
     write_bytes(folder / "isoflop.md", text.encode())
     save_plot(plot_curves(curves), folder / "curves.png")
     save_plot(plot_costs(curves, seconds), folder / "costs.png")
+    frontier_of_study(rows_of_curves(curves), folder)

@@ -29,8 +29,9 @@ class SectionConfig:
 
     title: str
     """Its heading."""
-    kind: Literal["isoflop", "comparison", "table", "scaling"]
-    """What rows are: of `peerlm isoflop`, of `peerlm compare`, any others, or the file of `peerlm scaling`."""
+    kind: Literal["isoflop", "comparison", "table", "scaling", "frontier"]
+    """What rows are: of `peerlm isoflop`, of `peerlm compare`, any others, the file of `peerlm scaling`, or of the
+    first two, drawn over what they cost (`peerlm frontier`)."""
     rows: tuple[str, ...]
     """Files of rows; those that do not exist yet count as empty."""
     settings: tuple[str, ...] = ()

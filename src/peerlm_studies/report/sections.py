@@ -14,6 +14,10 @@ from peerlm_studies.comparison.make_rows import rows_of
 from peerlm_studies.comparison.plan import load_plan
 from peerlm_studies.comparison.tables import columns_of, summarise
 from peerlm_studies.figures import finish
+from peerlm_studies.frontier.figures import plot_frontier
+from peerlm_studies.frontier.points import points_of
+from peerlm_studies.frontier.study import COSTS, check_alike
+from peerlm_studies.frontier.tables import frontier_markdown
 from peerlm_studies.isoflop.curves import curves_of, equal_loss_table, equal_seconds_table, optima_table, rows_of_curves
 from peerlm_studies.isoflop.figures import plot_costs, plot_curves
 from peerlm_studies.isoflop.plan import load_isoflop
@@ -58,6 +62,8 @@ def make_section(config: SectionConfig, root: Path = Path(), settings: Sequence[
     rows: list[Row] = [row for file in config.rows for row in read(root / file)]
     if config.kind == "isoflop":
         return _isoflop(config, rows, root)
+    if config.kind == "frontier":
+        return _frontier(config, rows, root)
     if config.kind == "comparison":
         return _comparison(config, rows, root)
     return _table(config, rows)
@@ -147,14 +153,30 @@ def _not_made(runs: Iterable[tuple[str, str]], of: int) -> list[str]:
     return [f"{count} of the recipe's {of} runs were not made, and are not in tables and plots: {named}."]
 
 
+def _of_recipe(config: SectionConfig, rows: Sequence[Row], root: Path) -> tuple[list[Row], list[str]]:
+    """The rows of a comparison's recipe, where one is named, and a sentence on runs that were not made."""
+    own = _once(rows)
+    if not config.recipe:
+        return own, []
+    plan = load_plan(root / config.recipe, config.settings)
+    own = rows_of(plan.runs, plan.compare, own)
+    made = {row["key"] for row in own}
+    missing = [run for run in plan.runs if run.key(plan.compare) not in made]
+    return own, _not_made(((run.label, f"seed {run.seed}") for run in missing), len(plan.runs))
+
+
+def _frontier(config: SectionConfig, rows: Sequence[Row], root: Path) -> Section:
+    own, note = _of_recipe(config, rows, root)
+    if not own:
+        return Section(rows=[])
+    check_alike(own)
+    points = points_of(own)
+    figures = {"frontier": plot_frontier(points), "costs": plot_frontier(points, COSTS)}
+    return Section(rows=own, tables=[*note, frontier_markdown(points)], figures=figures)
+
+
 def _comparison(config: SectionConfig, rows: Sequence[Row], root: Path) -> Section:
-    own, note = _once(rows), []
-    if config.recipe:
-        plan = load_plan(root / config.recipe, config.settings)
-        own = rows_of(plan.runs, plan.compare, own)
-        made = {row["key"] for row in own}
-        missing = [run for run in plan.runs if run.key(plan.compare) not in made]
-        note = _not_made(((run.label, f"seed {run.seed}") for run in missing), len(plan.runs))
+    own, note = _of_recipe(config, rows, root)
     if not own:
         return Section(rows=[])
     named: set[tuple[str, int]] = set()

@@ -15,6 +15,7 @@ SIZES = {
     "pkm": ("num_values", "heads", "values_per_head"),
     "expert_choice": ("num_experts", "capacity_factor"),
     "token_choice": ("num_experts", "experts_per_token"),
+    "fine_grained_moe": ("num_experts", "experts_per_token"),
 }
 """By kind of layer, the settings that are its expansion and granularity: all others must be alike in a group."""
 BACKBONE = (

@@ -151,7 +151,7 @@ def test_values(tokens: int, per_token: int, dim: int, row_gradients: bool, row_
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("bad_id", [-1, 5, 2**62, -(2**63)])
+@pytest.mark.parametrize("bad_id", [-2, 5, 2**62, -(2**63)])
 def test_an_id_of_no_row_makes_its_token_nan_and_nothing_else(bad_id: int) -> None:
     inputs = in_float32(draw(3, 4, 6, 5))
     right = output_and_gradients(inputs, backend="triton")
@@ -211,10 +211,9 @@ def test_nothing_beside_the_tensors_is_read_or_written(parts: int) -> None:
         if guards.given:
             guards.assert_kept()
         expected, found = (each if isinstance(each, tuple) else (each,) for each in (expected, found))
-        count = int(expected[-1]) if name == "padded_gradients" else None
         for f, e in zip(found, expected, strict=True):
-            assert torch.equal(f[:count], e[:count]), name
-            assert not f[:count].isnan().any(), name
+            assert torch.equal(f, e), name
+            assert not f.isnan().any(), name
 
 
 @pytest.mark.parametrize(("parts", "row_format"), [(2, torch.float32), (3, torch.bfloat16), (2, torch.int8)])

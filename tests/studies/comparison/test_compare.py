@@ -78,6 +78,9 @@ def test_a_comparison_leaves_rows_table_plot_and_sample_and_goes_on(
     assert 0 < table[1]["usage"] <= 1
     assert "| peer |" in (output / "table.md").read_text()
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    frontier = {point["label"]: point for point in json.loads((output / "frontier.json").read_text())}
+    assert frontier["peer"]["row_bytes"] == 2 * 2 * 2 * 16 * 4  # heads, experts of each, vectors, width, bytes
+    assert frontier["dense"]["row_bytes"] == 0
     assert len((output / "sample.txt").read_text()) > 3
 
     kept, lost = (output / "rows.jsonl").read_text().splitlines()

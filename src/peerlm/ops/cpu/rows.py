@@ -9,6 +9,7 @@ from torch import Tensor
 from peerlm.ops.cpu import native
 from peerlm.ops.cpu.native import as_bytes, group_by_row
 from peerlm.ops.row_formats import SCALED_DTYPES
+from peerlm.ops.row_shards import RowShard
 from peerlm.ops.row_updates import CatchUpRules, RowState, RowStep
 from peerlm.ops.tensors import has_values
 
@@ -29,10 +30,10 @@ def supports(table: RowState) -> bool:
     """Whether the native kernels work on this table."""
     moments = [tensor for tensor in (table.exp_avg, table.exp_avg_sq) if tensor is not None]
     tensors = [table.rows, *moments, *([] if table.scales is None else [table.scales])]
-    dtypes = {tensor.dtype for tensor in moments} if table.exp_avg_sq.ndim > 1 else {torch.float32}
+    dtypes = {tensor.dtype for tensor in moments} if table.by_weight else {torch.float32}
     return not native.unavailable() and (
         len(dtypes) == 1
-        and (table.exp_avg_sq.ndim > 1 or table.exp_avg_sq.dtype == torch.float32)
+        and (table.by_weight or table.exp_avg_sq.dtype == torch.float32)
         and table.rows.dtype in (_DTYPES if table.scales is None else SCALED_DTYPES)
         and all(moment.dtype in _DTYPES for moment in moments)
         and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
@@ -116,15 +117,28 @@ def update_by_gradients(
 
 
 def _state(table: RowState) -> object:
-    count = len(table.rows)
     return native.module.RowState(
-        as_bytes(table.rows.detach()).view(count, -1),
-        None if table.exp_avg is None else table.exp_avg.view(count, -1),
-        table.exp_avg_sq.view(count, -1),
+        as_bytes(table.rows.detach()).flatten(1),
+        None if table.exp_avg is None else table.exp_avg.flatten(1),
+        table.exp_avg_sq[:, None] if table.exp_avg_sq.ndim == 1 else table.exp_avg_sq.flatten(1),
         table.moments_step,
         table.weights_step,
-        *([] if table.scales is None else [table.scales.view(count, -1)]),
+        *([] if table.scales is None and table.shard is None else [_scales(table)]),
+        *([] if table.shard is None else _names(table, table.shard)),
     )
+
+
+def _scales(table: RowState) -> Tensor | None:
+    return None if table.scales is None else table.scales.flatten(1)
+
+
+def _names(table: RowState, shard: RowShard) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows and columns of a whole table these are."""
+    *_, width = table.rows.shape
+    if table.exp_avg_sq.ndim == 1:  # a row is one run, whose columns are those of the whole
+        return shard.firsts, shard.shifts, torch.zeros(1, dtype=torch.int64)
+    run = width if table.by_weight else width // table.exp_avg_sq.shape[-1]
+    return shard.firsts, shard.shifts, torch.tensor(shard.columns(table.rows.shape[1:], run))
 
 
 def _step(step: RowStep) -> object:

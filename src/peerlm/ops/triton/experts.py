@@ -109,7 +109,7 @@ def mix_experts(
 ) -> tuple[Tensor, Tensor]:
     """The mixture (T, D), and what enters the neurons: u . x and, if gated, g . x, (T, P, R - 1); both float32.
 
-    A token with an id that is not in 0 .. N - 1 gets NaN: the device is not asked, and nothing out of range is read.
+    A token with an id that is not in -1 .. N - 1 gets NaN: the device is not asked, and nothing out of range is read.
     """
     tokens, per_token = ids.shape
     num_rows, parts, dim = rows.shape
@@ -119,7 +119,7 @@ def mix_experts(
         weighted = torch.empty_like(weights)
         weigh_neurons(weights, hidden, weighted, parts, activation)
         return sum_rows(weighted[..., None], ids, rows, scales, first=1, step=parts), hidden
-    y, hidden = torch.empty_like(x), x.new_empty(tokens, per_token, parts - 1)
+    y, hidden = torch.empty_like(x), x.new_zeros(tokens, per_token, parts - 1)
     tile, block_d, warps = tile_of_entries(rows)
     if y.numel():
         _mix[(tokens,)](

@@ -138,12 +138,12 @@ def mix_experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and weights, and what multiplies grad_y (for v) and x (for u and g) in a row's: (T, P, R).
 
-    All float32. Where an id is not in 0 .. N - 1, the gradients of its token and weight are NaN.
+    All float32. Where an id is not in -1 .. N - 1, the gradients of its token and weight are NaN.
     """
     tokens, per_token = ids.shape
     num_rows, parts, dim = rows.shape
     grad_y, weights, rows = grad_y.detach(), weights.detach(), rows.detach()
-    grad_weights, coefficients = torch.empty_like(weights), weights.new_empty(tokens, per_token, parts)
+    grad_weights, coefficients = torch.zeros_like(weights), weights.new_zeros(tokens, per_token, parts)
     if not is_held_whole(dim):
         grads = dot_rows(grad_y, ids, rows, scales, first=1, step=parts, places=1)
         through_neurons(grads, weights, hidden, grad_weights, coefficients, parts, activation)

@@ -17,6 +17,7 @@ from peerlm.ops.triton.row_arithmetic import (
     numbers_of,
     row_key,
     second_of_row,
+    supports,
     update_elements,
     update_numbers,
 )
@@ -35,6 +36,11 @@ def update_by_gradients(
     `torch.ops.peerlm.mix_experts_backward` gives them; all float32. Entries whose id is no row's change nothing.
     """
     num_rows, dim = len(table.rows), grad_y.shape[1]
+    if not supports(table):
+        raise ValueError(
+            "fused=True: the Triton kernels cannot round a part of a bfloat16 table as the whole is rounded, nor keep "
+            "one second moment for some columns; pass fused=False"
+        )
     most_segments = min(ids.numel(), num_rows)
     if most_segments == 0 or dim == 0:
         return

@@ -2,7 +2,7 @@
 
 Rows (N, R, D) are float32, bfloat16, float16, or 8-bit with scales (N, R); they become float32 as soon as they are
 used. Offsets are int64. An entry whose id is not in 0 .. N - 1 reads nothing: what multiplies its vectors is NaN, so
-that its token's results are NaN.
+that its token's results are NaN. An entry of id -1 is a hole: it is passed over, and nothing is written for it.
 """
 
 import triton
@@ -33,10 +33,13 @@ def tile_of_entries(rows: Tensor) -> tuple[int, int, int]:
 
 @triton.jit
 def load_ids(ids, token, first, num_rows, P: tl.constexpr, TILE: tl.constexpr):
-    """Entries first .. first + TILE - 1 of a token: numbers, which there are, ids, and which of those are of a row."""
+    """Entries first .. first + TILE - 1 of a token: numbers, which there are, ids, and which of those are of a row.
+
+    A hole, of id -1, is not there.
+    """
     entry = first + tl.arange(0, TILE)
-    is_entry = entry < P
-    row = tl.load(ids + token * P + entry, mask=is_entry, other=0)
+    row = tl.load(ids + token * P + entry, mask=entry < P, other=-1)
+    is_entry = row != -1
     return token * P + entry, is_entry, row, is_entry & (row >= 0) & (row < num_rows)
 
 

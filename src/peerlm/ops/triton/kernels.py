@@ -33,6 +33,7 @@ __all__ = [
     "mix_values",
     "retrieve",
     "row_kernels",
+    "sum_by_row",
     "unavailable",
     "unsupported",
     "updates_rows_on",
@@ -93,6 +94,13 @@ def row_kernels(table: RowState) -> ModuleType | None:
     return row_steps if row_steps.supports(table) else None
 
 
+def sum_by_row(ids: Tensor, values: Tensor, num_rows: int) -> tuple[Tensor, Tensor] | None:
+    """As `api.sum_by_row`."""
+    if not updates_rows_on(values.device) or values.dtype not in _INPUT_DTYPES:
+        return None
+    return row_gradients.sum_by_row(ids, values, num_rows)
+
+
 if not unavailable():
     import peerlm.ops.triton.row_steps  # noqa: F401 -- an interpreter has to be on when kernels are defined
     from peerlm.ops.triton import experts, experts_backward, retrieval, row_gradients, values
@@ -108,8 +116,8 @@ if not unavailable():
             "mix_values_backward": values.mix_values_backward,
             "dot_values": values.dot_values,
             "row_gradients": row_gradients.row_gradients,
-            "gradients_by_row": row_gradients.gradients_by_row,
         },
         DISPATCH_KEY,
     )
     OPERATORS.implement_fused_update(update_by_gradients, DEVICE_TYPE)
+    OPERATORS.implement_padded_gradients(row_gradients.padded_gradients, DEVICE_TYPE)

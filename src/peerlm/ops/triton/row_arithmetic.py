@@ -45,8 +45,11 @@ def supports(table: RowState) -> bool:
     moments = [table.exp_avg_sq] if table.exp_avg is None else [table.exp_avg, table.exp_avg_sq]
     row_wise = table.exp_avg_sq.ndim == 1
     narrow = (torch.float32, torch.bfloat16)
+    whole = table.shard is None or table.rows.dtype == table.exp_avg_sq.dtype == torch.float32  # no random numbers
     return (
         table.rows.dtype in narrow
+        and (table.by_weight or row_wise)
+        and whole
         and all(tensor.dtype in narrow for tensor in moments)
         and not (row_wise and table.exp_avg_sq.dtype != torch.float32)
         and all(tensor.is_contiguous() for tensor in (table.rows, *moments))

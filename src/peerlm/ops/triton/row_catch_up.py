@@ -40,6 +40,7 @@ def rows_behind(table: RowState, ids: Tensor | None, now: int) -> Tensor:
     if ids is None:
         return (table.weights_step < now).nonzero().flatten()
     ids = ids.flatten()
+    ids = ids[ids >= 0]
     return ids[table.weights_step[ids] < now].unique()
 
 

@@ -6,6 +6,7 @@ fixed places; chunks are summed each by itself, and then in order, so that resul
 Shape suffixes as in `segments.py`; D width, R parts, N rows of the table.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -128,7 +129,7 @@ def _sum_later_chunks(
             tl.store(later_chunks + to * D + d, total, mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def _row_gradients(
     order,
     ids,
@@ -139,6 +140,7 @@ def _row_gradients(
     coefficients,
     later_chunks,
     out,
+    most,
     BY_ROW: tl.constexpr,
     P: tl.constexpr,
     PARTS: tl.constexpr,
@@ -146,16 +148,24 @@ def _row_gradients(
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write each segment's gradient to its own place in `out`, or, not BY_ROW, to that of its row."""
+    """Write each segment's gradient to its own place in `out`, or, not BY_ROW, to that of its row.
+
+    Each of the `most` places of `out` is written, those that are no segment's with zeros, unless not BY_ROW.
+    """
     part = tl.program_id(1)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     vectors = vectors_of(part, x, grad_y)
-    for segment in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
+    segments = tl.load(count)
+    for segment in range(tl.program_id(0), segments, tl.num_programs(0)):
         total = segment_gradient(
             segment, order, starts, vectors, coefficients, later_chunks, part, d, P, PARTS, D, TILE
         )
         row = tl.full([], segment, tl.int64) if BY_ROW else tl.load(ids + segment)
         tl.store(out + (row * PARTS + part) * D + d, total, mask=d < D)
+    if BY_ROW:
+        for place in range(segments + tl.program_id(0), most, tl.num_programs(0)):
+            at = (tl.full([], place, tl.int64) * PARTS + part) * D + d
+            tl.store(out + at, tl.zeros([BLOCK_D], tl.float32), mask=d < D)
 
 
 def tile_of_entries(dim: int) -> tuple[int, int]:
@@ -167,7 +177,7 @@ def tile_of_entries(dim: int) -> tuple[int, int]:
 def sum_later_chunks(by_row: Segments, x: Tensor | None, grad_y: Tensor, coefficients: Tensor) -> Tensor:
     """The chunks of all segments but the first of each: what `segment_gradient` adds; elsewhere uninitialised.
 
-    x: (T, D), or None for a memory's values; grad_y: (T, D); coefficients: (T, P, R); all float32 and contiguous.
+    x: (T, D), or None for a memory's values; grad_y: (T, D); coefficients: (T, P, R) float32; all contiguous.
     Returns (E / CHUNK, rounded up, R, D) float32.
     """
     per_token, parts = coefficients.shape[1:]
@@ -175,7 +185,7 @@ def sum_later_chunks(by_row: Segments, x: Tensor | None, grad_y: Tensor, coeffic
     entries = len(by_row.order)
     tile, block_d = tile_of_entries(dim)
     chunks = triton.cdiv(entries, CHUNK.value)
-    later_chunks = grad_y.new_empty(chunks, parts, dim)
+    later_chunks = torch.empty(chunks, parts, dim, dtype=torch.float32, device=grad_y.device)
     if chunks > 1:
         _sum_later_chunks[(chunks, parts, triton.cdiv(dim, block_d))](
             by_row.order,
@@ -214,6 +224,7 @@ def _write_gradients(
         coefficients,
         sum_later_chunks(by_row, x, grad_y, coefficients),
         out,
+        len(out),
         compact,
         per_token,
         parts,
@@ -243,30 +254,29 @@ def row_gradients(x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: T
 
 def padded_gradients(
     x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor, num_rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The rows that occur, and their gradients, without asking the device how many they are.
 
-    Arguments as of `row_gradients`. Returns ids (S,) int64, ascending, then -1, with S = min(T * P, num_rows);
-    gradients (S, R, D) float32, uninitialised where the id is -1; and the count, (1,) int32.
+    Arguments as of `row_gradients`. Returns ids (S,) int64, ascending, then -1, with S = min(T * P, num_rows); and
+    gradients (S, R, D) float32, zeros where the id is -1.
     """
-    by_row = segments(ids, num_rows)
-    most = min(len(by_row.order), num_rows)
-    out = grad_y.detach().new_empty(most, coefficients.shape[-1], grad_y.shape[-1])
-    _write_gradients(
-        by_row,
-        None if x is None else x.detach(),
-        grad_y.detach(),
-        coefficients.detach().contiguous(),
-        out,
-        compact=True,
-    )
-    return by_row.ids[:most], out, by_row.count
+    with torch.cuda.device_of(grad_y):
+        by_row = segments(ids, num_rows)
+        most = min(len(by_row.order), num_rows)
+        out = torch.empty(most, coefficients.shape[-1], grad_y.shape[-1], dtype=torch.float32, device=grad_y.device)
+        _write_gradients(
+            by_row,
+            None if x is None else x.detach(),
+            grad_y.detach(),
+            coefficients.detach().contiguous(),
+            out,
+            compact=True,
+        )
+    return by_row.ids[:most], out
 
 
-def gradients_by_row(
-    x: Tensor | None, grad_y: Tensor, ids: Tensor, coefficients: Tensor, num_rows: int
-) -> tuple[Tensor, Tensor]:
-    """The rows that occur, ascending, and their gradients (U, R, D). It waits for the device to tell U."""
-    found, gradients, count = padded_gradients(x, grad_y, ids, coefficients, num_rows)
-    occur = int(count)
-    return found[:occur].clone(), gradients[:occur]
+def sum_by_row(ids: Tensor, values: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The sums of values (E, *X), in their dtype, of equal ids (E,): as `padded_gradients`, of shape (S, *X)."""
+    ones = torch.ones(len(ids), 1, 1, device=ids.device)
+    found, sums = padded_gradients(None, values.detach().flatten(1), ids[:, None], ones, num_rows)
+    return found, sums.view(-1, *values.shape[1:]).to(values.dtype)

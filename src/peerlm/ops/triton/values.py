@@ -111,7 +111,7 @@ def dot_rows(
     """Inner products of each token with its rows' vectors of `places` parts: x (T, D) -> (T, P, places) float32."""
     tokens, per_token = ids.shape
     num_rows, parts, dim = rows.shape
-    products = x.new_empty(tokens, per_token, places)
+    products = x.new_zeros(tokens, per_token, places)
     tile, block_d, warps = tile_of_entries(rows)
     if products.numel():
         _dot_rows[(tokens,)](
