@@ -19,9 +19,9 @@ from measure import interleave, report
 from torch import Tensor
 
 from peerlm.layers.row_memory import empty_rows
-from peerlm.layers.table import quantise
 from peerlm.ops import api, reference
 from peerlm.ops.cpu import native
+from peerlm.ops.row_formats import quantise
 from peerlm.ops.scoring import half_scores
 
 HEADS, EXPERTS_PER_HEAD, HALF_KEY = 8, 16, 128

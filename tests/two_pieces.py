@@ -20,7 +20,7 @@ class TwoPieces(Table):
     def _keep(self, rows: Tensor, *, trained: bool = True) -> None:
         cut = (len(rows) + 1) // 2
         for name, piece in (("first_rows", rows[:cut]), ("last_rows", rows[cut:])):
-            setattr(self, name, nn.Parameter(piece.clone(), requires_grad=trained and rows.is_floating_point()))
+            setattr(self, name, nn.Parameter(piece.clone(), requires_grad=trained and rows.dtype.itemsize > 1))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of `nn.Module`; transformers sets what it has loaded by the names of the state dict."""

@@ -15,3 +15,10 @@ def run(report: Report) -> None:
         retrieval_checks.run(report, backend)
         mixing_checks.run(report, backend)
     row_checks.run(report)
+
+
+def run_triton(report: Report) -> None:
+    """Those of our kernels alone, the shortest first."""
+    mixing_checks.run(report, "triton")
+    row_checks.run(report)
+    retrieval_checks.run(report, "triton")

@@ -27,6 +27,8 @@ def run(report: Report) -> None:
             label = f"{backend}, step without synchronisation, {mode} AdamW"
             report.check(label, lambda backend=backend, mode=mode: _step_without_waiting(report, backend, mode))
     for mode in MODES:
+        report.check(f"triton, same bits of steps twice, {mode} AdamW", lambda mode=mode: _twice(report, mode))
+    for mode in MODES:
         label = f"triton, graph of a step has eager bits, {mode} AdamW"
         report.check(label, lambda mode=mode: _replayed(report, "triton", mode))
 
@@ -123,6 +125,21 @@ def _forward_without_waiting(report: Report, backend: str) -> Facts:
 
 def _step_without_waiting(report: Report, backend: str, mode: str) -> Facts:
     return _without_waiting(report, _Training(report, backend, mode).step)
+
+
+def _twice(report: Report, mode: str) -> Facts:
+    """Weights after some steps from the same start, in two runs."""
+    found = []
+    for _ in range(2):
+        training = _Training(report, "triton", mode)
+        for turn in range(STEPS):
+            training.take(turn)
+            training.step()
+        found.append(training.weights())
+        del training
+        report.give_back()
+    different = [name for name in found[0] if not torch.equal(found[0][name], found[1][name])]
+    return {"ok": not different, "different": different}
 
 
 def _replayed(report: Report, backend: str, mode: str) -> Facts:

@@ -18,22 +18,25 @@ from peerlm.optim import RowAdamW
 def run(report: Report) -> None:
     """Retrieval, expert mixing and the update of rows."""
     sizes = report.sizes
-    for heads in (sizes.heads, 1):
-        _retrieval(report, heads)
+    for tokens in (sizes.tokens, sizes.many_tokens):
+        for heads in (sizes.heads, 1):
+            _retrieval(report, heads, tokens)
     for dim in (sizes.dim, sizes.narrow_dim):
         for kind in ("uniform", "zipf"):
-            _experts_forward(report, dim, kind)
+            _experts_forward(report, dim, kind, sizes.tokens)
+    for tokens in (sizes.many_tokens, 1):
+        _experts_forward(report, sizes.dim, "uniform", tokens)
     _experts_backward(report, "uniform")
     _row_update(report, torch.float32)
     _row_update(report, torch.bfloat16)
 
 
-def _retrieval(report: Report, heads: int) -> None:
+def _retrieval(report: Report, heads: int, tokens: int) -> None:
     sizes, device = report.sizes, report.device
     n = math.isqrt(sizes.num_experts)
 
     def inputs() -> tuple[list[Tensor], Tensor]:
-        queries = [torch.randn(sizes.tokens, heads, sizes.key_dim, device=device).bfloat16() for _ in range(3)]
+        queries = [torch.randn(tokens, heads, sizes.key_dim, device=device).bfloat16() for _ in range(3)]
         half = sizes.key_dim // 2
         return queries, (torch.rand(2, heads, n, half, device=device) * 2 - 1).mul(half**-0.5).bfloat16()
 
@@ -54,29 +57,31 @@ def _retrieval(report: Report, heads: int) -> None:
     contenders: dict[str, Callable[[], Case]] = {"torch's scores and top-k alone": torch_alone}
     for backend in ("triton", "reference"):
         contenders[f"peerlm, {backend}"] = lambda backend=backend: ours(backend)
-    shape = {"tokens": sizes.tokens, "heads": heads, "n": n, "k": sizes.experts_per_head}
+    shape = {"tokens": tokens, "heads": heads, "n": n, "k": sizes.experts_per_head}
     report.time("retrieval", contenders, **shape)
 
 
-def _pairs(report: Report, dim: int, kind: str) -> tuple[Tensor, list[Tensor]]:
+def _pairs(report: Report, dim: int, kind: str, tokens: int) -> tuple[Tensor, list[Tensor]]:
     """Experts (N, 2, D) in bfloat16 and ids in rotation, (T, P)."""
     sizes, device = report.sizes, report.device
     rows = torch.empty(sizes.num_experts, 2, dim, dtype=torch.bfloat16, device=device).normal_(std=dim**-0.5)
-    shape = (sizes.tokens, sizes.per_token)
+    shape = (tokens, sizes.per_token)
     return rows, [draw(shape, sizes.num_experts, device, kind) for _ in range(3)]
 
 
-def _experts_forward(report: Report, dim: int, kind: str) -> None:
+def _experts_forward(report: Report, dim: int, kind: str, tokens: int) -> None:
     sizes, device = report.sizes, report.device
-    made = report.attempt(f"experts forward, {kind}: rows", lambda: _pairs(report, dim, kind))
+    made = report.attempt(
+        f"experts forward, {kind}: rows", lambda: _pairs(report, dim, kind, tokens), tokens=tokens, dim=dim
+    )
     if made is None:
         return
     rows, ids = made
-    x = torch.randn(sizes.tokens, dim, device=device).bfloat16()
-    weights = torch.rand(sizes.tokens, sizes.per_token, device=device)
+    x = torch.randn(tokens, dim, device=device).bfloat16()
+    weights = torch.rand(tokens, sizes.per_token, device=device)
 
     def ceiling() -> Case:
-        out = torch.empty(sizes.tokens, 2 * dim, device=device)
+        out = torch.empty(tokens, 2 * dim, device=device)
         return lambda turn: gather(rows.flatten(1), ids[turn % 3], out)
 
     def bag() -> Case:
@@ -87,14 +92,14 @@ def _experts_forward(report: Report, dim: int, kind: str) -> None:
         return lambda turn: api.mix_experts(x, weights, ids[turn % 3], rows, backend=backend)
 
     contenders: dict[str, Callable[[], Case]] = {"gather alone": ceiling}
-    for backend in BACKENDS:
+    for backend in BACKENDS if tokens <= sizes.tokens else ("triton",):
         contenders[f"peerlm, {backend}"] = lambda backend=backend: ours(backend)
     contenders["nn.EmbeddingBag of the same rows"] = bag
     report.time(
         "experts forward",
         contenders,
-        traffic=sizes.tokens * sizes.per_token * 4 * dim,
-        tokens=sizes.tokens,
+        traffic=tokens * sizes.per_token * 4 * dim,
+        tokens=tokens,
         per_token=sizes.per_token,
         dim=dim,
         ids=kind,
@@ -104,7 +109,7 @@ def _experts_forward(report: Report, dim: int, kind: str) -> None:
 def _experts_backward(report: Report, kind: str) -> None:
     """The backward pass alone, gradients of rows as sparse ones."""
     sizes, device = report.sizes, report.device
-    made = report.attempt(f"experts backward, {kind}: rows", lambda: _pairs(report, sizes.dim, kind))
+    made = report.attempt(f"experts backward, {kind}: rows", lambda: _pairs(report, sizes.dim, kind, sizes.tokens))
     if made is None:
         return
     rows, ids = made

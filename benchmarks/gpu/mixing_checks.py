@@ -8,6 +8,7 @@ from torch import Tensor
 
 from peerlm.ops import api
 from peerlm.ops.functions import ACTIVATIONS
+from peerlm.ops.row_formats import SCALED_DTYPES, quantise, widened
 from peerlm.testing import assert_within_budget
 
 Facts = dict[str, object]
@@ -19,7 +20,7 @@ def run(report: Report, backend: str) -> None:
         for gated in (False, True):
             label = f"{backend}, experts, {activation}{', gated' if gated else ''}"
             report.check(label, lambda a=activation, g=gated: _errors(report, backend, torch.bfloat16, a, g))
-    for dtype in (torch.float32, torch.int8):
+    for dtype in (torch.float32, *SCALED_DTYPES):
         label = f"{backend}, experts, {str(dtype)[6:]} rows"
         report.check(label, lambda dtype=dtype: _errors(report, backend, dtype, "gelu", False))
     for kind in ("uniform", "zipf", "one expert"):
@@ -37,9 +38,8 @@ def _inputs(report: Report, dtype: torch.dtype, gated: bool, tokens: int | None 
     parts = 3 if gated else 2
     wide = torch.randn(count, parts, sizes.dim, device=device) * sizes.dim**-0.5
     rows, scales = wide.to(dtype), None
-    if dtype == torch.int8:
-        scales = wide.abs().amax(-1) / 127
-        rows = (wide / scales[..., None]).round().to(torch.int8)
+    if dtype in SCALED_DTYPES:
+        rows, scales = quantise(wide, dtype)
     x = torch.randn(tokens, sizes.dim, device=device).to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     weights = torch.rand(tokens, sizes.per_token, device=device)
     ids = torch.randint(count, (tokens, sizes.per_token), device=device)
@@ -52,12 +52,12 @@ def _mixed(
     """Output and gradients, in float64 with `wide`."""
     leaves = []
     for each in inputs:
-        if each is not None and each.is_floating_point():
+        if each is not None and each.is_floating_point() and each.dtype not in SCALED_DTYPES:
             each = (each.double() if wide else each).detach().requires_grad_()
         leaves.append(each)
     x, weights, ids, rows, scales = leaves
     if wide and scales is not None:
-        rows, scales = rows.double() * scales.detach()[..., None], None
+        rows, scales = widened(rows, scales.detach().double()), None
     if scales is not None:
         scales = scales.detach()
     out = api.mix_experts(
@@ -74,7 +74,7 @@ def _mixed(
 def _errors(report: Report, backend: str, dtype: torch.dtype, activation: str, gated: bool) -> Facts:
     check_backend(backend)
     inputs = _inputs(report, dtype, gated)
-    actual = _mixed(inputs, activation, backend, row_gradients=dtype != torch.int8)
+    actual = _mixed(inputs, activation, backend, row_gradients=dtype not in SCALED_DTYPES)
     plain, exact = (_mixed(inputs, activation, "reference", wide=wide) for wide in (False, True))
     error = max(((actual[name].double() - exact[name]).norm() / exact[name].norm()).item() for name in exact)
     try:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -9,6 +10,7 @@ from contenders import check_backend
 from oracle import exhaustive_search
 from report import Report, SkippedError
 from torch import Tensor
+from trained_keys import trained_keys
 
 from peerlm.ops import api
 from peerlm.ops.functions import WEIGHTINGS
@@ -25,12 +27,13 @@ def run(report: Report, backend: str) -> None:
     sizes = report.sizes
     n = math.isqrt(sizes.num_experts)
     shape = (sizes.checked_tokens, sizes.heads, n, sizes.key_dim // 2)
-    for name, make in KEYS.items():
+    makers = {**KEYS, "trained keys": partial(trained_keys, steps=sizes.trained_steps)}
+    for name, make in makers.items():
         for dtype in (torch.bfloat16, torch.float32):
             label = f"{backend}, ids, {name}, {str(dtype)[6:]}"
             report.check(label, lambda make=make, dtype=dtype: _ids(report, backend, make, dtype, shape, 16))
     if backend == "triton":
-        for name, make in KEYS.items():
+        for name, make in makers.items():
             report.check(f"triton, share searched whole, {name}", lambda make=make: _share_missed(report, make))
     for name, k, side, tokens in (
         ("many experts", sizes.large_k, n, 4),

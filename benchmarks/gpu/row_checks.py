@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from report import Report
+from report import Report, SkippedError
 from torch import Tensor, nn
 
 from peerlm.ops import api
@@ -31,6 +31,7 @@ def run(report: Report) -> None:
         report.check(f"triton, rows, {mode}: as the definition on a CPU", lambda mode=mode: _as_defined(report, mode))
         report.check(f"triton, rows, {mode}: same bits twice", lambda mode=mode: _twice(report, mode))
     report.check("triton, rows, exact, float32: as dense AdamW", lambda: _as_dense(report))
+    report.check("triton, rows, lazy, bfloat16: beyond 2^31 numbers", lambda: _large_offsets(report))
 
 
 def _start(report: Report, dtype: torch.dtype) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -97,6 +98,31 @@ def _as_dense(report: Report) -> Facts:
     moved = (rows.detach() - start.double()).norm()
     error = float(f"{((found.double() - rows.detach()).norm() / moved).item():.3g}")
     return {"ok": error < 1e-4, "error": error}
+
+
+def _large_offsets(report: Report) -> Facts:
+    """Steps of the last rows of a table of more than 2^31 numbers against steps of the same rows in a small one."""
+    count = report.sizes.over_2_31
+    if not count:
+        raise SkippedError("needs a GPU with 32 GiB")
+    start, steps = _start(report, torch.bfloat16)
+    found = []
+    for num_rows in (ROWS, count):
+        rows = nn.Parameter(torch.zeros(num_rows, *start.shape[1:], dtype=torch.bfloat16, device=report.device))
+        first = num_rows - ROWS
+        rows.data[first:] = start.to(report.device)
+        settings = {"lazy": True, "state_dtype": torch.bfloat16, "stochastic_rounding": False}
+        optimizer = RowAdamW([{"params": [rows], "name": "table"}], lr=1e-2, **settings)
+        for ids, gradient in steps[:2]:
+            where = (ids + first)[None].to(report.device)
+            values = gradient.to(report.device)
+            rows.grad = torch.sparse_coo_tensor(where, values, rows.shape, is_coalesced=True, check_invariants=False)
+            optimizer.step()
+        found.append(rows.detach()[first:].cpu())
+        numbers = rows.numel()
+        del rows, optimizer
+        report.give_back()
+    return {"ok": torch.equal(*found), "numbers": numbers}
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

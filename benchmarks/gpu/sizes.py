@@ -35,6 +35,8 @@ class Sizes:
     moe_hidden: int
     checked_tokens: int
     """T of an exhaustive search."""
+    trained_steps: int
+    """Of the layer whose sub-keys are checked after a training."""
     large_k: int
     large_n: int
     """The most experts per head and sub-keys per half that are checked."""
@@ -71,6 +73,7 @@ FULL = Sizes(
     moe_experts=64,
     moe_hidden=512,
     checked_tokens=32,
+    trained_steps=200,
     large_k=64,
     large_n=4096,
     over_2_31=1025**2,
@@ -100,6 +103,7 @@ TINY = Sizes(
     moe_experts=4,
     moe_hidden=16,
     checked_tokens=3,
+    trained_steps=2,
     large_k=4,
     large_n=32,
     over_2_31=0,

@@ -1,5 +1,6 @@
 """The experts' table: row formats, how they convert, and what is saved and loaded."""
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 
 from peerlm import PEER, PeerConfig, PeerForCausalLM, ProductKeyMemory
 from peerlm.layers import ExpertTable, Table
-from peerlm.layers.table import ROW_FORMATS, quantise
+from peerlm.layers.table import ROW_FORMATS
+from peerlm.ops.row_formats import quantise, widened
 from peerlm.ops.row_updates import watch_rows
 from peerlm.testing import assert_within_budget, definition, gradient_of, relative_error
 
 PAIRS = list(itertools.product(ROW_FORMATS, ROW_FORMATS))
-# Of the rows, relative to those in float32: bfloat16 rounds by at most 2^-8, int8 by half of 1 / 127 of the largest.
-ERRORS = {"float32": 0.0, "bfloat16": 2**-8, "int8": 1e-2}
+# Of the rows, relative to those in float32: bfloat16 rounds by at most 2^-8, int8 by half of 1 / 127 of the largest,
+# float8 with 3 bits behind the point by at most 2^-4.
+ERRORS = {"float32": 0.0, "bfloat16": 2**-8, "int8": 1e-2, "float8_e4m3fn": 2**-4}
+SCALED = ("int8", "float8_e4m3fn")
 
 
 def table(row_format: str = "float32", *, gated: bool = False, backend: str = "auto") -> ExpertTable:
@@ -44,9 +48,9 @@ def test_what_is_stored(row_format: str, gated: bool) -> None:
     assert experts.row_format == row_format
     assert experts.rows.shape == (25, parts, 24)
     assert experts.rows.dtype == ROW_FORMATS[row_format]
-    assert experts.rows.requires_grad == (row_format != "int8")
-    assert (experts.scales is None) == (row_format != "int8")
-    assert sorted(experts.state_dict()) == (["rows", "scales"] if row_format == "int8" else ["rows"])
+    assert experts.rows.requires_grad == (row_format not in SCALED)
+    assert (experts.scales is None) == (row_format not in SCALED)
+    assert sorted(experts.state_dict()) == (["rows", "scales"] if row_format in SCALED else ["rows"])
     assert experts.gate is None or experts.gate.shape == (25, 24)
     assert f"row_format={row_format!r}" in repr(experts)
     std = values(experts).std(dim=(0, 2))
@@ -61,7 +65,7 @@ def test_conversion(before: str, after: str, gated: bool) -> None:
     rows, y = values(experts), call(experts)
     experts.convert_rows(after)
     assert experts.row_format == after
-    assert experts.rows.requires_grad == (after != "int8")
+    assert experts.rows.requires_grad == (after not in SCALED)
     assert relative_error(values(experts), rows) <= ERRORS[after]
     if after == "float32":
         assert_within_budget(call(experts), y, call(definition(experts), torch.float64))
@@ -88,7 +92,7 @@ def test_checkpoints_move_between_formats(saved: str, loaded: str, gated: bool) 
     result = target.load_state_dict(state)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
     assert target.row_format == loaded
-    assert target.rows.requires_grad == (loaded != "int8")
+    assert target.rows.requires_grad == (loaded not in SCALED)
     assert relative_error(values(target), values(source)) <= ERRORS[loaded]
     assert sorted(state) == names  # what is loaded is left as it is
     assert state["rows"] is rows
@@ -108,8 +112,9 @@ def test_checkpoints_of_whole_layers_move_between_formats_and_backends(saved: st
     assert relative_error(target(x).detach(), source(x).detach()) <= 4 * (ERRORS[loaded] or 2**-8)
 
 
-def test_int8_rows_without_their_scales_are_not_loaded() -> None:
-    state = table("int8").state_dict()
+@pytest.mark.parametrize("scaled", SCALED)
+def test_8_bit_rows_without_their_scales_are_not_loaded(scaled: str) -> None:
+    state = table(scaled).state_dict()
     del state["scales"]
     for row_format in ROW_FORMATS:
         with pytest.raises(RuntimeError, match="scales"):
@@ -126,6 +131,12 @@ def test_rows_of_another_shape_are_not_loaded(saved: str, loaded: str) -> None:
 def test_quantisation(count: int, parts: int, dim: int, exponent: int, seed: int) -> None:
     rows = torch.randn(count, parts, dim, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
     rows[0, 0] = 0
+    eighth, their_scales = quantise(rows, torch.float8_e4m3fn)
+    assert eighth.dtype == torch.float8_e4m3fn
+    # 3 bits behind the point, and below 2^-6 steps of 2^-9
+    error = (widened(eighth, their_scales) - rows).abs()
+    assert (error <= torch.maximum(rows.abs() * 2**-4, their_scales[..., None] * 2**-10) * 1.001).all()
+    assert torch.equal(eighth.float().abs().amax(dim=-1) == 448, their_scales > 0)
     quantised, scales = quantise(rows)
     assert quantised.dtype == torch.int8
     assert scales.shape == (count, parts)
@@ -264,3 +275,44 @@ def test_a_language_model_keeps_its_row_format(row_format: str, tmp_path: Path) 
     ids = torch.randint(64, (2, 9))
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("row_format", SCALED)
+def test_casts_leave_8_bit_rows_and_keep_scales_in_32_bits(row_format: str, tmp_path: Path) -> None:
+    peer = PEER(24, num_experts=25, heads=2, experts_per_head=3, key_dim=8, row_format=row_format)
+    rows, scales = peer.experts.rows.clone(), peer.experts.scales.clone()
+    for dtype, of_scales in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2):
+        cast = copy.deepcopy(peer).to(dtype)
+        assert cast.product_keys.sub_keys.dtype == dtype
+        assert torch.equal(cast.experts.rows.view(torch.uint8), rows.view(torch.uint8))
+        assert cast.experts.rows.dtype == rows.dtype
+        assert cast.experts.scales.dtype == of_scales
+        assert torch.equal(cast.experts.scales.float(), scales)
+    assert peer.to("meta").experts.rows.dtype == rows.dtype
+
+
+@pytest.mark.parametrize("row_format", SCALED)
+def test_a_model_in_bfloat16_has_the_8_bit_rows_that_were_saved(row_format: str, tmp_path: Path) -> None:
+    peer = {"num_experts": 16, "heads": 2, "experts_per_head": 3, "key_dim": 8, "row_format": row_format}
+    settings = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    PeerForCausalLM(PeerConfig(**settings, ffw_layers="peer", peer=peer)).save_pretrained(tmp_path)
+    whole = PeerForCausalLM.from_pretrained(tmp_path).model.layers[0].ffw.experts
+    loaded = PeerForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    experts = loaded.model.layers[0].ffw.experts
+    assert (loaded.dtype, experts.row_format, experts.scales.dtype) == (torch.bfloat16, row_format, torch.float32)
+    assert torch.equal(experts.read(), whole.read())
+    assert not experts.requires_grad
+    loaded.generate(torch.randint(64, (1, 3)), max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("row_format", SCALED)
+def test_8_bit_rows_are_selected_appended_and_gathered_by_their_bits(row_format: str) -> None:
+    experts, more = table(row_format), table(row_format)
+    before, ids = experts.read(), torch.tensor([[3, 24], [0, 3]])
+    assert torch.equal(experts.gather(ids), before[ids])
+    assert torch.equal(experts.gather(ids, 1), before[ids, 1])
+    assert experts.fused_with([more]) is None
+    experts.append([more])
+    assert torch.equal(experts.read(), torch.cat([before, more.read()]))
+    experts.select(torch.tensor([30, 2]))
+    assert torch.equal(experts.read(), torch.stack([more.read()[5], before[2]]))

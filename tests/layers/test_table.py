@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peerlm import PEER, ProductKeyMemory
 from peerlm.growth import grow, set_opening, shrink
 from peerlm.layers import ExpertTable, Table
-from peerlm.layers.table import tables_as
+from peerlm.layers.table import ROW_FORMATS, tables_as
 from peerlm.optim import RowAdamW, parameter_groups
 
 DIM = 8
@@ -67,7 +67,7 @@ def test_rows_in_two_pieces_train_grow_and_shrink_as_whole_ones(
         assert torch.equal(whole, pieces)
 
 
-@pytest.mark.parametrize("row_format", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_they_are_read_written_and_saved_alike(row_format: str, two_pieces: type[Table]) -> None:
     whole, pieces = layers_of("peer", two_pieces, row_format)
     ids, rows = torch.tensor([[0, 24], [13, 12]]), torch.randn(14, 2, DIM)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peerlm.layers.table import quantise
 from peerlm.ops import api
+from peerlm.ops.row_formats import quantise
 from peerlm.testing import MixInputs, assert_within_budget, mix_inputs
 
 
@@ -21,14 +21,6 @@ def in_float32(inputs: MixInputs, row_dtype: torch.dtype = torch.float32) -> Mix
     rows = inputs.rows.detach().to(row_dtype).requires_grad_()
     single = inputs.to(torch.float32)
     return MixInputs(x=single.x, weights=single.weights, ids=single.ids, rows=rows)
-
-
-def in_8_bits(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows (N, R, D) in int8 or float8_e4m3fn, and scales (N, R): each vector's largest entry becomes the largest."""
-    if dtype == torch.int8:
-        return quantise(rows)
-    scales = rows.abs().amax(dim=-1).clamp_min(1e-30) / torch.finfo(dtype).max
-    return (rows / scales[..., None]).to(dtype), scales
 
 
 def output_and_gradients(inputs: MixInputs, scales: Tensor | None = None, **options: Any) -> dict[str, Tensor]:
@@ -55,7 +47,7 @@ def assert_kernels_within_budget(
     """
     inputs, scales = in_float32(drawn), None
     if row_dtype.itemsize == 1:
-        rows, scales = in_8_bits(inputs.rows.detach(), row_dtype)
+        rows, scales = quantise(inputs.rows.detach(), row_dtype)
         stored = rows.double() * scales.double()[..., None]
     else:
         rows = stored = inputs.rows.detach().to(row_dtype).requires_grad_()

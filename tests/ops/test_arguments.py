@@ -11,9 +11,9 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 from peerlm import PEER
-from peerlm.layers.table import quantise
 from peerlm.ops import api
 from peerlm.ops.cpu import native
+from peerlm.ops.row_formats import quantise
 from peerlm.testing import assert_within_budget, definition, float64
 
 Arguments = dict[str, Tensor]

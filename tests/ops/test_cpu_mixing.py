@@ -9,10 +9,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from peerlm.layers.table import quantise
 from peerlm.ops import api
 from peerlm.ops.cpu import native
 from peerlm.ops.functions import ACTIVATIONS
+from peerlm.ops.row_formats import quantise
 from peerlm.testing import MixInputs, assert_within_budget, mix_inputs, relative_error
 
 from .mixing_cases import assert_kernels_within_budget, draw, in_float32, output_and_gradients, widened

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peerlm import PEER, PeerConfig, PeerForCausalLM, ProductKeyMemory
-from peerlm.layers.table import quantise
 from peerlm.ops import api
 from peerlm.ops.cpu import native
 from peerlm.ops.functions import WEIGHTINGS
 from peerlm.ops.operators import PEERLM
+from peerlm.ops.row_formats import quantise
 from peerlm.testing import assert_within_budget, definition, float64, mix_inputs
 
 pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peerlm.ops import api
+from peerlm.ops import api, bag
 from peerlm.ops.functions import ACTIVATIONS
 from peerlm.testing import MixInputs, assert_within_budget, loop_mix_experts, mix_inputs
 
@@ -203,3 +203,15 @@ def test_unknown_backend() -> None:
         api.mix_experts(*inputs.arguments(), backend="cuda")
     with pytest.raises(ValueError, match=message):
         api.mix_values(inputs.weights, inputs.ids, inputs.rows[:, 1], backend="cuda")
+
+
+@pytest.mark.parametrize(("shape", "num_rows"), [((3, 4), 5), ((2, 3), 100), ((0, 3), 4), ((1, 1), 1)])
+def test_distinct_ids_are_found_without_asking_how_many_there_are(shape: tuple[int, int], num_rows: int) -> None:
+    """As a device other than a CPU finds them, which would be waited for."""
+    ids = torch.randint(num_rows, shape)
+    used, places = bag._padded_distinct(ids, num_rows)
+    assert used.shape == (min(ids.numel(), num_rows),)
+    assert torch.equal(used[places], ids)
+    distinct = ids.unique()
+    assert torch.equal(used[: len(distinct)], distinct)
+    assert not used[len(distinct) :].any()

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from peerlm import PEER
-from peerlm.layers.table import quantise
 from peerlm.ops import api, reference
 from peerlm.ops.cpu import native
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.ops.reference_operators import KERNELS
+from peerlm.ops.row_formats import quantise
 from peerlm.testing import assert_within_budget, definition, mix_inputs
 
 NEEDS_KERNELS = pytest.mark.skipif(bool(native._reason), reason=native._reason)

@@ -225,3 +225,11 @@ def test_autocast_does_not_round_the_scores() -> None:
 def test_no_tokens() -> None:
     weights, ids = api.retrieve(torch.empty(0, 2, 4), torch.randn(2, 1, 4, 2), 3)
     assert weights.shape == ids.shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 16, 64])
+def test_candidate_ranks_are_made_on_the_device(k: int) -> None:
+    rank_a, rank_b = reference._candidate_ranks(k, torch.device("cpu"))
+    pairs = [(a, b) for a in range(k) for b in range(k) if (a + 1) * (b + 1) <= k]
+    assert list(zip(rank_a.tolist(), rank_b.tolist(), strict=True)) == pairs
+    assert reference._candidate_ranks(k, torch.device("meta"))[0].shape == (len(pairs),)

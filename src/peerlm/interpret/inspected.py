@@ -76,7 +76,7 @@ class InspectedLayer(IndexedLayer):
         return _mapped(self.module.out_proj, vectors) if isinstance(self.module, PEER) else vectors
 
     def _gathered(self, ids: Tensor, part: int) -> Tensor:
-        """Vectors u (0), v (1) or g (2) of experts, with the scales of int8 rows."""
+        """Vectors u (0), v (1) or g (2) of experts, with the scales of 8-bit rows."""
         return self.table.gather(ids) if isinstance(self.module, ProductKeyMemory) else self.table.gather(ids, part)
 
     def norms(self) -> Tensor:

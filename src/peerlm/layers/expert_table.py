@@ -26,7 +26,7 @@ class ExpertTable(Table):
 
     Attributes:
         rows: u, v and, if gated, g of each expert side by side, (num_experts, 2 or 3, dim).
-        scales: what each vector of int8 rows is multiplied by, (num_experts, 2 or 3) float32; otherwise None.
+        scales: what each vector of 8-bit rows is multiplied by, (num_experts, 2 or 3) float32; otherwise None.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ExpertTable(Table):
 
     @property
     def down(self) -> Tensor:
-        """u, (num_experts, dim): a view of the rows where they can be one, of int8 rows a float32 copy."""
+        """u, (num_experts, dim): a view of the rows where they can be one, of 8-bit rows a float32 copy."""
         return self.read()[:, 0]
 
     @property

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from peerlm.ops import api
+from peerlm.ops.row_formats import movable
 
 
 def empty_rows(*shape: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
@@ -23,13 +24,15 @@ def longer_rows(rows: Tensor, length: int, value: float) -> Tensor:
     """
     longer = empty_rows(length, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
     if not rows.is_meta:
-        if not api.move_to_start(rows, longer):
-            longer[: len(rows)] = rows
-        longer[len(rows) :] = value
+        source, target = movable(rows), movable(longer)
+        if not api.move_to_start(source, target):
+            target[: len(rows)] = source
+        target[len(rows) :] = value
     return longer
 
 
 def chosen_rows(rows: Tensor, ids: Tensor) -> Tensor:
     """These rows in this order; ids (N',) int64."""
     out = empty_rows(len(ids), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
-    return torch.index_select(rows, 0, ids.to(rows.device), out=out)
+    torch.index_select(movable(rows), 0, ids.to(rows.device), out=movable(out))
+    return out

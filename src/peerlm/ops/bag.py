@@ -109,8 +109,27 @@ def _wide(rows: Tensor, ids_TP: Tensor) -> tuple[Tensor, Tensor]:
     _check_ids(ids_TP, len(rows))
     if not has_values(ids_TP):  # a tracer does not know how many occur
         return rows.to(dtype), ids_TP
-    used, places_TP = ids_TP.unique(return_inverse=True)
+    used, places_TP = _distinct(ids_TP, len(rows))
     return rows.index_select(0, used).to(dtype), places_TP
+
+
+def _distinct(ids_TP: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Ids without repetitions, and each entry's place among them.
+
+    Only a CPU is asked how many they are. Another device would be waited for: there as many are given as there may be,
+    the last of them 0.
+    """
+    if ids_TP.device.type == "cpu":
+        return ids_TP.unique(return_inverse=True)
+    return _padded_distinct(ids_TP, num_rows)
+
+
+def _padded_distinct(ids_TP: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    sorted_E, order_E = ids_TP.flatten().sort()
+    place_E = torch.zeros_like(sorted_E)
+    place_E[1:] = (sorted_E[1:] != sorted_E[:-1]).cumsum(0)
+    used = sorted_E.new_zeros(min(len(sorted_E), num_rows)).scatter_(0, place_E, sorted_E)  # equal ones, one place
+    return used, torch.empty_like(place_E).scatter_(0, order_E, place_E).view(ids_TP.shape)
 
 
 def _sum_bags(weights_TP: Tensor, ids_TP: Tensor, table_ND: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
+from peerlm.ops.row_formats import movable, rows_at, widened
 from peerlm.ops.scoring import half_scores, top_k
 from peerlm.ops.tensors import may_have_holes, not_plain
 
@@ -69,7 +70,7 @@ def retrieve_ids(scores_2THn: Tensor, k: int, pairing: str = "row-major") -> Ten
 def _retrieve_pairs(scores_2THn: Tensor, k: int, pairing: str) -> tuple[Tensor, Tensor]:
     """The sub-keys i and j of `retrieve_ids`, each (..., k) int64."""
     n = scores_2THn.shape[-1]
-    rank_a, rank_b = torch.tensor(_candidate_ranks(k), device=scores_2THn.device).unbind(-1)
+    rank_a, rank_b = _candidate_ranks(k, scores_2THn.device)
     (best_i, index_i), (best_j, index_j) = (top_k(half, k) for half in scores_2THn)
     score_i, score_j = best_i.index_select(-1, rank_a), best_j.index_select(-1, rank_b)
     total = score_i + score_j
@@ -84,8 +85,14 @@ def _retrieve_pairs(scores_2THn: Tensor, k: int, pairing: str) -> tuple[Tensor, 
     return index_i.gather(-1, rank_a[candidate]), index_j.gather(-1, rank_b[candidate])
 
 
-def _candidate_ranks(k: int) -> list[tuple[int, int]]:
-    return [(a, b) for a in range(k) for b in range(k // (a + 1))]
+def _candidate_ranks(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ranks a and b of the pairs with (a + 1) * (b + 1) <= k, made on the device: a copy from the host would wait."""
+    count = sum(k // (a + 1) for a in range(k))
+    rank = torch.arange(k, device=device)
+    of_rank = k // (rank + 1)
+    rank_a = rank.repeat_interleave(of_rank, output_size=count)
+    first = (of_rank.cumsum(0) - of_rank).repeat_interleave(of_rank, output_size=count)
+    return rank_a, torch.arange(count, device=device) - first
 
 
 def retrieve(
@@ -116,12 +123,13 @@ def retrieve(
 def select(rows: Tensor, ids_TP: Tensor) -> Tensor:
     """rows[ids], zeros for the id -1; rows (N, ...), ids of any shape."""
     if not may_have_holes(ids_TP):
-        return rows.index_select(0, ids_TP.reshape(-1)).unflatten(0, ids_TP.shape)
+        return rows_at(rows, ids_TP)
     hole_TP = ids_TP == -1
     if len(rows) == 0:
         rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
-    found = rows.index_select(0, torch.where(hole_TP, 0, ids_TP).reshape(-1)).unflatten(0, ids_TP.shape)
-    return found.masked_fill(hole_TP[(...,) + (None,) * (rows.ndim - 1)], 0)
+    found = rows_at(rows, torch.where(hole_TP, 0, ids_TP))
+    movable(found).masked_fill_(hole_TP[(...,) + (None,) * (rows.ndim - 1)], 0)
+    return found
 
 
 class _SelectRows(torch.autograd.Function):
@@ -145,10 +153,9 @@ class _SelectRows(torch.autograd.Function):
 
 def _gather_rows(rows: Tensor, ids_TP: Tensor, scales: Tensor | None, *, row_gradients: bool) -> Tensor:
     """rows[ids], in float32 at least; 8-bit rows (N, ..., D) are multiplied by their scales (N, ...)."""
-    # index_select refuses negative ids, which indexing would count from the end
     gathered = _SelectRows.apply(rows, ids_TP) if row_gradients else select(rows, ids_TP)
     if scales is not None:
-        return gathered.to(scales.dtype) * select(scales, ids_TP)[..., None]
+        return widened(gathered, select(scales, ids_TP))
     return gathered.to(torch.promote_types(rows.dtype, torch.float32))
 
 

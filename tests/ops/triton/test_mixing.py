@@ -14,11 +14,12 @@ from torch import Tensor
 
 from peerlm.ops import api
 from peerlm.ops.functions import ACTIVATIONS
+from peerlm.ops.row_formats import quantise
 from peerlm.ops.triton import experts, experts_backward, gather, row_gradients, values
 from peerlm.ops.triton.runtime import OPERATORS
 from peerlm.testing import MixInputs, assert_within_budget, mix_inputs
 
-from ..mixing_cases import assert_kernels_within_budget, draw, in_8_bits, in_float32, output_and_gradients
+from ..mixing_cases import assert_kernels_within_budget, draw, in_float32, output_and_gradients
 from .guards import Guarded, between_poison
 
 assert_right = partial(assert_kernels_within_budget, backend="triton")
@@ -222,7 +223,7 @@ def test_operators_are_as_pytorch_wants_them(parts: int, row_format: torch.dtype
     inputs = in_float32(draw(3, 2, 6, 5, gated=parts == 3))
     rows, scales = inputs.rows.detach().to(row_format), None
     if row_format == torch.int8:
-        rows, scales = in_8_bits(inputs.rows.detach(), row_format)
+        rows, scales = quantise(inputs.rows.detach(), row_format)
     else:
         rows.requires_grad_()
     arguments = inputs.x, inputs.weights, inputs.ids, rows, scales, "gelu"
@@ -261,7 +262,7 @@ def test_rows_that_lie_beyond_the_31st_bit_of_an_offset() -> None:
     scales = torch.from_numpy(np.zeros((num_rows, 2), np.float32))
     assert rows[-1].data_ptr() - rows.data_ptr() >= 2**31
     inputs = in_float32(draw(2, 3, dim, 3))
-    rows[-3:], scales[-3:] = in_8_bits(inputs.rows.detach(), torch.int8)
+    rows[-3:], scales[-3:] = quantise(inputs.rows.detach(), torch.int8)
     arguments = MixInputs(x=inputs.x, weights=inputs.weights, ids=inputs.ids + num_rows - 3, rows=rows)
     few = MixInputs(x=inputs.x, weights=inputs.weights, ids=inputs.ids, rows=rows[-3:])
     found = output_and_gradients(arguments, scales, backend="triton")
