@@ -196,7 +196,8 @@ void retrieve_(Array<In, 4> query, Array<In, 4> sub_keys, int64_t k, const std::
                        scores_of(scores),
                        threads,
                        weights.data(),
-                       ids.data()};
+                       ids.data(),
+                       0.0f};
   require_fit(query, sub_keys, k);
   require(weights.size() == (size_t)(a.tokens * a.heads * k) && ids.size() == weights.size(), "outputs must be (T, H, k)");
   const Kernels& chosen = kernels();
@@ -300,12 +301,26 @@ QueryNorm query_norm_of(const std::string& name) {
   return named<Q>(name, "query norm", {{"none", Q::none}, {"batch", Q::batch}, {"layer", Q::layer}});
 }
 
+// A layer whose tensors stay where they are; tokens come as addresses, for an array costs more than the work on it.
+struct WholeLayer {
+  DecodeArgs args;
+
+  void run(uintptr_t x, int64_t tokens, uintptr_t y) const {
+    DecodeArgs a = args;
+    a.mix.x = reinterpret_cast<const float*>(x);
+    a.mix.y = reinterpret_cast<float*>(y);
+    a.mix.tokens = tokens;
+    nb::gil_scoped_release released;
+    kernels().decode(a);
+  }
+};
+
 // norms: mean and variance of a batch norm, and weight and bias of any.
-void decode_(Array<In, 2> x, Array<In, 2> query_map, const std::string& norm, const std::vector<Array<In, 1>>& norms, float epsilon,
-             Array<In, 4> sub_keys, float key_length, int64_t k, const std::string& weighting, const std::string& pairing,
-             float weight_scale, AnyTable rows, Scales scales, const std::string& activation, Array<float, 2> y) {
+WholeLayer whole_layer_(Array<In, 2> query_map, const std::string& norm, const std::vector<Array<In, 1>>& norms, float epsilon,
+                        Array<In, 4> sub_keys, float key_length, int64_t k, const std::string& weighting, const std::string& pairing,
+                        float weight_scale, AnyTable rows, Scales scales, const std::string& activation) {
   const Table table = table_of(rows, scales);
-  const int64_t tokens = (int64_t)x.shape(0), half_dim = (int64_t)sub_keys.shape(3), features = (int64_t)query_map.shape(0);
+  const int64_t half_dim = (int64_t)sub_keys.shape(3), features = (int64_t)query_map.shape(0);
   const int64_t sets = (int64_t)sub_keys.shape(1), heads = features / (2 * half_dim), n = (int64_t)sub_keys.shape(2);
   DecodeArgs a{};
   a.query_map = query_map.data();
@@ -317,18 +332,14 @@ void decode_(Array<In, 2> x, Array<In, 2> query_map, const std::string& norm, co
   if (a.norm == QueryNorm::batch) a.mean = norms[0].data(), a.variance = norms[1].data();
   if (wanted) a.weight = norms[wanted - 2].data(), a.bias = norms[wanted - 1].data();
   a.epsilon = epsilon;
-  a.key_length = key_length;
   a.weight_scale = weight_scale;
-  a.retrieve = {nullptr, sub_keys.data(), tokens,      heads,  sets,   n, half_dim, k, weighting_of(weighting), pairing_of(pairing),
-                Scores::f32, 1, nullptr, nullptr};
-  a.mix = {x.data(), nullptr, nullptr, table, tokens, heads * k, activation_of(activation), 1, nullptr, y.data()};
+  a.retrieve = {nullptr, sub_keys.data(), 0,           heads,  sets,   n, half_dim, k, weighting_of(weighting), pairing_of(pairing),
+                Scores::f32, 1, nullptr, nullptr, key_length};
+  a.mix = {nullptr, nullptr, nullptr, table, 0, heads * k, nullptr, activation_of(activation), 1, nullptr, nullptr};
   require(sub_keys.shape(0) == 2 && features == heads * 2 * half_dim && (sets == 1 || sets == heads) && k >= 1 && k <= n &&
-              n * n == table.num_rows && table.parts > 1,
+              n * n == table.num_rows && table.parts > 1 && (int64_t)query_map.shape(1) == table.dim,
           "query map (H * 2 C, D), sub_keys (2, H or 1, n, C), k and rows (n * n, 2 or 3, D) do not fit");
-  require((int64_t)x.shape(1) == table.dim && (int64_t)query_map.shape(1) == table.dim && y.size() == x.size(),
-          "x, y, the query map and rows must have one width");
-  nb::gil_scoped_release released;
-  kernels().decode(a);
+  return {a};
 }
 
 int64_t group_by_row_(Ids ids, int64_t num_rows, Array<int32_t, 1> order, Array<int64_t, 1> starts, Array<int64_t, 1> rows,
@@ -574,8 +585,9 @@ NB_MODULE(_native, m) {
         nb::arg().none(), nb::arg());
   m.def("mix_backward", &mix_backward_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none(),
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
-  m.def("decode", &decode_, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+  nb::class_<WholeLayer>(m, "WholeLayer").def("run", &WholeLayer::run);
+  m.def("whole_layer", &whole_layer_, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("group_by_row", &group_by_row_);
   m.def("stale_rows", &stale_rows_, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("fit_rules", &fit_rules_);

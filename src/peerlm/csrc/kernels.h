@@ -43,6 +43,7 @@ struct RetrieveArgs {
   int threads;
   float* weights;  // out (T, H, K)
   int64_t* ids;    // out (T, H, K)
+  float key_length;  // of a few tokens alone: what sub-keys are normalised to; 0: they stay as they are
 };
 
 struct RetrieveBackwardArgs {
@@ -115,7 +116,6 @@ struct DecodeArgs {
   QueryNorm norm;
   const float *mean, *variance, *weight, *bias;  // of batch, each (H * 2 C); of layer the last two, (2 C)
   float epsilon;
-  float key_length;  // of all sub-keys; 0: as they are
   float weight_scale;
   RetrieveArgs retrieve;  // without query, weights and ids
   MixArgs mix;            // without weights and ids

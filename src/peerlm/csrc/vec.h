@@ -171,6 +171,36 @@ PEERLM_INLINE double sum(vd v) {
 #endif
 }
 
+#if defined(__clang__)
+PEERLM_INLINE vf sums(vf* rows) {
+  vf out = {};
+  for (int i = 0; i < LANES; ++i) out[i] = sum(rows[i]);
+  return out;
+}
+#else
+// Two vectors whose halves of blocks of 2 * HALF lanes are summed become one.
+template <int HALF>
+PEERLM_INLINE vf halves(vf a, vf b) {
+  vi low = {};
+  for (int i = 0; i < LANES; ++i) low[i] = i % (2 * HALF) < HALF ? i : LANES + i - HALF;
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + HALF);
+}
+
+// Element i is the sum of vector i of LANES.
+PEERLM_INLINE vf sums(vf* rows) {
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES / 2; ++i) rows[i] = halves<LANES / 2>(rows[i], rows[i + LANES / 2]);
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES / 4; ++i) rows[i] = halves<LANES / 4>(rows[i], rows[i + LANES / 4]);
+  if (LANES >= 8) {
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 8; ++i) rows[i] = halves<(LANES >= 8 ? LANES / 8 : 1)>(rows[i], rows[i + LANES / 8]);
+  }
+  if (LANES >= 16) rows[0] = halves<1>(rows[0], rows[1]);
+  return rows[0];
+}
+#endif
+
 PEERLM_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 
 // Bit i is set where a[i] >= b[i].

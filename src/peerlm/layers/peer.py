@@ -1,17 +1,24 @@
 """PEER: a learned index retrieves each token's experts from a pool of single neurons."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.layers.expert_table import ExpertTable
+from peerlm.layers.one_call import FEW_TOKENS, nobody_looks_on
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.layers.retrieval_layer import RetrievalLayer
 from peerlm.layers.row_map import RowMap, row_map
 from peerlm.ops import api
+
+_prepared: WeakKeyDictionary["PEER", tuple[object, Callable[[Tensor], Tensor | None] | None]] = WeakKeyDictionary()
+"""For each layer that has met a few tokens: what its call depends on, and the call. No part of copies and pickles."""
 
 
 class PEER(RetrievalLayer):
@@ -135,11 +142,28 @@ class PEER(RetrievalLayer):
         Padding is mapped as well, but does not enter the statistics of a query BatchNorm.
         """
         x_TD, _ = flatten_tokens(x, mask, self.dim)
+        if (y := self._in_one_call(x_TD)) is not None:
+            return y.view(x.shape)
         packs = self.packs
         weights, expert_ids = self.retrieve(x, mask) if packs is None else packs(x, mask, self.product_keys)
         mix = self.experts if packs is None else partial(packs.mix, self.experts)
         y_TD = self.out_proj(mix(self.in_proj(x_TD), *self.per_token(weights, expert_ids)))
         return y_TD.to(x.dtype).view(x.shape)
+
+    def _in_one_call(self, x_TD: Tensor) -> Tensor | None:
+        """What the layer makes of a few tokens where no gradient is wanted and nothing else looks on; or None."""
+        if torch.compiler.is_compiling() or len(x_TD) > FEW_TOKENS or self.training or self.packs is not None:
+            return None
+        if self.experts.dim != self.dim or not nobody_looks_on(self.experts):
+            return None
+        state = self.product_keys.one_call(), self.experts.one_call(), self.weight_scale
+        if state[0] is None or state[1] is None:
+            return None
+        prepared = _prepared.get(self)
+        if prepared is None or prepared[0] != state:
+            index = self.product_keys.of_one_call()
+            prepared = _prepared[self] = state, self.experts.whole_layer(weight_scale=self.weight_scale, **index)
+        return None if prepared[1] is None else prepared[1](x_TD)
 
     @property
     def parameters_per_expert(self) -> int:

@@ -7,6 +7,7 @@ of the arguments, because scores rounded to bfloat16 would choose other experts.
 
 import importlib
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
@@ -20,6 +21,7 @@ from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.row_updates import RowState
+from peerlm.ops.whole_layer import WholeLayer
 
 _BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("peerlm.ops.cpu.kernels",),
@@ -312,6 +314,19 @@ def mix_experts(
         if row_gradients:
             return _uncompiled(module, "mix_experts", x, weights, expert_ids, rows, scales, activation)
         return module.mix_experts(x, weights, expert_ids, rows, scales, activation)
+
+
+def whole_layer(layer: WholeLayer, *, backend: str = "auto") -> Callable[[Tensor], Tensor | None] | None:
+    """What makes of a few tokens x (T, D) the layer's output, without gradients, in one call; None where none does.
+
+    It is what `linear`, the norm, `retrieve` and `mix_experts` make together, but for rounding. It gives None for
+    tokens that it does not take, too many among them, and reads the layer's tensors where they are now.
+    """
+    for name in _BACKENDS if backend == "auto" else (backend,):
+        offered = getattr(_backend(name), "whole_layer", None)
+        if offered is not None and (call := offered(layer)) is not None:
+            return cast("Callable[[Tensor], Tensor | None]", call)
+    return None
 
 
 def mix_values(
