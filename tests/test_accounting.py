@@ -74,6 +74,7 @@ def test_flops_of_models_agree_with_the_counter(kind: str, tied: bool, key_value
         peer=PEER_SETTINGS,
         pkm=PKM_SETTINGS,
         expert_choice={"num_experts": 4},
+        hashed_ngrams={"num_rows": 64, "row_dim": 4, "backend": "reference"},
         token_choice={"num_experts": 4},
         tie_word_embeddings=tied,
         attn_implementation="eager",  # the counter knows no fused attention on CPU

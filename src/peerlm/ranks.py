@@ -46,12 +46,12 @@ class Ranks:
         """Whether this process writes the run's files."""
         return self.rank == 0
 
-    def mean(self, value: torch.Tensor) -> float:
-        """Mean of a scalar over the processes; each must call it."""
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Mean of a scalar over the processes, float64, on its device; each must call it."""
         total = value.detach().double().clone()
         if self.world_size > 1:
             dist.all_reduce(total)
-        return total.item() / self.world_size
+        return total / self.world_size
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over the processes, in place; each must call it."""
@@ -136,14 +136,14 @@ def inside_backward() -> bool:
 
 
 @contextmanager
-def join_ranks(device: str) -> Iterator[Ranks]:
+def join_ranks(device: str, *, always: bool = False) -> Iterator[Ranks]:
     """Join the processes that torchrun started (gloo on CPU, NCCL on CUDA) and leave them at the end.
 
     After an exception the process groups stay: to destroy them can wait without end for ranks that have failed. Such a
     process should end by `end_process`, and say why only where `is_first_to_fail`.
 
-    device: "auto" (CUDA where there is one), "cpu" or "cuda"; UserError for "cuda" on a machine without. Raises
-    RankLost where another rank cannot be reached any more.
+    device: "auto" (CUDA where there is one), "cpu" or "cuda"; UserError for "cuda" on a machine without.
+    always: whether a process alone is a group, too. Raises RankLost where another rank cannot be reached any more.
     """
     global _failures
     cuda = torch.cuda.is_available()
@@ -154,7 +154,12 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if always:
+            backend = "nccl" if local.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         yield Ranks(rank=0, world_size=1, device=local)
+        if always:
+            dist.destroy_process_group()
         return
     store, rank, world_size = next(iter(rendezvous("env://")))
     _failures = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

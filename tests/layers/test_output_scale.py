@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from peerlm.growth import grow
-from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, FineGrainedMoE, ProductKeyMemory, TokenChoiceMoE
+from peerlm.layers import (
+    PEER,
+    DenseFFW,
+    ExpertChoiceMoE,
+    FineGrainedMoE,
+    HashedNgrams,
+    ProductKeyMemory,
+    TokenChoiceMoE,
+)
+from peerlm.layers.hashed_ngrams import GATE_POWER
 from peerlm.layers.output_scale import ACTIVATION_POWER, INPUT_STD, OUTPUT_POWER, output_std
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.scoring import half_scores
@@ -102,6 +111,21 @@ def test_fine_grained_mixture(shared_experts: int) -> None:
     assert output_power(layer, 128, tokens=1024) == pytest.approx(OUTPUT_POWER, rel=TOLERANCE)
     if layer.shared is not None:
         assert layer.shared.up_proj.weight.std().item() == pytest.approx(layer.up.std().item(), rel=0.05)
+
+
+def test_gate_power_is_the_integral_over_what_goes_in() -> None:
+    z = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    power = torch.trapezoid(torch.sigmoid(z).square() * density, z).item()
+    assert pytest.approx(power, abs=5e-6) == GATE_POWER
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row_dim", [None, 64])
+def test_hashed_ngrams(row_dim: int | None) -> None:
+    layer = HashedNgrams(128, num_rows=4096, row_dim=row_dim)
+    y = layer(torch.randn(1024, 128), tokens=torch.randint(1000, (1024, 3)))
+    assert y.square().mean().item() == pytest.approx(OUTPUT_POWER, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(

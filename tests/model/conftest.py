@@ -18,6 +18,7 @@ TINY: dict[str, Any] = {
     "expert_choice": {"num_experts": 4, "hidden": 16},
     "token_choice": {"num_experts": 4, "hidden": 16},
     "fine_grained_moe": {"num_experts": 6, "experts_per_token": 3},
+    "hashed_ngrams": {"num_rows": 50, "hashes": 2, "row_dim": 8},
 }
 
 

@@ -14,7 +14,15 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
-from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, FineGrainedMoE, ProductKeyMemory, TokenChoiceMoE
+from peerlm.layers import (
+    PEER,
+    DenseFFW,
+    ExpertChoiceMoE,
+    FineGrainedMoE,
+    HashedNgrams,
+    ProductKeyMemory,
+    TokenChoiceMoE,
+)
 from peerlm.model import FFW_KINDS, PeerForCausalLM, PeerModel
 
 from ..host_reads import NoHostReads
@@ -30,6 +38,7 @@ OUTPUTS = {  # the matrix of each kind that writes to the residual stream
     "expert_choice": "ffw.up",
     "token_choice": "ffw.up",
     "fine_grained_moe": "ffw.up",
+    "hashed_ngrams": "ffw.value_proj.weight",
 }
 Build = Callable[..., PeerForCausalLM]
 
@@ -51,9 +60,18 @@ def query_statistics(model: PeerForCausalLM) -> dict[str, Tensor]:
 
 
 def test_kinds_of_layers(tiny_model: Build) -> None:
-    kinds = ["dense", "swiglu", "peer", "pkm", "expert_choice", "token_choice", "fine_grained_moe"]
+    kinds = ["dense", "swiglu", "peer", "pkm", "expert_choice", "token_choice", "fine_grained_moe", "hashed_ngrams"]
     model = tiny_model(num_hidden_layers=len(kinds), ffw_layers=kinds)
-    classes = [DenseFFW, DenseFFW, PEER, ProductKeyMemory, ExpertChoiceMoE, TokenChoiceMoE, FineGrainedMoE]
+    classes = [
+        DenseFFW,
+        DenseFFW,
+        PEER,
+        ProductKeyMemory,
+        ExpertChoiceMoE,
+        TokenChoiceMoE,
+        FineGrainedMoE,
+        HashedNgrams,
+    ]
     assert [type(block.ffw) for block in model.model.layers] == classes
     assert model.model.layers[0].ffw.up_proj.in_features == 4 * 32
     assert model.model.layers[1].ffw.up_proj.in_features == round(8 / 3 * 32)

@@ -81,6 +81,35 @@ def frontier(
     show(frontier_rows(points), json_file, partial(print_markdown, frontier_markdown(points)))
 
 
+@app.command(examples=["peerlm seconds recipes/seconds.toml", "peerlm seconds recipes/seconds.toml --speeds"])
+def seconds(
+    recipe: Recipe,
+    settings: Settings = [],  # noqa: B006
+    output: Output = None,
+    speeds: Annotated[
+        bool, typer.Option("--speeds", help="Measure speeds alone: do this on a quiet machine, then train any time.")
+    ] = False,
+    json_file: Json = None,
+) -> None:
+    """Train methods for equal seconds: as many steps as fit, at speeds that are measured first."""
+    from rich.console import Console
+
+    from peerlm_studies.equal_seconds.plan import load_seconds
+    from peerlm_studies.equal_seconds.study import equal_seconds, measure_speeds
+
+    shown = json_file != STDOUT
+    changes = overrides(settings, output)
+    if speeds:
+        found = measure_speeds(load_seconds(recipe, changes), Console(quiet=not shown), progress=shown)
+        columns = {
+            method: {key: row[key] for key in ("seconds_per_step", "spread", "other_cores", "threads")}
+            for method, row in found.items()
+        }
+        show(list(found.values()), json_file, partial(print_table, "seconds per step", columns, rows=True))
+        return
+    show(equal_seconds(recipe, changes, progress=shown), json_file, tables=_nothing)
+
+
 @app.command(examples=["peerlm report results/report.toml --output docs"])
 def report(
     definition: Annotated[Path, typer.Argument(help="TOML file that names sections, their rows and their recipes.")],

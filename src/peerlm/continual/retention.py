@@ -11,6 +11,7 @@ from peerlm.data import window_order
 from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.likelihood import last_logits
 from peerlm.train.checkpoint import TrainState
+from peerlm.train.feed import sent
 from peerlm.train.training import Hook, Training
 
 
@@ -52,7 +53,9 @@ class Replay(Hook):
     def batch(self, training: Training, state: TrainState, input_ids_BT: Tensor) -> Tensor:
         """The batch, and after it what is replayed in this step."""
         start, stop = replayed(state.step, self.per_step)
-        return torch.cat([input_ids_BT, self.buffer.draw(start, stop)]) if stop > start else input_ids_BT
+        if stop == start:
+            return input_ids_BT
+        return torch.cat([input_ids_BT, sent(self.buffer.draw(start, stop), input_ids_BT.device)])
 
 
 class Divergence(Hook):
@@ -71,10 +74,10 @@ class Divergence(Hook):
     def after_backward(self, training: Training, state: TrainState, seen: Any) -> dict[str, Any]:
         """A second backward pass; returns the divergence in nats per token."""
         first = state.step * self.windows
-        compared = self.buffer.draw(first, first + self.windows).to(training.ranks.device)
+        compared = sent(self.buffer.draw(first, first + self.windows), training.ranks.device)
         away = divergence(training.model, self.before, compared)
         (self.weight * away).backward()
-        return {"divergence": away.item()}
+        return {"divergence": away.detach()}
 
 
 def replayed(step: int, per_step: float) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from peerlm.continual.method import Method, Stage, check_rows, freeze, peer_laye
 from peerlm.errors import UserError
 from peerlm.evaluate.likelihood import device_of
 from peerlm.files import write_bytes
+from peerlm.layers import Table
 from peerlm.layers.modes import evaluating
 from peerlm.optim.restrict import restrict_gradient
 from peerlm.usage import ExpertUsage, record_usage
@@ -139,10 +140,13 @@ class Sparse(Method):
         """Keep the gradients of the chosen experts."""
         path = stage.folder / BACKGROUND_FILE
         background = _read_counts(path, path.stat().st_mtime_ns)
+        chosen: dict[Table, Tensor] = {}
         for name, layer in peer_layers(model).items():
             index = f"{name}.product_keys"
             retrievals_N = usage[index].retrievals_N
             scores_N = tf_idf(retrievals_N, background[index].to(retrievals_N.device), self.windows)
             keep_N = choose_experts(scores_N, self.experts)
-            for parameter, rows in layer.experts.parts():
+            chosen[layer.experts] = chosen.get(layer.experts, False) | keep_N
+        for table, keep_N in chosen.items():
+            for parameter, rows in table.parts():
                 restrict_gradient(parameter, keep_N[rows])

@@ -80,7 +80,7 @@ def freeze_grown(
         if part not in PARTS:
             raise ValueError(f"what has {part!r}; choose of {', '.join(PARTS)}")
     layers = find_indexed_layers(model)
-    held: list[tuple[nn.Parameter, Tensor, int]] = []
+    held: dict[int, tuple[nn.Parameter, Tensor, int]] = {}  # a table that layers share is held once
     for layer in layers:
         old = layer.index.grown_from if before is None else before
         if old is None:
@@ -91,17 +91,18 @@ def freeze_grown(
             )
         if "rows" in parts:
             keep = torch.arange(layer.table.num_rows, device=layer.table.device) >= old
-            held += [(parameter, keep[rows], 0) for parameter, rows in layer.table.parts()]
+            held |= {id(parameter): (parameter, keep[rows], 0) for parameter, rows in layer.table.parts()}
         if "keys" in parts:
             sub_keys = layer.index.sub_keys
-            held.append((sub_keys, torch.arange(sub_keys.shape[2], device=sub_keys.device) >= math.isqrt(old), 2))
-    for parameter, _, _ in held:
+            keep = torch.arange(sub_keys.shape[2], device=sub_keys.device) >= math.isqrt(old)
+            held[id(sub_keys)] = (sub_keys, keep, 2)
+    for parameter, _, _ in held.values():
         _check_optimizer(optimizer, parameter)
     frozen = Frozen()
     if "rows" in parts:
         for layer in layers:
             layer.table.catch_up()
-    for parameter, keep, dim in held:
+    for parameter, keep, dim in held.values():
         frozen._hold(parameter, keep, dim)
         _forget(optimizer, parameter, keep, dim)
     if "rows" in parts:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peerlm.growth.indexed import IndexedLayer, check_not_shared, find_indexed_layers, record_settings
+from peerlm.growth.indexed import IndexedLayer, by_table, check_not_shared, find_indexed_layers, record_settings
 from peerlm.growth.new_experts import check_new_sub_keys, new_sub_keys
 from peerlm.growth.swap import check_optimizer, hand_over, padded, swap
 from peerlm.layers.product_keys import sub_keys_per_half
@@ -68,8 +68,9 @@ def grow(
         index, old = layer.index, layer.index.num_experts
         count = n - index.sub_keys.shape[2]
         fresh = new_sub_keys(layer, count, keys, usage, queries, noise, generator)
-        hand_over(layer.table.resize(num_experts), optimizer)
-        layer.table.fill_new(old, generator)
+        if layer.table.num_rows < num_experts:  # a table that several layers share grows once
+            hand_over(layer.table.resize(num_experts), optimizer)
+            layer.table.fill_new(old, generator)
         swap(index, "sub_keys", torch.cat([index.sub_keys, fresh], dim=2), optimizer, padded(2, n))
         index.num_experts = num_experts
         index.grown_from, index.opening = old, torch.zeros((), device=layer.table.device)
@@ -114,11 +115,12 @@ def to_shells(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = Non
     layers = [layer for layer in find_indexed_layers(model) if layer.index.pairing != "shells"]
     check_not_shared(model, layers)
     check_optimizer(layers, optimizer)
-    for layer in layers:
-        index, n = layer.index, layer.index.sub_keys.shape[2]
+    for group in by_table(layers):
+        index, n = group[0].index, group[0].index.sub_keys.shape[2]
         i, j = PAIRINGS["shells"].sub_keys(torch.arange(n * n), n)
-        hand_over(layer.table.select(PAIRINGS[index.pairing].ids(i, j, n)), optimizer)
-        index.pairing = "shells"
+        hand_over(group[0].table.select(PAIRINGS[index.pairing].ids(i, j, n)), optimizer)
+        for layer in group:
+            layer.index.pairing = "shells"
     record_settings(model, pairing="shells")
     return model
 

@@ -68,19 +68,30 @@ def find_indexed_layers(model: nn.Module) -> list[IndexedLayer]:
 
 
 def check_not_shared(model: nn.Module, layers: Sequence[IndexedLayer]) -> None:
-    """Raise a ValueError where rows or sub-keys of such a layer are those of something else in the model as well."""
+    """Raise a ValueError where rows or sub-keys of such a layer are those of something else in the model as well.
+
+    Layers that share their tables (`RetrievalLayer.share_tables_of`) may, if all of them are among these.
+    """
     places = Counter(each for module in model.modules() for each in module._parameters.values() if each is not None)
     users = Counter(module for layer in layers for module in (layer.table, layer.index))
     for layer in layers:
-        for what, module, parameters in (
-            ("rows", layer.table, layer.table.row_parameters()),
-            ("sub-keys", layer.index, [layer.index.sub_keys]),
+        for what, module, parameters, expected in (
+            ("rows", layer.table, layer.table.row_parameters(), layer.table.users),
+            ("sub-keys", layer.index, [layer.index.sub_keys], 1),
         ):
-            if users[module] > 1 or any(places[parameter] > 1 for parameter in parameters):
+            if users[module] != expected or any(places[parameter] > 1 for parameter in parameters):
                 raise ValueError(
-                    f"{layer.where()} shares its {what} with another part of the model, which would lose them; give "
-                    "each layer a copy of its own first"
+                    f"{layer.where()} shares its {what} with another part of the model, which would lose them; pass "
+                    "the whole model, or give each layer a copy of its own first"
                 )
+
+
+def by_table(layers: Sequence[IndexedLayer]) -> list[list[IndexedLayer]]:
+    """The layers in groups that look rows up in the same table."""
+    groups: dict[int, list[IndexedLayer]] = {}
+    for layer in layers:
+        groups.setdefault(id(layer.table), []).append(layer)
+    return list(groups.values())
 
 
 def record_settings(model: nn.Module, num_rows: int | None = None, *, kind: type | None = None, **changes: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peerlm.growth.indexed import IndexedLayer, check_not_shared, find_indexed_layers, record_settings
+from peerlm.growth.indexed import IndexedLayer, by_table, check_not_shared, find_indexed_layers, record_settings
 from peerlm.growth.new_experts import check_usage, usage_of_sub_keys
 from peerlm.growth.swap import Carry, check_optimizer, hand_over, swap
 from peerlm.layers.product_keys import sub_keys_per_half
@@ -47,12 +47,15 @@ def shrink(
     """
     layers = find_indexed_layers(model)
     check_not_shared(model, layers)
-    used = {}
+    used: dict[str, Tensor] = {}
     for layer in layers:
         counts = check_usage(layer, usage, "experts go by how often they are used", "leave the model as it is")
         used[layer.index_name] = usage_of_sub_keys(layer, counts.reshape(-1, counts.shape[-1]).sum(0, keepdim=True))[
             :, 0
         ]
+    for group in by_table(layers):  # layers that share a table keep the same experts
+        together = torch.stack([used[layer.index_name] for layer in group]).sum(dim=0)
+        used |= {layer.index_name: together for layer in group}
     if num_experts is None:
         needed = [int((each > 0).sum(dim=-1).max()) for each in used.values()]
         num_experts = max(*needed, *(layer.index.experts_per_head for layer in layers)) ** 2
@@ -66,7 +69,8 @@ def shrink(
         kept = ranked[:, :n].sort(dim=-1).values
         first, second = PAIRINGS[index.pairing].sub_keys(torch.arange(num_experts), n)
         remaining[layer.index_name] = PAIRINGS[index.pairing].ids(kept[0][first], kept[1][second], old)
-        hand_over(layer.table.select(remaining[layer.index_name]), optimizer)
+        if layer.table.num_rows > num_experts:
+            hand_over(layer.table.select(remaining[layer.index_name]), optimizer)
         carry = _of_halves(kept)
         swap(index, "sub_keys", carry(index.sub_keys, 0.0), optimizer, carry)
         index.num_experts = num_experts

@@ -3,6 +3,7 @@
 from peerlm.layers.dense import DenseFFW
 from peerlm.layers.expert_table import ExpertTable
 from peerlm.layers.fine_grained_moe import FineGrainedMoE
+from peerlm.layers.hashed_ngrams import HashedNgrams
 from peerlm.layers.moe import ExpertChoiceMoE, TokenChoiceMoE
 from peerlm.layers.output_gate import OutputGate
 from peerlm.layers.parallel import ParallelFFW
@@ -19,6 +20,7 @@ __all__ = [
     "ExpertChoiceMoE",
     "ExpertTable",
     "FineGrainedMoE",
+    "HashedNgrams",
     "OutputGate",
     "ParallelFFW",
     "ProductKeyMemory",

@@ -41,10 +41,20 @@ class ParallelFFW(nn.Module):
         for part in parts:
             part.reset_parameters(output_scale=output_scale * share_of_scale(len(parts)))  # type: ignore[operator]
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map x (..., dim) to (..., dim); the bool `mask` (...) is True at real tokens."""
-        first, *others = self.children()
-        y: Tensor = first(x, mask)
-        for part in others:
-            y = y + part(x, mask)
+    @property
+    def reads_tokens(self) -> int:
+        """How many token ids a part needs for each token; 0 where none reads them."""
+        return max([getattr(part, "reads_tokens", 0) for part in self.children()])
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
+        """Map x (..., dim) to (..., dim); the bool `mask` (...) is True at real tokens.
+
+        tokens: (..., n) int64 for parts that read them, as of `HashedNgrams`.
+        """
+        outputs = [
+            part(x, mask, tokens) if getattr(part, "reads_tokens", 0) else part(x, mask) for part in self.children()
+        ]
+        y: Tensor = outputs[0]
+        for output in outputs[1:]:
+            y = y + output
         return y

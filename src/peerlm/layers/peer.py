@@ -122,12 +122,16 @@ class PEER(RetrievalLayer):
         self.register_module("packs", None)
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
-        """Initialise to an output of a dense FFW's scale (see `output_scale.py`) times `output_scale`."""
+        """Initialise to an output of a dense FFW's scale (see `output_scale.py`) times `output_scale`.
+
+        Experts of another layer stay as they are; that layer initialises them.
+        """
         self.product_keys.reset_parameters()
         for each in (self.in_proj, self.out_proj):
             if isinstance(each, RowMap):
                 each.reset_parameters()
-        self.experts.reset_parameters(output_scale * self._initial_up_std(self.experts.activation))
+        if self.owns_tables:
+            self.experts.reset_parameters(output_scale * self._initial_up_std(self.experts.activation))
 
     def _initial_up_std(self, activation: str) -> float:
         return output_std(self.product_keys.initial_weight_power(), activation) / self.weight_scale

@@ -70,8 +70,10 @@ class ProductKeyMemory(RetrievalLayer):
         self.reset_parameters()
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
-        """The index by its own rule, the values by `output_scale.py`, times `output_scale`."""
+        """The index by its own rule, the values, unless another layer owns them, by `output_scale.py`, times that."""
         self.product_keys.reset_parameters()
+        if not self.owns_tables:
+            return
         std = output_std(self.product_keys.initial_weight_power()) / self.weight_scale
         self.values.fill_normal(output_scale * std)
 

@@ -1,16 +1,26 @@
 """PeerConfig: the settings of a language model of PEER blocks, dense blocks and baselines."""
 
 import math
+from collections import Counter
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from peerlm.layers import PEER, DenseFFW, ExpertChoiceMoE, FineGrainedMoE, ProductKeyMemory, TokenChoiceMoE
+from peerlm.layers import (
+    PEER,
+    DenseFFW,
+    ExpertChoiceMoE,
+    FineGrainedMoE,
+    HashedNgrams,
+    ProductKeyMemory,
+    TokenChoiceMoE,
+)
 from peerlm.layers.checks import check_settings
 from peerlm.layers.output_gate import GATES
 from peerlm.layers.parallel import share_of_scale
+from peerlm.layers.retrieval_layer import RetrievalLayer
 from peerlm.names import MODEL_TYPE
 
 # Kind of feed-forward layer -> its class. "dense" and "swiglu" take their size from `intermediate_size`, the
@@ -23,8 +33,9 @@ FFW_KINDS: dict[str, type] = {
     "expert_choice": ExpertChoiceMoE,
     "token_choice": TokenChoiceMoE,
     "fine_grained_moe": FineGrainedMoE,
+    "hashed_ngrams": HashedNgrams,
 }
-CONFIGURABLE_KINDS = ("peer", "pkm", "expert_choice", "token_choice", "fine_grained_moe")
+CONFIGURABLE_KINDS = ("peer", "pkm", "expert_choice", "token_choice", "fine_grained_moe", "hashed_ngrams")
 INNER = ":inner"
 """Ends the name of a kind of which a quarter of the blocks at either end have none."""
 BESIDE = "+"
@@ -65,12 +76,14 @@ class PeerConfig(PreTrainedConfig):
             in the inner blocks and dense layers in the first and the last quarter, which is best in
             recipes/ablations/blocks.toml (any kind can be named so; less than four blocks all have it). None puts PEER
             in the middle block and dense layers in the others, as He 2024. Kinds: "dense" (GELU), "swiglu", "peer",
-            "pkm", "expert_choice", "token_choice", "fine_grained_moe". Names joined by "+", such as "peer+dense", are
-            layers beside each other: each maps the same input, and their outputs are summed.
+            "pkm", "expert_choice", "token_choice", "fine_grained_moe", "hashed_ngrams". Names joined by "+", such as
+            "peer+dense", are layers beside each other: each maps the same input, and their outputs are summed.
         parallel_intermediate_size: hidden neurons of dense layers that are beside another ("peer+dense"), as
             intermediate_size of those that are alone (and that if None).
-        peer, pkm, expert_choice, token_choice, fine_grained_moe: keyword arguments of `PEER`, `ProductKeyMemory`,
-            `ExpertChoiceMoE`, `TokenChoiceMoE`, `FineGrainedMoE`.
+        peer, pkm, expert_choice, token_choice, fine_grained_moe, hashed_ngrams: keyword arguments of `PEER`,
+            `ProductKeyMemory`, `ExpertChoiceMoE`, `TokenChoiceMoE`, `FineGrainedMoE`, `HashedNgrams`.
+        share_tables: whether all blocks of a kind that has a table ("peer", "pkm") look rows up in one, which the first
+            of them owns, each by its own index.
         balance_loss_coefficient: weight of the load-balancing loss that token-choice layers add in training.
         ffw_init_scale: output scale of feed-forward layers at the start, relative to the rule of `layers.output_scale`
             over sqrt(2 * num_hidden_layers): one number, a list with one for each block, or a dict with one for each
@@ -105,6 +118,8 @@ class PeerConfig(PreTrainedConfig):
     expert_choice: dict[str, Any] | None = None
     token_choice: dict[str, Any] | None = None
     fine_grained_moe: dict[str, Any] | None = None
+    hashed_ngrams: dict[str, Any] | None = None
+    share_tables: bool = False
     balance_loss_coefficient: float | int = 0.01
     ffw_init_scale: float | int | list[float | int] | dict[str, float | int] = 3.0
     ffw_output_gate: str | None = None
@@ -171,6 +186,13 @@ class PeerConfig(PreTrainedConfig):
                     raise ValueError(f"ffw_layers has {part!r}; choose from {', '.join(FFW_KINDS)}")
             if len(set(parts)) < len(parts):
                 raise ValueError(f"ffw_layers has {kind!r}; a layer can be beside those of other kinds only")
+        with_tables = [part for part in FFW_KINDS if issubclass(FFW_KINDS[part], RetrievalLayer)]
+        blocks_of = Counter(part for kind in self.ffw_layers for part in parts_of(kind) if part in with_tables)
+        if self.share_tables and max(blocks_of.values(), default=0) < 2:
+            raise ValueError(
+                f"share_tables is true, but no two blocks of ffw_layers have the same of {', '.join(with_tables)}; "
+                "name such a kind twice, or leave share_tables out"
+            )
         if self.ffw_output_gate not in (None, *GATES):
             raise ValueError(f"ffw_output_gate is {self.ffw_output_gate!r}; choose one of {', '.join(GATES)}, or None")
         self._check_init_scale()

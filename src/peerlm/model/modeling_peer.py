@@ -22,8 +22,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from peerlm.layers import DenseFFW, OutputGate, ParallelFFW, TokenChoiceMoE
+from peerlm.layers.retrieval_layer import RetrievalLayer
 from peerlm.model.attention import KeyValueShift, PeerAttention, previous_tokens
 from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig, parts_of
+from peerlm.model.token_history import preceding_tokens
 from peerlm.optim.saved import FILE, STALE, catch_up_saved
 
 logger = logging.get_logger(__name__)
@@ -84,15 +86,20 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         token_mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Map (batch, sequence, hidden_size); `token_mask` (batch, sequence) is True at real tokens."""
+        """Map (batch, sequence, hidden_size); `token_mask` (batch, sequence) is True at real tokens.
+
+        token_ids: (batch, sequence, n), each token's id and those before it, for layers that read them.
+        """
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
         )
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
-        added = self.ffw(normed, token_mask)
+        reads = getattr(self.ffw, "reads_tokens", 0)
+        added = self.ffw(normed, token_mask, token_ids) if reads else self.ffw(normed, token_mask)
         return hidden_states + (added if self.ffw_gate is None else added * self.ffw_gate(normed))
 
     def reset_ffw(self) -> None:
@@ -132,7 +139,8 @@ class PeerPreTrainedModel(PreTrainedModel):
         # An expert chooses among all tokens of a call, and how many depends on the values of the mask.
         parts = {part for kind in config.ffw_layers for part in parts_of(kind)}
         self._can_compile_fullgraph = self._supports_context_parallel = "expert_choice" not in parts
-        self._supports_context_parallel &= not config.kv_shift  # the token before may be on another rank
+        # The token before may be on another rank.
+        self._supports_context_parallel &= not config.kv_shift and "hashed_ngrams" not in parts
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -198,7 +206,14 @@ class PeerModel(PeerPreTrainedModel):
     def __init__(self, config: PeerConfig):
         super().__init__(config)
         self.embed_tokens = PeerEmbedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(PeerDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList()
+        owners: dict[type, RetrievalLayer] = {}
+        for index in range(config.num_hidden_layers):
+            block = PeerDecoderLayer(config, index)
+            self.layers.append(block)
+            for part in block.ffw.modules() if config.share_tables else ():
+                if isinstance(part, RetrievalLayer) and owners.setdefault(type(part), part) is not part:
+                    part.share_tables_of(owners[type(part)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]
         self.gradient_checkpointing = False
@@ -243,8 +258,15 @@ class PeerModel(PeerPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -sequence:].bool()
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
-        if self.config.kv_shift:
-            kwargs["previous"] = previous_tokens(position_ids, attention_mask, past, self.rotary_emb)
+        reads_tokens = max([getattr(layer.ffw, "reads_tokens", 0) for layer in self.layers])
+        if self.config.kv_shift or reads_tokens:
+            previous = previous_tokens(position_ids, attention_mask, past, self.rotary_emb)
+            if self.config.kv_shift:
+                kwargs["previous"] = previous
+            if reads_tokens:
+                kwargs["token_ids"] = self._token_ids(
+                    input_ids, reads_tokens, previous.exists, past_key_values, kwargs.get("cache")
+                )
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(
@@ -257,6 +279,18 @@ class PeerModel(PeerPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _token_ids(
+        self, input_ids: Tensor | None, count: int, follows: Tensor, cache: Cache | None, paged: Any
+    ) -> Tensor:
+        if input_ids is None:
+            raise ValueError("layers of n-grams look up by token ids: pass input_ids, not inputs_embeds")
+        if paged is not None:
+            raise ValueError(
+                "paged caches, as of continuous batching, keep no token ids for layers of n-grams: generate with "
+                "another cache"
+            )
+        return preceding_tokens(input_ids, count, follows, cache, len(self.layers))
 
 
 class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):

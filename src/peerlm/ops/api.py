@@ -19,7 +19,7 @@ from torch import Tensor
 from peerlm.ops.backend import Backend
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
-from peerlm.ops.row_formats import SCALED_DTYPES
+from peerlm.ops.row_formats import SCALED_DTYPES, scales_shape, width
 from peerlm.ops.row_updates import RowState
 from peerlm.ops.whole_layer import WholeLayer
 
@@ -275,8 +275,10 @@ def mix_experts(
         weights, expert_ids: (T, P); ids int64 in 0 .. N - 1, repetitions count each time. Nothing comes of the id -1,
             a hole. Other ids raise an error; on a GPU, which the Triton kernels do not wait for, their tokens get NaN.
         rows: (N, 2, D), the experts' u and v, or (N, 3, D) with g for gated experts; a float dtype of
-            16 bits or more, or 8 bits with scales: int8, float8_e4m3fn.
-        scales: (N, 2 or 3) float32, what each vector of 8-bit rows is multiplied by; otherwise None.
+            16 bits or more, or 8 bits with scales: int8, float8_e4m3fn. Or int4, (N, 2 or 3, D / 2) uint8, see
+            `row_formats.INT4`.
+        scales: (N, 2 or 3) float32, what each vector of 8-bit rows is multiplied by; (N, 2 or 3, D / 32) for int4;
+            otherwise None.
         activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
         backend: a name in `BACKENDS`.
         row_gradients: give the gradient of `rows` as a sparse tensor of the rows that occur; those with scales have
@@ -301,11 +303,11 @@ def mix_experts(
         _check_float(rows, "rows")
     elif rows.requires_grad:
         raise ValueError(f"rows have dtype {rows.dtype} and require a gradient; rows with scales have none")
-    elif scales.shape != rows.shape[:2]:
+    elif scales.shape != (rows.shape[0], *scales_shape((*rows.shape[1:-1], width(rows)), rows.dtype)):
         _refuse_shapes(rows=rows, scales=scales)
     if rows.ndim != 3 or rows.shape[1] not in (2, 3):
         raise ValueError(f"rows have shape {tuple(rows.shape)}; it must be (N, 2, D), or (N, 3, D) for gated experts")
-    if weights.shape != expert_ids.shape or x.shape != (weights.shape[0], rows.shape[2]):
+    if weights.shape != expert_ids.shape or x.shape != (weights.shape[0], width(rows)):
         _refuse_shapes(x=x, weights=weights, expert_ids=expert_ids, rows=rows)
     module = _choose(
         "mix_experts", backend, x, weights, ids=expert_ids, rows=rows, scales=scales, row_gradients=row_gradients

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.row_shards import RowShard
+from peerlm.ops.tensors import is_fake
 from peerlm.ops.watched import watch_reads, with_views
 
 _WATCHER = "_peerlm_row_watcher"
@@ -107,6 +108,9 @@ class RowHolder(Protocol):
     watched: bool
     """Set once an optimizer watches any of its rows: its look-ups then belong `outside_graphs`."""
 
+    users: int
+    """How many layers look rows up."""
+
     trained_in_place: bool
     """Whether rows of 8 bits, which have no gradient, are trained: by an optimizer's update in the backward pass."""
 
@@ -135,7 +139,8 @@ def watch_rows(parameter: Tensor, watcher: RowWatcher) -> None:
     earlier = _watcher(parameter)
     if earlier is not None and earlier is not watcher:
         earlier.release(parameter)
-    watch_reads(parameter, partial(prepare_rows, parameter, None))
+    if not is_fake(parameter):  # of which nobody reads values
+        watch_reads(parameter, partial(prepare_rows, parameter, None))
     setattr(parameter, _WATCHER, watcher)
     if not hasattr(_call, "_torchdynamo_disable"):
         _call = torch.compiler.disable(_call, reason=_OUTSIDE)  # not above: this imports the compiler
@@ -220,6 +225,13 @@ def scales_of(parameter: Tensor) -> Tensor | None:
     return None
 
 
+def is_shared(parameter: Tensor) -> bool:
+    """Whether several layers look up rows of this parameter."""
+    return any(
+        holder.users > 1 and any(each is parameter for each in holder.row_parameters()) for holder in list(_holders)
+    )
+
+
 def is_watched(parameter: Tensor) -> bool:
     """Whether an optimizer watches this table, and may change its rows without a trace in the tensor's version."""
     return _watcher(parameter) is not None
@@ -252,11 +264,12 @@ def wants_row_gradients(parameter: Tensor) -> bool:
 def fused_row_update(parameter: Tensor) -> tuple[RowState, RowStep] | None:
     """The update that a backward pass applies to the rows of `parameter` in place of giving a gradient.
 
-    The caller must apply it once to every row that has a gradient. None where no optimizer asks for it.
-    Raises RuntimeError on a second backward pass in one step.
+    The caller must apply it once to every row that has a gradient. None where no optimizer asks for it, and where
+    several layers look rows up, whose gradients are to be summed first. Raises RuntimeError on a second backward pass
+    in one step.
     """
     watcher = _watcher(parameter)
-    return None if watcher is None else watcher.fused_update(parameter)
+    return None if watcher is None or is_shared(parameter) else watcher.fused_update(parameter)
 
 
 def _watcher(parameter: Tensor) -> RowWatcher | None:

@@ -41,6 +41,13 @@ def has_values(tensor: Tensor) -> bool:
     return _functorch.peek_interpreter_stack() is None
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor is a shape without values outside of a compiler: of FakeTensorMode, as of a dry run."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling()
+
+
 def may_have_holes(ids: Tensor) -> bool:
     """Whether an id is -1, which names no row; True where that cannot be known, as of a traced tensor."""
     return not has_values(ids) or bool((ids == -1).any())

@@ -7,6 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 def learning_rate(schedule: str, progress: float, *, peak: float, warmup: float, decay: float, final: float) -> float:
     """The learning rate that is due at a share `progress` of the budget.
@@ -63,10 +66,28 @@ def set_learning_rates(
 ) -> None:
     """Set "lr" in each group of `parameter_groups`: the scheduled learning rate times its multiplier.
 
-    With table_lr_decay, the multiplier of "table" goes linearly to 1 over the run.
+    With table_lr_decay, the multiplier of "table" goes linearly to 1 over the run. A learning rate that is a tensor
+    stays one, and gets the value.
     """
     for group in groups:
         multiplier = group["lr_multiplier"]
         if table_lr_decay and group["name"] == "table":
             multiplier = decaying_multiplier(progress, start=multiplier)
-        group["lr"] = learning_rate * multiplier
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate * multiplier)
+        else:
+            group["lr"] = learning_rate * multiplier
+
+
+def keep_learning_rates_on(device: torch.device, optimizer: torch.optim.Optimizer) -> None:
+    """Let torch's AdamW read learning rates from a device, as a captured step must; tables' rates stay numbers.
+
+    They are float32 there, in which torch's fused kernels read them, so that eager and captured steps have the same
+    bits.
+    """
+    for group in optimizer.param_groups:
+        if group.get("rows"):
+            continue
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+        if "capturable" in group:
+            group["capturable"] = True

@@ -4,6 +4,8 @@
 clipped, to log the norm), knows `linalg_vector_norm` for dense gradients alone.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from peerlm.ops.padded_rows import pad, padded_ids
 _library = torch.library.Library("aten", "IMPL")
 
 
+@cache
 def teach_torch_sparse_norms() -> None:
     """Let `torch.linalg.vector_norm` take sparse COO tensors of this process, where torch itself does not yet."""
     tiny = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (1,), check_invariants=True)

@@ -28,8 +28,12 @@ class Averaged:
         self.ranks = ranks
         self.sync = True
         self._queued = False
-        for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self._soon)
+        self._hooks = [each.register_post_accumulate_grad_hook(self._soon) for each in self.parameters]
+
+    def stop(self) -> None:
+        """Leave gradients as they are from now on."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _soon(self, parameter: Tensor) -> None:
         if self.sync and not self._queued:
@@ -46,14 +50,19 @@ class Averaged:
             flat = torch.cat([there, *(part.flatten() for part in parts)])
             dist.all_reduce(flat, group=self.ranks.group)
             self.ranks.traffic.received += 2 * (self.ranks.size - 1) * flat.nbytes // self.ranks.size
-            found = flat[: len(alike)].tolist()
+            missing = any(each.grad is None for each in alike)
+            # The device is waited for only where this rank cannot know.
+            found = flat[: len(alike)].tolist() if missing else [1.0] * len(alike)
             means = (flat[len(alike) :] / self.ranks.size).split([part.numel() for part in parts])
             for each, somewhere, mean in zip(alike, found, means, strict=True):
                 each.grad = mean.view_as(each).clone() if somewhere else None
 
 
 def average_gradients(model: nn.Module, parameters: Sequence[nn.Parameter], ranks: Axis) -> None:
-    """Average the gradients of these parameters of a model over ranks from now on."""
+    """Average the gradients of these parameters of a model, and of no others, over ranks from now on."""
+    before: Averaged | None = getattr(model, _AVERAGED, None)
+    if before is not None:
+        before.stop()
     setattr(model, _AVERAGED, Averaged(parameters, ranks))
 
 

@@ -5,6 +5,7 @@ import os
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+_RANKS = "_peerlm_ranks"
 NAMES = ("replica", "cols", "rows")
 """Dimensions of the mesh, the innermost last: ranks along "rows" are neighbours, within one node."""
 
@@ -36,4 +37,12 @@ def mesh(
         )
     if device_type is None:
         device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return init_device_mesh(device_type, (replica, cols, rows), mesh_dim_names=NAMES)
+    made = init_device_mesh(device_type, (replica, cols, rows), mesh_dim_names=NAMES)
+    setattr(made, _RANKS, init_device_mesh(device_type, (world,), mesh_dim_names=("ranks",)))
+    return made
+
+
+def all_ranks(mesh: DeviceMesh) -> DeviceMesh:
+    """All ranks of a mesh as one dimension, "ranks", over which FSDP2 cuts what is not a table."""
+    found: DeviceMesh | None = getattr(mesh, _RANKS, None)
+    return found or init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("ranks",))

@@ -1,21 +1,28 @@
 """Models over a mesh: new ones, whose tables are nowhere whole, and those that exist."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from peerlm.layers import ProductKeys, share_statistics
 from peerlm.layers.table import Table, class_of, tables_as
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.parallel.gradients import average_gradients
+from peerlm.parallel.meshes import all_ranks
 from peerlm.parallel.place import Place
 from peerlm.parallel.table import ShardedTable, sharded_at
 
 DENSE = ("shard", "replicate")
+_PLACE = "_peerlm_place"
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def build(config: PeerConfig, mesh: DeviceMesh, *, dense: str = "shard") -> PeerForCausalLM:
@@ -32,10 +39,15 @@ def build(config: PeerConfig, mesh: DeviceMesh, *, dense: str = "shard") -> Peer
     Raises:
         ValueError: a mesh or a setting that cannot be.
     """
+    return build_from(lambda: PeerForCausalLM(config), mesh, dense=dense)
+
+
+def build_from(make: Callable[[], ModelT], mesh: DeviceMesh, *, dense: str = "shard") -> ModelT:
+    """As `build`: the model that `make` makes, whose tables are sharded from the start."""
     place = _place(mesh, dense)
     torch.manual_seed(place.seed)
     with tables_as(sharded_at(place)), torch.device(mesh.device_type):
-        model = PeerForCausalLM(config)
+        model = make()
     return _spread(model, place, dense)
 
 
@@ -93,23 +105,57 @@ def _cut(table: Table, implementation: type[ShardedTable]) -> None:
 def _spread(model: Any, place: Place, dense: str) -> Any:
     """Spread what is not a table over the ranks of a model whose tables are sharded."""
     kept = kept_whole(model)
-    share_statistics(model, dist.group.WORLD)
     tables = {id(table.rows) for table in model.modules() if isinstance(table, ShardedTable)}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in tables]
     for tensor in (*rest, *_buffers(model)):
         dist.broadcast(tensor.detach(), src=0)
     if dense == "shard":
-        ranks = init_device_mesh(place.mesh.device_type, (place.world,), mesh_dim_names=("ranks",))
+        ranks = all_ranks(place.mesh)
         ignored = kept | {parameter for parameter in model.parameters() if id(parameter) in tables}
         whole_blocks = set(getattr(model, "_no_split_modules", None) or ())
         for module in list(model.modules()):
             if type(module).__name__ in whole_blocks:
                 fully_shard(module, mesh=ranks, ignored_params=ignored)
         fully_shard(model, mesh=ranks, ignored_params=ignored)
-        average_gradients(model, [each for each in rest if each in kept and each.requires_grad], place.all)
-    else:
-        average_gradients(model, [each for each in rest if each.requires_grad], place.all)
+    setattr(model, _PLACE, place)
+    exchange_gradients(model)
     return model
+
+
+def exchange_gradients(model: nn.Module) -> None:
+    """Share what ranks of a model of `build` or `parallelize` do: again where parameters are others, as after growth.
+
+    Raises ValueError for another model.
+    """
+    place: Place | None = getattr(model, _PLACE, None)
+    if place is None:
+        raise ValueError("the model is not one of peerlm.parallel.build or parallelize")
+    share_statistics(model, place.all.group)
+    tables = {id(table.rows) for table in model.modules() if isinstance(table, ShardedTable)}
+    whole = [each for each in model.parameters() if id(each) not in tables and not isinstance(each, DTensor)]
+    average_gradients(model, [each for each in whole if each.requires_grad], place.all)
+
+
+def place_of(model: nn.Module) -> Place:
+    """Where this rank is in the mesh of a model of `build` or `parallelize`."""
+    place: Place = getattr(model, _PLACE)
+    return place
+
+
+def checkpoint_attention(model: nn.Module) -> None:
+    """Compute attention again in backward passes, in place of keeping its activations; tables are not asked again."""
+    for attention in _attention(model):
+        attention.forward = partial(checkpoint, attention.forward, use_reentrant=False)
+
+
+def compile_dense(model: nn.Module) -> None:
+    """Let torch.compile compile attention: what is around tables communicates."""
+    for attention in _attention(model):
+        attention.compile()
+
+
+def _attention(model: nn.Module) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if name.rpartition(".")[2] in ("self_attn", "attention")]
 
 
 def kept_whole(model: nn.Module) -> set[nn.Parameter]:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from peerlm.ops.tensors import has_values
 from peerlm.parallel.meshes import NAMES
 
 
@@ -123,5 +124,5 @@ class Place:
             cols=axis("cols", cols),
             all=everyone,
             traffic=traffic,
-            seed=int(seed),
+            seed=int(seed) if has_values(seed) else torch.initial_seed(),
         )

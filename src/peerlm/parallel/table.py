@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peerlm.layers.table import Index, Replaced, Table, plain_kind, quantise
 from peerlm.ops.row_shards import RowShard, hold_shard
+from peerlm.ops.tensors import has_values
 from peerlm.parallel.columns import mix_columns
 from peerlm.parallel.exchange import gather_tokens, padded, sum_for_tokens
 from peerlm.parallel.layout import Piece, RowLayout
@@ -110,7 +111,7 @@ class ShardedTable(Table):
         return _outside_graphs(self._mix, weights_TP, ids_TP, x_TD, activation)
 
     def _mix(self, weights_TP: Tensor, ids_TP: Tensor, x_TD: Tensor | None, activation: str) -> Tensor:
-        tokens = self.place.all.most(len(ids_TP))
+        tokens = self._most(ids_TP)
         weights = padded(weights_TP.float() if weights_TP.dtype.itemsize < 4 else weights_TP, tokens)
         x = None if x_TD is None else padded(x_TD, tokens)
         ids = self._on_all(ids_TP, tokens)
@@ -126,7 +127,7 @@ class ShardedTable(Table):
         return _outside_graphs(self._dot, x_TD, ids_TP)
 
     def _dot(self, x_TD: Tensor, ids_TP: Tensor) -> Tensor:
-        tokens = self.place.all.most(len(ids_TP))
+        tokens = self._most(ids_TP)
         ids = self._on_all(ids_TP, tokens)
         x = padded(x_TD, tokens)
         if self.place.cols.size > 1:
@@ -160,6 +161,10 @@ class ShardedTable(Table):
     @property
     def _wide_dtype(self) -> torch.dtype:
         return self.rows.dtype if self.scales is None else self.scales.dtype
+
+    def _most(self, ids_TP: Tensor) -> int:
+        """How many tokens the rank with most has."""
+        return self.place.all.most(len(ids_TP)) if has_values(ids_TP) else len(ids_TP)
 
     def _on_all(self, ids: Tensor, tokens: int, *, counted: bool = True) -> Tensor:
         """Of ids (t, ...) of all ranks' tokens this rank's numbers of rows."""
@@ -221,7 +226,7 @@ class ShardedTable(Table):
     @torch.no_grad()
     def fill_normal(self, std: float, factors: Mapping[int, float] | None = None) -> None:
         """As of `Table`, by numbers that are functions of the place's seed, table, row and column; see `normal.py`."""
-        if self.rows.is_meta or getattr(self.rows, "_is_hf_initialized", False):
+        if not has_values(self.rows) or getattr(self.rows, "_is_hf_initialized", False):
             return
         scale = torch.full(self.row_shape[:-1], std, dtype=torch.float64)
         for vector, factor in (factors or {}).items():

@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from peerlm.data.preparation import say_old_split
 from peerlm.data.request import difference, sources_said
 from peerlm.data.sources import fingerprint, resolve
 from peerlm.errors import UserError
-from peerlm.layers import ExpertTable, ProductKeys, Table
+from peerlm.layers import ExpertTable, Table
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import api
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.optim.catch_up import check_betas
+from peerlm.parallel import build_from, checkpoint_attention, mesh
 from peerlm.ranks import Ranks
 from peerlm.train.budget import Budget
 from peerlm.train.config import DataConfig, OptimConfig, TrainConfig
@@ -170,22 +173,42 @@ def build_model(config: TrainConfig, shards: TokenShards, device: torch.device) 
     Raises UserError where the recipe's [model] is none that can be built.
     """
     torch.manual_seed(config.seed)
-    model = new_model(
+    model = _spread(
+        partial(
+            new_model,
+            config,
+            vocab_size=shards.vocab_size,
+            eos_token_id=shards.eos_token_id,
+            bos_token_id=shards.window_start[-1] if shards.window_start else None,
+        ),
         config,
-        vocab_size=shards.vocab_size,
-        eos_token_id=shards.eos_token_id,
-        bos_token_id=shards.window_start[-1] if shards.window_start else None,
     )
     if config.data.context > model.config.max_position_embeddings:
         raise UserError(
             f"data.context = {config.data.context} is more than model.max_position_embeddings = "
             f"{model.config.max_position_embeddings}: raise the latter or leave it out"
         )
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and config.parallel.sharded:
+        checkpoint_attention(model)  # not the tables: ranks would exchange their tokens twice
+    elif config.gradient_checkpointing:
         # transformers renamed it after 5.20, the last release for Python 3.10
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     nn.Module.to(model, device)
     return model
+
+
+def _spread(make: Callable[[], PeerForCausalLM], config: TrainConfig) -> PeerForCausalLM:
+    """A new model, whose tables are sharded where [parallel] says so.
+
+    Raises UserError where they cannot be.
+    """
+    parallel = config.parallel
+    if not parallel.sharded:
+        return make()
+    try:
+        return build_from(make, mesh(rows=parallel.rows, cols=parallel.cols), dense=parallel.dense)
+    except ValueError as error:
+        raise UserError(f"tables cannot be sharded as [parallel] says: {error}") from error
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torch.optim.Optimizer:
@@ -217,7 +240,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
         )
     if scaled:
         tables = _tables_in_place(tables, scaled[0].row_format)
-    if tables == "auto":
+    if config.parallel.sharded and tables == "dense":
+        raise UserError("optim.tables = 'dense' cannot be combined with [parallel]: leave it out, or set it to 'exact'")
+    if tables == "auto" and config.parallel.sharded:
+        tables = "exact"
+    elif tables == "auto":
         tables = "exact" if needs_rows or (not obstacle and _rows_pay(model, config, ranks)) else "dense"
     if tables == "dense":
         if needs_rows:
@@ -226,7 +253,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
     for group in groups:
         if group["name"] == "table":
             beta1 = optim.beta1 if optim.table_beta1 is None else optim.table_beta1
-            group.update(betas=(beta1, optim.beta2), row_wise=optim.table_row_wise)
+            row_wise = optim.table_moment_columns or optim.table_row_wise
+            group.update(betas=(beta1, optim.beta2), row_wise=row_wise)
     if tables == "fused" and not obstacle:
         micro_batch_size = config.data.micro_batch_size or config.data.batch_size
         if math.isfinite(optim.table_clip):
@@ -253,8 +281,10 @@ def _tables_in_place(tables: str, row_format: str) -> str:
 
 def _obstacle_to_rows(config: TrainConfig, ranks: Ranks) -> str:
     """What keeps gradients from being sparse, and its fix; empty where nothing does."""
+    if config.parallel.sharded:
+        return ""
     if ranks.world_size > 1:
-        return f"{ranks.world_size} processes, which exchange dense gradients: train with one"
+        return f"{ranks.world_size} processes, which exchange dense gradients: train with one, or set [parallel]"
     if config.compile:
         return "compile = true: set it to false"
     return ""
@@ -266,6 +296,8 @@ def _need_of_rows(model: nn.Module, config: OptimConfig) -> str:
         return f"optim.table_beta1 = {config.table_beta1}"
     if config.table_row_wise:
         return "optim.table_row_wise = true"
+    if config.table_moment_columns:
+        return f"optim.table_moment_columns = {config.table_moment_columns}"
     if any(isinstance(module, ExpertTable) and module.row_format == "bfloat16" for module in model.modules()):
         return "row_format = 'bfloat16', whose small steps would be lost by rounding"
     return ""
@@ -278,9 +310,10 @@ def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
     except ValueError:
         return False
     tokens = config.data.batch_size * config.data.context
-    layers = [module for module in model.modules() if isinstance(module, ProductKeys)]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "looked_up_rows")]
     largest = max((growth.sub_keys**2 for growth in read_growths(config.grow)), default=0)
     return api.updates_rows_on(ranks.device) and any(
-        tokens * keys.heads * keys.experts_per_head <= _QUICKER_BY_ROWS * max(keys.num_experts, largest)
-        for keys in layers
+        tokens * rows <= _QUICKER_BY_ROWS * max(table.num_rows, largest)
+        for layer in layers
+        for table, rows in layer.looked_up_rows()
     )

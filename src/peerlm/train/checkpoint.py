@@ -48,6 +48,8 @@ class TrainState:
     """Wall-clock time of the steps."""
     cpu_seconds: float = 0.0
     """Processor time of the steps on rank 0, over its threads."""
+    other_cpu_seconds: float | None = 0.0
+    """Processor time of other programs during the steps; None where it is not known."""
     evaluation_seconds: float = 0.0
     """Wall-clock time of the evaluations."""
     checkpoint_seconds: float = 0.0

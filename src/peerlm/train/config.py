@@ -100,6 +100,9 @@ class OptimConfig:
     """beta1 of tables; null: that of the rest. With 0 no mean of gradients is kept. Not with tables = "dense"."""
     table_row_wise: bool = False
     """Whether tables keep one mean square per row in place of one per weight. Not with tables = "dense"."""
+    table_moment_columns: int | None = added(None)
+    """Columns of a table, as 128, that share one mean square in each row; null: each weight has its own. Not with
+    tables = "dense"."""
     table_lr_multiplier: float = 1.0
     """Learning rate of expert tables over the learning rate of the rest."""
     table_lr_decay: bool = False
@@ -119,6 +122,9 @@ class OptimConfig:
         betas = "beta1 beta2" if self.table_beta1 is None else "beta1 beta2 table_beta1"
         _require(self, "optim.", betas, lambda value: 0 <= value < 1, "must be 0 or more, below 1")
         _require(self, "optim.", "weight_decay", _at_least_0, "must be 0 or more")
+        _require(self, "optim.", "table_moment_columns", _at_least_1, "must be at least 1")
+        if self.table_row_wise and self.table_moment_columns is not None:
+            raise UserError("optim.table_row_wise and optim.table_moment_columns are both set: choose one of them")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise UserError(f"optim.warmup + optim.decay = {self.warmup + self.decay:g}: must be at most 1")
 
@@ -213,6 +219,26 @@ class GrowConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How tables are sharded over the processes of torchrun; docs/parallel.md. Without rows and cols they are whole."""
+
+    rows: int | None = None
+    """Processes that the rows of a table are cut over, those of one node; null: those that cols leaves."""
+    cols: int | None = None
+    """Processes that the columns of a table are cut over, one of each node; null: those that rows leaves."""
+    dense: Literal["shard", "replicate"] = "shard"
+    """How all else lies: cut over all processes by FSDP2, or whole on each."""
+
+    def __post_init__(self) -> None:
+        _require(self, "parallel.", "rows cols", _at_least_1, "must be at least 1")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether tables are sharded."""
+        return self.rows is not None or self.cols is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run: a recipe's sections and the few settings above them."""
 
@@ -234,6 +260,8 @@ class TrainConfig:
     """Section [checkpoint]."""
     log: LogConfig = LogConfig()
     """Section [log]."""
+    parallel: ParallelConfig = field(default=ParallelConfig(), metadata={"added": True})
+    """Section [parallel]."""
     seed: int = 0
     """Sets initial weights, the order of the data and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -244,6 +272,8 @@ class TrainConfig:
     """Whether activations are computed again in the backward pass, which saves memory and costs time."""
     compile: bool = False
     """Whether torch.compile compiles the model."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Whether a step is captured in a CUDA graph, which takes one launch: "auto" where it can be; "on" says why not."""
     watchdog_minutes: float = 60.0
     """Minutes that one step may take before the process prints where it hangs, and ends with exit code 70; 0: any."""
 
@@ -253,5 +283,5 @@ class TrainConfig:
         _require(self, "", "seed", lambda value: 0 <= value < 2**64, "must be 0 or more and below 2**64")
 
 
-UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "data.workers", "watchdog_minutes")
+UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "parallel", "data.workers", "graph", "watchdog_minutes")
 """Keys, or sections, that a resumed run may change: the weights do not depend on them."""

@@ -19,7 +19,7 @@ from peerlm.growth.freezing import PARTS, Frozen
 from peerlm.growth.indexed import find_indexed_layers
 from peerlm.train.checkpoint import TrainState
 from peerlm.train.config import GrowConfig
-from peerlm.train.training import Hook, Training, place
+from peerlm.train.training import Hook, Role, Training, place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,10 @@ class Growing(Hook):
             if number < state.growths or state.opening == 1:
                 set_opening(training.model, 1)
         _adapt(training)
+
+    def role(self, training: Training, state: TrainState) -> Role:
+        """While new experts are let in, Python reads how far."""
+        return Role.NONE if state.opening == 1 else Role.DECIDES
 
     def before_step(self, training: Training, state: TrainState, progress: float) -> TrainState:
         """Grow where it is due, and let new experts in as far as they should be."""

@@ -1,11 +1,11 @@
 """The training loop: steps until the budget is spent, with rows of a log and checkpoints; see `Hook` for all else."""
 
-import math
+import logging
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from time import monotonic
@@ -13,17 +13,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from peerlm.data import Batch, batches
 from peerlm.errors import TrainingStopped
 from peerlm.optim import clip_gradients, learning_rate, set_learning_rates
+from peerlm.parallel import since_last
+from peerlm.train.captured import own_stream
 from peerlm.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from peerlm.train.config import CheckpointConfig
+from peerlm.train.feed import Feed
 from peerlm.train.interrupts import Interrupts
+from peerlm.train.measures import Unusable
 from peerlm.train.run_folder import last_good
 from peerlm.train.step import accumulate_gradients
-from peerlm.train.training import Training, place
+from peerlm.train.training import Role, Training, place
 from peerlm.train.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+_NORM, _TABLE_NORM = "gradient norm", "table gradient norm"
 
 
 def last_state(training: Training) -> TrainState:
@@ -55,19 +64,28 @@ def fit(training: Training, state: TrainState) -> TrainState:
         world_size=ranks.world_size,
         workers=config.data.workers,
     )
+    feed = Feed.to(ranks.device, stream)
+    training.measures.begin(state.interval_loss)
+    _say_obstacle(training)
     done = budget.reached(state.step, state.seconds)
     saved = monotonic()
     watchdog = Watchdog(60 * config.watchdog_minutes, lambda: last_good(training.folder))
-    with Interrupts() as interrupts, watchdog:
+    with own_stream(ranks.device), Interrupts() as interrupts, watchdog:
         while not done:
             progress = budget.next_progress(state.step, state.seconds)
             for hook in hooks:
                 state = hook.before_step(training, state, progress)
             with watchdog.step():
-                state, measured = take_step(training, state, stream, progress)
-            done = budget.reached(state.step, state.seconds)
-            _show(training, state)
-            if done or state.step % config.log.every == 0:
+                state, measured = take_step(training, state, feed, progress)
+                done = budget.reached(state.step, state.seconds)
+                is_row = done or state.step % config.log.every == 0
+                if not done:
+                    feed.read_ahead()
+                if is_row:
+                    state = read_measures(training, state)
+            if is_row or not training.runs_ahead:
+                _show(training, state)
+            if is_row:
                 state = _log_interval(training, state, measured)
             for hook in hooks:
                 state = hook.after_step(training, state, done=done)
@@ -95,10 +113,12 @@ def take_step(
         progress: share of the budget that is spent after the step.
 
     Raises:
-        TrainingStopped: the loss or a gradient is not finite; the optimizer has made no step then.
+        TrainingStopped: the loss or a gradient is not finite; the optimizer has made no step then. Where the training
+            runs ahead, `read_measures` raises it instead, some steps later.
     """
     config, ranks, hooks = training.config, training.ranks, training.hooks
     started, cpu_started = time.perf_counter(), time.process_time()
+    training.others.since()
     optim = config.optim
     rate = learning_rate(
         optim.schedule,
@@ -110,29 +130,25 @@ def take_step(
     )
     groups = training.optimizer.param_groups
     set_learning_rates(groups, rate, progress=progress, table_lr_decay=optim.table_lr_decay)
+    training.measures.count_step(state.step + 1, rate)
     seed_step(config.seed, state.step, ranks.rank)
     input_ids_BT = next(stream)["input_ids"]
     for hook in hooks:
         input_ids_BT = hook.batch(training, state, input_ids_BT)
     training.model.train()
-    with ExitStack() as stack:
-        seen = [stack.enter_context(hook.watching(training, state)) for hook in hooks]
-        loss = ranks.mean(
-            accumulate_gradients(
-                training.forward,
-                input_ids_BT.to(ranks.device),
-                micro_batch_size=config.data.micro_batch_size or len(input_ids_BT),
-                autocast=training.autocast,
-            )
-        )
-    added: dict[str, Any] = {}
-    for hook, what in zip(hooks, seen, strict=True):
-        added |= hook.after_backward(training, state, what)
-    norms = clip_gradients(groups, max_norm=optim.clip, table_max_norm=optim.table_clip)
-    values = {"loss": loss, **added, "gradient norm": norms.rest, "table gradient norm": norms.table}
-    _require_finite(training, state, rate, values)
-    training.optimizer.step()
+    roles = tuple(hook.role(training, state) for hook in hooks)
+    seen, added = training.steps.make(
+        None if Role.DECIDES in roles else roles,
+        input_ids_BT.to(ranks.device),
+        lambda input_ids_BT: _train_on(training, state, input_ids_BT, roles),
+    )
+    for hook, role, what in zip(hooks, roles, seen, strict=True):
+        if role is Role.LOOKS:
+            added = {**added, **hook.after_backward(training, state, what)}
     seconds = ranks.of_main(time.perf_counter() - started)
+    others = training.others.since()
+    if ranks.world_size > 1 or config.data.workers or state.other_cpu_seconds is None:
+        others = None  # the run's own processes would count as other programs
     state = replace(
         state,
         step=state.step + 1,
@@ -141,11 +157,55 @@ def take_step(
         flops=state.flops + training.flops_per_step,
         seconds=state.seconds + seconds,
         cpu_seconds=state.cpu_seconds + time.process_time() - cpu_started,
-        interval_loss=state.interval_loss + loss,
+        other_cpu_seconds=None if others is None else (state.other_cpu_seconds or 0.0) + others,
         interval_steps=state.interval_steps + 1,
         interval_seconds=state.interval_seconds + seconds,
     )
-    return state, {"lr": rate, "grad_norm": norms.rest, "table_grad_norm": norms.table, **added}
+    if not training.runs_ahead:
+        state = read_measures(training, state)
+    return state, {"lr": rate, **added}
+
+
+def _train_on(
+    training: Training, state: TrainState, input_ids_BT: Tensor, roles: Sequence[Role]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Forward, backward, clipping and the optimizer's step: all that a graph may hold.
+
+    Returns what each hook has seen, and what those that decide add to the row.
+    """
+    hooks, optim = training.hooks, training.config.optim
+    with ExitStack() as stack:
+        seen = [stack.enter_context(hook.watching(training, state)) for hook in hooks]
+        loss = training.ranks.mean(
+            accumulate_gradients(
+                training.forward,
+                input_ids_BT,
+                micro_batch_size=training.config.data.micro_batch_size or len(input_ids_BT),
+                autocast=training.autocast,
+            )
+        )
+    added: dict[str, Any] = {}
+    for hook, role, what in zip(hooks, roles, seen, strict=True):
+        if role is Role.DECIDES:
+            added |= hook.after_backward(training, state, what)
+    norms = clip_gradients(training.optimizer.param_groups, max_norm=optim.clip, table_max_norm=optim.table_clip)
+    numbers = {"loss": loss, **{name: value for name, value in added.items() if isinstance(value, Tensor)}}
+    training.measures.add({**numbers, _NORM: norms.of_rest, _TABLE_NORM: norms.of_tables})
+    if not training.runs_ahead:
+        _require_finite(training, training.measures.read()[1])
+    training.optimizer.step()
+    return seen, added
+
+
+def read_measures(training: Training, state: TrainState) -> TrainState:
+    """Wait for what the steps have measured; returns the state with the sum of the interval's losses.
+
+    Raises:
+        TrainingStopped: since the last time a number was not finite.
+    """
+    loss_sum, unusable = training.measures.read()
+    _require_finite(training, unusable)
+    return replace(state, interval_loss=loss_sum)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -154,8 +214,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def save(training: Training, state: TrainState) -> TrainState:
-    """Write a checkpoint, which changes no weight."""
+    """Write a checkpoint, which changes no weight; raises TrainingStopped where these are not what they should be."""
     started = time.perf_counter()
+    state = read_measures(training, state)
     peak = max(state.peak_memory_bytes, peak_memory_bytes(training.ranks.device))
     state = replace(state, peak_memory_bytes=peak)
     with training.ranks.together():
@@ -204,23 +265,38 @@ def _show(training: Training, state: TrainState) -> None:
 def _log_interval(training: Training, state: TrainState, measured: Mapping[str, Any]) -> TrainState:
     """Write the row of the steps since the last one; what was measured is of the last step."""
     loss, tokens_per_second = _interval(training, state)
-    training.write({**place(state), "loss": loss, "tokens_per_second": tokens_per_second, **measured})
+    newest = training.measures.newest
+    norms = {"grad_norm": newest[_NORM], "table_grad_norm": newest[_TABLE_NORM]}
+    found = {name: newest[name] if isinstance(value, Tensor) else value for name, value in measured.items()}
+    row = {"loss": loss, "tokens_per_second": tokens_per_second, "lr": measured["lr"], **norms}
+    if training.config.parallel.sharded:
+        tokens = training.tokens_per_step * state.interval_steps / training.ranks.world_size
+        row |= since_last(training.model, tokens)
+    training.write({**place(state), **row, **found})
     training.display.row(
         f"step {state.step}  {training.budget.progress(state.step, state.seconds):.1%}  loss {loss:.4f}  "
         f"lr {measured['lr']:.3g}  {tokens_per_second:,.0f} tokens/s"
     )
+    training.measures.begin()
     return replace(state, train_loss=loss, interval_loss=0.0, interval_steps=0, interval_seconds=0.0)
 
 
-def _require_finite(training: Training, state: TrainState, rate: float, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            doing = f"learning {training.stage}" if training.stage else "training"
-            raise TrainingStopped(
-                f"{doing} stopped at step {state.step + 1}: the {name} is {value} at learning rate {rate:.3g}; "
-                f"{last_good(training.folder)}; {training.lower_rate}",
-                exit_code=3,
-            )
+def _require_finite(training: Training, unusable: Unusable | None) -> None:
+    if unusable is not None:
+        doing = f"learning {training.stage}" if training.stage else "training"
+        raise TrainingStopped(
+            f"{doing} stopped at step {unusable.step}: the {unusable.name} is {unusable.value} at learning rate "
+            f"{unusable.learning_rate:.3g}; {last_good(training.folder)}; {training.lower_rate}",
+            exit_code=3,
+        )
+
+
+def _say_obstacle(training: Training) -> None:
+    """Say why steps are not captured in graphs, where one could expect them to be."""
+    if training.steps.obstacle and (
+        training.config.graph == "on" or (training.config.graph == "auto" and training.runs_ahead)
+    ):
+        log.warning("steps are not captured in graphs, and so are slower: %s", training.steps.obstacle)
 
 
 def _stopped(training: Training, state: TrainState, number: signal.Signals) -> TrainingStopped:

@@ -96,10 +96,9 @@ def plain_values(config: Any) -> dict[str, Any]:
     values = {}
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
-        if dataclasses.is_dataclass(value):
-            values[entry.name] = plain_values(value)
-        elif not entry.metadata.get("added") or value != entry.default:
-            values[entry.name] = value
+        if entry.metadata.get("added") and value == entry.default:
+            continue
+        values[entry.name] = plain_values(value) if dataclasses.is_dataclass(value) else value
     return values
 
 

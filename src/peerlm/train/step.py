@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+
+from peerlm.parallel import unsynchronised
 
 
 def accumulate_gradients(
@@ -18,16 +19,15 @@ def accumulate_gradients(
     """Replace the gradients of `model` by those of its mean loss over a batch; returns that loss, detached.
 
     Each micro-batch weighs as many windows as it holds, so that where a loss is a mean over windows, their
-    number does not change it. input_ids_BT: (B, T) int64. Under DistributedDataParallel ranks exchange
-    gradients once.
+    number does not change it. input_ids_BT: (B, T) int64. Ranks exchange gradients once, under DistributedDataParallel
+    or `peerlm.parallel`.
     """
     model.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=input_ids_BT.device)
     micro_batches = input_ids_BT.split(micro_batch_size)
     for index, micro_BT in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
-        unsynced = isinstance(model, DistributedDataParallel) and not last
-        with model.no_sync() if unsynced else nullcontext():  # type: ignore[operator]
+        with nullcontext() if last else unsynchronised(model):
             with autocast():
                 share = model(input_ids=micro_BT, labels=micro_BT, use_cache=False).loss * (
                     len(micro_BT) / len(input_ids_BT)

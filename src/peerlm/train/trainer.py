@@ -54,7 +54,7 @@ def train(config: TrainConfig, *, resume: Resume = False, progress: bool = True)
     """
     run = Path(config.run)
     try:
-        with join_ranks(config.device) as ranks:
+        with join_ranks(config.device, always=config.parallel.sharded) as ranks:
             with ranks.together():
                 check_run(config, resume=resume)
             if (run / "summary.json").is_file():
@@ -104,6 +104,7 @@ def _summary(training: Training, state: TrainState, evaluation: Mapping[str, Any
         "seconds": state.seconds,
         "tokens_per_second": state.tokens / state.seconds,
         "cpu_seconds": state.cpu_seconds,
+        "other_cores": None if state.other_cpu_seconds is None else max(0.0, state.other_cpu_seconds) / state.seconds,
         "evaluation_seconds": state.evaluation_seconds,
         "checkpoint_seconds": state.checkpoint_seconds,
         "peak_memory_bytes": max(state.peak_memory_bytes, peak_memory_bytes(training.ranks.device)),

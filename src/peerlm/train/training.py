@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peerlm.data import TokenWindows
 from peerlm.layers import share_statistics
+from peerlm.optim import keep_learning_rates_on
+from peerlm.parallel import compile_dense, exchange_gradients
 from peerlm.ranks import Ranks
 from peerlm.train.budget import Budget
+from peerlm.train.captured import GRAPHS, Steps, runs_ahead
 from peerlm.train.checkpoint import TrainState, list_checkpoints
 from peerlm.train.config import TrainConfig
+from peerlm.train.disturbance import OtherPrograms
+from peerlm.train.measures import Measures
 from peerlm.train.runlog import Display, RunLog
 from peerlm.train.space import check_space
 
@@ -41,6 +47,10 @@ class Training:
     optimizer: torch.optim.Optimizer
     forward: nn.Module = field(init=False)
     """What a step calls: the model, or what wraps it."""
+    steps: Steps = field(init=False)
+    """What makes the steps."""
+    measures: Measures = field(init=False)
+    """What they have measured."""
     flops_per_step: float
     """Over all ranks."""
     budget: Budget
@@ -50,10 +60,15 @@ class Training:
     lower_rate: str = "start another run with a lower optim.learning_rate"
     """What to do where the loss is not finite."""
     display: Display = field(default_factory=lambda: Display(Path(), wanted=False))
+    others: OtherPrograms = field(default_factory=OtherPrograms)
+    """How busy the machine is besides."""
     log: RunLog | None = None
     """Rows of the run; None on other ranks than 0, and outside of `reporting`."""
 
     def __post_init__(self) -> None:
+        self.measures = Measures(self.ranks.device)
+        if self.runs_ahead:
+            keep_learning_rates_on(self.ranks.device, self.optimizer)
         self.wrap()
 
     @property
@@ -65,6 +80,11 @@ class Training:
     def tokens_per_step(self) -> int:
         """Tokens of new text, over all ranks."""
         return self.config.data.batch_size * self.config.data.context
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether steps are asked for before those before them are done, and what they measure is read later."""
+        return runs_ahead(self.ranks.device)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The context of forward passes, by the configured precision."""
@@ -97,11 +117,29 @@ class Training:
     def wrap(self) -> None:
         """Let steps exchange gradients between ranks, and be compiled if asked; again where parameters are others."""
         self.unwrap()
-        if self.ranks.world_size > 1:
+        sharded = self.config.parallel.sharded
+        if sharded:
+            exchange_gradients(self.model)
+        elif self.ranks.world_size > 1:
             share_statistics(self.model, dist.group.WORLD)
             self.forward = DistributedDataParallel(self.model, forward_sync_buffers=False)
-        if self.config.compile:
+        if self.config.compile and sharded:
+            compile_dense(self.model)
+        elif self.config.compile:
             self.forward = torch.compile(self.forward)  # type: ignore[assignment]
+        known = self.steps.obstacle if hasattr(self, "steps") else self._obstacle_to_graphs()
+        self.steps = Steps(self.ranks.device, self.optimizer, known)
+
+    def _obstacle_to_graphs(self) -> str:
+        """Why no step of this run is captured in a graph, as far as can be known before; empty where nothing is."""
+        config, device = self.config, self.ranks.device
+        if config.graph == "off":
+            return "graph = 'off'"
+        if device.type not in GRAPHS:
+            return f"the run is on device {device}, and a graph is one of CUDA's"
+        if self.ranks.world_size > 1 or config.parallel.sharded:
+            return f"{self.ranks.world_size} processes exchange tokens or gradients in each step"
+        return "compile = true" if config.compile else ""
 
     def unwrap(self) -> None:
         """Drop what exchanges gradients while the processes are still joined: it can hang afterwards."""
@@ -110,6 +148,16 @@ class Training:
         share_statistics(self.model, None)
         if exchanged:
             gc.collect()
+
+
+class Role(Enum):
+    """What a hook has to do with the forward and backward passes of a step."""
+
+    NONE = "none"
+    LOOKS = "looks"
+    """Its `watching` and `after_backward` change nothing: the latter may come after the step."""
+    DECIDES = "decides"
+    """Python is needed within the step, which so cannot be the replay of a graph."""
 
 
 class Hook:
@@ -130,6 +178,14 @@ class Hook:
         """What the step reads in place of this batch: (B, T) int64, windows of new text first."""
         return input_ids_BT
 
+    def role(self, training: Training, state: TrainState) -> Role:
+        """What `watching` and `after_backward` do in this step; by default, where there are any, they may do anything.
+
+        Steps in which all hooks have the same roles may be replays of one graph.
+        """
+        silent = type(self).watching is Hook.watching and type(self).after_backward is Hook.after_backward
+        return Role.NONE if silent else Role.DECIDES
+
     def watching(self, training: Training, state: TrainState) -> AbstractContextManager[Any]:
         """The context of the forward and backward passes over the batch, with the model in training mode."""
         return nullcontext()
@@ -137,7 +193,8 @@ class Hook:
     def after_backward(self, training: Training, state: TrainState, seen: Any) -> dict[str, Any]:
         """Add to gradients or restrict them, before they are clipped; returns what joins the row of the log.
 
-        `seen` is what `watching` gave. A number that is not finite stops the run.
+        `seen` is what `watching` gave. A number on a device, (), is read when the row is written; one that is not
+        finite stops the run.
         """
         return {}
 

@@ -14,7 +14,7 @@ from peerlm.optim import RowAdamW
 from peerlm.ranks import Ranks
 from peerlm.train.checkpoint import TrainState
 from peerlm.train.config import EvalConfig
-from peerlm.train.training import Hook, Training, place
+from peerlm.train.training import Hook, Role, Training, place
 from peerlm.usage import ExpertUsage, record_usage
 
 
@@ -65,10 +65,17 @@ class UsageSample(Hook):
     def __init__(self, every: int) -> None:
         self.every = every
 
+    def role(self, training: Training, state: TrainState) -> Role:
+        """It looks on in the steps that are due."""
+        return Role.LOOKS if self._is_due(state) else Role.NONE
+
+    def _is_due(self, state: TrainState) -> bool:
+        return self.every > 0 and (state.step + 1) % self.every == 0
+
     @contextmanager
     def watching(self, training: Training, state: TrainState) -> Iterator[Mapping[str, ExpertUsage]]:
         """Count in the steps that are due."""
-        if not self.every or (state.step + 1) % self.every:
+        if not self._is_due(state):
             yield {}
             return
         with record_usage(training.model) as usage:

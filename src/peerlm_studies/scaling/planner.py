@@ -271,6 +271,9 @@ def _figures(tried: _Tried) -> dict[str, Any]:
 def _cost(settings: Mapping[str, Any], context: int) -> Cost:
     """Of a model, from that of its backbone and of one feed-forward layer of each kind, since costs add up."""
     layers = settings["num_hidden_layers"]
+    if settings.get("share_tables"):  # what layers share counts once
+        with torch.device("meta"):
+            return model_cost(PeerForCausalLM(PeerConfig(**settings)), context)
     blocks = Counter(kinds_of_blocks(settings.get("ffw_layers"), layers))
     one, two = (_backbone_cost(_backbone_text(settings, count), context) for count in (1, 2))
     dense, of_kind = (
@@ -290,7 +293,7 @@ def _cost(settings: Mapping[str, Any], context: int) -> Cost:
 
 def _backbone_text(settings: Mapping[str, Any], layers: int) -> str:
     """The settings of a model of dense blocks, as JSON: every method and number of experts asks for the same."""
-    kept = {name: value for name, value in settings.items() if name not in CONFIGURABLE_KINDS}
+    kept = {name: value for name, value in settings.items() if name not in (*CONFIGURABLE_KINDS, "share_tables")}
     return json.dumps({**kept, "ffw_layers": "dense", "num_hidden_layers": layers}, sort_keys=True)
 
 

@@ -16,6 +16,7 @@ SIZES = {
     "expert_choice": ("num_experts", "capacity_factor"),
     "token_choice": ("num_experts", "experts_per_token"),
     "fine_grained_moe": ("num_experts", "experts_per_token"),
+    "hashed_ngrams": ("num_rows", "hashes", "orders"),
 }
 """By kind of layer, the settings that are its expansion and granularity: all others must be alike in a group."""
 BACKBONE = (
@@ -131,6 +132,9 @@ def experts_of(model: Mapping[str, Any]) -> tuple[float, float]:
     if kind in ("peer", "pkm"):
         active = float(settings[SIZES[kind][1]] * settings[SIZES[kind][2]])
         return active, experts / active
+    if kind == "hashed_ngrams":
+        lookups = float(settings["hashes"] * len(settings["orders"]))
+        return lookups, experts / lookups
     return float(settings[SIZES[kind][1]]), experts / float(settings[SIZES[kind][1]])
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peerlm.ops.cpu import native
 from peerlm.ops.cpu.native import as_bytes
-from peerlm.ops.row_formats import SCALED_DTYPES
+from peerlm.ops.row_formats import SCALED_DTYPES, width
 from peerlm.ops.tensors import has_values
 from peerlm.ops.whole_layer import WholeLayer
 
@@ -35,13 +35,13 @@ def whole_layer(layer: WholeLayer) -> Callable[[Tensor], Tensor | None] | None:
         layer.scales,
         layer.activation,
     ).run
-    width = layer.rows.shape[2]
+    dim = width(layer.rows)
 
     def call(x: Tensor) -> Tensor | None:
         tokens = len(x)
         if x.dtype != torch.float32 or not (0 < tokens <= FEW_TOKENS and x.is_cpu and has_values(x)):
             return None
-        if x.shape != (tokens, width) or not x.is_contiguous():
+        if x.shape != (tokens, dim) or not x.is_contiguous():
             return None
         y = torch.empty_like(x)
         run(x.data_ptr(), tokens, y.data_ptr())

@@ -1,0 +1,123 @@
+"""A recipe of equal seconds: methods, points in seconds, and the runs that they become at measured speeds."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from peerlm.errors import UserError, listed
+from peerlm.train.config import TrainConfig
+from peerlm.train.recipe import bound_values, from_dict, read_recipe
+from peerlm_studies.comparison.plan import CompareConfig, ComparisonRecipe, PlannedRun, comparison_of, take_section
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondsConfig:
+    """Section [seconds] of a recipe: how long methods train."""
+
+    points: tuple[float, ...]
+    """Seconds of training; every method is trained once for each, with a schedule of its own."""
+    only: dict[str, Any] = field(default_factory=dict)
+    """By method, the points for which it is trained in place of all: a size that is best for few seconds alone."""
+    warm_up: int = 5
+    """Steps before those that are timed: memory is new in them."""
+    rounds: int = 20
+    """Steps that are timed, of which the median counts."""
+
+    def __post_init__(self) -> None:
+        if not self.points or min(self.points) <= 0:
+            raise UserError(f"seconds.points = {list(self.points)}: name at least one number above 0")
+        if self.warm_up < 1 or self.rounds < 1:
+            raise UserError(f"seconds.warm_up = {self.warm_up}, seconds.rounds = {self.rounds}: each at least 1")
+        for method, points in self.only.items():
+            if not isinstance(points, list) or not all(point in self.points for point in points):
+                raise UserError(f"seconds.only.{method} = {points!r}: give a list of some of {list(self.points)}")
+
+    def points_of(self, method: str) -> list[float]:
+        """The points for which this method is trained."""
+        return [float(point) for point in self.only.get(method, self.points)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedRun:
+    """One training run, and the seconds that it stands for."""
+
+    method: str
+    seconds: float
+    planned: PlannedRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondsPlan:
+    """A study of equal seconds."""
+
+    seconds: SecondsConfig
+    recipe: ComparisonRecipe
+
+    @property
+    def output(self) -> Path:
+        """The folder of the study."""
+        return self.recipe.output
+
+    @property
+    def compare(self) -> CompareConfig:
+        """What is measured of each run."""
+        return self.recipe.compare
+
+    def timed(self, method: str) -> TrainConfig:
+        """What the speed of a method is measured on: its run of as many steps."""
+        steps = self.seconds.warm_up + self.seconds.rounds
+        return self.recipe.run(method, seed=self.compare.seeds[0], sweep={}, changes={"budget.steps": steps}).train
+
+    def speed_key(self, method: str, threads: int) -> str:
+        """Digest of all that a method's speed depends on but the machine."""
+        values = {**bound_values(self.timed(method)), "threads": threads, "rounds": self.seconds.rounds}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def runs(self, seconds_per_step: Mapping[str, float]) -> list[TimedRun]:
+        """The runs at these speeds, those of few seconds first; seeds within.
+
+        Raises:
+            UserError: a point has no room for a single step of a method.
+        """
+        runs = []
+        for point in sorted(self.seconds.points):
+            for seed in self.compare.seeds:
+                for method in self.recipe.methods:
+                    if point not in self.seconds.points_of(method):
+                        continue
+                    steps = int(point / seconds_per_step[method])
+                    if not steps:
+                        raise UserError(
+                            f"seconds.points has {point:g}, and one step of {method} takes "
+                            f"{seconds_per_step[method]:.3g} s: raise it, or lower data.batch_size"
+                        )
+                    planned = self.recipe.run(
+                        method, seed=seed, sweep={"seconds": f"{point:g}"}, changes={"budget.steps": steps}
+                    )
+                    runs.append(TimedRun(method=method, seconds=point, planned=planned))
+        return runs
+
+
+def load_seconds(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> SecondsPlan:
+    """Read a recipe of equal seconds: a comparison's (see `load_plan`) with [seconds] in the place of [budget].
+
+    Raises:
+        UserError: as `load_plan`, or [seconds] is wrong or not there, or the recipe has what it replaces.
+    """
+    values = read_recipe(path, overrides)
+    seconds = take_section(values, "seconds")
+    if not seconds:
+        raise UserError(f"{path} is no recipe of equal seconds: add a section [seconds] with points")
+    if take_section(values, "budget"):
+        raise UserError(f"{path} sets a budget beside seconds.points: leave [budget] out")
+    recipe = comparison_of(values, path)
+    if recipe.compare.sweep:
+        raise UserError(f"{path} has compare.sweep beside seconds.points: write each setting as a method")
+    study = from_dict(SecondsConfig, seconds, prefix="seconds.")
+    for method in study.only:
+        if method not in recipe.methods:
+            raise UserError(f"seconds.only names {method!r}: choose from {listed(recipe.methods)}")
+    return SecondsPlan(seconds=study, recipe=replace(recipe, shared=recipe.shared | {"budget": {}}))

@@ -1,0 +1,176 @@
+"""Losses at equal seconds: speeds are measured once, then runs are made of as many steps as fit."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from rich.console import Console
+
+from peerlm.files import write_bytes, write_json
+from peerlm.terminal import print_markdown
+from peerlm.train.build import prepare_data
+from peerlm_studies.comparison.make_rows import ROWS_FILE, make_rows
+from peerlm_studies.equal_seconds.plan import SecondsPlan, TimedRun, load_seconds
+from peerlm_studies.equal_seconds.speed import measure_speed
+from peerlm_studies.figures import finish, save_plot
+from peerlm_studies.frontier.tables import BUSY
+from peerlm_studies.intervals import plus_minus
+from peerlm_studies.isoflop.fit import pooled_spread
+from peerlm_studies.markdown import markdown_rows
+from peerlm_studies.rows import append_row, read_rows
+
+SPEEDS_FILE = "speeds.jsonl"
+"""Where in the study's folder its speeds are; while a row is there it is not measured again."""
+
+
+def equal_seconds(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool = True) -> list[dict[str, Any]]:
+    """Train the methods of a recipe of equal seconds (see `load_seconds`), then write the table and the plot.
+
+    First each method's seconds per step are measured, with nothing else running if they are to be worth something, and
+    kept as rows of OUTPUT/speeds.jsonl. A point in seconds is then a number of steps. So a run has the schedule of its
+    point, resumes to the same bits, and its loss does not depend on what else the machine does while it is trained.
+    Runs are rows of OUTPUT/rows.jsonl, as a comparison's. OUTPUT also gets seconds.json, seconds.md and seconds.png.
+
+    Returns:
+        A row per method and point, as `seconds_table` makes them.
+
+    Raises:
+        UserError: a mistake in the recipe or its data.
+        TrainingStopped: a run was stopped or its loss was not finite; it carries that run's exit code.
+    """
+    plan = load_seconds(recipe, list(overrides))
+    console = Console(quiet=not progress)
+    speeds = measure_speeds(plan, console, progress=progress)
+    runs = plan.runs({method: speed["seconds_per_step"] for method, speed in speeds.items()})
+    make_rows([run.planned for run in runs], plan.compare, plan.output, console, shown=progress)
+    table = seconds_table(plan, runs, read_rows(plan.output / ROWS_FILE), speeds)
+    write_json(plan.output / "seconds.json", table)
+    write_bytes(plan.output / "seconds.md", seconds_markdown(table).encode())
+    save_plot(plot_seconds(table), plan.output / "seconds.png")
+    if progress:
+        print_markdown(seconds_markdown(table))
+    console.print(f"Table, plot, speeds and rows are in {plan.output}.", highlight=False, soft_wrap=True)
+    return table
+
+
+def measure_speeds(plan: SecondsPlan, console: Console, *, progress: bool) -> dict[str, dict[str, Any]]:
+    """The rows of speeds by method; those that OUTPUT/speeds.jsonl lacks are measured now, one after the other."""
+    path = plan.output / SPEEDS_FILE
+    have = {row["key"]: row for row in read_rows(path)}
+    found = {}
+    for method in plan.recipe.methods:
+        key = plan.speed_key(method, torch.get_num_threads())
+        if key not in have:
+            train = plan.timed(method)
+            prepare_data(train.data, progress=progress)
+            have[key] = {"key": key, "method": method, **measure_speed(train, warm_up=plan.seconds.warm_up)}
+            append_row(path, have[key])
+            console.print(_said(have[key]), markup=False, highlight=False, soft_wrap=True)
+        found[method] = have[key]
+    return found
+
+
+def _said(speed: Mapping[str, Any]) -> str:
+    text = f"{speed['method']}: {1e3 * speed['seconds_per_step']:.1f} ms a step"
+    if busy(speed):
+        text += (
+            f"; other programs used {speed['other_cores']:.1f} cores meanwhile: for seconds that compare, delete the "
+            f"row from {SPEEDS_FILE} and measure again on a quiet machine"
+        )
+    return text
+
+
+def busy(speed: Mapping[str, Any]) -> bool | None:
+    """Whether other programs used the machine while a speed was measured; None where that is not known."""
+    return None if speed["other_cores"] is None else speed["other_cores"] > BUSY
+
+
+def seconds_table(
+    plan: SecondsPlan, runs: Sequence[TimedRun], rows: Sequence[Mapping[str, Any]], speeds: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """One row per point and method whose runs were made, over its seeds.
+
+    Each has seconds, method, seeds, loss, half_width (of its 95% interval, from the spread of all methods at the
+    point), perplexity, steps, tokens, seconds_per_step, threads, other_cores and `disturbed`, all three of the speed.
+    """
+    by_key = {row["key"]: row for row in rows}
+    groups: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        row = by_key.get(run.planned.key(plan.compare))
+        if row is not None:
+            groups.setdefault((run.seconds, run.method), []).append(row)
+    losses = {place: [row["summary"]["validation_loss"] for row in own] for place, own in groups.items()}
+    spreads = {point: pooled_spread(own for (other, _), own in losses.items() if other == point) for point, _ in groups}
+    return [
+        {
+            "seconds": point,
+            "method": method,
+            "seeds": [row["seed"] for row in own],
+            "loss": (loss := statistics.fmean(losses[point, method])),
+            "half_width": spreads[point].half_width(len(own)),
+            "perplexity": math.exp(loss),
+            "steps": own[0]["summary"]["steps"],
+            "tokens": own[0]["summary"]["tokens"],
+            **{name: speeds[method][name] for name in ("seconds_per_step", "threads", "other_cores")},
+            "device": speeds[method]["machine"].get("accelerator", "cpu"),
+            "disturbed": busy(speeds[method]),
+        }
+        for (point, method), own in groups.items()
+    ]
+
+
+def seconds_markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """Perplexity by method and point, with its interval where there are several seeds; an asterisk at the lowest."""
+    points = list(dict.fromkeys(row["seconds"] for row in table))
+    methods = list(dict.fromkeys(row["method"] for row in table))
+    found = {(row["method"], row["seconds"]): row for row in table}
+    best = {point: min(row["loss"] for row in table if row["seconds"] == point) for point in points}
+
+    def cell(method: str, point: float) -> str:
+        row = found.get((method, point))
+        if row is None:
+            return ""
+        half = None if row["half_width"] is None else row["perplexity"] * row["half_width"]
+        text = plus_minus(row["perplexity"], half, "{:,.1f}")
+        return f"{text}*" if row["loss"] == best[point] else text
+
+    columns = {"method": methods}
+    columns |= {f"{point:,g} s": [cell(method, point) for method in methods] for point in points}
+    speeds = {row["method"]: row for row in table}
+    columns["ms a step"] = [f"{1e3 * speeds[method]['seconds_per_step']:,.1f}" for method in methods]
+    threads = sorted({f"{row['device']}, {row['threads']} threads" for row in table})
+    notes = [
+        f"Held-out perplexity after so many seconds of training steps, at speeds on {'; '.join(threads)}. "
+        "An asterisk: the lowest of all."
+    ]
+    if disturbed := [method for method in methods if speeds[method]["disturbed"]]:
+        notes.append(f"Other programs used the machine while speeds were measured of: {', '.join(disturbed)}.")
+    if unknown := [method for method in methods if speeds[method]["disturbed"] is None]:
+        notes.append(f"Whether they did is not known of: {', '.join(unknown)}.")
+    return f"{markdown_rows(columns)}\n{' '.join(notes)}\n"
+
+
+def plot_seconds(table: Sequence[Mapping[str, Any]]) -> Figure:
+    """Perplexity over seconds, a line per method; both axes logarithmic."""
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for method in dict.fromkeys(row["method"] for row in table):
+        own = [row for row in table if row["method"] == method]
+        bars = [(row["half_width"] or 0.0) * row["perplexity"] for row in own]
+        axes.errorbar(
+            [row["seconds"] for row in own], [row["perplexity"] for row in own], bars, marker="o", label=method
+        )
+    axes.set(xscale="log", yscale="log", xlabel="seconds of training steps", ylabel="held-out perplexity")
+    points = sorted({row["seconds"] for row in table})
+    axes.set_xticks(points, [f"{point:,g}" for point in points])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(frameon=False)
+    finish(axes)
+    return figure

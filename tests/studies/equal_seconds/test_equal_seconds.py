@@ -1,0 +1,193 @@
+"""Points in seconds become steps at measured speeds; speeds are measured once, and say whether others were at work."""
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from peerlm import UserError
+from peerlm.cli import main
+from peerlm.data import prepare
+from peerlm.terminal import print_markdown
+from peerlm.train.disturbance import OtherPrograms
+from peerlm_studies.equal_seconds import study
+from peerlm_studies.equal_seconds.plan import SecondsPlan, load_seconds
+from peerlm_studies.rows import append_row, read_rows
+
+RECIPE = """
+run = "{folder}/out"
+[data]
+folder = "{folder}/tokens"
+vocab_size = 300
+context = 16
+batch_size = 4
+[model]
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+[compare]
+seeds = [0, 1]
+[seconds]
+points = [3, 1]
+warm_up = 1
+rounds = 2
+[seconds.only]
+PEER = [3]
+[methods.dense.model]
+ffw_layers = "dense"
+[methods.PEER.model]
+ffw_layers = "peer"
+peer = {{ num_experts = 16, heads = 1, experts_per_head = 2, key_dim = 4 }}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(folder=tmp_path))
+    return path
+
+
+def measured(others: float | None = 0.0) -> Any:
+    """A stand-in for `measure_speed`: PEER's step takes twice dense's 0.1 s. It counts its calls."""
+
+    def measure(train: Any, *, warm_up: int) -> dict[str, Any]:
+        measure.calls += 1  # type: ignore[attr-defined]
+        seconds = 0.2 if train.model["ffw_layers"] == "peer" else 0.1
+        return {"seconds_per_step": seconds, "spread": 0.0, "other_cores": others, "threads": 2, "machine": {}}
+
+    measure.calls = 0  # type: ignore[attr-defined]
+    return measure
+
+
+def made(runs: Sequence[Any], compare: Any, output: Path, console: Console, *, shown: bool) -> None:
+    """A stand-in for `make_rows`: more steps are better, PEER's more so, and seeds differ."""
+    for run in runs:
+        steps = run.train.budget.steps
+        loss = 5 - math.log(steps) * (1.5 if run.method == "PEER" else 1) + 0.1 * run.seed
+        summary = {"validation_loss": loss, "steps": steps, "tokens": 64 * steps}
+        append_row(output / "rows.jsonl", {"key": run.key(compare), "seed": run.seed, "summary": summary})
+
+
+def test_points_become_steps_with_seeds_and_few_seconds_first(recipe: Path) -> None:
+    runs = load_seconds(recipe).runs({"dense": 0.1, "PEER": 0.7})
+    assert [(run.seconds, run.method, run.planned.seed, run.planned.train.budget.steps) for run in runs] == [
+        (1.0, "dense", 0, 10),
+        (1.0, "dense", 1, 10),
+        (3.0, "dense", 0, 30),
+        (3.0, "PEER", 0, 4),
+        (3.0, "dense", 1, 30),
+        (3.0, "PEER", 1, 4),
+    ]
+    assert runs[3].planned.label == "PEER seconds=3"
+    with pytest.raises(UserError, match=r"has 3, and one step of PEER takes 3\.5 s: raise it"):
+        load_seconds(recipe).runs({"dense": 0.1, "PEER": 3.5})
+
+
+def test_a_study_measures_once_and_its_table_has_the_best_of_each_point(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = measured()
+    monkeypatch.setattr(study, "measure_speed", measure)
+    monkeypatch.setattr(study, "make_rows", made)
+    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+    table = study.equal_seconds(recipe, progress=False)
+    assert measure.calls == 2
+    assert [(row["seconds"], row["method"], row["steps"]) for row in table] == [
+        (1.0, "dense", 10), (3.0, "dense", 30), (3.0, "PEER", 15),
+    ]  # fmt: skip
+    assert table[1]["loss"] == pytest.approx(5 - math.log(30) + 0.05)
+    assert table[1]["half_width"] is not None
+    assert table[1]["disturbed"] is False
+    assert study.equal_seconds(recipe, progress=False) == table
+    assert measure.calls == 2
+    assert table == json.loads((tmp_path / "out/seconds.json").read_text())
+    assert (tmp_path / "out/seconds.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "out/seconds.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| PEER |  | "))
+    assert row.startswith(f"| PEER |  | {table[2]['perplexity']:.1f} ± ")
+    assert "* | 200.0 |" in row
+    assert "at speeds on cpu, 2 threads." in text
+    console = Console(file=io.StringIO(), width=80)
+    print_markdown(text, console)
+    assert max(map(len, console.file.getvalue().splitlines())) <= 80  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        (1.5, "Other programs used the machine while speeds were measured of: dense, PEER."),
+        (None, "Whether they did is not known of: dense, PEER."),
+    ],
+)
+def test_other_programs_are_said(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: float | None, words: str
+) -> None:
+    monkeypatch.setattr(study, "measure_speed", measured(others))
+    monkeypatch.setattr(study, "make_rows", made)
+    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+    study.equal_seconds(recipe, progress=False)
+    assert words in (tmp_path / "out/seconds.md").read_text()
+
+
+def test_a_disturbed_speed_says_how_to_measure_it_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "measure_speed", measured(1.5))
+    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+    console = Console(file=io.StringIO(), width=500)
+    study.measure_speeds(load_seconds(recipe), console, progress=False)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "dense: 100.0 ms a step; other programs used 1.5 cores meanwhile" in text
+    assert "delete the row from speeds.jsonl" in text
+
+
+def test_speeds_are_of_the_trainers_steps(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("The keeper lit the lamp and went home. " * 60)
+    prepare([tmp_path / "text.txt"], tmp_path / "tokens", vocab_size=300, holdout=0.2, progress=False)
+    monkeypatch.setattr(OtherPrograms, "since", lambda self: 0.5)
+    with pytest.raises(SystemExit) as end:
+        main(["seconds", str(recipe), "--speeds", "--json", "-"])
+    assert end.value.code == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == read_rows(tmp_path / "out/speeds.jsonl")
+    assert [row["method"] for row in rows] == ["dense", "PEER"]
+    for row in rows:
+        assert row["steps"] == 2
+        # others took 0.5 s of both steps, of which the median is the mean
+        assert row["other_cores"] == pytest.approx(0.25 / row["seconds_per_step"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["speeds.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("points = [3, 1]", "points = []", r"seconds.points = \[\]: name at least one number above 0"),
+        ("points = [3, 1]", "points = [3, 0]", "name at least one number above 0"),
+        ("rounds = 2", "rounds = 0", "seconds.rounds = 0: each at least 1"),
+        ("PEER = [3]", "PEER = [4]", r"seconds.only.PEER = \[4\]: give a list of some of \[3.0, 1.0\]"),
+        ("PEER = [3]", "MoE = [3]", "seconds.only names 'MoE': choose from dense, PEER"),
+        ("seeds = [0, 1]", 'sweep = { "model.hidden_size" = [16] }', "compare.sweep beside seconds.points"),
+        ("[model]", "[budget]\nsteps = 3\n[model]", "sets a budget beside seconds.points"),
+        ("[seconds]\npoints = [3, 1]\nwarm_up = 1\nrounds = 2\n[seconds.only]\nPEER = [3]\n", "", "no recipe of equal"),
+    ],
+)
+def test_mistakes_are_named(recipe: Path, old: str, new: str, message: str) -> None:
+    text = recipe.read_text()
+    assert old in text
+    recipe.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=message):
+        load_seconds(recipe)
+
+
+def test_a_speed_is_known_by_what_it_depends_on(recipe: Path) -> None:
+    plan: SecondsPlan = load_seconds(recipe)
+    keys = {plan.speed_key("dense", 2), plan.speed_key("dense", 1), plan.speed_key("PEER", 2)}
+    keys.add(load_seconds(recipe, ["data.context=8"]).speed_key("dense", 2))
+    assert len(keys) == 4
+    assert load_seconds(recipe, ["seconds.points=[5, 3]"]).speed_key("dense", 2) == plan.speed_key("dense", 2)
