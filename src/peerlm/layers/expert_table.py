@@ -110,7 +110,8 @@ class ExpertTable(Table):
         """What `whole_layer` depends on of the experts; None where rows may be stale, or lie elsewhere."""
         if self.watched or type(self)._looked_up is not Table._looked_up:
             return None
-        return where(self.rows), where(self.scales), self.num_rows, self.activation, self.backend
+        tensors = [self._parameters["rows"], self._buffers["scales"]]
+        return (*where(tensors), self.num_rows, self.activation, self.backend)
 
     def whole_layer(self, **index: Any) -> Callable[[Tensor], Tensor | None] | None:
         """What makes of a few tokens what a layer with these experts does, in one call; None where nothing does.

@@ -1,5 +1,7 @@
 """Whether a layer may make of a few tokens in one call what else its modules make one after another."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -22,6 +24,19 @@ def nobody_looks_on(*modules: nn.Module) -> bool:
     )
 
 
-def where(tensor: Tensor | None) -> tuple[int, torch.dtype] | None:
-    """Where a tensor lies, and in what form."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.dtype)
+def where(tensors: Sequence[Tensor | None]) -> list[object]:
+    """Where tensors lie, and the dtype of the first; whoever casts a module casts all of them."""
+    first = tensors[0]
+    dtype = None if first is None else first.dtype
+    return [dtype, *(None if tensor is None else tensor.data_ptr() for tensor in tensors)]
+
+
+class Prepared:
+    """A call that a layer has made ready, and what that depends on; copies and pickles have none."""
+
+    state: object = None
+    call: Callable[[Tensor], Tensor | None] | None = None
+
+    def __reduce__(self) -> tuple[type["Prepared"], tuple[()]]:
+        """As one that is not ready yet."""
+        return Prepared, ()

@@ -1,24 +1,19 @@
 """PEER: a learned index retrieves each token's experts from a pool of single neurons."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.layers.expert_table import ExpertTable
-from peerlm.layers.one_call import FEW_TOKENS, nobody_looks_on
+from peerlm.layers.one_call import FEW_TOKENS, Prepared, nobody_looks_on
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.layers.retrieval_layer import RetrievalLayer
 from peerlm.layers.row_map import RowMap, row_map
 from peerlm.ops import api
-
-_prepared: WeakKeyDictionary["PEER", tuple[object, Callable[[Tensor], Tensor | None] | None]] = WeakKeyDictionary()
-"""For each layer that has met a few tokens: what its call depends on, and the call. No part of copies and pickles."""
 
 
 class PEER(RetrievalLayer):
@@ -120,6 +115,7 @@ class PEER(RetrievalLayer):
             up_std=self._initial_up_std(activation),
         )
         self.register_module("packs", None)
+        self._prepared = Prepared()
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
         """Initialise to an output of a dense FFW's scale (see `output_scale.py`) times `output_scale`.
@@ -156,18 +152,20 @@ class PEER(RetrievalLayer):
 
     def _in_one_call(self, x_TD: Tensor) -> Tensor | None:
         """What the layer makes of a few tokens where no gradient is wanted and nothing else looks on; or None."""
-        if torch.compiler.is_compiling() or len(x_TD) > FEW_TOKENS or self.training or self.packs is not None:
+        if self.training or torch.compiler.is_compiling() or len(x_TD) > FEW_TOKENS or self.packs is not None:
             return None
-        if self.experts.dim != self.dim or not nobody_looks_on(self.experts):
+        experts, product_keys = self.experts, self.product_keys
+        if experts.dim != self.dim:
             return None
-        state = self.product_keys.one_call(), self.experts.one_call(), self.weight_scale
-        if state[0] is None or state[1] is None:
+        of_index, of_experts = product_keys.one_call(), experts.one_call()
+        if of_index is None or of_experts is None or not nobody_looks_on(experts, *of_index[1]):
             return None
-        prepared = _prepared.get(self)
-        if prepared is None or prepared[0] != state:
-            index = self.product_keys.of_one_call()
-            prepared = _prepared[self] = state, self.experts.whole_layer(weight_scale=self.weight_scale, **index)
-        return None if prepared[1] is None else prepared[1](x_TD)
+        prepared = self._prepared
+        state = of_index[0], of_experts, self.weight_scale
+        if prepared.state != state:
+            prepared.call = experts.whole_layer(weight_scale=self.weight_scale, **product_keys.of_one_call())
+            prepared.state = state
+        return None if prepared.call is None else prepared.call(x_TD)
 
     @property
     def parameters_per_expert(self) -> int:

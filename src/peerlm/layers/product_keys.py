@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerlm.layers.checks import check_sizes, flatten_tokens
-from peerlm.layers.one_call import nobody_looks_on, where
+from peerlm.layers.one_call import where
 from peerlm.layers.query_norm import QueryBatchNorm
 from peerlm.ops import api
 from peerlm.ops.functions import WEIGHTINGS
@@ -186,24 +186,18 @@ class ProductKeys(nn.Module):
             return _partly_open(query_THX, sub_keys, math.isqrt(self.grown_from), self.opening.item())
         return query_THX, sub_keys
 
-    def one_call(self) -> tuple[object, ...] | None:
-        """What `of_one_call` depends on; None where something else must see or change a step of the index."""
-        query_proj, norm, sub_keys = self.query_proj, self.query_norm, self.sub_keys
-        if type(query_proj) is not QueryMap or self.opening is not None:
+    def one_call(self) -> tuple[tuple[object, ...], tuple[nn.Module, ...]] | None:
+        """What `of_one_call` depends on, and the modules that it stands for; None where others have put in theirs."""
+        modules: dict[str, Any] = self._modules  # read here without nn.Module's own look-up, which takes longer
+        query_proj, norm = modules["query_proj"], modules["query_norm"]
+        if type(query_proj) is not QueryMap or type(norm) not in (QueryBatchNorm, nn.LayerNorm, nn.Identity):
             return None
-        if type(norm) not in (QueryBatchNorm, nn.LayerNorm, nn.Identity):
+        if self._buffers["opening"] is not None:
             return None
-        if not nobody_looks_on(self, query_proj, norm):
-            return None
-        return (
-            self.experts_per_head,
-            self.weighting,
-            self.pairing,
-            self.key_norm,
-            *map(where, (query_proj.weight, sub_keys, *norm._parameters.values(), *norm._buffers.values())),
-            sub_keys.shape,
-            norm,
-        )
+        sub_keys, query_map = self._parameters["sub_keys"], query_proj._parameters["weight"]
+        tensors = [sub_keys, query_map, *norm._parameters.values(), *norm._buffers.values()]
+        settings = self.experts_per_head, self.weighting, self.pairing, self.key_norm
+        return (*settings, *where(tensors), sub_keys.shape), (self, query_proj, norm)
 
     def of_one_call(self) -> dict[str, Any]:
         """The fields of `ops.whole_layer.WholeLayer` that are of the index."""

@@ -70,8 +70,8 @@ class Table(nn.Module):
         rows: (N, *X), the parameter; subclasses may have others, which `parts` names.
         persistent: whether rows are part of state dicts.
         users: how many layers look rows up in this table.
-        scales: what each vector of 8-bit rows, or each group of 32 numbers of int4 rows, is multiplied by, float32: (N, *X)
-            without its last dimension, or with D / 32 there; or None.
+        scales: float32, what each vector of 8-bit rows is multiplied by, (N, *X) without its last dimension, or each
+            group of 32 numbers of int4 rows, with D / 32 there; or None.
 
     Raises:
         ValueError: an unknown backend or format.

@@ -38,10 +38,10 @@ def whole_layer(layer: WholeLayer) -> Callable[[Tensor], Tensor | None] | None:
     dim = width(layer.rows)
 
     def call(x: Tensor) -> Tensor | None:
-        tokens = len(x)
-        if x.dtype != torch.float32 or not (0 < tokens <= FEW_TOKENS and x.is_cpu and has_values(x)):
+        tokens, found = x.shape
+        if found != dim or not 0 < tokens <= FEW_TOKENS or x.dtype != torch.float32:
             return None
-        if x.shape != (tokens, dim) or not x.is_contiguous():
+        if not (x.is_cpu and x.is_contiguous() and has_values(x)):
             return None
         y = torch.empty_like(x)
         run(x.data_ptr(), tokens, y.data_ptr())
