@@ -2,18 +2,21 @@
 
 Inputs are standard normal, as after RMSNorm. The largest layer needs 9 GB of memory.
 
-    python benchmarks/init_scale.py
+    python benchmarks/init_scale.py                 # all layers
+    python benchmarks/init_scale.py row_dim beside  # those whose names contain one of these
 """
 
 # ruff: noqa: T201, a table on the terminal is what this is for
 
 import platform
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from peerlm import PEER, DenseFFW, ExpertChoiceMoE, ProductKeyMemory, TokenChoiceMoE
+from peerlm.layers import ParallelFFW
 
 DIMS = (128, 512, 1024)
 TOKENS = 512
@@ -29,6 +32,10 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "PEER, N = 128², gated": lambda dim: PEER(dim, num_experts=128**2, gated=True),
     "PEER, N = 128², sigmoid": lambda dim: PEER(dim, num_experts=128**2, weighting="sigmoid"),
     "PEER, N = 128², raw scores": lambda dim: PEER(dim, num_experts=128**2, weighting="none"),
+    "PEER, N = 128², row_dim = d / 4": lambda dim: PEER(dim, num_experts=128**2, row_dim=dim // 4),
+    "PEER, N = 128², beside dense": lambda dim: ParallelFFW(
+        {"peer": PEER(dim, num_experts=128**2), "dense": DenseFFW(dim, hidden=dim)}
+    ),
 }
 
 
@@ -46,7 +53,10 @@ def main() -> None:
     print(f"torch {torch.__version__}, {platform.machine()}.\n")
     print("| layer | " + " | ".join(f"d = {dim}" for dim in DIMS) + " |")
     print("|---|" + "---|" * len(DIMS))
+    named = sys.argv[1:] or [""]
     for name, build in LAYERS.items():
+        if not any(part in name for part in named):
+            continue
         ratios = (output_rms(build(dim), dim) / dense[dim] for dim in DIMS)
         print(f"| {name} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |", flush=True)
 

@@ -1,67 +1,78 @@
 """A training step without host synchronisation, and as a CUDA graph whose replays have the bits of eager steps."""
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from contenders import batches, check_backend, peer, row_adamw
 from report import Report, SkippedError
+from steps import TrainSteps, captured
 from torch import Tensor, nn
 
 STEPS = 4
-MODES: dict[str, tuple[str, dict[str, object]]] = {
-    "lazy": ("bfloat16", {"lazy": True}),
-    "lazy, fused": ("bfloat16", {"lazy": True, "fused": True}),
-    "exact": ("float32", {}),
+MODES: dict[str, tuple[str, dict[str, object], int]] = {
+    "lazy": ("bfloat16", {"lazy": True}, 1),
+    "lazy, fused": ("bfloat16", {"lazy": True, "fused": True}, 1),
+    "exact": ("float32", {}, 1),
+    "exact, two micro-batches": ("float32", {}, 2),
 }
-"""Row format and settings of the optimizer."""
+"""Row format, settings of the optimizer, and into how many parts a batch is split."""
 Facts = dict[str, object]
 
 
 def run(report: Report) -> None:
-    """For each optimizer: synchronisation, then the graph."""
-    for backend in ("triton", "reference"):
-        forward = f"{backend}, forward without synchronisation"
-        report.check(forward, lambda backend=backend: _forward_without_waiting(report, backend))
+    """For each optimizer: synchronisation, then the graph. Steps are those of `peerlm train`, clipping included."""
+    with captured.own_stream(torch.device(report.device)):
+        for backend in ("triton", "reference"):
+            forward = f"{backend}, forward without synchronisation"
+            report.check(forward, lambda backend=backend: _forward_without_waiting(report, backend))
+            for mode in MODES:
+                label = f"{backend}, step without synchronisation, {mode} AdamW"
+                report.check(label, lambda backend=backend, mode=mode: _step_without_waiting(report, backend, mode))
         for mode in MODES:
-            label = f"{backend}, step without synchronisation, {mode} AdamW"
-            report.check(label, lambda backend=backend, mode=mode: _step_without_waiting(report, backend, mode))
-    for mode in MODES:
-        report.check(f"triton, same bits of steps twice, {mode} AdamW", lambda mode=mode: _twice(report, mode))
-    for mode in MODES:
-        label = f"triton, graph of a step has eager bits, {mode} AdamW"
-        report.check(label, lambda mode=mode: _replayed(report, "triton", mode))
+            label = f"triton, same bits of steps twice, {mode} AdamW"
+            report.check(label, lambda mode=mode: _twice(report, mode))
+        for mode in MODES:
+            label = f"triton, graph of a step has eager bits, {mode} AdamW"
+            report.check(label, lambda mode=mode: _replayed(report, "triton", mode))
+
+
+class _LossOf(nn.Module):
+    """A layer as a model that gives its loss."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, input_ids: Tensor, labels: Tensor, use_cache: bool) -> SimpleNamespace:
+        """Of vectors (T, D) in place of ids."""
+        return SimpleNamespace(loss=self.layer(input_ids).float().square().mean())
 
 
 class _Training:
-    """A layer, its optimizer, and a step on a batch in a fixed place."""
+    """A layer, its optimizer, and steps on batches in rotation."""
 
-    def __init__(self, report: Report, backend: str, mode: str):
+    def __init__(self, report: Report, backend: str, mode: str, *, graph: bool = False):
         check_backend(backend)
-        row_format, settings = MODES[mode]
+        row_format, settings, micro_batches = MODES[mode]
         torch.manual_seed(0)
         self.layer: nn.Module = peer(report.sizes, report.device, backend, row_format=row_format)
-        (self.optimizer,) = row_adamw(**settings)(self.layer)
-        for group in self.optimizer.param_groups:
-            if not group["rows"]:  # torch's AdamW wants it so for graphs
-                group["lr"] = torch.tensor(group["lr"], device=report.device)
-        dtype = next(self.layer.parameters()).dtype
-        self.inputs = batches(report.sizes, report.device, report.sizes.tokens, dtype)
-        self.x = self.inputs[0].clone()
+        (optimizer,) = row_adamw(**settings)(self.layer)
+        self.steps = TrainSteps(
+            _LossOf(self.layer),
+            optimizer,
+            report.device,
+            graph=graph,
+            micro_batches=micro_batches,
+            table_max_norm=math.inf if settings.get("fused") else 1.0,
+        )
+        self.inputs = batches(report.sizes, report.device, report.sizes.tokens, next(self.layer.parameters()).dtype)
 
-    def step(self) -> None:
-        """Forward, backward, update."""
-        self.layer(self.x).float().square().mean().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def in_graph(self, name: str) -> AbstractContextManager[object]:
-        """What the optimizer asks for around a capture or a replay; nothing where it does not know of graphs."""
-        return getattr(self.optimizer, name, nullcontext)()
-
-    def take(self, turn: int) -> None:
-        """Put another batch into its place."""
-        self.x.copy_(self.inputs[turn % len(self.inputs)])
+    def step(self, turn: int = 0) -> None:
+        """One step."""
+        self.steps.make(self.inputs[turn % len(self.inputs)])
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of all weights."""
@@ -82,7 +93,7 @@ def _no_waiting(device: str) -> Iterator[None]:
 
 
 def _without_waiting(report: Report, call: Callable[[], object]) -> Facts:
-    for _ in range(2):
+    for _ in range(3):
         call()
     if report.device == "cuda":
         torch.cuda.synchronize()
@@ -118,7 +129,7 @@ def _forward_without_waiting(report: Report, backend: str) -> Facts:
 
     def forward() -> None:
         with torch.no_grad():
-            training.layer(training.x)
+            training.layer(training.inputs[0])
 
     return _without_waiting(report, forward)
 
@@ -133,8 +144,7 @@ def _twice(report: Report, mode: str) -> Facts:
     for _ in range(2):
         training = _Training(report, "triton", mode)
         for turn in range(STEPS):
-            training.take(turn)
-            training.step()
+            training.step(turn)
         found.append(training.weights())
         del training
         report.give_back()
@@ -144,30 +154,19 @@ def _twice(report: Report, mode: str) -> Facts:
 
 def _replayed(report: Report, backend: str, mode: str) -> Facts:
     """Weights after some steps, eager and by replays of one graph, from the same start."""
-    eager = _Training(report, backend, mode)
-    for turn in range(2 + STEPS):
-        eager.take(turn)
-        eager.step()
-    if report.device != "cuda":
-        raise SkippedError("eager steps run; graphs need a GPU")
-    expected = eager.weights()
-    del eager
-    report.give_back()
-    captured = _Training(report, backend, mode)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for turn in range(2):
-            captured.take(turn)
-            captured.step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with captured.in_graph("captured_step"), torch.cuda.graph(graph):
-        captured.step()
-    for turn in range(2, 2 + STEPS):
-        captured.take(turn)
-        with captured.in_graph("replayed_step"):
-            graph.replay()
-    found = captured.weights()
+    expected: dict[str, Tensor] = {}
+    for graph in (False, True):
+        training = _Training(report, backend, mode, graph=graph)
+        for turn in range(captured.EAGER_STEPS + STEPS):
+            training.step(turn)
+        if report.device != "cuda":
+            raise SkippedError("eager steps run; graphs need a GPU")
+        if graph and training.steps.steps.obstacle:
+            return {"ok": False, "not captured": training.steps.steps.obstacle}
+        found = training.weights()
+        if not graph:
+            expected = found
+        del training
+        report.give_back()
     different = [name for name in expected if not torch.equal(expected[name], found[name])]
     return {"ok": not different, "different": different}

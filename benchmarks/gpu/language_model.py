@@ -7,14 +7,16 @@ import runpy
 import statistics
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from contenders import BACKENDS, check_backend
+from contenders import check_backend
 from decoder import Decoder
 from machine import ROOT
 from report import Report, SkippedError
+from steps import TrainSteps, captured
 from torch import Tensor, nn
 
 from peerlm import PEER, DenseFFW
@@ -28,32 +30,35 @@ PRESET: dict[str, Any] = runpy.run_path(str(ROOT / "src/peerlm/train/presets.py"
 
 
 def run(report: Report) -> None:
-    """Dense models, then PEER in the inner half of the blocks by each backend; then those of transformers."""
+    """Dense models, then PEER in the inner half of the blocks by each backend; then those of transformers.
+
+    Steps are those of `peerlm train`, in a CUDA graph where the name says so.
+    """
     sizes = report.sizes
     peak = report.attempt("peak: matrix product", lambda: _peak(report))
     ids = report.attempt("ids of the embedded corpus", lambda: corpus_ids().to(report.device))
     if ids is None:
         return
-    hidden = {"dense, 4 D neurons": 4 * sizes.model_width, "dense, equal FLOPs": _equal_hidden(report)}
-    for name, inner in hidden.items():
-        _train(
-            report,
-            name,
-            lambda inner=inner: _decoder(report, lambda: DenseFFW(sizes.model_width, hidden=inner)),
-            ids,
-            peak,
-        )
-    for backend in BACKENDS:
-        if backend != "bag":  # no sparse gradients
-            _train(
-                report,
-                f"PEER, {backend}",
-                lambda backend=backend: _decoder(report, lambda: _peer(report, backend)),
-                ids,
-                peak,
-            )
-    for kind in ("dense", "peer:inner"):
-        _train(report, f"PeerForCausalLM, {kind}", lambda kind=kind: _of_transformers(report, kind), ids, peak)
+
+    def dense(hidden: int) -> nn.Module:
+        return _decoder(report, lambda: DenseFFW(sizes.model_width, hidden=hidden))
+
+    def ours(backend: str) -> nn.Module:
+        return _decoder(report, lambda: _peer(report, backend))
+
+    equal = _equal_hidden(report)
+    with captured.own_stream(torch.device(report.device)):
+        for name, build, graph in (
+            ("dense, equal FLOPs, graph", lambda: dense(equal), True),
+            ("PEER, triton, graph", lambda: ours("triton"), True),
+            ("PEER, triton", lambda: ours("triton"), False),
+            ("PEER, reference", lambda: ours("reference"), False),
+            ("dense, equal FLOPs", lambda: dense(equal), False),
+            ("dense, 4 D neurons, graph", lambda: dense(4 * sizes.model_width), True),
+            ("PeerForCausalLM, peer:inner, graph", lambda: _of_transformers(report, "peer:inner"), True),
+            ("PeerForCausalLM, dense, graph", lambda: _of_transformers(report, "dense"), True),
+        ):
+            _train(report, name, build, ids, peak, graph=graph)
 
 
 def corpus_ids() -> Tensor:
@@ -102,7 +107,7 @@ def _decoder(report: Report, inner: Callable[[], nn.Module]) -> nn.Module:
         for block in range(sizes.model_blocks)
     ]
     with torch.device(report.device):
-        return Decoder(VOCABULARY, sizes.model_width, max(1, sizes.model_width // 64), layers)
+        return _LossOf(Decoder(VOCABULARY, sizes.model_width, max(1, sizes.model_width // 64), layers))
 
 
 def _of_transformers(report: Report, kind: str) -> nn.Module:
@@ -122,29 +127,33 @@ def _of_transformers(report: Report, kind: str) -> nn.Module:
         peer=_peer_settings(report),
     )
     with torch.device(report.device):
-        return _LossOf(PeerForCausalLM(config))
+        return PeerForCausalLM(config)
 
 
 class _LossOf(nn.Module):
-    """A model of transformers that gives its loss."""
+    """A decoder as a model of transformers that gives its loss."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Mean loss of the next id, of ids (B, S + 1)."""
-        return self.model(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
+    def forward(self, input_ids: Tensor, labels: Tensor, use_cache: bool) -> SimpleNamespace:
+        """Mean loss of the next id, of ids (B, S)."""
+        return SimpleNamespace(loss=self.model(input_ids))
 
 
-def _train(report: Report, name: str, build: Callable[[], nn.Module], ids: Tensor, peak: float | None) -> None:
-    found = report.attempt(name, lambda: _trained(report, build, ids, peak))
+def _train(
+    report: Report, name: str, build: Callable[[], nn.Module], ids: Tensor, peak: float | None, *, graph: bool
+) -> None:
+    found = report.attempt(name, lambda: _trained(report, build, ids, peak, graph=graph))
     if found is not None:
         report.row(name, contender=name, width=report.sizes.model_width, blocks=report.sizes.model_blocks, **found)
     report.give_back()
 
 
-def _trained(report: Report, build: Callable[[], nn.Module], ids: Tensor, peak: float | None) -> dict[str, object]:
+def _trained(
+    report: Report, build: Callable[[], nn.Module], ids: Tensor, peak: float | None, *, graph: bool
+) -> dict[str, object]:
     sizes = report.sizes
     torch.manual_seed(0)
     model = build()
@@ -156,47 +165,52 @@ def _trained(report: Report, build: Callable[[], nn.Module], ids: Tensor, peak: 
     )
     for group in groups:
         group["lr"] = LEARNING_RATE * group["lr_multiplier"]
-    optimizer = RowAdamW(groups, lr=LEARNING_RATE)
-    length = sizes.model_context + 1
+    steps = TrainSteps(model, RowAdamW(groups, lr=LEARNING_RATE), report.device, graph=graph, precision=torch.bfloat16)
+    length = sizes.model_context
     windows = ids[: len(ids) // length * length].view(-1, length)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).to(ids.device)
-    losses: list[Tensor] = []
+    losses: list[float] = []
     seconds: list[float] = []
     together = max(1, sizes.model_steps // 6)
     if report.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    taken = 0
     for step in range(sizes.model_steps):
         if report.left() <= 0:
             break
         if step % together == 0:
-            report.timer.synchronise()
-            seconds.append(time.perf_counter())
-        batch = windows[order[step * sizes.model_batch : (step + 1) * sizes.model_batch]]
-        with torch.autocast(report.device, dtype=torch.bfloat16):
-            loss = model(batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-    report.timer.synchronise()
-    seconds.append(time.perf_counter())
-    values = torch.stack(losses).tolist()
-    first, last = statistics.mean(values[:together]), statistics.mean(values[-together:])
-    whole = [b - a for a, b in itertools.pairwise(seconds[1:])] or [seconds[-1] - seconds[0]]  # the first compiles
-    tokens_per_second = together * sizes.model_batch * sizes.model_context / statistics.median(whole)
-    flops = model_cost(model, sizes.model_context).training_flops_per_token
+            _read(steps, losses, seconds, step > 0)
+        steps.make(windows[order[step * sizes.model_batch : (step + 1) * sizes.model_batch]])
+        taken += 1
+    _read(steps, losses, seconds, taken % together == 0)
+    first, last = losses[0] / together, losses[-1] / together
+    # the first steps compile and the second are captured
+    whole = [b - a for a, b in itertools.pairwise(seconds[1:])] or [seconds[-1] - seconds[0]]
+    tokens_per_second = together * sizes.model_batch * length / statistics.median(whole)
+    flops = model_cost(model, length).training_flops_per_token
     found: dict[str, object] = {
         "tokens_per_s": round(tokens_per_second),
-        "steps": len(losses),
+        "steps": taken,
         "first_loss": round(first, 4),
         "last_loss": round(last, 4),
         "loss_goes_down": last < first,
         "training_flops_per_token": flops,
-        "tokens_per_step": sizes.model_batch * sizes.model_context,
+        "tokens_per_step": sizes.model_batch * length,
     }
+    if graph and steps.steps.obstacle:
+        found["not captured"] = steps.steps.obstacle
     if peak:
         found["share_of_peak"] = round(flops * tokens_per_second / peak / 1e12, 4)
         found["peak_TFLOP_per_s"] = round(peak, 1)
     if report.device == "cuda":
         found["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return found
+
+
+def _read(steps: TrainSteps, losses: list[float], seconds: list[float], is_whole: bool) -> None:
+    """Wait for the steps since the last time, as `peerlm train` does where it writes a row."""
+    loss_sum, _ = steps.measures.read()
+    seconds.append(time.perf_counter())
+    if is_whole:
+        losses.append(loss_sum)
+    steps.measures.begin()

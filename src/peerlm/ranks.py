@@ -4,9 +4,10 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from peerlm.errors import RankLost, UserError
-from peerlm.files import is_disk_full
+from peerlm.files import PARTIAL, atomic_folder, is_disk_full
 
 _FAILED = "peerlm/failed"
 """Key of the ranks' store under which those that end early are counted."""
@@ -80,6 +81,10 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier(group=self.files)
 
+    def new_files_group(self) -> "dist.ProcessGroup | None":
+        """One more group like `files`, for another thread; each rank must call it."""
+        return _new_files_group() if self.world_size > 1 else None
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Context whose end no rank passes unless all of them get there; each must enter it, and wait for none within.
@@ -103,6 +108,25 @@ class Ranks:
                 raise _repeated(next((rank, *each) for rank, each in enumerate(said) if each))
         if error is not None:
             raise error
+
+    @contextmanager
+    def atomic_folder(self, folder: Path) -> Iterator[Path]:
+        """As of `peerlm.files`, a folder that all ranks write into; each must enter it, and fails where any fails."""
+        with ExitStack() as stack:
+            with self.together():
+                if self.is_main:
+                    stack.enter_context(atomic_folder(folder))
+            yield folder.with_name(PARTIAL + folder.name)
+            with self.together():
+                stack.close()
+
+
+def _new_files_group() -> "dist.ProcessGroup":
+    return dist.new_group(backend="gloo", timeout=_FILES_TIMEOUT)
+
+
+ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+"""A process that trains by itself."""
 
 
 def _said(error: Exception) -> tuple[str, str]:
@@ -135,6 +159,13 @@ def inside_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def automatic_device() -> torch.device:
+    """The device that is meant by "auto": this process's CUDA device where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
 @contextmanager
 def join_ranks(device: str, *, always: bool = False) -> Iterator[Ranks]:
     """Join the processes that torchrun started (gloo on CPU, NCCL on CUDA) and leave them at the end.
@@ -146,12 +177,10 @@ def join_ranks(device: str, *, always: bool = False) -> Iterator[Ranks]:
     always: whether a process alone is a group, too. Raises RankLost where another rank cannot be reached any more.
     """
     global _failures
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
+    local = torch.device("cpu") if device == "cpu" else automatic_device()
+    if device == "cuda" and local.type != "cuda":
         raise UserError("device = 'cuda': PyTorch finds no CUDA device on this machine; set device to 'cpu' or 'auto'")
-    local = torch.device("cpu")
-    if cuda and device != "cpu":
-        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if local.type == "cuda":
         torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         if always:
@@ -167,8 +196,7 @@ def join_ranks(device: str, *, always: bool = False) -> Iterator[Ranks]:
         dist.init_process_group(
             "nccl" if local.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size
         )
-        files = dist.new_group(backend="gloo", timeout=_FILES_TIMEOUT)
-        yield Ranks(rank=rank, world_size=world_size, device=local, files=files)
+        yield Ranks(rank=rank, world_size=world_size, device=local, files=_new_files_group())
     except BaseException as error:
         note_failure()
         if _lost_connection(error):

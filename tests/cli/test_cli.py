@@ -278,6 +278,10 @@ def test_info_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) ->
     assert facts["peerlm"] == peerlm.__version__
     assert facts["torch"] == torch.__version__
     assert "reference" in facts["backends"]
+    on_gpu = torch.cuda.is_available()
+    assert facts["device in use"].startswith("cuda" if on_gpu else "cpu")
+    assert (facts["steps of training"] == "eager") != on_gpu
+    assert facts["updates of tables"].startswith("by ")
     code, out, _ = run(capsys, "info")
     assert code == 0
     assert torch.__version__ in out

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from peerlm.continual import LearnConfig, learn
-from peerlm.continual.sparse import Sparse, background_counts, choose_experts, tf_idf
+from peerlm.continual.method import Stage
+from peerlm.continual.sparse import BACKGROUND_FILE, Sparse, background_counts, choose_experts, tf_idf
 from peerlm.errors import UserError
 from peerlm.evaluate import load_model
+from peerlm.files import write_bytes
 from peerlm.layers.modes import evaluating
+from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.usage import ExpertUsage
 
 
 def test_scores_are_frequency_times_inverse_background_frequency() -> None:
@@ -95,3 +100,18 @@ def test_without_background_there_is_nothing_to_compare_with(configure: Callable
 def test_settings_without_sense(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Sparse(**settings)  # type: ignore[arg-type]
+
+
+def test_layers_that_share_a_table_train_what_any_of_them_chooses(tmp_path: Path) -> None:
+    peer = {"num_experts": 16, "heads": 1, "experts_per_head": 2, "key_dim": 8}
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = PeerForCausalLM(PeerConfig(**sizes, ffw_layers="peer", peer=peer, share_tables=True))
+    names = [f"model.layers.{block}.ffw.product_keys" for block in range(2)]
+    write_bytes(tmp_path / BACKGROUND_FILE, save({name: torch.zeros(16, dtype=torch.int64) for name in names}))
+    usage = {name: ExpertUsage(16) for name in names}
+    for name, expert in zip(names, (3, 7), strict=True):
+        usage[name].retrievals_N[expert] = 1
+    rows = model.model.layers[0].ffw.experts.rows
+    rows.grad = torch.ones_like(rows)
+    Sparse(experts=1).restrict(model, Stage(name="a", folder=tmp_path, seed=0, earlier=None), usage)
+    assert rows.grad.flatten(1).any(1).nonzero().flatten().tolist() == [3, 7]

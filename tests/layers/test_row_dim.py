@@ -36,6 +36,7 @@ def test_the_layer_is_its_definition(gated: bool) -> None:
     torch.testing.assert_close(layer(x), loop_peer(layer, x))
 
 
+@pytest.mark.whole_tables("reads gradients of the parameter of a table")
 @pytest.mark.usefixtures("float64")
 def test_output_and_gradients_are_those_of_wide_rows_of_the_mapped_vectors() -> None:
     layer, wide = narrow(), PEER(16, **SMALL).eval()

@@ -9,6 +9,8 @@ import torch
 from peerlm.layers import PEER
 from peerlm.optim import RowAdamW
 
+pytestmark = pytest.mark.whole_tables("trains the parameter of a table")
+
 SMALL: dict[str, Any] = {"num_experts": 16, "heads": 2, "experts_per_head": 3, "key_dim": 8}
 
 

@@ -808,3 +808,15 @@ def test_a_group_that_is_refused_is_not_added() -> None:
     assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": [start(torch.float32)], "name": "table", "betas": (0.0, 0.9)})
     assert optimizer.param_groups[1]["rows"]
+
+
+def test_a_dense_gradient_of_a_table_is_stepped_by_where_the_table_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[Tensor] = []
+    monkeypatch.setattr(
+        "peerlm.optim.row_adamw._dense_step", lambda parameters, states, group: steps.append(states[0]["step"])
+    )
+    table = nn.Parameter(torch.empty(5, 3, device="meta"))
+    optimizer = RowAdamW([{"params": [table], "rows": True}])
+    table.grad = torch.empty_like(table)
+    optimizer.step()
+    assert [step.device.type for step in steps] == ["meta"]

@@ -37,6 +37,22 @@ def test_the_state_comes_back_whole(tmp_path: Path) -> None:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(found[index][key])), key
 
 
+def test_a_loaded_state_is_where_the_parameters_are(tmp_path: Path) -> None:
+    layer, optimizer = trained(2)
+    save_state(optimizer, tmp_path, layer)
+    with torch.device("meta"):
+        elsewhere = PEER(8, num_experts=256, heads=1, experts_per_head=2, key_dim=4)
+    other = RowAdamW(parameter_groups(elsewhere), lr=1e-2)
+    load_state(other, tmp_path)
+    on_host = ("learning_rates", "log_keep")
+    for state in other.state.values():
+        assert all(
+            value.device.type == "meta"
+            for name, value in state.items()
+            if isinstance(value, torch.Tensor) and name not in on_host
+        )
+
+
 def test_stale_rows_of_a_model_catch_up_as_its_own_optimizer_has_them(tmp_path: Path) -> None:
     layer, optimizer = trained(6)
     with rows_as_they_are():

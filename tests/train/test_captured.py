@@ -5,6 +5,7 @@ import logging
 import math
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ WHOLE = {"context": 8, "micro_batch_size": 4}
 BY_ROWS = {"tables": "exact"}
 EAGER_STEPS = 2
 STEPS = 2 * (EAGER_STEPS + 1) + 3
+
+
+@pytest.fixture
+def configure(configure: Configure) -> Configure:
+    """Runs of this file are on the CPU, also where there is a GPU."""
+    return partial(configure, device="cpu")
 
 
 @pytest.fixture

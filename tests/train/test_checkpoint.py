@@ -1,5 +1,6 @@
 """Checkpoints: complete, pruned, checked when read."""
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +16,21 @@ from peerlm.convert.saved import load_saved
 from peerlm.errors import UserError
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.optim import RowAdamW, parameter_groups
+from peerlm.parallel import storage
+from peerlm.parallel.states import load_states, reader_of
+from peerlm.ranks import ALONE
 from peerlm.testing import relative_error
+from peerlm.train import CheckpointConfig
 from peerlm.train.checkpoint import (
     TrainState,
     checkpoint_folder,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
+    save_shards,
+    shards_of,
 )
+from peerlm.train.saving import Saver
 
 
 def build(seed: int) -> tuple[PeerForCausalLM, torch.optim.Optimizer]:
@@ -60,13 +68,17 @@ class Between:
     rows: Tensor
 
 
-@pytest.fixture
-def between(tmp_path: Path) -> Between:
+def build_between() -> tuple[PeerForCausalLM, torch.optim.Optimizer]:
     torch.manual_seed(0)
     peer = {"num_experts": 256, "heads": 1, "experts_per_head": 2, "key_dim": 4}
     config = PeerConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, peer=peer)
     model = PeerForCausalLM(config)
-    optimizer = RowAdamW(parameter_groups(model), lr=0.1)
+    return model, RowAdamW(parameter_groups(model), lr=0.1)
+
+
+@pytest.fixture
+def between(tmp_path: Path) -> Between:
+    model, optimizer = build_between()
     for number in range(4):
         step(model, optimizer, seed=number)
     folder = save_checkpoint(tmp_path, TrainState(step=4), model, optimizer, None, keep=2)
@@ -122,6 +134,75 @@ def test_what_is_loaded_goes_on_as_what_was_saved(saved: Path) -> None:
     assert any(name.endswith("running_mean") for name in expected)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", ["dense", "exact"])
+def test_what_is_written_in_the_background_is_the_run_as_it_was(kind: str, tmp_path: Path) -> None:
+    def make(seed: int) -> tuple[PeerForCausalLM, torch.optim.Optimizer]:
+        model, optimizer = build(seed)
+        return model, optimizer if kind == "dense" else RowAdamW(parameter_groups(model), lr=0.1)
+
+    model, optimizer = make(0)
+    for number in (1, 2, 3):
+        step(model, optimizer, seed=number)
+    saver = Saver(CheckpointConfig(background=True), ALONE)
+    saver.save(tmp_path, TrainState(step=3), model, optimizer, None)
+    step(model, optimizer, seed=4)
+    saver.wait()
+    resumed, its_optimizer = make(7)
+    folder = checkpoint_folder(tmp_path, 3)
+    assert load_checkpoint(folder, resumed, its_optimizer) == TrainState(step=3)
+    assert not (folder / "config.json").exists()
+    step(resumed, its_optimizer, seed=4)
+    expected, found = model.state_dict(), resumed.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_what_the_background_cannot_write_is_raised_by_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "save_file", fail)
+    model, optimizer = build(0)
+    saver = Saver(CheckpointConfig(background=True), ALONE)
+    saver.save(tmp_path, TrainState(step=3), model, optimizer, None)
+    with pytest.raises(OSError, match="No space left on device"):
+        saver.save(tmp_path, TrainState(step=4), model, optimizer, None)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_checkpoint_of_whole_files_is_read_by_name(between: Between) -> None:
+    """As a model that is spread over ranks reads it, each its part."""
+    kinds = [build_between() for _ in range(2)]
+    load_checkpoint(between.folder, *kinds[0])
+    load_states(*kinds[1], reader_of(between.folder), group=None)
+    for model, optimizer in kinds:
+        step(model, optimizer, seed=9)
+    (expected, _), (found, _) = kinds
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in expected.state_dict().items())
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    model, optimizer = build(0)
+    step(model, optimizer, seed=1)
+    for number in (1, 2):
+        save_shards(tmp_path, TrainState(step=number), shards_of(model, optimizer), None, keep=2, ranks=ALONE)
+    folder = checkpoint_folder(tmp_path, 2)
+    flip(folder / "rank-00000.safetensors")
+    with pytest.raises(
+        UserError, match=r"damaged \(rank-00000.safetensors is missing or changed\).*from step-00000001"
+    ):
+        load_checkpoint(folder, *build(7))
+
+
+def test_shards_of_another_model_are_refused(tmp_path: Path) -> None:
+    model, optimizer = build(0)
+    save_shards(tmp_path, TrainState(step=1), shards_of(model, optimizer), None, keep=2, ranks=ALONE)
+    other, its_optimizer = build_between()
+    with pytest.raises(UserError, match=r"step-00000001 cannot be loaded: "):
+        load_checkpoint(checkpoint_folder(tmp_path, 1), other, its_optimizer)
 
 
 def test_only_the_newest_are_kept(saved: Path) -> None:

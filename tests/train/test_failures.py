@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from peerlm.cli import main
 from peerlm.files import PARTIAL, write_json
-from peerlm.train import TrainConfig, checkpoint, loop
+from peerlm.optim import saved
+from peerlm.parallel import storage
+from peerlm.train import TrainConfig, loop
 from peerlm.train.checkpoint import list_checkpoints, read_state
 from peerlm.train.recipe import to_dict
 
@@ -44,16 +47,25 @@ def gradients_that_are_no_numbers(rank: int) -> None:
     loop.accumulate_gradients = accumulate_nan
 
 
-def full_disk(rank: int) -> None:
-    """The disk of rank 0, which writes the checkpoints, is full when the second one is written."""
-    save_state, saves = checkpoint.save_state, iter((1, 2, 3))
+def full_disk_at_one(rank: int) -> None:
+    """The disk of rank 1 is full when it writes its second shard."""
+    fail_at_save(2 if rank == 1 else None)
 
-    def save_while_there_is_room(*arguments: Any) -> bool:
-        if next(saves) == 2:
+
+def full_disk_at_main(rank: int) -> None:
+    """The disk of rank 0, which writes the checkpoints of tables that are whole, is full at the second one."""
+    fail_at_save(2)
+
+
+def fail_at_save(number: int | None) -> None:
+    saves = iter(range(1, 100))
+
+    def save_while_there_is_room(*arguments: Any, **options: Any) -> None:
+        if next(saves) == number:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return save_state(*arguments)
+        save_file(*arguments, **options)
 
-    checkpoint.save_state = save_while_there_is_room
+    storage.save_file = saved.save_file = save_while_there_is_room
 
 
 def two_signals(rank: int) -> None:
@@ -61,13 +73,12 @@ def two_signals(rank: int) -> None:
     if rank == 1:
         return
     in_step(rank + 1, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    save_state = checkpoint.save_state
 
-    def save_and_be_told_again(*arguments: Any) -> bool:
+    def save_and_be_told_again(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        return save_state(*arguments)
+        save_file(*arguments)
 
-    checkpoint.save_state = save_and_be_told_again
+    storage.save_file = save_and_be_told_again
 
 
 def in_step(rank: int, number: int, act: Callable[[], object]) -> None:
@@ -92,7 +103,8 @@ def train(configure: Callable[..., TrainConfig], tmp_path: Path) -> Callable[...
     """A function: a failure -> two ranks that train with checkpoints at every second step."""
 
     def start(failure: Callable[[int], None], **changes: Any) -> Any:
-        config = configure(data={"micro_batch_size": None}, checkpoint={"every": 2}, eval={"every": 0}, **changes)
+        often = {"data": {"micro_batch_size": None}, "checkpoint": {"every": 2}, "eval": {"every": 0}}
+        config = configure(**{**often, "parallel": {"rows": 2}, **changes})
         write_json(tmp_path / "recipe.json", to_dict(config))
         return ranks(2, tmp_path / "ranks", run, failure, tmp_path / "recipe.json")
 
@@ -109,27 +121,24 @@ def last_step(run: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("failure", "exit_codes", "step", "message"),
+    ("failure", "sharded", "exit_codes", "step", "message"),
     [
-        (
-            gradients_that_are_no_numbers,
-            [3, 3],
-            2,
-            "training stopped at step 4: the loss is nan",
-        ),
-        (full_disk, [2, 2], 2, "error: the disk of"),
-        (two_signals, [143, 143], 3, "stopped by SIGTERM after step 3"),
+        (gradients_that_are_no_numbers, True, [3, 3], 2, "training stopped at step 4: the loss is nan"),
+        (full_disk_at_one, True, [2, 2], 2, "error: the disk of"),
+        (full_disk_at_main, False, [2, 2], 2, "error: the disk of"),
+        (two_signals, True, [143, 143], 3, "stopped by SIGTERM after step 3"),
     ],
 )
 def test_all_ranks_stop_with_one_message(
     train: Callable[..., Any],
     tmp_path: Path,
     failure: Callable[[int], None],
+    sharded: bool,
     exit_codes: list[int],
     step: int,
     message: str,
 ) -> None:
-    with train(failure) as processes:
+    with train(failure, **({} if sharded else {"parallel": {}})) as processes:
         assert processes.wait() == exit_codes, processes.said()
     told = [line for line in lines(processes) if not line.startswith("Resume with")]
     assert len(told) == 1, told

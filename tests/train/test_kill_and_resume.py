@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, then --resume, gives the bytes of a run that nothing interrupted.
+"""SIGKILL of any process at any moment, then --resume=auto, gives the bytes of a run that nothing interrupted.
 
 The number of kills is set by PEERLM_KILLS:
 
@@ -9,8 +9,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,84 +16,105 @@ from typing import Any
 
 import pytest
 
+from peerlm.cli import main
 from peerlm.files import PARTIAL
-from peerlm.train import TrainConfig, train
+from peerlm.train import TrainConfig
 from peerlm.train.checkpoint import list_checkpoints
+from peerlm.train.recipe import to_dict
 
-KILLS = int(os.environ.get("PEERLM_KILLS", "4"))
-STEPS_PER_KILL = 40
+from ..processes import Processes, ranks
 
-pytestmark = pytest.mark.slow
+KILLS = int(os.environ.get("PEERLM_KILLS", "2"))
+STEPS_PER_KILL = 30
 
-
-def start(recipe: Path, run: Path) -> subprocess.Popen[bytes]:
-    """`peerlm train`, resuming where there is something to resume."""
-    command = [sys.executable, "-m", "peerlm", "train", str(recipe), "--output", str(run), "--json=-", "--resume=auto"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "alone": (1, {}),
+    "two ranks, tables sharded": (2, {"parallel": {"rows": 2}}),
+    "two ranks, saved in the background": (2, {"checkpoint": {"every": 2, "background": True}}),
+}
+"""How many processes train, and what the recipe says of them."""
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
+def run_to_its_end(recipe: Path, run: Path) -> None:
+    main(["train", str(recipe), "--output", str(run), "--json=-", "--resume=auto"])
+
+
+def end(processes: Processes, victim: int) -> None:
+    """Kill one of the ranks, upon which the others end by themselves."""
+    processes.processes[victim].kill()
+    codes = processes.wait()
+    assert codes[victim] == -signal.SIGKILL, ("the run ended before it was killed", processes.said())
+    assert all(code == 75 for rank, code in enumerate(codes) if rank != victim), (codes, processes.said())
+
+
+def wait_until(condition: Callable[[], object], processes: Processes) -> None:
     while not condition():
-        assert process.poll() is None, process.communicate()[1].decode()
+        assert all(each.exitcode is None for each in processes.processes), processes.said()
         time.sleep(0.001)
+
+
+OF_A_PROCESS = ("seconds", "tokens_per_second", "load", "received_bytes_per_token")
+"""What rows say of the process that wrote them, since its last row or its start."""
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in OF_A_PROCESS} for row in rows]
 
 
-def kill_while_starting(recipe: Path, run: Path, moments: random.Random) -> None:
-    process = start(recipe, run)
-    time.sleep(moments.uniform(0, 4))
-    kill(process)
+def kill_while_starting(processes: Processes, run: Path, moments: random.Random, victim: int) -> bool:
+    """Any moment of the first ones, in which ranks may not have met; torchrun ends the others then."""
+    time.sleep(moments.uniform(0, 1))
+    for process in (processes.processes[victim], *processes.processes):
+        process.kill()
+    return True
 
 
-def kill_after_a_checkpoint(recipe: Path, run: Path, moments: random.Random) -> None:
+def kill_after_a_checkpoint(processes: Processes, run: Path, moments: random.Random, victim: int) -> bool:
     before = list_checkpoints(run)
-    process = start(recipe, run)
-    wait_until(lambda: list_checkpoints(run) != before, process)
+    wait_until(lambda: list_checkpoints(run) != before, processes)
     time.sleep(moments.uniform(0, 0.2))
-    kill(process)
+    end(processes, victim)
+    return True
 
 
-def kill_within_a_checkpoint(recipe: Path, run: Path, moments: random.Random) -> None:
-    for _ in range(5):
-        process = start(recipe, run)
-        wait_until(lambda: list(run.glob(f"checkpoints/{PARTIAL}*/model.safetensors")), process)
-        kill(process)
-        if list(run.glob(f"checkpoints/{PARTIAL}*")):
-            return
-    pytest.fail("five kills in a row came too late to leave a partial checkpoint")
+def kill_within_a_checkpoint(processes: Processes, run: Path, moments: random.Random, victim: int) -> bool:
+    """Returns whether the kill came in time: a partial checkpoint was there, and is left where rank 0 was killed."""
+    partials = f"checkpoints/{PARTIAL}step-*"
+    wait_until(lambda: list(run.glob(f"{partials}/*.safetensors")), processes)
+    end(processes, victim)
+    return victim > 0 or bool(list(run.glob(partials)))
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(configure: Callable[..., TrainConfig], tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_killed_run_ends_as_if_it_had_not_been(
+    layout: str, configure: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    count, settings = LAYOUTS[layout]
     # A checkpoint every second step, so that kills at random fall into the writing of one, too.
+    changes = {"data": {"micro_batch_size": None}, "log": {"every": 3}, "eval": {"every": 50}}
     config = configure(
-        run=str(tmp_path / "straight"),
-        budget={"steps": STEPS_PER_KILL * KILLS},
-        log={"every": 3},
-        eval={"every": 50},
-        checkpoint={"every": 2},
+        **{"budget": {"steps": STEPS_PER_KILL * KILLS}, "checkpoint": {"every": 2}, **changes, **settings}
     )
-    straight = train(config, progress=False).run
-    recipe, run, moments = straight / "config.json", tmp_path / "killed", random.Random(KILLS)
-    kinds = [kill_after_a_checkpoint, kill_while_starting, kill_within_a_checkpoint, kill_after_a_checkpoint]
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(to_dict(config)))
+    straight, run, moments = tmp_path / "straight", tmp_path / "killed", random.Random(KILLS)
+    with ranks(count, tmp_path / "ranks", run_to_its_end, recipe, straight) as processes:
+        assert processes.wait() == [0] * count, processes.said()
+    kinds = [kill_within_a_checkpoint, kill_after_a_checkpoint, kill_within_a_checkpoint, kill_while_starting]
     for number in range(KILLS):
-        kinds[number % len(kinds)](recipe, run, moments)
-    last = start(recipe, run)
-    _, errors = last.communicate()
-    assert last.returncode == 0, errors.decode()
-    for path in (
-        "model/model.safetensors",
-        f"checkpoints/{list_checkpoints(straight)[-1].name}/optimizer.safetensors",
-    ):
-        assert (run / path).read_bytes() == (straight / path).read_bytes(), path
+        for _ in range(5):
+            with ranks(count, tmp_path / "ranks", run_to_its_end, recipe, run) as processes:
+                if kinds[number % len(kinds)](processes, run, moments, moments.randrange(count)):
+                    break
+        else:
+            pytest.fail("five kills in a row came too late to leave a partial checkpoint")
+    with ranks(count, tmp_path / "ranks", run_to_its_end, recipe, run) as processes:
+        assert processes.wait() == [0] * count, processes.said()
+    names = sorted(str(path.relative_to(straight)) for path in straight.rglob("*.safetensors"))
+    assert len(names) > 2
+    for name in names:
+        assert (run / name).read_bytes() == (straight / name).read_bytes(), name
     assert untimed(run) == untimed(straight)
     assert not list(run.rglob(PARTIAL + "*"))

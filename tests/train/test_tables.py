@@ -20,7 +20,7 @@ from peerlm.optim import RowAdamW
 from peerlm.optim.catch_up import TOLERANCE
 from peerlm.ranks import Ranks
 from peerlm.train import TrainConfig, TrainingStopped, loop, train
-from peerlm.train.build import build_model, build_optimizer
+from peerlm.train.build import _prepare_muon, build_model, build_optimizer
 from peerlm.train.checkpoint import list_checkpoints
 
 Configure = Callable[..., TrainConfig]
@@ -183,3 +183,19 @@ def test_a_checkpoint_between_two_steps_is_read_with_its_rows_up_to_date(
     stale = (as_written - found["exact"]).abs().max()
     assert stale > 1e-4
     assert (found["exact"] - found["dense"]).abs().max() < 1e-2 * stale
+
+
+@pytest.mark.parametrize("tables", ["dense", "exact"])
+def test_muon_trains_matrices_whatever_trains_tables(
+    configure: Configure, tables: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    optim = {"matrices": "muon", "momentum": 0.9, "tables": tables}
+    optimizer = optimizer_of(configure(model={**MANY, "tie_word_embeddings": False}, optim=optim))
+    assert isinstance(optimizer, RowAdamW)
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert groups["muon"]["momentum"] == 0.9
+    assert groups["table"]["rows"] == (tables == "exact")
+    assert "AdamW trains the output head and matrices of one row: 299x16" in caplog.text
+    sharded = {"parallel": {"rows": 2}}
+    with pytest.raises(UserError, match=r"needs whole matrices: set parallel.dense = 'replicate'"):
+        _prepare_muon(optimizer.param_groups, configure(model=MANY, optim=optim, **sharded))

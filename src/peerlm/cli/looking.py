@@ -106,8 +106,11 @@ def info(json_file: Json = None) -> None:
     import torch
     import transformers
 
-    from peerlm.ops.api import available_backends
+    from peerlm.ops.api import available_backends, updates_rows_on
+    from peerlm.ranks import automatic_device
+    from peerlm.train.captured import GRAPHS
 
+    device = automatic_device()
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     facts = {
         "peerlm": __version__,
@@ -117,6 +120,9 @@ def info(json_file: Json = None) -> None:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "devices": ["cpu", *gpus],
+        "device in use": f"{device}, unless device says otherwise",
+        "updates of tables": "by kernels, of retrieved rows" if updates_rows_on(device) else "by PyTorch, of all rows",
+        "steps of training": "in CUDA graphs, where graph = 'auto' can" if device.type in GRAPHS else "eager",
     }
     backends = available_backends()
     shown = facts | {f"backend {name}": what for name, what in backends.items()}

@@ -51,9 +51,9 @@ def background_counts(model: nn.Module, windows: Iterable[Tensor]) -> tuple[dict
 
 
 @lru_cache(maxsize=1)
-def _read_counts(path: Path, written_ns: int) -> dict[str, Tensor]:
-    """The counts in a file that was written then: every step of a stage asks for them."""
-    return load_file(path)
+def _read_counts(path: Path, written_ns: int, device: torch.device) -> dict[str, Tensor]:
+    """The counts in a file that was written then, on a device: every step of a stage asks for them."""
+    return load_file(path, device=str(device))
 
 
 def tf_idf(retrievals_N: Tensor, background_N: Tensor, num_windows: int) -> Tensor:
@@ -139,12 +139,12 @@ class Sparse(Method):
     def restrict(self, model: nn.Module, stage: Stage, usage: Mapping[str, ExpertUsage]) -> None:
         """Keep the gradients of the chosen experts."""
         path = stage.folder / BACKGROUND_FILE
-        background = _read_counts(path, path.stat().st_mtime_ns)
+        background = _read_counts(path, path.stat().st_mtime_ns, device_of(model))
         chosen: dict[Table, Tensor] = {}
         for name, layer in peer_layers(model).items():
             index = f"{name}.product_keys"
             retrievals_N = usage[index].retrievals_N
-            scores_N = tf_idf(retrievals_N, background[index].to(retrievals_N.device), self.windows)
+            scores_N = tf_idf(retrievals_N, background[index], self.windows)
             keep_N = choose_experts(scores_N, self.experts)
             chosen[layer.experts] = chosen.get(layer.experts, False) | keep_N
         for table, keep_N in chosen.items():

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import peerlm.model  # noqa: F401, registers our models with transformers
@@ -13,6 +12,7 @@ from peerlm.convert.saved import reading
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
 from peerlm.packs.api import load_pack
+from peerlm.ranks import automatic_device
 
 MAX_DEFAULT_CONTEXT = 2048
 
@@ -46,7 +46,7 @@ def load_model(path: str | Path, packs: Sequence[str | Path] = ()) -> tuple[PreT
             load_pack(model, pack)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return model.to(automatic_device()).eval(), tokenizer
 
 
 def model_folder(path: str | Path) -> Path:

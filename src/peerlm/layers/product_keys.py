@@ -194,7 +194,8 @@ class ProductKeys(nn.Module):
             return None
         if self._buffers["opening"] is not None:
             return None
-        sub_keys, query_map = self._parameters["sub_keys"], query_proj._parameters["weight"]
+        sub_keys: Tensor = self.sub_keys
+        query_map = query_proj._parameters["weight"]
         tensors = [sub_keys, query_map, *norm._parameters.values(), *norm._buffers.values()]
         settings = self.experts_per_head, self.weighting, self.pairing, self.key_norm
         return (*settings, *where(tensors), sub_keys.shape), (self, query_proj, norm)

@@ -80,6 +80,7 @@ class Table(nn.Module):
     parameter_roles: ClassVar[dict[str, str]] = {"rows": "table"}
     rows: nn.Parameter
     scales: Tensor | None
+    users: int = 1
 
     def __new__(cls, *arguments: Any, **settings: Any) -> "Table":
         """A table of this class, in `tables_as` also of that subclass."""
@@ -95,7 +96,6 @@ class Table(nn.Module):
         self.backend = backend
         self.persistent = True
         self.watched = False
-        self.users = 1
         self.trained_in_place = False
         held = self._begin(num_rows, *row_shape)
         self._keep(empty_rows(*stored_shape(held, dtype), dtype=None if dtype == torch.float32 else dtype))

@@ -19,9 +19,10 @@ from torch.nn.utils import get_total_norm
 from peerlm.errors import listed
 from peerlm.ops.row_shards import shard_of
 from peerlm.ops.tensors import read_at_once
+from peerlm.optim import muon as muon_rule
 from peerlm.optim.sparse_gradients import sum_rows
 
-GROUP_NAMES = ("matrix", "vector", "table", "keys")
+GROUP_NAMES = ("matrix", muon_rule.GROUP, "vector", "table", "keys")
 
 
 def parameter_groups(
@@ -30,26 +31,30 @@ def parameter_groups(
     weight_decay: float = 0.0,
     table_lr_multiplier: float = 1.0,
     keys_lr_multiplier: float = 1.0,
+    muon: bool = False,
 ) -> list[dict[str, Any]]:
     """Sort the trainable parameters of `model` into groups for a torch optimizer.
 
-    "matrix": weights of two or more dimensions, the only group with weight decay. "vector": norms, biases,
-    embeddings (also where an output head shares an embedding). "table" and "keys": as `parameter_roles`
-    declares. A shared parameter is listed once; empty groups are left out.
+    "matrix": weights of two or more dimensions, with weight decay. "vector": norms, biases, embeddings (also where an
+    output head shares an embedding). "table" and "keys": as `parameter_roles` declares. With `muon`, matrices that Muon
+    takes are in a group "muon", which `RowAdamW` trains so, with the same weight decay; the output head and what is no
+    matrix of several rows and columns stay in "matrix". A shared parameter is listed once; empty groups are left out.
 
     Returns dicts with "params", "name", "weight_decay" and "lr_multiplier", the factor on the scheduled
     learning rate. Raises ValueError when a module declares another role or names a parameter it does not
     have.
     """
     members: dict[str, list[nn.Parameter]] = {name: [] for name in GROUP_NAMES}
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
     for parameter, role in _roles(model).items():
-        members[role].append(parameter)
+        orthogonal = muon and role == "matrix" and parameter is not head and muon_rule.takes(parameter)
+        members[muon_rule.GROUP if orthogonal else role].append(parameter)
     multipliers = {"table": table_lr_multiplier, "keys": keys_lr_multiplier}
     return [
         {
             "params": members[name],
             "name": name,
-            "weight_decay": weight_decay if name == "matrix" else 0.0,
+            "weight_decay": weight_decay if name in ("matrix", muon_rule.GROUP) else 0.0,
             "lr_multiplier": multipliers.get(name, 1.0),
         }
         for name in GROUP_NAMES
@@ -125,9 +130,8 @@ def clip_gradients(groups: Sequence[dict[str, Any]], *, max_norm: float, table_m
     of_tables = [group for group in groups if group.get("name") == "table"]
     tables = _gradient_values(of_tables)
     rest = _gradient_values(group for group in groups if group.get("name") != "table")
-    first = next(iter([*rest, *tables]), torch.zeros(()))
-    rest_norm = _norm_over_mesh(rest).to(first.device, non_blocking=True)
-    table_norm = _norm_over_ranks(of_tables, tables).to(first.device, non_blocking=True)
+    device = next((values.device for values in (*rest, *tables)), torch.device("cpu"))
+    rest_norm, table_norm = _norm(rest, device), _norm(tables, device)
     finite = rest_norm.isfinite() & table_norm.isfinite()
     _keep_within(rest, rest_norm, max_norm, finite)
     _keep_within(tables, table_norm, table_max_norm, finite)
@@ -180,13 +184,18 @@ def _is_cut(gradient: Tensor) -> bool:
     return hasattr(gradient, "full_tensor")
 
 
+def _norm(values: list[Tensor], device: torch.device) -> Tensor:
+    """Of all values, on this device, to which nothing is copied that the host would wait for."""
+    return get_total_norm(values).to(device, non_blocking=True) if values else torch.zeros((), device=device)
+
+
 @torch.no_grad()
 def _keep_within(values: list[Tensor], norm: Tensor, most: float, finite: Tensor) -> None:
     """Scale the values of this norm to the norm `most`, where it is larger and `finite` is true."""
     too_large = finite & (norm > most)
     if most == math.inf or (read_at_once(norm.device) and not too_large):
         return
-    factor = torch.where(too_large, most / (norm + 1e-6), 1.0)
+    factor = torch.where(too_large, most / (norm + 1e-6), torch.ones_like(norm))
     for value in values:
         own: Any = value
         local = own.to_local() if _is_cut(value) else value

@@ -49,4 +49,4 @@ def restrict_gradient(parameter: Tensor, keep: Tensor, *, dim: int = 0) -> None:
         return
     kept = keep[padded.clamp_min(0)] & (padded >= 0)  # how many these are only the device knows
     values = values.masked_fill(~kept.view(-1, *[1] * (values.ndim - 1)), 0.0)
-    parameter.grad = pad(parameter, torch.where(kept, padded, -1), values)
+    parameter.grad = pad(parameter, padded.masked_fill(~kept, -1), values)

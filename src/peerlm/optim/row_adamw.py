@@ -18,7 +18,7 @@ from peerlm.ops.row_formats import EIGHT_BIT_DTYPES
 from peerlm.ops.row_shards import shard_of
 from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.ops.watched import raw
-from peerlm.optim import row_step
+from peerlm.optim import muon, row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
 from peerlm.optim.placed import Placed, capturing
 from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_norms
@@ -74,6 +74,9 @@ class RowAdamW(torch.optim.Optimizer):
         fused: rows of tables are updated in the backward pass, which then leaves no gradient. Each step
             must have one backward pass, at the learning rate that is set by then; tables cannot be clipped, nor be
             whole on each rank of DistributedDataParallel.
+
+    A group named "muon", of `parameter_groups(..., muon=True)`, is updated as by `torch.optim.Muon`; it may have its
+    "momentum".
 
     Within DistributedDataParallel gradients of tables are dense, which is what it exchanges. Where tables are sharded
     (`peerlm.parallel`) they are sparse: each rank has all there is of its rows.
@@ -200,6 +203,10 @@ class RowAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            if group.get("name") == muon.GROUP:
+                parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+                muon.muon_step(parameters, [self.state[parameter] for parameter in parameters], group)
+                continue
             if not group["rows"]:
                 self._step_dense(group)
                 continue
@@ -237,7 +244,9 @@ class RowAdamW(torch.optim.Optimizer):
         if ids is None and _is_plain(parameter, state) and not capturing(parameter.device):
             self._age_moments(state)
             with torch._C.DisableTorchFunctionSubclass():
-                _dense_step([parameter], [{**state, "step": torch.tensor(float(state["step"]))}], group)
+                # Where the parameter is, as torch's fused kernels read it there
+                step = torch.full((), float(state["step"]), device=parameter.device)
+                _dense_step([parameter], [{**state, "step": step}], group)
             for name in ("moments_step", "weights_step"):
                 if name in state:
                     state[name].fill_(state["step"] + 1)
@@ -459,6 +468,9 @@ class RowAdamW(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": dense})
         for group, ours in zip(self.param_groups, fused, strict=True):
             group["fused"] = ours  # how steps are made, not what has been learned
+        for parameter in (p for group in self.param_groups if not group["rows"] for p in group["params"]):
+            if "step" in (state := self.state.get(parameter, {})):  # torch leaves it on the CPU
+                state["step"] = state["step"].to(parameter.device, torch.float32)
         for key, parameter in tables.items():
             saved_state = state_dict["state"].get(key)
             if saved_state:
@@ -619,6 +631,8 @@ def _check(group: dict[str, Any], *, wait: bool = True) -> None:
     ):
         if not right:
             raise ValueError(f"{name} = {value} is out of range: lr, eps and weight_decay >= 0, 0 <= betas < 1")
+    if group.get("name") == muon.GROUP:
+        _check_muon(group)
     if not group["rows"]:
         return
     if group["state_dtype"] not in (torch.float32, torch.bfloat16):
@@ -654,3 +668,17 @@ def _check(group: dict[str, Any], *, wait: bool = True) -> None:
         if group["eps"] == 0:
             raise ValueError("eps = 0: rows can only catch up with eps > 0, or pass lazy=True")
         check_betas(beta1, beta2)
+
+
+def _check_muon(group: dict[str, Any]) -> None:
+    """Raise ValueError where a group asks for Muon and cannot have it."""
+    if not 0 <= group.setdefault("momentum", 0.95) < 1:
+        raise ValueError(f"momentum = {group['momentum']} is out of range: 0 <= momentum < 1")
+    for parameter in group["params"]:
+        if not muon.takes(parameter):
+            raise ValueError(f"Muon takes matrices and stacks of them, not a parameter {tuple(parameter.shape)}")
+        if _is_dtensor(parameter):
+            raise ValueError(
+                f"Muon needs whole matrices, and a parameter {tuple(parameter.shape)} is a DTensor, as FSDP2 makes "
+                "them: take AdamW for it"
+            )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peerlm.optim.muon import GROUP
+
 
 def learning_rate(schedule: str, progress: float, *, peak: float, warmup: float, decay: float, final: float) -> float:
     """The learning rate that is due at a share `progress` of the budget.
@@ -73,20 +75,20 @@ def set_learning_rates(
         multiplier = group["lr_multiplier"]
         if table_lr_decay and group["name"] == "table":
             multiplier = decaying_multiplier(progress, start=multiplier)
-        if isinstance(group["lr"], Tensor):
+        if isinstance(group.get("lr"), Tensor):
             group["lr"].fill_(learning_rate * multiplier)
         else:
             group["lr"] = learning_rate * multiplier
 
 
 def keep_learning_rates_on(device: torch.device, optimizer: torch.optim.Optimizer) -> None:
-    """Let torch's AdamW read learning rates from a device, as a captured step must; tables' rates stay numbers.
+    """Let torch's AdamW read learning rates from a device, as a captured step must.
 
-    They are float32 there, in which torch's fused kernels read them, so that eager and captured steps have the same
-    bits.
+    Those of tables and of Muon's matrices stay numbers. On the device they are float32, in which torch's fused kernels
+    read them, so that eager and captured steps have the same bits.
     """
     for group in optimizer.param_groups:
-        if group.get("rows"):
+        if group.get("rows") or group.get("name") == GROUP:
             continue
         group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
         if "capturable" in group:

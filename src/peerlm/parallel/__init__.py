@@ -1,5 +1,6 @@
 """Models over many ranks: tables sharded by rows and columns, the rest by FSDP2 or replicated."""
 
+from peerlm.parallel.export import from_pretrained, save_pretrained
 from peerlm.parallel.gradients import set_requires_gradient_sync, unsynchronised
 from peerlm.parallel.layout import RowLayout
 from peerlm.parallel.measures import since_last
@@ -23,10 +24,12 @@ __all__ = [
     "checkpoint_attention",
     "compile_dense",
     "exchange_gradients",
+    "from_pretrained",
     "local_states",
     "mesh",
     "parallelize",
     "place_of",
+    "save_pretrained",
     "set_requires_gradient_sync",
     "sharded_tables",
     "since_last",

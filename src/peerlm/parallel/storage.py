@@ -62,12 +62,10 @@ def write_shards(
         OSError: on every rank, the first that any of them met.
     """
     writer = SafetensorsWriter(folder, values)
-    planner = ShardSavePlanner(
-        flatten_state_dict=False, flatten_sharded_tensors=False, enable_plan_caching=group is not None
-    )
+    planner = ShardSavePlanner(folder.parent, group)
     with _failures_of_all():
         dcp.save(
-            {name: _readable(entry) for name, entry in entries.items()},
+            {name: _readable(entry) for name, entry in sorted(entries.items())},  # the order decides who writes what
             storage_writer=writer,
             planner=planner,
             process_group=group,
@@ -76,8 +74,12 @@ def write_shards(
     return writer.fingerprints
 
 
-def read_shards(reader: "SafetensorsReader", entries: Entries, *, group: "dist.ProcessGroup | None") -> None:
+def read_shards(
+    reader: "SafetensorsReader", entries: Entries, *, group: "dist.ProcessGroup | None", cast: bool = False
+) -> None:
     """Fill tensors, in place, with what was saved under their names, whoever wrote it; each rank must call it.
+
+    With `cast` a tensor may have been saved in another dtype.
 
     Raises:
         ValueError: on every rank: a tensor was saved in another shape or dtype, not at all, or not wholly.
@@ -87,14 +89,23 @@ def read_shards(reader: "SafetensorsReader", entries: Entries, *, group: "dist.P
         dcp.load(
             {name: _readable(entry) for name, entry in entries.items()},
             storage_reader=reader,
-            planner=ShardLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            planner=ShardLoadPlanner(cast=cast),
             process_group=group,
             no_dist=group is None,
         )
 
 
 class ShardSavePlanner(DefaultSavePlanner):
-    """The default planner, for entries that may be `Cut`."""
+    """The default planner, for entries that may be `Cut`.
+
+    Ranks send each other what has changed in their plans since the last save of the same ranks into the same place.
+    """
+
+    def __init__(self, place: Path, group: "dist.ProcessGroup | None") -> None:
+        cached = group is not None
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False, enable_plan_caching=cached)
+        if cached:  # by default all saves of a process share one plan, those of other models and ranks too
+            self._cached_plans_key = f"{place.absolute()} by {dist.get_world_size(group)}"
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """The tensor that is written for an item of the plan."""
@@ -104,6 +115,10 @@ class ShardSavePlanner(DefaultSavePlanner):
 
 class ShardLoadPlanner(DefaultLoadPlanner):
     """The default planner, for entries that may be `Cut`; it refuses what would be left as it was."""
+
+    def __init__(self, *, cast: bool) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.cast = cast
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -120,7 +135,7 @@ class ShardLoadPlanner(DefaultLoadPlanner):
             if name not in saved:
                 raise ValueError(f"the checkpoint has no {name}")
             found = saved[name]
-            if found.size != entry.size() or found.properties.dtype != entry.dtype:
+            if found.size != entry.size() or not (self.cast or found.properties.dtype == entry.dtype):
                 raise ValueError(
                     f"{name} is {tuple(entry.size())} in {entry.dtype} here, and {tuple(found.size)} in "
                     f"{found.properties.dtype} in the checkpoint"
@@ -250,7 +265,7 @@ class SafetensorsReader(StorageReader):
                     entry = file.get_slice(name)
                     shape = torch.Size(entry.get_shape())
                     offsets = torch.Size([0] * len(shape))
-                    tensors[name] = _metadata(_DTYPES[entry.get_dtype()], shape, [ChunkStorageMetadata(offsets, shape)])
+                    tensors[name] = _metadata(DTYPES[entry.get_dtype()], shape, [ChunkStorageMetadata(offsets, shape)])
                     places[name, tuple(offsets)] = path, name
         return cls(tensors, places)
 
@@ -302,7 +317,7 @@ class SafetensorsReader(StorageReader):
         return False
 
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import api
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.optim.catch_up import check_betas
+from peerlm.optim.muon import GROUP
 from peerlm.parallel import build_from, checkpoint_attention, mesh
 from peerlm.ranks import Ranks
 from peerlm.train.budget import Budget
@@ -225,7 +227,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
         weight_decay=optim.weight_decay,
         table_lr_multiplier=optim.table_lr_multiplier,
         keys_lr_multiplier=optim.keys_lr_multiplier,
+        muon=optim.matrices == "muon",
     )
+    if optim.matrices == "muon":
+        _prepare_muon(groups, config)
     options: dict[str, Any] = {
         "lr": optim.learning_rate,
         "betas": (optim.beta1, optim.beta2),
@@ -249,7 +254,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
     if tables == "dense":
         if needs_rows:
             raise UserError(f"optim.tables = 'dense' cannot be combined with {needs_rows}: leave one of them out")
-        return torch.optim.AdamW(groups, **options, fused=True)
+        if optim.matrices == "adamw":
+            return torch.optim.AdamW(groups, **options, fused=True)
+        return RowAdamW([{"rows": False, **group} for group in groups], **options)
     for group in groups:
         if group["name"] == "table":
             beta1 = optim.beta1 if optim.table_beta1 is None else optim.table_beta1
@@ -277,6 +284,19 @@ def _tables_in_place(tables: str, row_format: str) -> str:
             "gradient: set it to 'fused'"
         )
     return "fused"
+
+
+def _prepare_muon(groups: list[dict[str, Any]], config: TrainConfig) -> None:
+    """Give Muon's group its momentum; say which matrices AdamW trains. Raises UserError where there can be no Muon."""
+    if config.parallel.sharded and config.parallel.dense == "shard":
+        raise UserError("optim.matrices = 'muon' needs whole matrices: set parallel.dense = 'replicate'")
+    named = {group["name"]: group for group in groups}
+    if GROUP not in named:
+        raise UserError("optim.matrices = 'muon': the model has no matrix that Muon takes; set it to 'adamw'")
+    named[GROUP]["momentum"] = config.optim.momentum
+    if left := named.get("matrix", {}).get("params", ()):
+        shapes = ", ".join(sorted({"x".join(map(str, parameter.shape)) for parameter in left}))
+        log.warning("optim.matrices = 'muon': AdamW trains the output head and matrices of one row: %s", shapes)
 
 
 def _obstacle_to_rows(config: TrainConfig, ranks: Ranks) -> str:
@@ -311,9 +331,10 @@ def _rows_pay(model: nn.Module, config: TrainConfig, ranks: Ranks) -> bool:
         return False
     tokens = config.data.batch_size * config.data.context
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "looked_up_rows")]
+    looked_up: Counter[Table] = Counter()  # a table that several layers share by all of them
+    for layer in layers:
+        looked_up.update(dict(layer.looked_up_rows()))
     largest = max((growth.sub_keys**2 for growth in read_growths(config.grow)), default=0)
     return api.updates_rows_on(ranks.device) and any(
-        tokens * rows <= _QUICKER_BY_ROWS * max(table.num_rows, largest)
-        for layer in layers
-        for table, rows in layer.looked_up_rows()
+        tokens * rows <= _QUICKER_BY_ROWS * max(table.num_rows, largest) for table, rows in looked_up.items()
     )

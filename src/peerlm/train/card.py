@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from peerlm.data import Manifest
 from peerlm.data.request import source_name
 from peerlm.errors import listed
+from peerlm.model.configuration_peer import parts_of
 from peerlm.train.config import TrainConfig
 
 _CARD = """---
@@ -58,7 +59,7 @@ def model_card(config: TrainConfig, model: PreTrainedModel, summary: Mapping[str
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["peerlm", *dict.fromkeys(kinds)],
+        tags=["peerlm", *dict.fromkeys(part for kind in kinds for part in parts_of(kind))],
         model_name=name,
         eval_results=[
             EvalResult(

@@ -5,6 +5,10 @@ RUN/checkpoints/step-00000100/ holds the model as `save_pretrained` writes it, t
 itself. Nothing is unpickled. Rows of tables may be stale in it, where the optimizer updates them when they are next
 read: then the model's configuration says so, and `from_pretrained` updates them.
 
+Of a model that is spread over ranks, and where it is asked for, weights and optimizer are in shards instead: each rank
+writes what it has (`peerlm.parallel.storage`), and model.json is the configuration. Any number of processes can load
+both kinds.
+
 Neither schedules, data order nor dropout have files of their own: each is a pure function of the step and
 the seed.
 """
@@ -13,6 +17,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -25,11 +30,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from peerlm.errors import UserError
-from peerlm.files import atomic_folder, fingerprint, write_json
+from peerlm.files import fingerprint, write_json
 from peerlm.ops.row_updates import rows_as_they_are
 from peerlm.optim.saved import load_state, mark_stale, save_state
+from peerlm.parallel.export import write_pretrained
+from peerlm.parallel.states import (
+    is_spread,
+    load_states,
+    model_entries,
+    optimizer_entries,
+    reader_of,
+    staged,
+)
+from peerlm.parallel.storage import INDEX, Entries, write_shards
+from peerlm.ranks import ALONE, Ranks
 
 PREFIX = "step-"
+MODEL = "model.json"
+"""The configuration of a model that is saved in shards: config.json would have transformers look for the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,28 +113,100 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     keep: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
-    """Write a complete checkpoint, then remove all but the newest `keep`; returns its folder."""
+    """Write a complete checkpoint, then remove all but the newest `keep`; returns its folder. Each rank must call it.
+
+    It is there whole or not at all. Where a rank fails to write, all raise.
+    """
+    if is_spread(model):
+        return save_shards(run, state, shards_of(model, optimizer), tokenizer, keep=keep, ranks=ranks)
     folder = checkpoint_folder(run, state.step)
-    with atomic_folder(folder) as partial:
-        with rows_as_they_are():  # stale rows are updated in the resumed run when they would be here
-            save_model(partial, model, tokenizer)
-            if save_state(optimizer, partial, model):
-                mark_stale(partial)
-        files = {path.name: fingerprint(path) for path in sorted(partial.iterdir())}
-        values = {**asdict(state), "files": files}
-        write_json(partial / "state.json", {**values, "crc32": _checksum(values)})
-    for old in list_checkpoints(run)[:-keep]:
-        rmtree(old)
+    with ranks.atomic_folder(folder) as partial, ranks.together():
+        if ranks.is_main:
+            with rows_as_they_are():  # stale rows are updated in the resumed run when they would be here
+                save_model(partial, model, tokenizer)
+                if save_state(optimizer, partial, model):
+                    mark_stale(partial)
+            _write_state(partial, state, {})
+    _remove_old(run, keep, ranks)
     return folder
 
 
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write model and tokenizer for `from_pretrained`, the weights in one file."""
+@dataclass(frozen=True)
+class Shards:
+    """What one rank writes of a checkpoint in shards."""
+
+    entries: Entries
+    values: dict[str, Any]
+    """What the optimizer remembers that is no tensor."""
+    config: dict[str, Any]
+    """The configuration of the model."""
+
+    def staged(self) -> "Shards":
+        """A copy, which can be written while steps change the originals."""
+        return Shards(staged(self.entries), deepcopy(self.values), deepcopy(self.config))
+
+
+def shards_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Shards:
+    """What this rank has of a model and its optimizer, as it is, sharing their memory."""
+    tensors, values = optimizer_entries(model, optimizer)
+    return Shards(model_entries(model) | tensors, {"optimizer": values}, model.config.to_dict())
+
+
+def save_shards(
+    run: Path,
+    state: TrainState,
+    shards: Shards,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    keep: int,
+    ranks: Ranks,
+) -> Path:
+    """As `save_checkpoint`, in shards."""
+    folder = checkpoint_folder(run, state.step)
+    with ranks.atomic_folder(folder) as partial:
+        files = write_shards(partial, shards.entries, shards.values, group=ranks.files)
+        with ranks.together():
+            if ranks.is_main:
+                write_json(partial / MODEL, shards.config)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(partial)
+                _write_state(partial, state, files)
+    _remove_old(run, keep, ranks)
+    return folder
+
+
+def _remove_old(run: Path, keep: int, ranks: Ranks) -> None:
+    if ranks.is_main:
+        for old in list_checkpoints(run)[:-keep]:
+            rmtree(old)
+
+
+def _write_state(partial: Path, state: TrainState, known: dict[str, dict[str, int]]) -> None:
+    """Write state.json; `known` are fingerprints of files, so that these are not read again."""
+    names = sorted(path.name for path in partial.iterdir())
+    files = {name: known.get(name) or fingerprint(partial / name) for name in names}
+    values = {**asdict(state), "files": files}
+    write_json(partial / "state.json", {**values, "crc32": _checksum(values)})
+
+
+def save_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, ranks: Ranks = ALONE
+) -> None:
+    """Write model and tokenizer for `from_pretrained`, the weights in one file, or those of each sharded table in one.
+
+    Each rank must call it.
+    """
+    spread = is_spread(model)
     with _quiet():
-        model.save_pretrained(folder, max_shard_size="1000TB")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        if spread:
+            write_pretrained(model, folder, ranks=ranks)
+        with ranks.together():
+            if ranks.is_main and not spread:
+                model.save_pretrained(folder, max_shard_size="1000TB")
+            if ranks.is_main and tokenizer is not None:
+                tokenizer.save_pretrained(folder)
 
 
 def load_checkpoint(
@@ -124,32 +214,41 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     prepare: Callable[[TrainState], object] = lambda state: None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> TrainState:
-    """Load a checkpoint into `model` and `optimizer`; returns where the run stands.
+    """Load a checkpoint into `model` and `optimizer`; returns where the run stands. Each rank must call it.
 
     `prepare` is called before, with that, to give both their shapes. Raises UserError when a file is missing or is not
-    as it was written.
+    as it was written, or was written of another model.
     """
-    state = read_state(folder)
+    state = read_state(folder, ranks)
     prepare(state)
-    load_model(model, folder / "model.safetensors", device=str(next(model.parameters()).device))
-    load_state(optimizer, folder)
+    if is_spread(model) or (folder / INDEX).is_file():
+        try:
+            load_states(model, optimizer, reader_of(folder), group=ranks.files)
+        except (ValueError, OSError) as error:
+            raise UserError(f"the checkpoint {folder} cannot be loaded: {error}") from error
+    else:
+        load_model(model, folder / "model.safetensors", device=str(next(model.parameters()).device))
+        load_state(optimizer, folder)
     return state
 
 
-def read_state(folder: Path) -> TrainState:
-    """Check every file of a checkpoint and return where the run stood."""
-    try:
-        values = json.loads((folder / "state.json").read_bytes())
-        if values.pop("crc32") != _checksum(values):
-            raise ValueError("the checksum is not that of the content")
-        files = values.pop("files")
-        state = TrainState(**values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _corrupt(folder, "state.json") from error
-    for name, written in files.items():
-        if not (folder / name).is_file() or fingerprint(folder / name) != written:
-            raise _corrupt(folder, name)
+def read_state(folder: Path, ranks: Ranks = ALONE) -> TrainState:
+    """Check every file of a checkpoint, each on one of the ranks, and return where the run stood."""
+    with ranks.together():
+        try:
+            values = json.loads((folder / "state.json").read_bytes())
+            if values.pop("crc32") != _checksum(values):
+                raise ValueError("the checksum is not that of the content")
+            files = values.pop("files")
+            state = TrainState(**values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _corrupt(folder, "state.json") from error
+        for name in sorted(files)[ranks.rank :: ranks.world_size]:
+            if not (folder / name).is_file() or fingerprint(folder / name) != files[name]:
+                raise _corrupt(folder, name)
     return state
 
 

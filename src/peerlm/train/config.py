@@ -92,6 +92,11 @@ class OptimConfig:
     """Added to AdamW's root of the mean square."""
     weight_decay: float = 0.01
     """Of weight matrices; tables, keys, embeddings, norms and biases have none."""
+    matrices: Literal["adamw", "muon"] = added("adamw")
+    """What trains weight matrices: AdamW, or Muon with steps of AdamW's size; the output head, embeddings, tables, keys
+    and vectors stay with AdamW."""
+    momentum: float = added(0.95)
+    """Muon's decay of its mean of gradients."""
     tables: Literal["auto", "exact", "lazy", "fused", "dense"] = "auto"
     """How tables are updated: "dense" by torch.optim.AdamW, which visits every row; "exact", the same weights by rows
     that were retrieved; "fused", as exact but in the backward pass, without clipping or accumulation; "lazy", rows that
@@ -119,7 +124,7 @@ class OptimConfig:
         _require(self, "optim.", rates, _above_0_and_finite, "must be above 0 and finite")
         _require(self, "optim.", "clip table_clip", lambda value: value > 0, "must be above 0")
         _require(self, "optim.", "warmup decay final", lambda value: 0 <= value <= 1, "must lie from 0 to 1")
-        betas = "beta1 beta2" if self.table_beta1 is None else "beta1 beta2 table_beta1"
+        betas = "beta1 beta2 momentum" if self.table_beta1 is None else "beta1 beta2 momentum table_beta1"
         _require(self, "optim.", betas, lambda value: 0 <= value < 1, "must be 0 or more, below 1")
         _require(self, "optim.", "weight_decay", _at_least_0, "must be 0 or more")
         _require(self, "optim.", "table_moment_columns", _at_least_1, "must be at least 1")
@@ -181,6 +186,9 @@ class CheckpointConfig:
     it."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    background: bool = False
+    """Whether each rank copies its part of a checkpoint and writes it, in shards, during later steps. The copy
+    takes as much memory as the model with its optimizer's state."""
 
     def __post_init__(self) -> None:
         _require(self, "checkpoint.", "every minutes", _at_least_0, "must be 0 or more")

@@ -20,7 +20,7 @@ from peerlm.errors import TrainingStopped
 from peerlm.optim import clip_gradients, learning_rate, set_learning_rates
 from peerlm.parallel import since_last
 from peerlm.train.captured import own_stream
-from peerlm.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from peerlm.train.checkpoint import TrainState, list_checkpoints, load_checkpoint
 from peerlm.train.config import CheckpointConfig
 from peerlm.train.feed import Feed
 from peerlm.train.interrupts import Interrupts
@@ -45,7 +45,7 @@ def last_state(training: Training) -> TrainState:
         for hook in training.hooks:
             hook.before_loading(training, state)
 
-    return load_checkpoint(checkpoints[-1], training.weights, training.optimizer, reshape)
+    return load_checkpoint(checkpoints[-1], training.weights, training.optimizer, reshape, ranks=training.ranks)
 
 
 def fit(training: Training, state: TrainState) -> TrainState:
@@ -96,6 +96,8 @@ def fit(training: Training, state: TrainState) -> TrainState:
                     hook.before_checkpoint(training)
             if stop or planned or ranks.any(_late(monotonic() - saved, config.checkpoint)):
                 state, saved = save(training, state), monotonic()
+            if stop or done:
+                training.saver.wait()
             if stop:
                 raise _stopped(training, state, interrupts.received or signal.SIGTERM)
     return state
@@ -222,14 +224,7 @@ def save(training: Training, state: TrainState) -> TrainState:
     with training.ranks.together():
         if training.log is not None:
             state = replace(state, log_bytes=training.log.sync())
-            save_checkpoint(
-                training.folder,
-                state,
-                training.weights,
-                training.optimizer,
-                training.tokenizer,
-                keep=training.config.checkpoint.keep,
-            )
+    training.saver.save(training.folder, state, training.weights, training.optimizer, training.tokenizer)
     return replace(state, checkpoint_seconds=state.checkpoint_seconds + time.perf_counter() - started)
 
 

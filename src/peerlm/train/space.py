@@ -9,6 +9,7 @@ import torch
 
 from peerlm.errors import UserError
 from peerlm.optim import RowAdamW
+from peerlm.optim.muon import GROUP
 from peerlm.optim.table_state import second_moments
 
 
@@ -17,12 +18,12 @@ def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     weights, moments = 0, 0
     for group in optimizer.param_groups:
         by_rows = isinstance(optimizer, RowAdamW)
-        first = not (by_rows and group["betas"][0] == 0)
+        one = by_rows and (group["betas"][0] == 0 or group.get("name") == GROUP)
         for parameter in group["params"]:
             size = parameter.numel() * parameter.element_size()
             row_wise = by_rows and group.get("row_wise") and group.get("rows")
             weights += size
-            moments += first * size + (math.prod(second_moments(parameter, row_wise)) * 4 if row_wise else size)
+            moments += (not one) * size + (math.prod(second_moments(parameter, row_wise)) * 4 if row_wise else size)
     return weights, weights + moments
 
 

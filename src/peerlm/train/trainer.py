@@ -11,7 +11,7 @@ import torch
 
 from peerlm.accounting import BYTES, model_cost
 from peerlm.errors import RankLost, TrainingStopped, UserError
-from peerlm.files import atomic_folder, is_disk_full, write_json
+from peerlm.files import is_disk_full, write_json
 from peerlm.ranks import join_ranks
 from peerlm.train.build import build_training, open_data
 from peerlm.train.card import model_card
@@ -85,11 +85,13 @@ def _run(training: Training, evaluation: Evaluation, *, progress: bool) -> dict[
         state = fit(training, state)
         state, found = evaluation.measure(training, state, config.eval.final_windows)
         summary = _summary(training, state, found)
+        with ranks.atomic_folder(training.folder / "model") as folder:
+            save_model(folder, training.weights, training.tokenizer, ranks=ranks)
+            with ranks.together():
+                if ranks.is_main:
+                    model_card(config, training.weights, summary).save(folder / "README.md")
         with ranks.together():
             if ranks.is_main:
-                with atomic_folder(training.folder / "model") as folder:
-                    save_model(folder, training.weights, training.tokenizer)
-                    model_card(config, training.weights, summary).save(folder / "README.md")
                 write_json(training.folder / "summary.json", summary)
     return summary
 

@@ -26,6 +26,7 @@ from peerlm.train.config import TrainConfig
 from peerlm.train.disturbance import OtherPrograms
 from peerlm.train.measures import Measures
 from peerlm.train.runlog import Display, RunLog
+from peerlm.train.saving import Saver
 from peerlm.train.space import check_space
 
 
@@ -64,8 +65,10 @@ class Training:
     """How busy the machine is besides."""
     log: RunLog | None = None
     """Rows of the run; None on other ranks than 0, and outside of `reporting`."""
+    saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
+        self.saver = Saver(self.config.checkpoint, self.ranks)
         self.measures = Measures(self.ranks.device)
         if self.runs_ahead:
             keep_learning_rates_on(self.ranks.device, self.optimizer)
@@ -137,6 +140,8 @@ class Training:
             return "graph = 'off'"
         if device.type not in GRAPHS:
             return f"the run is on device {device}, and a graph is one of CUDA's"
+        if config.optim.matrices == "muon":
+            return "optim.matrices = 'muon' takes its learning rate from the host"
         if self.ranks.world_size > 1 or config.parallel.sharded:
             return f"{self.ranks.world_size} processes exchange tokens or gradients in each step"
         return "compile = true" if config.compile else ""

@@ -55,7 +55,7 @@ def segments(ids_TP: Tensor, num_rows: int) -> Segments:
         return Segments(order=torch.empty(0, dtype=torch.int32, device=device), ids=ids, starts=count, count=count)
     flat_E = ids_TP.reshape(-1)
     is_row_E = (flat_E >= 0) & (flat_E < num_rows)
-    sorted_E, order_E = torch.where(is_row_E, flat_E, num_rows).int().sort(stable=True)
+    sorted_E, order_E = flat_E.masked_fill(~is_row_E, num_rows).int().sort(stable=True)
     starts_one_E = sorted_E < num_rows
     starts_one_E[1:] &= sorted_E[1:] != sorted_E[:-1]
     segments_so_far_E = starts_one_E.cumsum(0, dtype=torch.int32)

@@ -1,0 +1,202 @@
+"""Folders for Hugging Face's `from_pretrained` of models over a mesh, written and read without a whole table anywhere.
+
+Each sharded table has a file of its own, into which every rank writes its rows where they belong. All else is in the
+first file.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from peerlm.files import sync, write_json
+from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.ops.watched import raw
+from peerlm.optim.saved import STALE
+from peerlm.parallel.models import build
+from peerlm.parallel.states import model_entries
+from peerlm.parallel.storage import DTYPES, SafetensorsReader, read_shards
+from peerlm.parallel.table import ShardedTable, sharded_tables
+from peerlm.ranks import ALONE, Ranks
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_BYTES_AT_ONCE = 1 << 26
+
+
+def save_pretrained(model: Any, folder: str | Path, *, ranks: Ranks | None = None) -> None:
+    """Write a model over a mesh for `from_pretrained`, whole or not at all; each rank must call it.
+
+    The folder must be the same for all ranks. No process holds more of a table at once than its own part and 64 MiB;
+    what is not a table is gathered on the first one.
+
+    Args:
+        model: a transformers model, as of `build` or `parallelize`.
+        folder: what is there is replaced.
+        ranks: who writes; None: the ranks of torch.distributed.
+    """
+    ranks = _ranks() if ranks is None else ranks
+    with ranks.atomic_folder(Path(folder)) as partial:
+        write_pretrained(model, partial, ranks=ranks)
+
+
+def write_pretrained(model: Any, folder: Path, *, ranks: Ranks) -> None:
+    """As `save_pretrained`, into a folder that is there."""
+    tables = sharded_tables(model)
+    for table in tables.values():
+        table.catch_up()
+    parts = dict(_parts(tables))
+    rest = {}
+    for name, entry in model_entries(model).items():
+        if name not in parts:
+            whole: Any = entry.full_tensor() if hasattr(entry, "full_tensor") else entry
+            if ranks.is_main:
+                rest[name] = whole.cpu()
+    count = 1 + len(parts)
+    files = {name: f"model-{number:05d}-of-{count:05d}.safetensors" for number, name in enumerate(parts, start=2)}
+    with ranks.together():
+        if ranks.is_main:
+            model.save_pretrained(folder, state_dict=rest, max_shard_size="1000TB")
+            first = f"model-00001-of-{count:05d}.safetensors"
+            (folder / _SINGLE).rename(folder / first)
+            with safe_open(folder / first, framework="pt") as file:
+                saved = list(file.keys())
+            size = (folder / first).stat().st_size
+            for name, file_name in files.items():
+                size += _begin(folder / file_name, name, parts[name])
+            weights = dict.fromkeys(saved, first) | files
+            write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weights})
+    for name, file_name in files.items():
+        _fill(folder / file_name, *parts[name], ranks=ranks)
+
+
+def from_pretrained(folder: str | Path, mesh: DeviceMesh, *, dense: str = "shard") -> PeerForCausalLM:
+    """A PEER language model over a mesh, with the weights of a folder that `save_pretrained` wrote, here or alone.
+
+    Each rank reads its own part of the tables. Every rank must call it.
+
+    Args:
+        folder: the same for all ranks.
+        mesh: of `peerlm.parallel.mesh`.
+        dense: as of `build`.
+
+    Raises:
+        ValueError: the folder has another model, or not all of its weights, or stale rows.
+    """
+    folder = Path(folder)
+    config = PeerConfig.from_pretrained(folder)
+    if getattr(config, STALE, False):
+        raise ValueError(
+            f"rows of {folder}, a checkpoint, are stale: load it by transformers' from_pretrained, and save it again"
+        )
+    model = build(config, mesh, dense=dense)
+    load_pretrained(model, folder)
+    return model
+
+
+def load_pretrained(model: Any, folder: Path) -> None:
+    """Fill a model, over a mesh or not, with the weights of a folder for `from_pretrained`, in the model's dtypes.
+
+    Raises ValueError where the folder has weights that the model does not have, or lacks some.
+    """
+    files = [folder / _SINGLE]
+    if (folder / _INDEX).is_file():
+        names = json.loads((folder / _INDEX).read_bytes())["weight_map"].values()
+        files = [folder / name for name in sorted(set(names))]
+    reader, entries = SafetensorsReader.of_files(*files), model_entries(model)
+    if unknown := sorted(reader.tensors.keys() - entries.keys()):
+        raise ValueError(f"{folder} has {unknown[0]}, which the model does not have")
+    read_shards(reader, entries, group=None, cast=True)
+
+
+def _ranks() -> Ranks:
+    if not dist.is_initialized():
+        return ALONE
+    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=torch.device("cpu"))
+
+
+def _parts(tables: dict[str, ShardedTable]) -> Iterator[tuple[str, tuple[ShardedTable, Tensor]]]:
+    for path, table in tables.items():
+        yield f"{path}.rows", (table, raw(table.rows))
+        if table.scales is not None:
+            yield f"{path}.scales", (table, table.scales)
+
+
+def _shape(table: ShardedTable, local: Tensor) -> list[int]:
+    whole = [table.num_rows, *local.shape[1:]]
+    if table.layout.cols > 1:
+        whole[-1] = table.layout.width
+    return whole
+
+
+def _num_bytes(table: ShardedTable, local: Tensor) -> int:
+    return torch.Size(_shape(table, local)).numel() * local.element_size()
+
+
+def _begin(path: Path, name: str, part: tuple[ShardedTable, Tensor]) -> int:
+    """Write the head of a safetensors file for one tensor, which the ranks fill; returns its size in bytes."""
+    size = _num_bytes(*part)
+    dtype = next(word for word, dtype in DTYPES.items() if dtype == part[1].dtype)
+    entry = {"dtype": dtype, "shape": _shape(*part), "data_offsets": [0, size]}
+    head = {"__metadata__": {"format": "pt"}, name: entry}
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+        sync(path)
+    return size
+
+
+def _fill(path: Path, table: ShardedTable, local: Tensor, *, ranks: Ranks) -> None:
+    """Write this rank's rows into the file of their tensor; all ranks raise where any cannot."""
+    begin = path.stat().st_size - _num_bytes(table, local)
+    failure: OSError | None = None
+    with path.open("r+b", buffering=0) as file:
+        for offset, rows in _blocks(table, local):  # to its end, for other ranks wait for this one's columns
+            try:
+                if failure is None:
+                    _write_at(file.fileno(), rows, begin + offset)
+            except OSError as error:
+                failure = error
+    with ranks.together():
+        if failure is not None:
+            raise failure
+        sync(path)
+
+
+def _blocks(table: ShardedTable, local: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """What this rank writes: at how many bytes from the tensor's beginning, and rows with all of their columns.
+
+    Ranks along "cols" have the same rows, and take turns to gather a block of them.
+    """
+    cols = table.layout.cols
+    row_bytes = _num_bytes(table, local) // max(1, table.num_rows)
+    at_once = max(1, _BYTES_AT_ONCE // max(1, row_bytes))
+    turn = 0
+    for piece in table.pieces():
+        for start in range(0, piece.count, at_once):
+            rows = local[piece.local + start : piece.local + min(start + at_once, piece.count)].contiguous()
+            if cols > 1:
+                gathered = (
+                    [torch.empty_like(rows) for _ in range(cols)] if turn % cols == table.place.cols.rank else None
+                )
+                dist.gather(rows, gathered, group=table.place.cols.group, group_dst=turn % cols)
+                rows = torch.cat(gathered, dim=-1) if gathered else rows[:0]
+            turn += 1
+            if len(rows):
+                yield (piece.first + start) * row_bytes, rows
+
+
+def _write_at(descriptor: int, values: Tensor, offset: int) -> None:
+    content = memoryview(values.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written

@@ -1,0 +1,153 @@
+"""What is saved over one mesh is loaded over any other, bit for bit, and exported with no table whole in a process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.optim import RowAdamW, parameter_groups
+from peerlm.parallel import build, from_pretrained, mesh, save_pretrained
+from peerlm.parallel.states import model_entries
+from peerlm.parallel.storage import SafetensorsReader, read_shards
+from peerlm.ranks import ALONE, Ranks
+from peerlm.train.checkpoint import (
+    TrainState,
+    checkpoint_folder,
+    load_checkpoint,
+    save_shards,
+    shards_of,
+)
+
+from .pool import Pool
+
+STATE = TrainState(step=3, position=24, tokens=96)
+IDS = torch.arange(12).view(2, 6) % 11
+
+
+def config() -> PeerConfig:
+    peer = {"num_experts": 25, "heads": 2, "experts_per_head": 2, "key_dim": 4}
+    return PeerConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=1, peer=peer)
+
+
+def optimizer_of(model: Any, settings: dict[str, Any]) -> RowAdamW:
+    return RowAdamW(parameter_groups(model), lr=0.05, **settings)
+
+
+def take_steps(model: Any, optimizer: RowAdamW, count: int, rank: int) -> None:
+    for number in range(count):
+        ids = (IDS * (1 + number) + rank) % 11
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def us(rank: int, world: int) -> Ranks:
+    return Ranks(rank=rank, world_size=world, device=torch.device("cpu"), files=dist.group.WORLD)
+
+
+def save(run: Path, model: Any, optimizer: RowAdamW, ranks: Ranks) -> None:
+    save_shards(run, STATE, shards_of(model, optimizer), None, keep=2, ranks=ranks)
+
+
+def train_and_save(
+    rank: int, world: int, shape: tuple[int, int], settings: dict[str, Any], run: Path, out: Path
+) -> Tensor:
+    """Train, save, train on; resume from the save, and reach the same bits."""
+    ranks, cut = us(rank, world), mesh(rows=shape[0], cols=shape[1])
+    torch.manual_seed(0)
+    model = build(config(), cut)
+    optimizer = optimizer_of(model, settings)
+    take_steps(model, optimizer, 3, rank)
+    with torch.no_grad():
+        model(input_ids=IDS)  # FSDP2 then keeps what it has gathered
+    save(run, model, optimizer, ranks)
+    take_steps(model, optimizer, 2, rank)
+    torch.manual_seed(1)
+    resumed = build(config(), cut)
+    its_optimizer = optimizer_of(resumed, settings)
+    assert load_checkpoint(checkpoint_folder(run, 3), resumed, its_optimizer, ranks=ranks) == STATE
+    take_steps(resumed, its_optimizer, 2, rank)
+    for name, entry in shards_of(resumed, its_optimizer).entries.items():
+        assert alike(entry, shards_of(model, optimizer).entries[name]), name
+    save_pretrained(model, out)
+    return model.eval()(input_ids=IDS).logits.detach()
+
+
+def alike(one: Any, other: Any) -> bool:
+    if hasattr(one, "blocks"):
+        return all(torch.equal(block, other.block(place)) for place, block in one.blocks)
+    local = [each.to_local() if hasattr(each, "to_local") else each for each in (one, other)]
+    return torch.equal(*local)
+
+
+def load_and_save(
+    rank: int, world: int, shape: tuple[int, int], settings: dict[str, Any], source: Path, run: Path
+) -> None:
+    ranks = us(rank, world)
+    model = build(config(), mesh(rows=shape[0], cols=shape[1]))
+    optimizer = optimizer_of(model, settings)
+    assert load_checkpoint(checkpoint_folder(source, 3), model, optimizer, ranks=ranks) == STATE
+    save(run, model, optimizer, ranks)
+
+
+def content(run: Path) -> tuple[dict[str, Tensor], Any]:
+    """Everything in a checkpoint, whole."""
+    reader = SafetensorsReader.of_shards(checkpoint_folder(run, 3))
+    tensors = {name: torch.zeros(found.size, dtype=found.properties.dtype) for name, found in reader.tensors.items()}
+    read_shards(reader, tensors, group=None)
+    return tensors, reader.values
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"), [((4, 1), {}), ((2, 2), {"row_wise": 4, "betas": (0.0, 0.99), "lazy": True})]
+)
+def test_a_checkpoint_passes_through_any_mesh_unchanged(
+    pool: Pool, tmp_path: Path, shape: tuple[int, int], settings: dict[str, Any]
+) -> None:
+    four, one, out = tmp_path / "four", tmp_path / "one", tmp_path / "out"
+    logits = pool.run(train_and_save, 4, shape, settings, four, out)
+    expected = content(four)
+    torch.manual_seed(2)
+    model = PeerForCausalLM(config())
+    optimizer = optimizer_of(model, settings)
+    assert load_checkpoint(checkpoint_folder(four, 3), model, optimizer) == STATE
+    save(one, model, optimizer, ALONE)
+    runs = [one]
+    for number, each in enumerate([(2, 1), (4, 2), shape]):
+        runs.append(tmp_path / f"run{number}")
+        pool.run(load_and_save, each[0] * each[1], each, settings, runs[-2], runs[-1])
+    for run in runs:
+        tensors, values = content(run)
+        assert tensors.keys() == expected[0].keys()
+        assert values == expected[1]
+        assert all(torch.equal(tensor, expected[0][name]) for name, tensor in tensors.items())
+    assert torch.isfinite(logits[0]).all()
+    exported = AutoModelForCausalLM.from_pretrained(out).eval()
+    for found in logits:
+        torch.testing.assert_close(exported(input_ids=IDS).logits, found)
+
+
+def load_exported(rank: int, world: int, shape: tuple[int, int], folder: Path, again: Path) -> None:
+    model = from_pretrained(folder, mesh(rows=shape[0], cols=shape[1]))
+    save_pretrained(model, again)
+
+
+def test_an_exported_folder_is_loaded_over_a_mesh_and_written_again(pool: Pool, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = PeerForCausalLM(config()).eval()
+    model.save_pretrained(tmp_path / "whole")
+    source = tmp_path / "whole"
+    for number, shape in enumerate([(3, 1), (2, 2)]):
+        pool.run(load_exported, shape[0] * shape[1], shape, source, tmp_path / f"out{number}")
+        source = tmp_path / f"out{number}"
+    assert len(list(source.glob("model-*-of-00002.safetensors"))) == 2  # of the table, and of the rest
+    loaded = AutoModelForCausalLM.from_pretrained(source).eval()
+    assert type(loaded) is PeerForCausalLM
+    expected = model_entries(model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model_entries(loaded).items())
+    assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
