@@ -30,6 +30,7 @@ LAYERS: dict[str, Any] = {
     "token_choice": lambda: TokenChoiceMoE(16, num_experts=4, experts_per_token=2),
     "fine_grained_moe": lambda: FineGrainedMoE(16, num_experts=8, experts_per_token=3, shared_experts=2),
     "pkm": lambda: ProductKeyMemory(16, **PKM_SETTINGS),
+    "memory plus": lambda: ProductKeyMemory(16, gated=True, **PKM_SETTINGS),
     "pkm, shared keys": lambda: ProductKeyMemory(16, shared_keys=True, **PKM_SETTINGS),
     "peer": lambda: PEER(16, **PEER_SETTINGS),
     "peer, keys per head": lambda: PEER(16, shared_keys=False, **PEER_SETTINGS),

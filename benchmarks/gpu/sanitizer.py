@@ -12,6 +12,7 @@ from pathlib import Path
 from report import Report, SkippedError
 
 HERE = Path(__file__).parent
+TOOLKIT = "/usr/local/cuda"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _FOUND = 99
 """Exit code of the tool where it has found something."""
@@ -21,7 +22,7 @@ _TO_READ = 3.0
 
 def find() -> str:
     """Where the tool is: on the path, or with CUDA's toolkit; empty where it is not."""
-    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")] + [TOOLKIT]
     for path in (None, *(f"{home}/{folder}" for home in homes if home for folder in ("bin", "compute-sanitizer"))):
         if found := shutil.which("compute-sanitizer", path=path):
             return found

@@ -27,6 +27,7 @@ class _Tokens:
 
 
 @cache
+@torch.enable_grad()
 def _trained(heads: int, n: int, half: int, steps: int, device: torch.device) -> tuple[PEER, _Tokens]:
     layer = PEER(DIM, num_experts=n * n, heads=heads, experts_per_head=min(16, n), key_dim=2 * half)
     tokens = _Tokens()

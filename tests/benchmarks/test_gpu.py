@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -231,12 +232,17 @@ def test_goals_are_found_in_rows() -> None:
         return {"section": section, "case": f"{case} / {contender}", "contender": contender, **figures}
 
     rows = [
-        row("kernels", "experts forward", "gather alone", ms=1.5, dim=1024, ids="uniform"),
-        row("kernels", "experts forward", "peerlm, triton", ms=2.0, dim=1024, ids="uniform"),
+        row("kernels", "experts forward", "gather alone", ms=1.5, dim=1024, ids="uniform", tokens=8192),
+        row("kernels", "experts forward", "peerlm, triton", ms=2.0, dim=1024, ids="uniform", tokens=8192),
         row("layer", "step", "PEER-pytorch", ms=50.0),
         row("layer", "step", "peerlm, triton", ms=10.0),
         row("many-tokens", "step", "PEER-pytorch", failed="OutOfMemoryError", out_of_memory=True),
         row("many-tokens", "step", "peerlm, triton", ms=90.0),
+        row("one-head", "step", "dense, 4 D neurons", ms=3.0, tokens=8192),
+        row("one-head", "step", "peerlm, triton", ms=2.0, tokens=8192),
+        {"section": "language-model", "case": "PEER, triton, graph", "tokens_per_s": 300, "share_of_peak": 0.25},
+        {"section": "language-model", "case": "PEER, reference", "tokens_per_s": 100},
+        {"section": "correctness", "case": "triton, share searched whole, trained keys", "ok": True, "share": 0.0125},
         {"section": "graphs", "case": "triton, a", "ok": True},
         {"section": "graphs", "case": "triton, b", "failed": "RuntimeError"},
         {"section": "graphs", "case": "reference, a", "ok": False},
@@ -247,7 +253,60 @@ def test_goals_are_found_in_rows() -> None:
     assert found["step, times as fast as PEER-pytorch"] == ["4.00", "5.00"]
     assert found["a step of 65,536 tokens; PEER-pytorch is out of memory"] == ["1.00", "1.00"]
     assert found["checks of synchronisation and graphs that are right"] == ["1.00", "0.50", "!"]
+    assert found["one head, step, T=8,192, times as fast as dense 4 D"] == ["1.5"]
+    assert found["language model, tokens per second, PEER after over before"] == ["3"]
+    assert found["language model, tokens per second, PEER over equal FLOPs"] == ["-"]
+    assert found["language model, share of peak, PEER, triton, graph"] == ["0.25"]
+    assert found["share of searches that needed the fallback, trained keys"] == ["0.0125"]
     assert max(map(len, goals.lines(rows))) <= 80
+
+
+@pytest.mark.usefixtures("modules")
+def test_what_compute_sanitizer_finds_is_a_row() -> None:
+    from report import SkippedError
+    from sanitizer import outcome
+
+    rows = '{"case": "a", "ok": true}\n{"case": "b", "ok": false}\n{"case": "c", "skipped": "no"}\n'
+    clean, dirty = (
+        "========= ERROR SUMMARY: 0 errors",
+        "========= Invalid __global__ read\n========= ERROR SUMMARY: 2 errors",
+    )
+    assert outcome(0, clean, rows) == {"ok": True, "checks": 2, "errors": 0}
+    assert outcome(99, dirty, rows) == {"ok": False, "checks": 2, "errors": 2, "first": "Invalid __global__ read"}
+    assert outcome(None, "", rows) == {"ok": True, "checks": 2, "stopped": "time was up"}
+    assert outcome(0, clean, "")["ok"] is False
+    with pytest.raises(SkippedError, match="before its first check"):
+        outcome(None, "", "")
+    with pytest.raises(RuntimeError, match="exit code 1: no device"):
+        outcome(1, "no device\n", rows)
+
+
+@pytest.mark.usefixtures("modules")
+def test_compute_sanitizer_runs_the_checks_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import sanitizer
+    from report import Report
+    from rows import Progress
+    from sizes import TINY
+
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        "arguments = sys.argv\nassert 'run_triton' in arguments and '--tool' in arguments\n"
+        "open(arguments[arguments.index('--rows') + 1], 'a').write('{\"case\": \"a\", \"ok\": true}\\n')\n"
+        "print('========= ERROR SUMMARY: 0 errors')\n"
+    )
+    tool.chmod(0o755)
+    file = tmp_path / "rows.jsonl"
+    for path in (str(tmp_path), ""):
+        Progress(file).clear()
+        monkeypatch.setenv("PATH", path)
+        monkeypatch.setenv("CUDA_HOME", "")
+        monkeypatch.setattr(sanitizer, "TOOLKIT", str(tmp_path / "none"))
+        sanitizer.run(Report("sanitizer", file, TINY, {}, until=time.time() + 60))
+    found = rows_of(file)
+    assert [row.get("checks") for row in found] == [1] * 4 + [None] * 4
+    assert [row["ok"] for row in found[:4]] == [True] * 4
+    assert {row["skipped"] for row in found[4:]} == {"compute-sanitizer is not on this machine; CUDA's toolkit has it"}
 
 
 @pytest.mark.usefixtures("modules")

@@ -113,3 +113,8 @@ def test_a_converted_model_is_read_too():
     assert [layer.number for layer in layers] == [1]
     collected = collect(model, layers, torch.arange(30), context=16, shown=4, readout=find_readout(model))
     assert collected.layers[0].usage.retrievals_N.sum() == 30 * 4
+
+
+def test_values_behind_a_gate_are_not_inspected(new_model):
+    with pytest.raises(UserError, match=r"values of model.layers.1.ffw go through a gate, .* depends on the token"):
+        find_inspected_layers(new_model("pkm", gated=True))

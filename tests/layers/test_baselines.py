@@ -21,6 +21,7 @@ RIVALS: dict[str, Any] = {
     "token_choice": lambda: TokenChoiceMoE(DIM, num_experts=4, hidden=5),
     "fine_grained_moe": lambda: FineGrainedMoE(DIM, num_experts=5, experts_per_token=3, hidden=4),
     "pkm": lambda: ProductKeyMemory(DIM, num_values=16, heads=2, values_per_head=3, key_dim=4),
+    "memory plus": lambda: ProductKeyMemory(DIM, num_values=16, heads=2, values_per_head=3, key_dim=4, gated=True),
 }
 
 
@@ -187,6 +188,20 @@ def test_product_key_memory_equals_exhaustive_search(
                 expected[t] += weight * layer.values.rows[i]
     torch.testing.assert_close(layer(x), expected)
     assert set(layer.values.parameter_roles.values()) == {"table"}
+
+
+def test_memory_plus_is_gated_by_the_input() -> None:
+    layer, x = RIVALS["memory plus"]().double().eval(), tokens(5)
+    plain = RIVALS["pkm"]().double().eval()
+    plain.load_state_dict(
+        {
+            name: value
+            for name, value in layer.state_dict().items()
+            if name.split(".")[0] not in ("gate_proj", "out_proj")
+        }
+    )
+    gate = F.silu(x @ layer.gate_proj.weight.T)
+    torch.testing.assert_close(layer(x), (plain(x) * gate) @ layer.out_proj.weight.T)
 
 
 def test_product_key_memory_leaves_padding_out_of_the_query_norm() -> None:

@@ -98,6 +98,12 @@ def test_product_key_memory(weighting: str) -> None:
     assert output_power(layer, 128) == pytest.approx(OUTPUT_POWER, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_gated_memory(weighting: str) -> None:
+    layer = ProductKeyMemory(128, num_values=128**2, weighting=weighting, gated=True, weight_scale=4.0)
+    assert output_power(layer, 128) == pytest.approx(OUTPUT_POWER, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize("mixture", [ExpertChoiceMoE, TokenChoiceMoE])
 def test_mixtures(mixture: type[nn.Module], activation: str) -> None:

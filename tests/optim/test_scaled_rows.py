@@ -10,10 +10,11 @@ from torch import Tensor
 from peerlm import PEER
 from peerlm.ops.cpu import native
 from peerlm.ops.cpu import rows as native_rows
+from peerlm.ops.row_formats import largest_number
 from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.optim import RowAdamW, parameter_groups, row_step
 from peerlm.optim.catch_up import RateHistory, catch_up_rules
-from peerlm.optim.scaled_rows import following_scales, largest_number, narrow
+from peerlm.optim.scaled_rows import following_scales, narrow
 
 needs_native = pytest.mark.skipif(bool(native.unavailable()), reason=f"no native kernels: {native.unavailable()}")
 DTYPES = pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "float8"])

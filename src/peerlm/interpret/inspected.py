@@ -98,7 +98,7 @@ def find_inspected_layers(model: nn.Module) -> list[InspectedLayer]:
     """The PEER layers and product-key memories of a model, in its order.
 
     A layer's number is the first number in its module's path, the block's; where these are missing or not distinct,
-    layers are counted from 0. Raises UserError where there are none.
+    layers are counted from 0. Raises UserError where there are none, or values go through a gate.
     """
     found = indexed_layers(model)
     if not found:
@@ -106,6 +106,12 @@ def find_inspected_layers(model: nn.Module) -> list[InspectedLayer]:
             f"{type(model).__name__} has no PEER layer and no product-key memory, so that there are no experts to look "
             "at; name a model that has one, or `peerlm convert` it"
         )
+    for layer in found:
+        if isinstance(layer.module, ProductKeyMemory) and layer.module.gated:
+            raise UserError(
+                f"the values of {layer.name} go through a gate, so that what one adds depends on the token: inspect a "
+                "model of PEER or of memories with gated = false"
+            )
     blocks = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer.name) for layer in found]
     numbers = [int(match[1]) for match in blocks if match]
     if len(set(numbers)) < len(found):

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from peerlm.layers.output_scale import output_std
+from peerlm.layers.output_scale import input_std, output_std
 from peerlm.layers.product_keys import ProductKeys, sub_keys_per_half
 from peerlm.layers.retrieval_layer import RetrievalLayer
 from peerlm.layers.table import Table
@@ -12,6 +13,10 @@ from peerlm.layers.table import Table
 
 class ProductKeyMemory(RetrievalLayer):
     """Product-key memory (Lample 2019, arXiv 1907.05242): PEER's index, but what it retrieves are vectors.
+
+    With `gated` it is Memory+ (Berges 2024, arXiv 2412.09764): y = W_out (m * silu(W_gate x)), where m is the weighted
+    sum of values. Its layers have one pool of values, as `share_tables` of a model gives them, and a learning rate of
+    values ten times that of the rest.
 
     Args:
         dim: width of input and output.
@@ -26,10 +31,12 @@ class ProductKeyMemory(RetrievalLayer):
         backend: a name in `peerlm.ops.api.BACKENDS`.
         weight_scale: what weights are multiplied by, as in PEER; 1 is the paper's.
         pairing, grown_from: as in PEER.
+        gated: whether values go through a gate by the input, and a map.
 
     Attributes:
         product_keys: the index, `ProductKeys`.
         values: the rows, a `Table` of (dim,).
+        gate_proj, out_proj: the maps W_gate and W_out, (dim, dim); None if not gated.
     """
 
     def __init__(
@@ -48,6 +55,7 @@ class ProductKeyMemory(RetrievalLayer):
         weight_scale: float = 1.0,
         pairing: str = "row-major",
         grown_from: int | None = None,
+        gated: bool = False,
     ):
         sub_keys_per_half(num_values, values_per_head, names=("num_values", "values_per_head"))
         product_keys = ProductKeys(
@@ -67,20 +75,32 @@ class ProductKeyMemory(RetrievalLayer):
         super().__init__(product_keys, weight_scale=weight_scale)
         self.dim = dim
         self.values = Table(num_values, dim, backend=backend)
+        self.gated = gated
+        self.gate_proj, self.out_proj = (nn.Linear(dim, dim, bias=False) if gated else None for _ in range(2))
         self.reset_parameters()
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
-        """The index by its own rule, the values, unless another layer owns them, by `output_scale.py`, times that."""
+        """The index by its own rule, the values, unless another layer owns them, by `output_scale.py`, times that.
+
+        If gated, the sum of values has unit mean square, and W_out the output scale.
+        """
         self.product_keys.reset_parameters()
-        if not self.owns_tables:
-            return
-        std = output_std(self.product_keys.initial_weight_power()) / self.weight_scale
-        self.values.fill_normal(output_scale * std)
+        power = self.product_keys.initial_weight_power()
+        std = output_scale * output_std(power)
+        if self.gate_proj is not None and self.out_proj is not None:
+            nn.init.normal_(self.gate_proj.weight, std=input_std(self.dim, "silu"))
+            nn.init.normal_(self.out_proj.weight, std=output_scale * output_std(self.dim, "silu"))
+            std = power**-0.5
+        if self.owns_tables:
+            self.values.fill_normal(std / self.weight_scale)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map x (..., dim) to (..., dim); padding (mask False) does not enter the query norm's statistics."""
-        y = self.values.mix(*self.per_token(*self.product_keys(x, mask)))
-        return y.to(x.dtype).view(x.shape)
+        y = self.values.mix(*self.per_token(*self.product_keys(x, mask))).to(x.dtype).view(x.shape)
+        if self.gate_proj is None or self.out_proj is None:
+            return y
+        gated: Tensor = self.out_proj(y * F.silu(self.gate_proj(x)))
+        return gated.to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """As in `nn.Module`; values may have the name that they had before they were a table."""

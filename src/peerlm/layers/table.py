@@ -78,6 +78,8 @@ class Table(nn.Module):
     """
 
     parameter_roles: ClassVar[dict[str, str]] = {"rows": "table"}
+    looked_up_together: ClassVar[bool] = False
+    """Whether ranks look rows up together, so that none may leave a look-up out; an id of -1 asks for no row."""
     rows: nn.Parameter
     scales: Tensor | None
     users: int = 1

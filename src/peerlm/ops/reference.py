@@ -124,12 +124,12 @@ def select(rows: Tensor, ids_TP: Tensor) -> Tensor:
     """rows[ids], zeros for the id -1; rows (N, ...), ids of any shape."""
     if not may_have_holes(ids_TP):
         return rows_at(rows, ids_TP)
-    hole_TP = ids_TP == -1
-    if len(rows) == 0:
-        rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
-    found = rows_at(rows, torch.where(hole_TP, 0, ids_TP))
-    movable(found).masked_fill_(hole_TP[(...,) + (None,) * (rows.ndim - 1)], 0)
-    return found
+    hole_TP, stored = ids_TP == -1, movable(rows)
+    if len(stored) == 0:
+        stored = torch.cat([stored, stored.new_zeros(1, *rows.shape[1:])])
+    found = rows_at(stored, torch.where(hole_TP, 0, ids_TP))
+    found = found.masked_fill(hole_TP[(...,) + (None,) * (rows.ndim - 1)], 0)
+    return found if found.dtype == rows.dtype else found.view(rows.dtype)
 
 
 class _SelectRows(torch.autograd.Function):

@@ -35,6 +35,11 @@ def width(rows: Tensor) -> int:
     return rows.shape[-1] * 2 if rows.dtype == INT4 else rows.shape[-1]
 
 
+def largest_number(dtype: torch.dtype) -> float:
+    """The largest number of int8 or float8_e4m3fn, the most negative left aside."""
+    return float(torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max)
+
+
 def quantise(rows: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """Rows in one of `SCALED_DTYPES` and their scales, of float rows (..., D), float32 or float64.
 
@@ -43,8 +48,7 @@ def quantise(rows: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Ten
     """
     if dtype == INT4:
         return _quantise_groups(rows)
-    largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
-    scales = rows.abs().amax(dim=-1) / largest
+    scales = rows.abs().amax(dim=-1) / largest_number(dtype)
     safe = torch.where(scales > 0, scales, 1.0)
     scaled = rows / safe[..., None]
     return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scales

@@ -130,8 +130,9 @@ def clip_gradients(groups: Sequence[dict[str, Any]], *, max_norm: float, table_m
     of_tables = [group for group in groups if group.get("name") == "table"]
     tables = _gradient_values(of_tables)
     rest = _gradient_values(group for group in groups if group.get("name") != "table")
-    device = next((values.device for values in (*rest, *tables)), torch.device("cpu"))
-    rest_norm, table_norm = _norm(rest, device), _norm(tables, device)
+    device = next((parameter.device for group in groups for parameter in group["params"]), torch.device("cpu"))
+    rest_norm = _norm_over_mesh(rest, device)
+    table_norm = _norm_over_ranks(of_tables, tables, device)
     finite = rest_norm.isfinite() & table_norm.isfinite()
     _keep_within(rest, rest_norm, max_norm, finite)
     _keep_within(tables, table_norm, table_max_norm, finite)
@@ -148,31 +149,30 @@ def _with_gradient(groups: Iterable[dict[str, Any]]) -> list[tuple[Tensor, Tenso
     return [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
-def _norm_over_mesh(values: list[Tensor]) -> Tensor:
-    """The norm of gradients that every rank has whole, or of which FSDP2 has left each rank a part."""
+def _norm_over_mesh(values: list[Tensor], device: torch.device) -> Tensor:
+    """The norm, on a device, of gradients that every rank has whole, or of which FSDP2 has left each rank a part."""
     whole = [value for value in values if not _is_cut(value)]
     if len(whole) == len(values):
-        return get_total_norm(whole)
+        return _norm(whole, device)
     cut: Any = get_total_norm([value for value in values if _is_cut(value)])
-    norms = [cut.full_tensor(), get_total_norm(whole).to(cut.device)]
+    norms = [cut.full_tensor().to(device), _norm(whole, device)]
     return torch.stack(norms).square().sum().sqrt()
 
 
-def _norm_over_ranks(groups: Sequence[dict[str, Any]], values: list[Tensor]) -> Tensor:
-    """The norm of gradients of tables, which may be sharded; each rank must call it."""
+def _norm_over_ranks(groups: Sequence[dict[str, Any]], values: list[Tensor], device: torch.device) -> Tensor:
+    """The norm, on a device, of gradients of tables, which may be sharded; each rank must call it."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     # Ranks without a gradient take part, too.
     over = {id(shard.group): shard.group for shard in map(shard_of, parameters) if shard is not None}
     if not over:
-        return get_total_norm(values)
+        return _norm(values, device)
     shards = [shard_of(parameter) for parameter, _ in _with_gradient(groups)]
     of_ranks: dict[int | None, list[Tensor]] = {}
     for shard, value in zip(shards, values, strict=True):
         of_ranks.setdefault(None if shard is None else id(shard.group), []).append(value)
-    device = parameters[0].device
-    total = get_total_norm(of_ranks.get(None, [])).to(device).square()
+    total = _norm(of_ranks.get(None, []), device).square()
     for key, ranks in over.items():
-        square = get_total_norm(of_ranks.get(key, [])).to(device).square()
+        square = _norm(of_ranks.get(key, []), device).square()
         if ranks is not None:
             dist.all_reduce(square, group=ranks)
         total = total + square
@@ -185,7 +185,7 @@ def _is_cut(gradient: Tensor) -> bool:
 
 
 def _norm(values: list[Tensor], device: torch.device) -> Tensor:
-    """Of all values, on this device, to which nothing is copied that the host would wait for."""
+    """Of all values of one rank; of none it is zero, of which no copy to the device has to be waited for."""
     return get_total_norm(values).to(device, non_blocking=True) if values else torch.zeros((), device=device)
 
 

@@ -6,6 +6,8 @@ Native kernels are tested against this file. Shape suffixes: U rows, V vectors o
 import torch
 from torch import Tensor
 
+from peerlm.ops.row_formats import largest_number
+
 ROOM_TO_GROW = 1.125
 """What a new scale reaches beyond the largest number of its vector, so that few steps need another one."""
 TOO_SMALL = 0.45
@@ -15,11 +17,6 @@ _SMALLEST_NORMAL = 121 << 23
 """2^-6 in float32's bits: below, numbers of float8_e4m3fn are multiples of 2^-9."""
 _BIAS = 120 << 3
 """Between the exponents of float32 and float8_e4m3fn, behind three bits of fraction."""
-
-
-def largest_number(dtype: torch.dtype) -> float:
-    """The largest number of int8 or float8_e4m3fn, the most negative left aside."""
-    return float(torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max)
 
 
 def following_scales(wide_UVD: Tensor, scales_UV: Tensor, dtype: torch.dtype) -> Tensor:

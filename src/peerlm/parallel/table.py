@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peerlm.layers.table import Index, Replaced, Table, plain_kind, quantise
+from peerlm.layers.table import Index, Replaced, Table, plain_kind
+from peerlm.ops.row_formats import quantise
 from peerlm.ops.row_shards import RowShard, hold_shard
 from peerlm.ops.tensors import has_values
 from peerlm.parallel.columns import mix_columns
@@ -33,6 +34,7 @@ class ShardedTable(Table):
         entries: how many entries of tokens were looked up in the rows of this rank in training; int64.
     """
 
+    looked_up_together: ClassVar[bool] = True
     place: ClassVar[Place]
     layout: RowLayout
     entries: Tensor
@@ -207,7 +209,7 @@ class ShardedTable(Table):
         self.catch_up()
         scales = None
         if self.scales is not None:
-            values, scales = quantise(values)
+            values, scales = quantise(values, self.dtype)
         column, width = self.layout.columns(self.place.cols.rank)
         for begin, local, many in self._here(first, len(values)):
             own = values[begin : begin + many, ..., column : column + width]

@@ -12,7 +12,7 @@ from peerlm.continual.methods import method_of
 from peerlm.errors import UserError, listed
 from peerlm.marks import AUTO
 from peerlm.train.config import TrainConfig
-from peerlm.train.recipe import bound_values, from_dict, read_recipe
+from peerlm.train.recipe import bound_values, from_dict, plain_values, read_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class PlannedStream:
 
     def key(self, number: int) -> str:
         """Digest of all that the row after `number` stages depends on."""
-        values = asdict(self.learn)
+        values = plain_values(self.learn)
         for name in ("run", "model", "data", "checkpoint_every", "checkpoint_minutes"):
             del values[name]
         if values["document_start"] == AUTO:

@@ -36,6 +36,10 @@ TARGETS = {
 }
 
 
+FEW_BYTES = 8
+"""Of a thread's stack. So much ptxas gives up by itself where one program more then fits a multiprocessor."""
+
+
 class _Pointer:
     """Stands for a tensor: its dtype, and an address as aligned as the tensor's was."""
 
@@ -94,7 +98,7 @@ def facts(kernel: Any, target: GPUTarget) -> dict[str, Any]:
             "stores": _dwords("store", text),
             "float_atomics": re.findall(r"(?:global|flat|buffer)_atomic_\w*f(?:16|32|64)\w*", text),
         }
-    return {**found, "shared": kernel.metadata.shared}
+    return {**found, "spills": found["spilled"] > FEW_BYTES, "shared": kernel.metadata.shared}
 
 
 def _stack(cubin: bytes) -> int:

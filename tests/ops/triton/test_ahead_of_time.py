@@ -102,7 +102,7 @@ def test_shared_memory_is_enough(kernels: list[dict[str, Any]]) -> None:
 
 
 def spilled(kernel: dict[str, Any]) -> str:
-    return f"{kernel['spilled']} bytes" if kernel["spilled"] else ""
+    return f"{kernel['spilled']} bytes" if kernel["spills"] else ""
 
 
 def narrow(kernel: dict[str, Any]) -> str:

@@ -182,6 +182,36 @@ def test_the_same_bits_in_every_run_and_every_batch() -> None:
         assert torch.equal(api.mix_experts(x, weights, ids, inputs.rows, backend="triton"), first["y"][some])
 
 
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel: Any, launched: list[Any]):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launched.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize(("per_token", "dim", "parts"), [(33, 13, 2), (16, 8, 3), (65, 1, 2)])
+def test_few_tokens_have_the_bits_of_many(
+    per_token: int, dim: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are few, each group of a token's entries has a program of its own."""
+    inputs = in_float32(draw(2, per_token, dim, 7, gated=parts == 3))
+    arguments = [tensor.detach() for tensor in inputs.arguments()]
+    found, launched = [], []
+    monkeypatch.setattr(experts, "_add_groups", Counted(experts._add_groups, launched))
+    for few in (2, 1):
+        monkeypatch.setattr(experts, "_FEW_TOKENS", few)
+        with Guarded() as guards:
+            found.append(experts.mix_experts(*arguments, None, "gelu", False))
+        guards.assert_kept()
+    assert len(launched) == (per_token > 32)
+    for few, many in zip(*found, strict=True):
+        assert torch.equal(few, many)
+
+
 def arguments_of_kernels(dim: int, parts: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """The function behind each operator, and what it is called with."""
     inputs = in_float32(draw(5, 3, dim, 7, gated=parts == 3))

@@ -68,13 +68,18 @@ def _mix_backward(
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     grad_y_D = load_token(grad_y, token, d, D)
+    weights += token * P
+    ids += token * P
+    hidden += token * P * (R - 1)
+    grad_weights += token * P
+    coefficients += token * P * R
     total = tl.zeros([TILE, BLOCK_D], tl.float32)
-    entry, is_entry, row, is_row = load_ids(ids, token, 0, num_rows, P, TILE)
+    entry, is_entry, row, is_row = load_ids(ids, 0, num_rows, P, TILE)
     u = load_vectors(rows, row, is_row, 0, d, R, D)
     v = load_vectors(rows, row, is_row, 1, d, R, D)
     g = load_vectors(rows, row, is_row, 2, d, R, D) if R == 3 else u
     for start in range(0, P, TILE):
-        next_entry, next_is_entry, next_row, next_is_row = load_ids(ids, token, start + TILE, num_rows, P, TILE)
+        next_entry, next_is_entry, next_row, next_is_row = load_ids(ids, start + TILE, num_rows, P, TILE)
         next_u = load_vectors(rows, next_row, next_is_row, 0, d, R, D)
         next_v = load_vectors(rows, next_row, next_is_row, 1, d, R, D)
         next_g = load_vectors(rows, next_row, next_is_row, 2, d, R, D) if R == 3 else next_u

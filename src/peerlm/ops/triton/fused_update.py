@@ -25,6 +25,8 @@ from peerlm.ops.triton.row_gradients import segment_gradient, sum_later_chunks, 
 from peerlm.ops.triton.segments import segments
 
 _ELEMENTS_PER_WARP = 256
+_OF_A_ROW_WISE_STEP = 128
+"""The same where the second moment is one of the row: the gradient is summed twice, which takes more registers."""
 
 
 def update_by_gradients(
@@ -49,6 +51,7 @@ def update_by_gradients(
         x = None if x is None else x.detach().contiguous()
         grad_y, coefficients = grad_y.detach().contiguous(), coefficients.detach().contiguous()
         tile, block_d = tile_of_entries(dim)
+        row_wise = table.exp_avg_sq.ndim == 1
         _fused_update[(most_segments,)](
             table.rows,
             table.exp_avg,
@@ -68,9 +71,9 @@ def update_by_gradients(
             D=dim,
             TILE=tile,
             BLOCK_D=block_d,
-            ROW_WISE=table.exp_avg_sq.ndim == 1,
+            ROW_WISE=row_wise,
             RANDOM=step.seed is not None,
-            num_warps=max(1, block_d // _ELEMENTS_PER_WARP),
+            num_warps=max(1, block_d // (_OF_A_ROW_WISE_STEP if row_wise else _ELEMENTS_PER_WARP)),
             **PRECISE,
         )
 

@@ -32,15 +32,15 @@ def tile_of_entries(rows: Tensor) -> tuple[int, int, int]:
 
 
 @triton.jit
-def load_ids(ids, token, first, num_rows, P: tl.constexpr, TILE: tl.constexpr):
-    """Entries first .. first + TILE - 1 of a token: numbers, which there are, ids, and which of those are of a row.
+def load_ids(ids, first, num_rows, P: tl.constexpr, TILE: tl.constexpr):
+    """Entries first .. first + TILE - 1 of a token, whose ids (P,) these are.
 
-    A hole, of id -1, is not there.
+    Returns numbers, which there are, rows, and which of these are in the table. A hole, of id -1, is not there.
     """
     entry = first + tl.arange(0, TILE)
-    row = tl.load(ids + token * P + entry, mask=entry < P, other=-1)
+    row = tl.load(ids + entry, mask=entry < P, other=-1)
     is_entry = row != -1
-    return token * P + entry, is_entry, row, is_entry & (row >= 0) & (row < num_rows)
+    return entry, is_entry, row, is_entry & (row >= 0) & (row < num_rows)
 
 
 @triton.jit

@@ -77,7 +77,7 @@ def shortlist(tokens: int, n: int, half_dim: int, k: int) -> Shortlist | None:
         return None
     places = max(32, 2 * triton.next_power_of_2(k))
     return Shortlist(
-        tokens=64 if groups == 128 else 32,
+        tokens=4096 // groups,  # two programs fit a multiprocessor
         groups=groups,
         features=max(16, triton.next_power_of_2(half_dim)),
         warps=8,

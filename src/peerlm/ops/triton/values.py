@@ -31,9 +31,11 @@ def _sum_rows(
     """Write y (T, D): sums of weight * vector; weights (T, P, PLACES), where PLACES is R or, with one part, 1."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    weights += token * P * PLACES
+    ids += token * P
     total = tl.zeros([TILE, BLOCK_D], tl.float32)
     for first in range(0, P, TILE):
-        entry, is_entry, row, is_row = load_ids(ids, token, first, num_rows, P, TILE)
+        entry, is_entry, row, is_row = load_ids(ids, first, num_rows, P, TILE)
         for part in tl.static_range(FIRST, R, STEP):
             vectors = load_vectors(rows, row, is_row, part, d, R, D).to(tl.float32)
             place = entry * PLACES + (part if PLACES == R else 0)
@@ -61,8 +63,10 @@ def _dot_rows(
 ):
     """Write products (T, P, PLACES): x . vector, of as many parts as there are places."""
     token = tl.program_id(0).to(tl.int64)
+    ids += token * P
+    products += token * P * PLACES
     for first in range(0, P, TILE):
-        entry, is_entry, row, is_row = load_ids(ids, token, first, num_rows, P, TILE)
+        entry, is_entry, row, is_row = load_ids(ids, first, num_rows, P, TILE)
         for place in tl.static_range(PLACES):
             part = FIRST + place * STEP
             total = tl.zeros([TILE, BLOCK_D], tl.float32)
