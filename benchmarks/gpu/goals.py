@@ -11,6 +11,8 @@ OURS = "peerlm, triton"
 THEIRS = "PEER-pytorch"
 DENSE = "dense, 4 D neurons"
 MANY = 65_536
+AFTER, BEFORE, EQUAL = "PEER, triton, graph", "PEER, reference", "dense, equal FLOPs, graph"
+"""Language models: the kernels, what there was without them, and the dense one of equal FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -151,16 +153,16 @@ GOALS = (
     Goal(
         "language model, tokens per second, PEER over equal FLOPs",
         None,
-        _over(_of_model("PEER, triton", _SPEED), _of_model("dense, equal FLOPs", _SPEED)),
+        _over(_of_model(AFTER, _SPEED), _of_model(EQUAL, _SPEED)),
     ),
     Goal(
         "language model, tokens per second, PEER after over before",
         None,
-        _over(_of_model("PEER, triton", _SPEED), _of_model("PEER, reference", _SPEED)),
+        _over(_of_model(AFTER, _SPEED), _of_model(BEFORE, _SPEED)),
     ),
     *(
         Goal(f"language model, share of peak, {name}", None, _of_model(name, "share_of_peak"))
-        for name in ("PEER, triton", "PEER, reference", "dense, equal FLOPs")
+        for name in (AFTER, BEFORE, EQUAL)
     ),
     *(
         Goal(f"share of searches that needed the fallback, {keys}", None, _share_missed(keys))

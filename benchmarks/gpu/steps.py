@@ -25,6 +25,10 @@ def _by_file(name: str) -> ModuleType:
     return sys.modules[full]
 
 
+if importlib.util.find_spec("safetensors") is None:
+    # peerlm.parallel needs it; of that, steps of one process call this alone
+    sys.modules["peerlm.parallel"] = ModuleType("peerlm.parallel")
+    sys.modules["peerlm.parallel"].unsynchronised = nullcontext  # type: ignore[attr-defined]
 captured = _by_file("captured")
 _measures, _step = _by_file("measures"), _by_file("step")
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -74,17 +74,68 @@ class ExpertUsage:
         ranks.total(self.weight_N)
         ranks.total(self.retrievals_N)
 
+    def _sum(self, local: Tensor) -> Tensor:
+        """A number of the experts that are counted here, summed over all."""
+        return local
+
     @property
     def share(self) -> float:
         """Share of the experts that received any weight, 0 to 1 ("usage")."""
-        return torch.count_nonzero(self.weight_N).item() / self.num_experts
+        return self._sum(torch.count_nonzero(self.weight_N)).item() / self.num_experts
 
     @property
     def unevenness(self) -> float:
         """KL divergence to uniform use in nats, 0 to log N; log N, too, when no weight was recorded."""
-        total = self.weight_N.sum()
+        total = self._sum(self.weight_N.sum())
         z_N = self.weight_N / torch.where(total == 0, torch.ones_like(total), total)
-        return math.log(self.num_experts) + torch.xlogy(z_N, z_N).sum().item()
+        return math.log(self.num_experts) + self._sum(torch.xlogy(z_N, z_N).sum()).item()
+
+
+class Owners(Protocol):
+    """Ranks each of which counts the experts whose rows it holds."""
+
+    def num_own(self) -> int:
+        """How many those are on this rank."""
+
+    def own(self, weights: Tensor, expert_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all ranks' retrievals (T, P) those of this rank's experts: weights (E,) and their numbers here, (E,)."""
+
+    def sum(self, local: Tensor) -> Tensor:
+        """A number of each rank's experts, summed over all."""
+
+
+class SharedUsage(ExpertUsage):
+    """As `ExpertUsage`, for experts that are cut over ranks: each rank counts its own, those of all ranks' tokens.
+
+    All ranks must add, and ask for figures, together; they get the same.
+    """
+
+    def __init__(self, num_experts: int, owners: Owners, device: torch.device | str | None = None) -> None:
+        super().__init__(max(owners.num_own(), 1), device)
+        self.num_experts, self.owners = num_experts, owners
+
+    @torch.no_grad()
+    def add(self, weights: Tensor, expert_ids: Tensor, mask: Tensor | None = None) -> None:
+        """As of `ExpertUsage`."""
+        per_token = weights.shape[-2:].numel()
+        magnitude, ids = weights.abs().reshape(-1, per_token), expert_ids.reshape(-1, per_token)
+        if mask is not None:
+            ids = ids.masked_fill(~mask.reshape(-1, 1).bool(), -1)
+        magnitude, ids = self.owners.own(magnitude.float(), ids)
+        self.weight_N.scatter_add_(0, ids, magnitude.double())
+        self.retrievals_N.scatter_add_(0, ids, torch.ones_like(ids))
+
+    def grow(self, num_experts: int) -> None:
+        """As of `ExpertUsage`."""
+        self.num_experts, total = len(self.weight_N), num_experts
+        super().grow(max(self.owners.num_own(), 1))
+        self.num_experts = total
+
+    def merge(self, ranks: Ranks) -> None:
+        """Nothing: no expert is counted by two ranks."""
+
+    def _sum(self, local: Tensor) -> Tensor:
+        return self.owners.sum(local)
 
 
 @contextmanager
@@ -122,7 +173,13 @@ def _record(
         return
     weights, expert_ids = output
     if name not in usage:
-        usage[name] = ExpertUsage(module.num_experts, device=weights.device)  # type: ignore[arg-type]
+        owners: Owners | None = getattr(module, "usage_owners", None)
+        count: Any = module.num_experts
+        usage[name] = (
+            ExpertUsage(count, device=weights.device)
+            if owners is None
+            else SharedUsage(count, owners, device=weights.device)
+        )
     if module.num_experts > usage[name].num_experts:  # type: ignore[operator]
         usage[name].grow(module.num_experts)  # type: ignore[arg-type]
     mask = kwargs.get("mask", args[1] if len(args) > 1 else None)

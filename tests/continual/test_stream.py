@@ -278,7 +278,11 @@ def test_a_stream_that_is_older_than_a_setting_resumes(configure: Callable[..., 
     path = Path(config.run) / "config.json"
     values = json.loads(path.read_text())
     del values["document_start"]
+    del values["optim"]["table_moment_columns"]
     path.write_text(json.dumps(values))
     assert learn(config, resume=True, progress=False) == rows
     with pytest.raises(UserError, match=r"cannot resume .*, for document_start was 'auto', now 'none'"):
         learn(replace(config, document_start="none"), resume=True, progress=False)
+    other = replace(config, optim=replace(config.optim, table_moment_columns=8))
+    with pytest.raises(UserError, match=r"cannot resume .*, for optim was"):
+        learn(other, resume=True, progress=False)

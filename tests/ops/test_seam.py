@@ -21,6 +21,7 @@ PUBLIC = {
     "scoring",
     "tensors",
     "watched",
+    "whole_layer",
 }
 """Modules of `ops` that the rest of the package may import."""
 MAY_COMPARE = {"peerlm.testing"}

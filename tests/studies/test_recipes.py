@@ -10,8 +10,7 @@ import yaml
 
 from peerlm.train.recipe import read_recipe
 from peerlm_studies.comparison.make_rows import rows_of
-from peerlm_studies.comparison.plan import load_plan
-from peerlm_studies.isoflop.plan import load_isoflop
+from peerlm_studies.isoflop.plan import runs_of_recipe
 from peerlm_studies.lifelong.plan import load_plan as load_streams
 from peerlm_studies.report.plan import SectionConfig, load_report
 from peerlm_studies.rows import read_rows
@@ -48,21 +47,12 @@ def test_the_head_of_a_task_names_its_data_and_how_to_give_them(path: Path) -> N
     assert "--task-data" in head
 
 
-def runs_of(section: SectionConfig) -> tuple[Any, list[Any]]:
-    settings = [*REPORT.settings, *section.settings]
-    if section.kind == "isoflop":
-        plan = load_isoflop(ROOT / section.recipe, settings)
-        return plan, [run.planned for run in plan.runs(plan.all_seeds)]
-    comparison = load_plan(ROOT / section.recipe, settings)
-    return comparison, comparison.runs
-
-
 @pytest.mark.parametrize("section", OF_A_RECIPE, ids=lambda section: section.title)
 def test_every_row_of_a_report_is_still_a_run_of_its_recipe(section: SectionConfig) -> None:
-    plan, runs = runs_of(section)
+    compare, runs = runs_of_recipe(ROOT / section.recipe, [*REPORT.settings, *section.settings])
     rows = [row for file in section.rows for row in read_rows(ROOT / file)]
     assert rows
-    assert rows_of(runs, plan.compare, rows) == rows
+    assert rows_of(runs, compare, rows) == rows
 
 
 def test_rows_of_lifelong_learning_are_still_those_of_its_recipe() -> None:

@@ -1,4 +1,9 @@
-"""Whatever ends one of several ranks ends all: with one message, a code, and the last good checkpoint whole."""
+"""Whatever ends one of several ranks ends all: with one message, a code, and the last good checkpoint whole.
+
+The number of runs that must end by themselves is set by PEERLM_ENDS:
+
+    PEERLM_ENDS=20 python -m pytest tests/train/test_failures.py -k end_without
+"""
 
 import errno
 import os
@@ -21,6 +26,8 @@ from peerlm.train.checkpoint import list_checkpoints, read_state
 from peerlm.train.recipe import to_dict
 
 from ..processes import Processes, ranks
+
+ENDS = int(os.environ.get("PEERLM_ENDS", "1"))
 
 
 def nothing(rank: int) -> None:
@@ -177,3 +184,10 @@ def test_a_killed_rank_ends_the_others(train: Callable[..., Any], tmp_path: Path
     assert said.startswith("training stopped: another process of the run ended or was killed; the last good checkpoint")
     assert len(said.splitlines()) == 2
     assert last_step(tmp_path / "run") >= 2
+
+
+def test_finished_ranks_end_without_a_hang(train: Callable[..., Any], tmp_path: Path) -> None:
+    for number in range(ENDS):
+        with train(nothing, budget={"steps": 2}, run=str(tmp_path / f"run{number}")) as processes:
+            assert processes.wait() == [0, 0], processes.said()
+        assert "Traceback" not in "".join(processes.said())

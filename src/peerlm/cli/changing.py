@@ -139,6 +139,22 @@ def shrink(
     _show_change(output, shrink_folder(folder, output, num_experts, samples), json_file)
 
 
+@app.command(name="convert-rows", examples=["peerlm convert-rows runs/a small/ --row-format int4"])
+def convert_rows(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model with PEER layers, or a run.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    row_format: Annotated[
+        str, typer.Option(help="float32, bfloat16, int8, float8_e4m3fn, or int4 (groups of 32 with a scale).")
+    ],
+    json_file: Json = None,
+) -> None:
+    """Store the experts of a trained model in fewer bits, or in more."""
+    from peerlm.convert.rows import convert_rows_of_folder
+    from peerlm.evaluate.loading import model_folder
+
+    _show_change(output, convert_rows_of_folder(model_folder(model), output, row_format), json_file)
+
+
 def windows_of(folder: Path, text: list[Path], document_start: str) -> "Tensor | None":
     """Windows of these files, for the model in a folder; None without files. Says what begins them."""
     from peerlm.data.tokenizer import open_tokenizer

@@ -28,6 +28,7 @@ from peerlm.files import is_partial, remove_partials, write_bytes, write_json
 from peerlm.marks import Marks, marked, marks_in
 from peerlm.ranks import Ranks
 from peerlm.train.config import CheckpointConfig, DataConfig, TrainConfig
+from peerlm.train.recipe import plain_values
 from peerlm.train.run_folder import Resume
 
 BACKGROUND = "background"
@@ -250,8 +251,12 @@ def _check_folder(config: LearnConfig, folder: Path, *, resume: bool) -> None:
     before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     now = json.loads(json.dumps(asdict(config)))
     default = {each.name: each.default for each in fields(LearnConfig)}  # a stream may be older than a setting
+    known = json.loads(json.dumps(plain_values(config)))
     for key in now:
-        if key not in FREE and before.get(key, default.get(key)) != now[key]:
+        was = before.get(key, default.get(key))
+        if isinstance(was, dict) and isinstance(now[key], dict):  # or than a setting of a section
+            was = {name: value for name, value in now[key].items() if name not in known[key]} | was
+        if key not in FREE and was != now[key]:
             raise UserError(
                 f"cannot resume {folder}, for {key} was {shortened(repr(before.get(key)))}, now "
                 f"{shortened(repr(now[key]))}: give what it was started with, or choose another --output"

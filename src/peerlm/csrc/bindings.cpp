@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <sys/mman.h>
 
@@ -60,6 +61,10 @@ Scores scores_of(const std::string& name) {
   return named<Scores>(name, "scores", {{"fp32", Scores::f32}, {"bf16", Scores::bf16}, {"int8", Scores::i8}});
 }
 
+bool has_scores(const Kernels& chosen, Scores scores) {
+  return scores == Scores::f32 || (scores == Scores::bf16 ? chosen.bf16_scores : chosen.int8_scores);
+}
+
 Activation activation_of(const std::string& name) {
   using A = Activation;
   return named<A>(name, "activation",
@@ -71,7 +76,19 @@ Activation activation_of(const std::string& name) {
                    {"one_plus", A::one_plus}});
 }
 
-Table table_of(const AnyTable& rows, const std::optional<Array<In, 2>>& scales) {
+using Scales = std::optional<nb::ndarray<In, nb::c_contig, nb::device::cpu>>;
+
+// Rows of int4, uint8 with a scale for each group of a vector.
+Table int4_table(const AnyTable& rows, const Scales& scales) {
+  const int64_t groups = (int64_t)scales->shape(2);
+  require(rows.dtype() == nb::dtype<uint8_t>() && scales->shape(0) == rows.shape(0) && scales->shape(1) == rows.shape(1) &&
+              (int64_t)rows.shape(2) == groups * 16,
+          "rows of int4 must be (N, parts, D / 2) in uint8, and scales (N, parts, D / 32)");
+  return {rows.data(), scales->data(), RowFormat::i4, (int64_t)rows.shape(0), (int64_t)rows.shape(1), groups * 32};
+}
+
+Table table_of(const AnyTable& rows, const Scales& scales) {
+  if (scales && scales->ndim() == 3) return int4_table(rows, scales);
   RowFormat format;
   if (rows.dtype() == nb::dtype<float>()) format = RowFormat::f32;
   else if (rows.dtype() == nb::dtype<int8_t>()) format = RowFormat::i8;
@@ -80,7 +97,7 @@ Table table_of(const AnyTable& rows, const std::optional<Array<In, 2>>& scales) 
   else throw std::invalid_argument("rows must be float32, bfloat16, int8, or float8 given as uint8");
   require((format == RowFormat::i8 || format == RowFormat::f8) == scales.has_value(),
           "rows of 8 bits need scales, and others have none");
-  if (scales) require(scales->shape(0) == rows.shape(0) && scales->shape(1) == rows.shape(1), "scales must be (N, parts)");
+  if (scales) require(scales->ndim() == 2 && scales->shape(0) == rows.shape(0) && scales->shape(1) == rows.shape(1), "scales must be (N, parts)");
   return {rows.data(), scales ? scales->data() : nullptr, format, (int64_t)rows.shape(0), (int64_t)rows.shape(1),
           (int64_t)rows.shape(2)};
 }
@@ -179,11 +196,12 @@ void retrieve_(Array<In, 4> query, Array<In, 4> sub_keys, int64_t k, const std::
                        scores_of(scores),
                        threads,
                        weights.data(),
-                       ids.data()};
+                       ids.data(),
+                       0.0f};
   require_fit(query, sub_keys, k);
   require(weights.size() == (size_t)(a.tokens * a.heads * k) && ids.size() == weights.size(), "outputs must be (T, H, k)");
   const Kernels& chosen = kernels();
-  require(a.scores <= chosen.narrowest_scores, "this machine has no dot products as narrow as these scores");
+  require(has_scores(chosen, a.scores), "this machine has no dot products as narrow as these scores");
   nb::gil_scoped_release released;
   chosen.retrieve(a);
 }
@@ -219,7 +237,7 @@ void retrieve_backward_(Array<In, 3> grad_weights, Array<In, 3> weights, Array<c
 }
 
 void mix_(std::optional<Array<In, 2>> x, Array<In, 2> weights, Ids ids, AnyTable rows,
-          std::optional<Array<In, 2>> scales, const std::string& activation, int threads,
+          Scales scales, const std::string& activation, int threads,
           std::optional<Array<float, 3>> hidden, Array<float, 2> y) {
   const Table table = table_of(rows, scales);
   const int64_t tokens = (int64_t)ids.shape(0), per_token = (int64_t)ids.shape(1);
@@ -245,7 +263,7 @@ void mix_(std::optional<Array<In, 2>> x, Array<In, 2> weights, Ids ids, AnyTable
 }
 
 void mix_backward_(Array<In, 2> grad_y, Array<In, 2> weights, Ids ids, std::optional<Array<In, 3>> hidden, AnyTable rows,
-                   std::optional<Array<In, 2>> scales, const std::string& activation, int threads,
+                   Scales scales, const std::string& activation, int threads,
                    std::optional<Array<float, 2>> grad_x, std::optional<Array<float, 2>> grad_weights,
                    std::optional<Array<float, 3>> coefficients) {
   const Table table = table_of(rows, scales);
@@ -276,6 +294,52 @@ void mix_backward_(Array<In, 2> grad_y, Array<In, 2> weights, Ids ids, std::opti
   else if (grad_weights) kernels().mix_values_backward(a);
   kept.scatter(grad_weights_room, 1, data_or_null(grad_weights));
   kept.scatter(coefficients_room, table.parts, data_or_null(coefficients));
+}
+
+QueryNorm query_norm_of(const std::string& name) {
+  using Q = QueryNorm;
+  return named<Q>(name, "query norm", {{"none", Q::none}, {"batch", Q::batch}, {"layer", Q::layer}});
+}
+
+// A layer whose tensors stay where they are; tokens come as addresses, for an array costs more than the work on it.
+struct WholeLayer {
+  DecodeArgs args;
+
+  void run(uintptr_t x, int64_t tokens, uintptr_t y) const {
+    DecodeArgs a = args;
+    a.mix.x = reinterpret_cast<const float*>(x);
+    a.mix.y = reinterpret_cast<float*>(y);
+    a.mix.tokens = tokens;
+    nb::gil_scoped_release released;
+    kernels().decode(a);
+  }
+};
+
+// norms: mean and variance of a batch norm, and weight and bias of any.
+WholeLayer whole_layer_(Array<In, 2> query_map, const std::string& norm, const std::vector<Array<In, 1>>& norms, float epsilon,
+                        Array<In, 4> sub_keys, float key_length, int64_t k, const std::string& weighting, const std::string& pairing,
+                        float weight_scale, AnyTable rows, Scales scales, const std::string& activation) {
+  const Table table = table_of(rows, scales);
+  const int64_t half_dim = (int64_t)sub_keys.shape(3), features = (int64_t)query_map.shape(0);
+  const int64_t sets = (int64_t)sub_keys.shape(1), heads = features / (2 * half_dim), n = (int64_t)sub_keys.shape(2);
+  DecodeArgs a{};
+  a.query_map = query_map.data();
+  a.norm = query_norm_of(norm);
+  const size_t wanted = a.norm == QueryNorm::batch ? 4 : a.norm == QueryNorm::layer ? 2 : 0;
+  require(norms.size() == wanted, "a batch norm has four vectors, a layer norm two, and none none");
+  for (const auto& each : norms)
+    require((int64_t)each.size() == (a.norm == QueryNorm::batch ? features : 2 * half_dim), "vectors of the norm do not fit");
+  if (a.norm == QueryNorm::batch) a.mean = norms[0].data(), a.variance = norms[1].data();
+  if (wanted) a.weight = norms[wanted - 2].data(), a.bias = norms[wanted - 1].data();
+  a.epsilon = epsilon;
+  a.weight_scale = weight_scale;
+  a.retrieve = {nullptr, sub_keys.data(), 0,           heads,  sets,   n, half_dim, k, weighting_of(weighting), pairing_of(pairing),
+                Scores::f32, 1, nullptr, nullptr, key_length};
+  a.mix = {nullptr, nullptr, nullptr, table, 0, heads * k, nullptr, activation_of(activation), 1, nullptr, nullptr};
+  require(sub_keys.shape(0) == 2 && features == heads * 2 * half_dim && (sets == 1 || sets == heads) && k >= 1 && k <= n &&
+              n * n == table.num_rows && table.parts > 1 && (int64_t)query_map.shape(1) == table.dim,
+          "query map (H * 2 C, D), sub_keys (2, H or 1, n, C), k and rows (n * n, 2 or 3, D) do not fit");
+  return {a};
 }
 
 int64_t group_by_row_(Ids ids, int64_t num_rows, Array<int32_t, 1> order, Array<int64_t, 1> starts, Array<int64_t, 1> rows,
@@ -513,7 +577,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Native kernels of peerlm; peerlm.ops.cpu is their only user.";
   m.def("target", [] { return std::string(kernels().name); });
   m.def("runnable_targets", [] { return std::string(runnable_targets()); });
-  m.def("has_scores", [](const std::string& scores) { return scores_of(scores) <= kernels().narrowest_scores; });
+  m.def("has_scores", [](const std::string& scores) { return has_scores(kernels(), scores_of(scores)); });
   m.def("retrieve", &retrieve_);
   m.def("retrieve_backward", &retrieve_backward_, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
@@ -521,6 +585,9 @@ NB_MODULE(_native, m) {
         nb::arg().none(), nb::arg());
   m.def("mix_backward", &mix_backward_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none(),
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
+  nb::class_<WholeLayer>(m, "WholeLayer").def("run", &WholeLayer::run);
+  m.def("whole_layer", &whole_layer_, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("group_by_row", &group_by_row_);
   m.def("stale_rows", &stale_rows_, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("fit_rules", &fit_rules_);

@@ -20,10 +20,10 @@ enum class Weighting { softmax, sigmoid, relu, none };
 // Which id the expert of sub-keys (i, j) has: see ops/pairing.py.
 enum class Pairing { row_major, shells };
 enum class Activation { gelu, gelu_tanh, relu, silu, identity, one_plus };
-enum class RowFormat { f32, bf16, i8, f8 };  // f8: e4m3fn
+enum class RowFormat { f32, bf16, i8, f8, i4 };  // f8: e4m3fn; i4: see int4 in vec.h
 enum class Scores { f32, bf16, i8 };
 
-// Rows of a table; `scales` (N, parts) belongs to i8 and f8.
+// Rows of a table; `scales` belongs to i8 and f8, (N, parts), and to i4, (N, parts, dim / 32).
 struct Table {
   const void* rows;
   const float* scales;
@@ -43,6 +43,7 @@ struct RetrieveArgs {
   int threads;
   float* weights;  // out (T, H, K)
   int64_t* ids;    // out (T, H, K)
+  float key_length;  // of a few tokens alone: what sub-keys are normalised to; 0: they stay as they are
 };
 
 struct RetrieveBackwardArgs {
@@ -106,9 +107,23 @@ struct RowGradientArgs {
   float* grad_rows;  // out (count or N, parts, D)
 };
 
+// What queries go through before they are compared.
+enum class QueryNorm { none, batch, layer };
+
+// A whole layer for a few tokens, without gradients: query, retrieval, mixing. Its threads are one.
+struct DecodeArgs {
+  const float* query_map;  // (H * 2 C, D)
+  QueryNorm norm;
+  const float *mean, *variance, *weight, *bias;  // of batch, each (H * 2 C); of layer the last two, (2 C)
+  float epsilon;
+  float weight_scale;
+  RetrieveArgs retrieve;  // without query, weights and ids
+  MixArgs mix;            // without weights and ids
+};
+
 struct Kernels {
   const char* name;
-  Scores narrowest_scores;  // supported, with all before it
+  bool bf16_scores, int8_scores;  // whether there are products for them
   void (*retrieve)(const RetrieveArgs&);
   void (*retrieve_backward)(const RetrieveBackwardArgs&);
   void (*mix_experts)(const MixArgs&);
@@ -118,6 +133,7 @@ struct Kernels {
   void (*row_gradients)(const RowGradientArgs&);
   // Each row's gradient, and at once its AdamW step; grad_rows and compact are not used.
   void (*update_by_row_gradients)(const RowGradientArgs&, const RowAdamWTable&, const RowAdamWStep&);
+  void (*decode)(const DecodeArgs&);
   RowAdamWKernels row_adamw;
 };
 

@@ -40,6 +40,13 @@ struct fp8 {  // e4m3fn; its one NaN is read as 480, for rows that are none have
 
 PEERLM_INLINE vf splat(float value) { return value - vf{}; }  // + 0 would cost an instruction, for it changes -0
 
+// Two numbers of -8 .. 7 with 8 added. Groups of 32 have a scale: their byte i has number i in its low half and number
+// 16 + i in its high half.
+struct int4 {
+  uint8_t bits;
+};
+constexpr int64_t INT4_GROUP = 32, INT4_BYTES = 16;
+
 template <class Vector>
 PEERLM_INLINE Vector load_as(const void* from) {
   Vector out;
@@ -80,6 +87,20 @@ PEERLM_INLINE vf load(const fp8* from) {
   return (vf)((vu)(magnitude >= 8 ? normal : subnormal) | (bits & 0x80) << 24);
 }
 #endif
+
+// Numbers piece * LANES and following of a group of INT4_GROUP.
+PEERLM_INLINE vf load_piece(const int4* group, int piece) {
+  constexpr int HALF = 16 / LANES;
+  const int4* from = group + piece % HALF * LANES;
+#if defined(__AVX512F__)
+  const vu bytes = (vu)_mm512_cvtepu8_epi32(load_as<__m128i>(from));
+#elif defined(__AVX2__)
+  const vu bytes = (vu)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(load_as<int64_t>(from)));
+#else
+  const vu bytes = __builtin_convertvector(load_as<vu8>(from), vu);
+#endif
+  return __builtin_convertvector((vi)(piece < HALF ? bytes & 15u : bytes >> 4) - 8, vf);
+}
 
 // LANES / 2 floats as doubles.
 PEERLM_INLINE vd widen(const float* from) {
@@ -149,6 +170,36 @@ PEERLM_INLINE double sum(vd v) {
   return lanes[0];
 #endif
 }
+
+#if defined(__clang__)
+PEERLM_INLINE vf sums(vf* rows) {
+  vf out = {};
+  for (int i = 0; i < LANES; ++i) out[i] = sum(rows[i]);
+  return out;
+}
+#else
+// Two vectors whose halves of blocks of 2 * HALF lanes are summed become one.
+template <int HALF>
+PEERLM_INLINE vf halves(vf a, vf b) {
+  vi low = {};
+  for (int i = 0; i < LANES; ++i) low[i] = i % (2 * HALF) < HALF ? i : LANES + i - HALF;
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + HALF);
+}
+
+// Element i is the sum of vector i of LANES.
+PEERLM_INLINE vf sums(vf* rows) {
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES / 2; ++i) rows[i] = halves<LANES / 2>(rows[i], rows[i + LANES / 2]);
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES / 4; ++i) rows[i] = halves<LANES / 4>(rows[i], rows[i + LANES / 4]);
+  if (LANES >= 8) {
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 8; ++i) rows[i] = halves<(LANES >= 8 ? LANES / 8 : 1)>(rows[i], rows[i + LANES / 8]);
+  }
+  if (LANES >= 16) rows[0] = halves<1>(rows[0], rows[1]);
+  return rows[0];
+}
+#endif
 
 PEERLM_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 

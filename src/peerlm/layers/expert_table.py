@@ -1,13 +1,17 @@
 """The table of single-neuron experts: what its rows mean, and what they start as."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from peerlm.layers.one_call import where
 from peerlm.layers.output_scale import input_std
 from peerlm.layers.table import Table
 from peerlm.ops import api
+from peerlm.ops.whole_layer import WholeLayer
 
 _ROWS_AT_ONCE = 1024
 
@@ -101,6 +105,21 @@ class ExpertTable(Table):
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         """Mix each token's experts: x (T, dim), weights and expert_ids (T, P) -> (T, dim)."""
         return self.mix(weights, expert_ids, x, activation=self.activation)
+
+    def one_call(self) -> tuple[object, ...] | None:
+        """What `whole_layer` depends on of the experts; None where rows may be stale, or lie elsewhere."""
+        if self.watched or type(self)._looked_up is not Table._looked_up:
+            return None
+        tensors = [self._parameters["rows"], self._buffers["scales"]]
+        return (*where(tensors), self.num_rows, self.activation, self.backend)
+
+    def whole_layer(self, **index: Any) -> Callable[[Tensor], Tensor | None] | None:
+        """What makes of a few tokens what a layer with these experts does, in one call; None where nothing does.
+
+        index: the fields of `ops.whole_layer.WholeLayer` that are not of the experts.
+        """
+        layer = WholeLayer(rows=self.rows, scales=self.scales, activation=self.activation, **index)
+        return api.whole_layer(layer, backend=self.backend)
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""

@@ -3,10 +3,12 @@
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.layers.expert_table import ExpertTable
+from peerlm.layers.one_call import FEW_TOKENS, Prepared, nobody_looks_on
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.layers.retrieval_layer import RetrievalLayer
@@ -113,6 +115,7 @@ class PEER(RetrievalLayer):
             up_std=self._initial_up_std(activation),
         )
         self.register_module("packs", None)
+        self._prepared = Prepared()
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
         """Initialise to an output of a dense FFW's scale (see `output_scale.py`) times `output_scale`.
@@ -139,11 +142,30 @@ class PEER(RetrievalLayer):
         Padding is mapped as well, but does not enter the statistics of a query BatchNorm.
         """
         x_TD, _ = flatten_tokens(x, mask, self.dim)
+        if (y := self._in_one_call(x_TD)) is not None:
+            return y.view(x.shape)
         packs = self.packs
         weights, expert_ids = self.retrieve(x, mask) if packs is None else packs(x, mask, self.product_keys)
         mix = self.experts if packs is None else partial(packs.mix, self.experts)
         y_TD = self.out_proj(mix(self.in_proj(x_TD), *self.per_token(weights, expert_ids)))
         return y_TD.to(x.dtype).view(x.shape)
+
+    def _in_one_call(self, x_TD: Tensor) -> Tensor | None:
+        """What the layer makes of a few tokens where no gradient is wanted and nothing else looks on; or None."""
+        if self.training or torch.compiler.is_compiling() or len(x_TD) > FEW_TOKENS or self.packs is not None:
+            return None
+        experts, product_keys = self.experts, self.product_keys
+        if experts.dim != self.dim:
+            return None
+        of_index, of_experts = product_keys.one_call(), experts.one_call()
+        if of_index is None or of_experts is None or not nobody_looks_on(experts, *of_index[1]):
+            return None
+        prepared = self._prepared
+        state = of_index[0], of_experts, self.weight_scale
+        if prepared.state != state:
+            prepared.call = experts.whole_layer(weight_scale=self.weight_scale, **product_keys.of_one_call())
+            prepared.state = state
+        return None if prepared.call is None else prepared.call(x_TD)
 
     @property
     def parameters_per_expert(self) -> int:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerlm.layers.checks import check_sizes, flatten_tokens
+from peerlm.layers.one_call import where
 from peerlm.layers.query_norm import QueryBatchNorm
 from peerlm.ops import api
 from peerlm.ops.functions import WEIGHTINGS
@@ -184,6 +185,38 @@ class ProductKeys(nn.Module):
         if self.opening is not None and self.grown_from is not None:
             return _partly_open(query_THX, sub_keys, math.isqrt(self.grown_from), self.opening.item())
         return query_THX, sub_keys
+
+    def one_call(self) -> tuple[tuple[object, ...], tuple[nn.Module, ...]] | None:
+        """What `of_one_call` depends on, and the modules that it stands for; None where others have put in theirs."""
+        modules: dict[str, Any] = self._modules  # read here without nn.Module's own look-up, which takes longer
+        query_proj, norm = modules["query_proj"], modules["query_norm"]
+        if type(query_proj) is not QueryMap or type(norm) not in (QueryBatchNorm, nn.LayerNorm, nn.Identity):
+            return None
+        if self._buffers["opening"] is not None:
+            return None
+        sub_keys: Tensor = self.sub_keys
+        query_map = query_proj._parameters["weight"]
+        tensors = [sub_keys, query_map, *norm._parameters.values(), *norm._buffers.values()]
+        settings = self.experts_per_head, self.weighting, self.pairing, self.key_norm
+        return (*settings, *where(tensors), sub_keys.shape), (self, query_proj, norm)
+
+    def of_one_call(self) -> dict[str, Any]:
+        """The fields of `ops.whole_layer.WholeLayer` that are of the index."""
+        norm = self.query_norm
+        norms: list[Tensor] = [norm.weight, norm.bias] if isinstance(norm, (QueryBatchNorm, nn.LayerNorm)) else []
+        if isinstance(norm, QueryBatchNorm):
+            norms = [norm.running_mean, norm.running_var, *norms]
+        return {
+            "query_map": self.query_proj.weight,
+            "norm": ("none", "", "layer", "", "batch")[len(norms)],
+            "norms": norms,
+            "epsilon": getattr(norm, "eps", 0.0),
+            "sub_keys": self.sub_keys,
+            "key_length": _KEY_LENGTH if self.key_norm else 0.0,
+            "k": self.experts_per_head,
+            "weighting": self.weighting,
+            "pairing": self.pairing,
+        }
 
     def search(self, query_THX: Tensor, weighting: str | None = None) -> tuple[Tensor, Tensor]:
         """Weights and ids (T, heads, experts_per_head) of normalised queries, by another weighting if one is given."""

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from peerlm.layers.row_memory import chosen_rows, empty_rows, longer_rows
 from peerlm.ops import api
-from peerlm.ops.row_formats import SCALED_DTYPES, movable, quantise, rows_at, widened
+from peerlm.ops.row_formats import (
+    INT4,
+    SCALED_DTYPES,
+    movable,
+    quantise,
+    rows_at,
+    scales_shape,
+    stored_shape,
+    widened,
+)
 from peerlm.ops.row_updates import keep_rows, look_up, outside_graphs, prepare_rows
 
 if TYPE_CHECKING:
@@ -27,6 +36,7 @@ ROW_FORMATS = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
     "float8_e4m3fn": torch.float8_e4m3fn,
+    "int4": INT4,
 }
 
 Index = slice | Tensor
@@ -60,13 +70,16 @@ class Table(nn.Module):
         rows: (N, *X), the parameter; subclasses may have others, which `parts` names.
         persistent: whether rows are part of state dicts.
         users: how many layers look rows up in this table.
-        scales: what each vector of 8-bit rows is multiplied by, float32, (N, *X) without its last dimension; or None.
+        scales: float32, what each vector of 8-bit rows is multiplied by, (N, *X) without its last dimension, or each
+            group of 32 numbers of int4 rows, with D / 32 there; or None.
 
     Raises:
         ValueError: an unknown backend or format.
     """
 
     parameter_roles: ClassVar[dict[str, str]] = {"rows": "table"}
+    looked_up_together: ClassVar[bool] = False
+    """Whether ranks look rows up together, so that none may leave a look-up out; an id of -1 asks for no row."""
     rows: nn.Parameter
     scales: Tensor | None
     users: int = 1
@@ -87,9 +100,10 @@ class Table(nn.Module):
         self.watched = False
         self.trained_in_place = False
         held = self._begin(num_rows, *row_shape)
-        self._keep(empty_rows(*held, dtype=None if dtype == torch.float32 else dtype))
+        self._keep(empty_rows(*stored_shape(held, dtype), dtype=None if dtype == torch.float32 else dtype))
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.register_buffer("scales", torch.empty(held[:-1], dtype=wide) if dtype in SCALED_DTYPES else None)
+        scales = torch.empty(scales_shape(held, dtype), dtype=wide) if dtype in SCALED_DTYPES else None
+        self.register_buffer("scales", scales)
         keep_rows(self)
 
     # What a subclass that keeps rows elsewhere replaces.
@@ -130,7 +144,7 @@ class Table(nn.Module):
     @property
     def row_format(self) -> str:
         """A name in `ROW_FORMATS`, or of another dtype that the module was cast to."""
-        return str(self.dtype).removeprefix("torch.")
+        return "int4" if self.dtype == INT4 else str(self.dtype).removeprefix("torch.")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,8 +154,10 @@ class Table(nn.Module):
     @property
     def row_bytes(self) -> int:
         """Bytes of one row as it is stored, with its scales."""
-        scales = 0 if self.scales is None else self.scales.element_size() * math.prod(self.row_shape[:-1])
-        return self.dtype.itemsize * math.prod(self.row_shape) + scales
+        scales = 0
+        if self.scales is not None:
+            scales = self.scales.element_size() * math.prod(scales_shape(self.row_shape, self.dtype))
+        return self.dtype.itemsize * math.prod(stored_shape(self.row_shape, self.dtype)) + scales
 
     @property
     def device(self) -> torch.device:
@@ -166,6 +182,8 @@ class Table(nn.Module):
         Raises:
             ValueError: rows of another format, which `requires_grad_` is for.
         """
+        if self.dtype == INT4:
+            raise ValueError("rows in int4 are not trained: convert them to another format")
         if self.scales is None:
             raise ValueError(f"rows in {self.row_format} have gradients: use requires_grad_({trained})")
         self.trained_in_place = trained

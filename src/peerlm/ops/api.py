@@ -7,6 +7,7 @@ of the arguments, because scores rounded to bfloat16 would choose other experts.
 
 import importlib
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
@@ -18,8 +19,9 @@ from torch import Tensor
 from peerlm.ops.backend import Backend
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
-from peerlm.ops.row_formats import SCALED_DTYPES
+from peerlm.ops.row_formats import SCALED_DTYPES, scales_shape, width
 from peerlm.ops.row_updates import RowState
+from peerlm.ops.whole_layer import WholeLayer
 
 _BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("peerlm.ops.cpu.kernels",),
@@ -273,8 +275,10 @@ def mix_experts(
         weights, expert_ids: (T, P); ids int64 in 0 .. N - 1, repetitions count each time. Nothing comes of the id -1,
             a hole. Other ids raise an error; on a GPU, which the Triton kernels do not wait for, their tokens get NaN.
         rows: (N, 2, D), the experts' u and v, or (N, 3, D) with g for gated experts; a float dtype of
-            16 bits or more, or 8 bits with scales: int8, float8_e4m3fn.
-        scales: (N, 2 or 3) float32, what each vector of 8-bit rows is multiplied by; otherwise None.
+            16 bits or more, or 8 bits with scales: int8, float8_e4m3fn. Or int4, (N, 2 or 3, D / 2) uint8, see
+            `row_formats.INT4`.
+        scales: (N, 2 or 3) float32, what each vector of 8-bit rows is multiplied by; (N, 2 or 3, D / 32) for int4;
+            otherwise None.
         activation: "gelu", "gelu_tanh", "relu", "silu", "identity" or "one_plus".
         backend: a name in `BACKENDS`.
         row_gradients: give the gradient of `rows` as a sparse tensor of the rows that occur; those with scales have
@@ -299,11 +303,11 @@ def mix_experts(
         _check_float(rows, "rows")
     elif rows.requires_grad:
         raise ValueError(f"rows have dtype {rows.dtype} and require a gradient; rows with scales have none")
-    elif scales.shape != rows.shape[:2]:
+    elif scales.shape != (rows.shape[0], *scales_shape((*rows.shape[1:-1], width(rows)), rows.dtype)):
         _refuse_shapes(rows=rows, scales=scales)
     if rows.ndim != 3 or rows.shape[1] not in (2, 3):
         raise ValueError(f"rows have shape {tuple(rows.shape)}; it must be (N, 2, D), or (N, 3, D) for gated experts")
-    if weights.shape != expert_ids.shape or x.shape != (weights.shape[0], rows.shape[2]):
+    if weights.shape != expert_ids.shape or x.shape != (weights.shape[0], width(rows)):
         _refuse_shapes(x=x, weights=weights, expert_ids=expert_ids, rows=rows)
     module = _choose(
         "mix_experts", backend, x, weights, ids=expert_ids, rows=rows, scales=scales, row_gradients=row_gradients
@@ -312,6 +316,19 @@ def mix_experts(
         if row_gradients:
             return _uncompiled(module, "mix_experts", x, weights, expert_ids, rows, scales, activation)
         return module.mix_experts(x, weights, expert_ids, rows, scales, activation)
+
+
+def whole_layer(layer: WholeLayer, *, backend: str = "auto") -> Callable[[Tensor], Tensor | None] | None:
+    """What makes of a few tokens x (T, D) the layer's output, without gradients, in one call; None where none does.
+
+    It is what `linear`, the norm, `retrieve` and `mix_experts` make together, but for rounding. It gives None for
+    tokens that it does not take, too many among them, and reads the layer's tensors where they are now.
+    """
+    for name in _BACKENDS if backend == "auto" else (backend,):
+        offered = getattr(_backend(name), "whole_layer", None)
+        if offered is not None and (call := offered(layer)) is not None:
+            return cast("Callable[[Tensor], Tensor | None]", call)
+    return None
 
 
 def mix_values(

@@ -13,6 +13,7 @@ from peerlm.ops import reference
 from peerlm.ops.functions import ACTIVATIONS
 from peerlm.ops.operators import PEERLM
 from peerlm.ops.pairing import PAIRINGS
+from peerlm.ops.row_formats import widened
 from peerlm.ops.tensors import may_have_holes
 
 Slope = Callable[[Tensor, Tensor], Tensor]
@@ -72,8 +73,10 @@ def _retrieve_backward(
 
 def _gather(rows: Tensor, ids_TP: Tensor, scales: Tensor | None) -> Tensor:
     """rows[ids], 8-bit rows by their scales, zeros for the id -1; in float32 at least."""
-    gathered = reference.select(rows, ids_TP).to(torch.promote_types(rows.dtype, torch.float32))
-    return gathered if scales is None else gathered * reference.select(scales, ids_TP)[..., None]
+    gathered = reference.select(rows, ids_TP)
+    if scales is not None:
+        return widened(gathered, reference.select(scales, ids_TP))
+    return gathered.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _mix_experts(

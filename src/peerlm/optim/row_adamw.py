@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from peerlm.ops import api, row_updates
 from peerlm.ops.padded_rows import padded_ids
-from peerlm.ops.row_formats import SCALED_DTYPES
+from peerlm.ops.row_formats import EIGHT_BIT_DTYPES
 from peerlm.ops.row_shards import shard_of
 from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.ops.watched import raw
@@ -522,7 +522,7 @@ class _Watcher:
 def _scales_of(parameter: Tensor) -> Tensor | None:
     """The scales of rows of 8 bits, to be changed without a trace in autograd."""
     scales = row_updates.scales_of(parameter)
-    if scales is None and parameter.dtype in SCALED_DTYPES:
+    if scales is None and parameter.dtype in EIGHT_BIT_DTYPES:
         raise ValueError(f"rows in {parameter.dtype} need scales, and no table of peerlm's layers has this parameter")
     return None if scales is None else scales.data
 
@@ -648,19 +648,19 @@ def _check(group: dict[str, Any], *, wait: bool = True) -> None:
                 f"a table {tuple(parameter.shape)} is a DTensor, as FSDP2 makes them, which RowAdamW cannot train: "
                 "take DistributedDataParallel, or torch.optim.AdamW"
             )
-        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16, *SCALED_DTYPES):
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16, *EIGHT_BIT_DTYPES):
             taken = "float32, float64, bfloat16, int8 or float8_e4m3fn"
             raise ValueError(f"a table has dtype {parameter.dtype}: tables are {taken}")
-        if parameter.dtype in SCALED_DTYPES and not group["fused"]:
+        if parameter.dtype in EIGHT_BIT_DTYPES and not group["fused"]:
             raise ValueError(f"a table in {parameter.dtype} has no gradient: pass fused=True, which needs none")
-        if parameter.dtype in SCALED_DTYPES and row_updates.is_shared(parameter):
+        if parameter.dtype in EIGHT_BIT_DTYPES and row_updates.is_shared(parameter):
             raise ValueError(
                 f"a table in {parameter.dtype} has no gradient that layers which share it could add to: take float32 "
                 "or bfloat16 rows, or a table for each layer"
             )
         if group["lazy"] or beta1 == 0:
             continue
-        if parameter.dtype in SCALED_DTYPES or torch.bfloat16 in (parameter.dtype, group["state_dtype"]):
+        if parameter.dtype in EIGHT_BIT_DTYPES or torch.bfloat16 in (parameter.dtype, group["state_dtype"]):
             raise ValueError(
                 "weights equal to dense AdamW's need tables and moments in float32 (got a table in "
                 f"{parameter.dtype}, state_dtype = {group['state_dtype']}): pass lazy=True, or betas with beta1 = 0"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peerlm.ops import api
 from peerlm.ops.padded_rows import pad, padded_ids
+from peerlm.ops.tensors import read_at_once
 
 _library = torch.library.Library("aten", "IMPL")
 
@@ -54,6 +55,18 @@ def sum_rows(parameter: Tensor) -> Tensor:
         summed = _sum_on_device(gradient)
         parameter.grad = coalesced(gradient) if summed is None else pad(parameter, *summed)
     return parameter.grad._values()  # type: ignore[union-attr]  # not values(), which refuses changes in place
+
+
+def shorten(parameter: Tensor) -> None:
+    """Sum the rows of a gradient that has more of them than the parameter, where the device need not be waited for.
+
+    So the gradient of many micro-batches takes no more memory than that of one.
+    """
+    gradient = parameter.grad
+    if gradient is None or not gradient.is_sparse or read_at_once(gradient.device):
+        return
+    if gradient._nnz() > len(parameter):
+        sum_rows(parameter)
 
 
 def _sum_on_device(gradient: Tensor) -> tuple[Tensor, Tensor] | None:

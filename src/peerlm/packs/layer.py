@@ -110,9 +110,13 @@ class LayerPacks(nn.Module):
     def mix(self, experts: ExpertTable, x_TD: Tensor, weights_TP: Tensor, ids_TP: Tensor) -> Tensor:
         """What `experts` does, for ids in the union; tokens without experts of packs keep the bits of the layer."""
         own_TP = ids_TP < self.own_experts
+        y_TD: Tensor | None
         if own_TP.all():
             return experts(x_TD, weights_TP, ids_TP)
-        y_TD = _add_part(None, experts, x_TD, weights_TP, ids_TP, own_TP)
+        if experts.looked_up_together:
+            y_TD = experts(x_TD, weights_TP.masked_fill(~own_TP, 0), ids_TP.masked_fill(~own_TP, -1))
+        else:
+            y_TD = _add_part(None, experts, x_TD, weights_TP, ids_TP, own_TP)
         for first, table in self._tables():
             inside_TP = (ids_TP >= first) & (ids_TP < first + table.num_rows)
             y_TD = _add_part(y_TD, table, x_TD, weights_TP, ids_TP - first, inside_TP)

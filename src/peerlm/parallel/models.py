@@ -1,6 +1,6 @@
 """Models over a mesh: new ones, whose tables are nowhere whole, and those that exist."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from peerlm.layers import ProductKeys, share_statistics
 from peerlm.layers.table import Table, class_of, tables_as
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.parallel.counting import count_by_owners
 from peerlm.parallel.gradients import average_gradients
 from peerlm.parallel.meshes import all_ranks
 from peerlm.parallel.place import Place
@@ -62,7 +63,12 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, dense: str = "shard") -> 
     """
     place = _place(mesh, dense)
     tables = {name: module for name, module in model.named_modules() if isinstance(module, Table)}
-    for name, table in tables.items():
+    for name, table in list(tables.items()):
+        if "packs" in name.split("."):
+            if table.requires_grad:
+                raise ValueError(f"the pack {name} is trained: packs are trained on models that are not sharded")
+            del tables[name]
+            continue
         if isinstance(table, ShardedTable):
             raise ValueError(f"{name} is sharded already: parallelize the model once")
         if table.watched:
@@ -118,8 +124,20 @@ def _spread(model: Any, place: Place, dense: str) -> Any:
                 fully_shard(module, mesh=ranks, ignored_params=ignored)
         fully_shard(model, mesh=ranks, ignored_params=ignored)
     setattr(model, _PLACE, place)
+    count_by_owners(model)
+    model._ddp_params_and_buffers_to_ignore = _NotOfDDP()
     exchange_gradients(model)
     return model
+
+
+class _NotOfDDP:
+    """What DistributedDataParallel asks a model for first: it would make every rank's rows those of rank 0."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise ValueError(
+            "the model's tables are sharded, which DistributedDataParallel, as of transformers.Trainer or Accelerate, "
+            "cannot train: run `peerlm train` or a loop of your own, or leave the tables whole"
+        )
 
 
 def exchange_gradients(model: nn.Module) -> None:
@@ -159,13 +177,14 @@ def _attention(model: nn.Module) -> list[nn.Module]:
 
 
 def kept_whole(model: nn.Module) -> set[nn.Parameter]:
-    """What every rank keeps whole: sub-keys, which grow, and statistics' scales, which must choose the same experts."""
-    return {
+    """What every rank keeps whole: sub-keys and statistics, by which all must choose the same experts, and packs."""
+    of_indices = {
         parameter
         for index in model.modules()
         if isinstance(index, ProductKeys)
         for parameter in (index.sub_keys, *index.query_norm.parameters())
     }
+    return of_indices | {each for name, each in model.named_parameters() if "packs" in name.split(".")}
 
 
 def _buffers(model: nn.Module) -> list[Tensor]:

@@ -34,6 +34,7 @@ class ShardedTable(Table):
         entries: how many entries of tokens were looked up in the rows of this rank in training; int64.
     """
 
+    looked_up_together: ClassVar[bool] = True
     place: ClassVar[Place]
     layout: RowLayout
     entries: Tensor

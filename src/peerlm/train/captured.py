@@ -123,10 +123,17 @@ class Steps:
             with self._around("captured_step"):
                 graph.capture(lambda: results.append(work(static_BT)))
         except RuntimeError as error:
-            self.obstacle = str(error).partition("\n")[0]
+            self.obstacle = str(_first(error)).partition("\n")[0]
             log.warning("steps are not captured in graphs, and so are slower: %s", self.obstacle)
             return None
         return _Captured(graph, static_BT, results[0])
 
     def _around(self, name: str) -> AbstractContextManager[object]:
         return getattr(self._optimizer, name, nullcontext)()
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error that came first: one within a capture makes the end of the capture fail, too."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return error

@@ -91,15 +91,18 @@ def unknown_key(key: str, known: Sequence[str]) -> UserError:
     return UserError(f"unknown key {key!r}: did you mean {max(known, key=likeness)!r}?")
 
 
-def plain_values(config: Any) -> dict[str, Any]:
+def plain_values(config: Any) -> Any:
     """A configuration as nested plain values without `config.added` ones at their defaults: what a row is known by."""
-    values = {}
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        if entry.metadata.get("added") and value == entry.default:
-            continue
-        values[entry.name] = plain_values(value) if dataclasses.is_dataclass(value) else value
-    return values
+    if isinstance(config, list | tuple):
+        return [plain_values(part) for part in config]
+    if not dataclasses.is_dataclass(config):
+        return config
+    return {
+        entry.name: plain_values(value)
+        for entry in dataclasses.fields(config)
+        for value in [getattr(config, entry.name)]
+        if not entry.metadata.get("added") or value != entry.default
+    }
 
 
 def bound_values(config: TrainConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from peerlm.optim.sparse_gradients import shorten
 from peerlm.parallel import unsynchronised
 
 
@@ -33,5 +34,7 @@ def accumulate_gradients(
                     len(micro_BT) / len(input_ids_BT)
                 )
             share.backward()
+        for parameter in model.parameters():
+            shorten(parameter)
         loss += share.detach()
     return loss

@@ -1,6 +1,8 @@
 """The plot of a frontier: perplexity over a cost, the points that no other beats joined and named."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,8 +11,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from peerlm_studies.figures import finish
 from peerlm_studies.frontier.points import MEASURES, Point, front, groups_of
 
+Placed = tuple[Point, float, float]
+"""A point, and where it is drawn."""
 NAMED = 24
 """Points of a panel up to which those off the front are named too."""
+CLOSE = 0.025
+"""Share of an axis within which names of points would lie on each other."""
 NARROW = 6.0
 """Largest over smallest value of an axis up to which its numbers are evenly spaced, as on a linear one."""
 
@@ -27,37 +33,60 @@ def plot_frontier(points: Sequence[Point], measures: Sequence[str] = ("bytes",))
 
 def _draw(axes: Axes, points: Sequence[Point], measure: str) -> None:
     groups = groups_of(points, measure)
-    unit = MEASURES[measure].unit
     for index, (budget, own) in enumerate(groups.items()):
-        colour = f"C{index % 10}"
-        best = front(own, measure)
-        drawn = [point for point in own if point.costs[measure]]
-        for point in drawn:
-            leads = point in best
-            place = (point.costs[measure] / unit, point.perplexity)  # type: ignore[operator]
-            axes.plot(*place, "o", color=colour, markersize=7 if leads else 4, alpha=1 if leads else 0.35)
-            if leads or len(points) <= NAMED:
-                axes.annotate(
-                    point.label,
-                    place,
-                    xytext=(-5, -5) if leads else (5, 3),
-                    textcoords="offset points",
-                    horizontalalignment="right" if leads else "left",
-                    verticalalignment="top" if leads else "bottom",
-                    fontsize=9 if leads else 7,
-                    fontweight="bold" if leads else "normal",
-                    color="black" if leads else "0.55",
-                )
-        line = [(point.costs[measure] / unit, point.perplexity) for point in best]  # type: ignore[operator]
-        axes.plot([x for x, _ in line], [y for _, y in line], color=colour, linewidth=2, label=budget or None)
+        colour, best = f"C{index % 10}", _placed(front(own, measure), measure)
+        for _, x, y in _placed(own, measure):
+            axes.plot(x, y, "o", color=colour, markersize=4, alpha=0.35)
+        xs, ys = [x for _, x, _ in best], [y for *_, y in best]
+        axes.plot(xs, ys, "-", color=colour, linewidth=2, label=budget or None)
+        axes.plot(xs, ys, "o", color=colour, markersize=7)
     axes.set(xscale="log", yscale="log", xlabel=MEASURES[measure].title)
     axes.margins(x=0.2, y=0.12)
+    for own in groups.values():
+        best = _placed(front(own, measure), measure)
+        for point, x, y in best:
+            _name(axes, [point.label], (x, y), (-5, -5), "right", fontsize=9, fontweight="bold", color="black")
+        if len(points) <= NAMED:
+            leads = [point for point, *_ in best]
+            others = [each for each in _placed(own, measure) if each[0] not in leads]
+            for together in _close(others, axes):
+                labels = [point.label for point, *_ in together]
+                _name(axes, labels, together[0][1:], (5, 3), "left", fontsize=7, color="0.45")
     _plain_ticks(axes)
     if len(groups) > 1:
         axes.legend(frameon=False, title="training budget")
     elif "" not in groups:
         axes.set_title(f"lower left is better; all at {next(iter(groups))}", fontsize=10)
     finish(axes)
+
+
+def _placed(points: Sequence[Point], measure: str) -> list[Placed]:
+    """Points of which the cost is known, with where they are drawn."""
+    unit = MEASURES[measure].unit
+    return [(point, cost / unit, point.perplexity) for point in points if (cost := point.costs[measure])]
+
+
+def _name(
+    axes: Axes, labels: Sequence[str], place: tuple[float, float], by: tuple[float, float], side: str, **style: Any
+) -> None:
+    """Write labels beside a point, `by` points away, one below the other."""
+    height = "top" if by[1] < 0 or len(labels) > 1 else "bottom"
+    axes.annotate("\n".join(labels), place, by, textcoords="offset points", ha=side, va=height, **style)
+
+
+def _close(points: Sequence[Placed], axes: Axes) -> list[list[Placed]]:
+    """Points from top to bottom, those together whose names would lie on each other."""
+    wide, high = (math.log(ends[1] / ends[0]) for ends in (axes.get_xlim(), axes.get_ylim()))
+    groups: list[list[Placed]] = []
+    for each in sorted(points, key=lambda placed: -placed[2]):
+        for group in groups:
+            _, x, y = group[-1]
+            if abs(math.log(each[1] / x)) < CLOSE * wide and math.log(y / each[2]) < CLOSE * high:
+                group.append(each)
+                break
+        else:
+            groups.append([each])
+    return groups
 
 
 def _plain_ticks(axes: Axes) -> None:

@@ -75,8 +75,12 @@ def points_of(rows: Sequence[Row]) -> list[Point]:
     Seconds are those of `peerlm_studies.isoflop.seconds`, and known only where all runs were on CPUs, or none.
     """
     groups: dict[tuple[str, str], dict[int, Row]] = {}
+    sizes: dict[str, set[object]] = {}
     for row in rows:
-        groups.setdefault((budget_of(row), label_of(row)), {})[row["seed"]] = row
+        sizes.setdefault(budget_of(row), set()).add((row.get("sweep") or {}).get("size"))
+    for row in rows:
+        budget = budget_of(row)
+        groups.setdefault((budget, label_of(row, with_size=len(sizes[budget]) > 1)), {})[row["seed"]] = row
     losses = {place: [row["summary"]["validation_loss"] for row in own.values()] for place, own in groups.items()}
     spreads = {
         budget: pooled_spread(each for (other, _), each in losses.items() if other == budget) for budget, _ in groups
@@ -142,11 +146,13 @@ def budget_of(row: Row) -> str:
     return f"{row['summary']['flops']:.2g} FLOPs"
 
 
-def label_of(row: Row) -> str:
+def label_of(row: Row, *, with_size: bool = True) -> str:
     """The method, with swept values that are no budget: a size by its name, others as key=value."""
     parts = [row["method"]]
     for key, value in (row.get("sweep") or {}).items():
         name = key.rpartition(".")[2]
+        if name == "size" and not with_size:
+            continue
         if name not in ("flops", "tokens", "steps", "minutes", "seconds"):
             parts.append(str(value) if name == "size" else f"{name}={value}")
     return " ".join(parts)

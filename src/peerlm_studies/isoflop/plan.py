@@ -7,7 +7,14 @@ from typing import Any
 
 from peerlm.errors import UserError, listed
 from peerlm.train.recipe import from_dict, read_recipe
-from peerlm_studies.comparison.plan import CompareConfig, ComparisonRecipe, PlannedRun, comparison_of, take_section
+from peerlm_studies.comparison.plan import (
+    CompareConfig,
+    ComparisonRecipe,
+    PlannedRun,
+    comparison_of,
+    load_plan,
+    take_section,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,3 +175,16 @@ def load_isoflop(path: str | Path, overrides: Sequence[str] = ()) -> IsoflopPlan
             raise UserError(f"isoflop.only names {method!r}: choose from {listed(recipe.methods)}")
     recipe = replace(recipe, shared=recipe.shared | {"budget": {}})
     return IsoflopPlan(isoflop=study, recipe=recipe)
+
+
+def runs_of_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CompareConfig, list[PlannedRun]]:
+    """What is measured of each run, and the runs, of a comparison's recipe or of one with [isoflop].
+
+    Raises:
+        UserError: as `load_plan` or `load_isoflop`.
+    """
+    if "isoflop" in read_recipe(path, overrides):
+        study = load_isoflop(path, overrides)
+        return study.compare, [run.planned for run in study.runs(study.all_seeds)]
+    comparison = load_plan(path, overrides)
+    return comparison.compare, comparison.runs

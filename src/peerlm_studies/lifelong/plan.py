@@ -88,7 +88,7 @@ class PlannedStream:
 
     def key(self, number: int) -> str:
         """Digest of all that the row after `number` stages depends on."""
-        values = asdict(self.learn) | {"optim": plain_values(self.learn.optim)}
+        values = plain_values(self.learn)
         for name in ("run", "model", "data", "checkpoint_every", "checkpoint_minutes"):
             del values[name]
         if values["document_start"] == AUTO:

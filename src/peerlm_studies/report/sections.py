@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from peerlm.errors import UserError
 from peerlm_studies.comparison.make_rows import rows_of
-from peerlm_studies.comparison.plan import load_plan
 from peerlm_studies.comparison.tables import columns_of, summarise
 from peerlm_studies.figures import finish
 from peerlm_studies.frontier.figures import plot_frontier
@@ -20,7 +19,7 @@ from peerlm_studies.frontier.study import COSTS, check_alike
 from peerlm_studies.frontier.tables import frontier_markdown
 from peerlm_studies.isoflop.curves import curves_of, equal_loss_table, equal_seconds_table, optima_table, rows_of_curves
 from peerlm_studies.isoflop.figures import plot_costs, plot_curves
-from peerlm_studies.isoflop.plan import load_isoflop
+from peerlm_studies.isoflop.plan import load_isoflop, runs_of_recipe
 from peerlm_studies.isoflop.seconds import comparable_seconds, seconds_at_speeds
 from peerlm_studies.isoflop.tables import equal_loss_markdown, equal_seconds_markdown, optima_markdown
 from peerlm_studies.markdown import markdown_rows
@@ -154,15 +153,15 @@ def _not_made(runs: Iterable[tuple[str, str]], of: int) -> list[str]:
 
 
 def _of_recipe(config: SectionConfig, rows: Sequence[Row], root: Path) -> tuple[list[Row], list[str]]:
-    """The rows of a comparison's recipe, where one is named, and a sentence on runs that were not made."""
+    """The rows of a recipe's runs, where one is named, and a sentence on runs that were not made."""
     own = _once(rows)
     if not config.recipe:
         return own, []
-    plan = load_plan(root / config.recipe, config.settings)
-    own = rows_of(plan.runs, plan.compare, own)
+    compare, runs = runs_of_recipe(root / config.recipe, config.settings)
+    own = rows_of(runs, compare, own)
     made = {row["key"] for row in own}
-    missing = [run for run in plan.runs if run.key(plan.compare) not in made]
-    return own, _not_made(((run.label, f"seed {run.seed}") for run in missing), len(plan.runs))
+    missing = [run for run in runs if run.key(compare) not in made]
+    return own, _not_made(((run.label, f"seed {run.seed}") for run in missing), len(runs))
 
 
 def _frontier(config: SectionConfig, rows: Sequence[Row], root: Path) -> Section:

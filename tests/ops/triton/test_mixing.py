@@ -298,3 +298,18 @@ def test_rows_that_lie_beyond_the_31st_bit_of_an_offset() -> None:
     found = output_and_gradients(arguments, scales, backend="triton")
     for name, right in output_and_gradients(few, scales[-3:], backend="triton").items():
         assert torch.equal(found[name], right)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_hole_adds_nothing_and_its_weight_has_no_gradient() -> None:
+    inputs = in_float32(draw(3, 4, 6, 5))
+    filled = inputs.ids.clone()
+    inputs.ids[1, 2] = inputs.ids[2, 0] = -1
+    hole = inputs.ids < 0
+    found = output_and_gradients(inputs, backend="triton")
+    expected = output_and_gradients(inputs, backend="reference")
+    assert bool((found["weights"][hole] == 0).all())
+    torch.testing.assert_close(found, expected)
+    dots = api.dot_values(inputs.x, inputs.ids, inputs.rows[:, 0], backend="triton")
+    assert bool((dots[hole] == 0).all())
+    assert not torch.equal(filled, inputs.ids)

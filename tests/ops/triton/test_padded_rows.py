@@ -11,6 +11,7 @@ from peerlm.ops.padded_rows import padded_ids
 from peerlm.ops.triton import row_steps
 from peerlm.optim import RowAdamW, clip_gradients
 from peerlm.optim.restrict import restrict_gradient
+from peerlm.optim.sparse_gradients import shorten
 from peerlm.testing import assert_within_budget
 
 from ...host_reads import NoHostReads
@@ -69,6 +70,23 @@ def test_a_training_is_that_of_the_definition(
     request.getfixturevalue("as_on_a_gpu")
     found = trained(device, by_kernels=True, lazy=lazy, micro_batches=micro_batches)
     assert_within_budget(found, plain, exact)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize(("entries", "left"), [(24, 24), (30, 24)])
+def test_a_gradient_of_many_micro_batches_is_no_longer_than_the_table(
+    entries: int, left: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peerlm.optim.sparse_gradients.read_at_once", lambda device: False)
+    table = torch.nn.Parameter(torch.zeros(24, 3, device=device))
+    ids, values = torch.randint(12, (1, entries), device=device), torch.randn(entries, 3, device=device)
+    table.grad = torch.sparse_coo_tensor(ids, values, table.shape, check_invariants=False)
+    expected = table.grad.to_dense()
+    with NoHostReads():
+        shorten(table)
+    assert table.grad._nnz() == left
+    assert (padded_ids(table) is not None) == (entries > left)
+    torch.testing.assert_close(table.grad.to_dense(), expected)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

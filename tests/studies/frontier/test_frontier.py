@@ -116,6 +116,12 @@ def test_labels_leave_budgets_out() -> None:
     assert label_of({"method": "PEER", "sweep": {"flops": "2e12", "size": "d64", "optim.learning_rate": 0.1}}) == (
         "PEER d64 learning_rate=0.1"
     )
+    sized = [row(4, 8, 3.0), row(8, 8, 2.9)]
+    for each in sized:
+        each["sweep"] = {"flops": "1e12", "size": "d64"}
+    assert [point.label for point in points_of(sized)] == ["8 of 8²", "4 of 8²"]
+    sized[0]["sweep"]["size"] = "d32"
+    assert [point.label for point in points_of(sized)] == ["8 of 8² d64", "4 of 8² d32"]
     assert budget_of({"config": {"budget": {"minutes": 5.0}}}) == "5 minutes"
 
 
@@ -142,11 +148,19 @@ def test_the_plot_names_the_front_and_joins_it() -> None:
     over_bytes, over_seconds = figure.axes
     bold = {text.get_text() for text in over_bytes.texts if text.get_fontweight() == "bold"}
     assert bold == {"4 of 32²", "8 of 8²", "16 of 32²"}
-    assert {text.get_text() for text in over_bytes.texts} == {each["method"] for each in ROWS}
+    names = [name for text in over_bytes.texts for name in text.get_text().split("\n")]
+    assert sorted(names) == sorted(each["method"] for each in ROWS)
     lines = [line for line in over_bytes.lines if line.get_linestyle() == "-"]
     assert [len(line.get_xdata()) for line in lines] == [3, 1]  # a front for each budget
     assert over_bytes.get_xscale() == over_bytes.get_yscale() == over_seconds.get_xscale() == "log"
     assert [text.get_text() for text in over_bytes.get_legend().get_texts()] == ["1e+12 FLOPs", "4e+12 FLOPs"]
+
+
+def test_names_of_points_that_lie_on_each_other_stand_below_each_other() -> None:
+    (axes,) = plot_frontier(
+        points_of([row(4, 8, 3.0), row(4, 16, 3.5), row(4, 16, 3.499) | {"method": "4 of 32²"}])
+    ).axes
+    assert sorted(text.get_text() for text in axes.texts) == ["4 of 16²\n4 of 32²", "4 of 8²"]
 
 
 def test_the_command_writes_table_json_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

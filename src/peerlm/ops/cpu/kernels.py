@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peerlm.errors import UserError
 from peerlm.ops.cpu import native
+from peerlm.ops.cpu.decode import whole_layer
 from peerlm.ops.cpu.native import as_bytes, description, group_by_row, move_to_start, unavailable, use_huge_pages
 from peerlm.ops.cpu.onednn import linear
 from peerlm.ops.cpu.rows import fit_rules, row_kernels, update_by_gradients, updates_rows_on
@@ -32,6 +33,7 @@ __all__ = [
     "unsupported",
     "updates_rows_on",
     "use_huge_pages",
+    "whole_layer",
 ]
 
 retrieve, mix_experts = PEERLM.retrieve, PEERLM.mix_experts

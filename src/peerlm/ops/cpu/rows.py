@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peerlm.ops.cpu import native
 from peerlm.ops.cpu.native import as_bytes, group_by_row
-from peerlm.ops.row_formats import SCALED_DTYPES
+from peerlm.ops.row_formats import EIGHT_BIT_DTYPES
 from peerlm.ops.row_shards import RowShard
 from peerlm.ops.row_updates import CatchUpRules, RowState, RowStep
 from peerlm.ops.tensors import has_values
@@ -34,7 +34,7 @@ def supports(table: RowState) -> bool:
     return not native.unavailable() and (
         len(dtypes) == 1
         and (table.by_weight or table.exp_avg_sq.dtype == torch.float32)
-        and table.rows.dtype in (_DTYPES if table.scales is None else SCALED_DTYPES)
+        and table.rows.dtype in (_DTYPES if table.scales is None else EIGHT_BIT_DTYPES)
         and all(moment.dtype in _DTYPES for moment in moments)
         and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
         and all(map(has_values, tensors))

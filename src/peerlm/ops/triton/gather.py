@@ -23,11 +23,12 @@ def is_held_whole(dim: int) -> bool:
 def tile_of_entries(rows: Tensor) -> tuple[int, int, int]:
     """How a program gathers vectors of rows (N, R, D): TILE of entries, BLOCK_D of numbers, and how many warps it has.
 
-    Half as many entries where they have more than 4 bytes for each place of a vector: registers are scarce.
+    Half as many entries where they have more than 4 bytes for each place of a vector, or are of 8 bits, which take
+    registers to be unpacked: these are scarce.
     """
     _, parts, dim = rows.shape
     block_d = min(triton.next_power_of_2(dim), WIDEST)
-    numbers = _NUMBERS if parts * rows.element_size() <= 4 else _NUMBERS // 2
+    numbers = _NUMBERS if rows.element_size() > 1 and parts * rows.element_size() <= 4 else _NUMBERS // 2
     return max(2, min(16, numbers // block_d)), block_d, 8 if block_d > 1024 else 4
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peerlm.ops.row_formats import SCALED_DTYPES
+from peerlm.ops.row_formats import EIGHT_BIT_DTYPES
 from peerlm.ops.row_updates import RowState
 from peerlm.ops.tensors import has_values, not_plain
 from peerlm.ops.triton.limits import too_many_sub_keys
@@ -47,7 +47,7 @@ retrieve, mix_experts = OPERATORS.retrieve, OPERATORS.mix_experts
 mix_values, dot_values = OPERATORS.mix_values, OPERATORS.dot_values
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ROW_DTYPES = (*_INPUT_DTYPES, *SCALED_DTYPES)
+_ROW_DTYPES = (*_INPUT_DTYPES, *EIGHT_BIT_DTYPES)
 
 
 def unsupported(
