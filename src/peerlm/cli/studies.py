@@ -8,7 +8,12 @@ import typer
 
 from peerlm.cli.root import Json, Output, Recipe, Run, Settings, app, overrides
 from peerlm.cli.show import STDOUT, show
+from peerlm.errors import UserError
 from peerlm.terminal import print_markdown, print_table
+
+ShardOf = Annotated[
+    str | None, typer.Option("--shard", metavar="K/N", help="Make only share K of N of the rows, as in 2/8.")
+]
 
 
 @app.command(
@@ -21,12 +26,14 @@ def compare(
     recipe: Recipe,
     settings: Settings = [],  # noqa: B006
     output: Output = None,
+    shard: ShardOf = None,
     json_file: Json = None,
 ) -> None:
     """Train PEER and its baselines on the same data for the same FLOPs: table, plots, a sample of text."""
     from peerlm_studies.comparison.compare import compare
+    from peerlm_studies.shards import Shard
 
-    rows = compare(recipe, overrides(settings, output), progress=json_file != STDOUT)
+    rows = compare(recipe, overrides(settings, output), progress=json_file != STDOUT, shard=Shard.read(shard))
     show(rows, json_file, tables=_nothing)  # they were shown when they were made
 
 
@@ -48,11 +55,16 @@ def isoflop(
     dry: Annotated[bool, typer.Option("--dry-run", help="Train nothing: print what each run would take.")] = False,
     gpu_tflops: Annotated[float, typer.Option(help="1e12 FLOPs a second of a GPU, for --dry-run.")] = 400.0,
     utilisation: Annotated[float, typer.Option(help="Share of them that training uses, for --dry-run.")] = 0.4,
+    shard: ShardOf = None,
     json_file: Json = None,
 ) -> None:
     """Train every method at several sizes for the same FLOPs: the curves, and each one's best size."""
     from peerlm_studies.isoflop.study import isoflop
+    from peerlm_studies.shards import Shard
 
+    of_all = Shard.read(shard)
+    if dry and of_all is not None:
+        raise UserError("--shard cannot be combined with --dry-run, which makes no rows: leave one of them out")
     changes = overrides(settings, output)
     part: dict[str, Any] = {"methods": method, "budgets": budget, "sizes": size}
     if dry:
@@ -62,7 +74,7 @@ def isoflop(
         rows = dry_run(load_isoflop(recipe, changes), gpu_tflops=gpu_tflops, utilisation=utilisation, **part)
         show(rows, json_file, partial(print_markdown, dry_run_markdown(rows)))
     else:
-        rows = isoflop(recipe, changes, **part, seeds=seed or None, progress=json_file != STDOUT)
+        rows = isoflop(recipe, changes, **part, seeds=seed or None, progress=json_file != STDOUT, shard=of_all)
         show(rows, json_file, tables=_nothing)
 
 
@@ -316,12 +328,14 @@ def lifelong(
     recipe: Recipe,
     settings: Settings = [],  # noqa: B006
     output: Output = None,
+    shard: ShardOf = None,
     json_file: Json = None,
 ) -> None:
     """Let models of one domain learn others by each method: what is learned against what is forgotten."""
     from peerlm_studies.lifelong.study import lifelong
+    from peerlm_studies.shards import Shard
 
-    result = lifelong(recipe, overrides(settings, output), progress=json_file != STDOUT)
+    result = lifelong(recipe, overrides(settings, output), progress=json_file != STDOUT, shard=Shard.read(shard))
     show(result, json_file, tables=_nothing)
 
 

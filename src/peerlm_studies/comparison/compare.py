@@ -9,14 +9,16 @@ from rich.console import Console
 from peerlm.evaluate import load_model, sample_text
 from peerlm.files import write_bytes, write_json
 from peerlm_studies.comparison.figures import plot_losses
-from peerlm_studies.comparison.make_rows import ROWS_FILE, make_rows, rows_of
+from peerlm_studies.comparison.make_rows import lacks_rows, make_rows, rows_of
 from peerlm_studies.comparison.plan import ComparePlan, load_plan
 from peerlm_studies.comparison.tables import markdown_table, show_table, summarise
 from peerlm_studies.frontier.study import frontier_of_study
-from peerlm_studies.rows import read_rows
+from peerlm_studies.shards import Shard, read_study, say_incomplete
 
 
-def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool = True) -> list[dict[str, Any]]:
+def compare(
+    recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool = True, shard: Shard | None = None
+) -> list[dict[str, Any]]:
     """Train and evaluate every run of a comparison's recipe (see `load_plan`), then write its table, plots and sample.
 
     Each run is a process of its own, so that peak memory is its alone. Finished runs are rows of OUTPUT/rows.jsonl and
@@ -27,9 +29,10 @@ def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool
         recipe: TOML file.
         overrides: `section.key=value`, as for `peerlm train`.
         progress: whether to show progress, the table and the sample.
+        shard: make only this share of the rows. Where others' are not there, rows are all that is written.
 
     Returns:
-        One row per method and swept setting, over seeds, as in table.json.
+        One row per method and swept setting, over seeds, as in table.json; of a shard, over the rows that are there.
 
     Raises:
         UserError: a mistake in the recipe or its data.
@@ -37,9 +40,13 @@ def compare(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool
     """
     plan = load_plan(recipe, overrides)
     console = Console(quiet=not progress)
-    make_rows(plan.runs, plan.compare, plan.output, console, shown=progress)
-    rows = rows_of(plan.runs, plan.compare, read_rows(plan.output / ROWS_FILE))
+    make_rows(plan.runs, plan.compare, plan.output, console, shown=progress, shard=shard)
+    rows = rows_of(plan.runs, plan.compare, read_study(plan.output))
     table = summarise(rows)
+    if shard is not None and (lacking := lacks_rows(plan.runs, plan.compare, plan.output)):
+        show_table(table, console)
+        say_incomplete(lacking, plan.output, console)
+        return table
     command = f"peerlm compare {' '.join([str(recipe), *(f'--set {setting}' for setting in overrides)])}"
     write_json(plan.output / "table.json", table)
     write_bytes(plan.output / "table.md", markdown_table(table, command=command, rows=rows).encode())

@@ -15,17 +15,22 @@ from peerlm.train.recipe import to_dict
 from peerlm_studies.comparison.plan import CompareConfig, PlannedRun
 from peerlm_studies.processes import Processes
 from peerlm_studies.rows import append_row, machine_and_date, read_rows
+from peerlm_studies.shards import Shard, read_study, rows_file
 
 CURVE = ("tokens", "flops", "seconds", "validation_loss")
 """What a row keeps of each evaluation in training; where a run measures copying, that too."""
-ROWS_FILE = "rows.jsonl"
-"""Where in the folder of a comparison its rows are."""
 
 
 def make_rows(
-    runs: Sequence[PlannedRun], compare: CompareConfig, output: Path, console: Console, *, shown: bool
+    runs: Sequence[PlannedRun],
+    compare: CompareConfig,
+    output: Path,
+    console: Console,
+    *,
+    shown: bool,
+    shard: Shard | None = None,
 ) -> None:
-    """Train and evaluate every run that OUTPUT/rows.jsonl lacks, `compare.jobs` at a time, and append its row.
+    """Train and evaluate every run that OUTPUT's rows lack, `compare.jobs` at a time, and append its row.
 
     Args:
         runs: in the order in which they are made.
@@ -33,18 +38,21 @@ def make_rows(
         output: the comparison's folder.
         console: for a line about each run.
         shown: whether the progress of runs is shown too.
+        shard: of the runs only this share, to a file of its own; see `peerlm_studies.shards`.
 
     Raises:
         UserError: a file to evaluate does not exist, or the data cannot be prepared.
         TrainingStopped: a run was stopped or its loss was not finite; it carries that run's exit code.
     """
-    rows_path = output / ROWS_FILE
+    rows_path = rows_file(output, shard)
+    if shard is not None:
+        runs = shard.share(runs, lambda run: run.key(compare))
     for file in compare.evaluate:
         if not Path(file).is_file():
             raise UserError(f"compare.evaluate names {file}, which does not exist: correct the path or leave it out")
     for data in {run.train.data.folder: run.train.data for run in runs}.values():
         prepare_data(data, progress=shown)
-    done = {row["key"] for row in read_rows(rows_path)}
+    done = {row["key"] for row in read_study(output)}
     missing = [run for run in runs if run.key(compare) not in done]
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} done before", highlight=False, soft_wrap=True)
     with ThreadPoolExecutor(compare.jobs) as pool, Processes(jobs=compare.jobs, shown=shown) as processes:
@@ -55,6 +63,11 @@ def make_rows(
         finally:
             for row in coming:
                 row.cancel()
+
+
+def lacks_rows(runs: Sequence[PlannedRun], compare: CompareConfig, output: Path) -> int:
+    """How many of the runs have no row in OUTPUT."""
+    return len({run.key(compare) for run in runs} - {row["key"] for row in read_study(output)})
 
 
 def rows_of(

@@ -14,7 +14,7 @@ from rich.console import Console
 from peerlm.files import write_bytes, write_json
 from peerlm.terminal import print_markdown
 from peerlm.train.build import prepare_data
-from peerlm_studies.comparison.make_rows import ROWS_FILE, make_rows
+from peerlm_studies.comparison.make_rows import make_rows
 from peerlm_studies.equal_seconds.plan import SecondsPlan, TimedRun, load_seconds
 from peerlm_studies.equal_seconds.speed import measure_speed
 from peerlm_studies.figures import finish, save_plot
@@ -23,6 +23,7 @@ from peerlm_studies.intervals import plus_minus
 from peerlm_studies.isoflop.fit import pooled_spread
 from peerlm_studies.markdown import markdown_rows
 from peerlm_studies.rows import append_row, read_rows
+from peerlm_studies.shards import read_study
 
 SPEEDS_FILE = "speeds.jsonl"
 """Where in the study's folder its speeds are; while a row is there it is not measured again."""
@@ -48,7 +49,7 @@ def equal_seconds(recipe: str | Path, overrides: Sequence[str] = (), *, progress
     speeds = measure_speeds(plan, console, progress=progress)
     runs = plan.runs({method: speed["seconds_per_step"] for method, speed in speeds.items()})
     make_rows([run.planned for run in runs], plan.compare, plan.output, console, shown=progress)
-    table = seconds_table(plan, runs, read_rows(plan.output / ROWS_FILE), speeds)
+    table = seconds_table(plan, runs, read_study(plan.output), speeds)
     write_json(plan.output / "seconds.json", table)
     write_bytes(plan.output / "seconds.md", seconds_markdown(table).encode())
     save_plot(plot_seconds(table), plan.output / "seconds.png")

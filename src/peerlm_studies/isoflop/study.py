@@ -9,7 +9,7 @@ from rich.console import Console
 from peerlm.errors import UserError
 from peerlm.files import write_bytes, write_json
 from peerlm.terminal import print_markdown
-from peerlm_studies.comparison.make_rows import ROWS_FILE, make_rows, rows_of
+from peerlm_studies.comparison.make_rows import lacks_rows, make_rows, rows_of
 from peerlm_studies.comparison.plan import PlannedRun
 from peerlm_studies.comparison.tables import show_table, summarise
 from peerlm_studies.figures import save_plot
@@ -19,7 +19,7 @@ from peerlm_studies.isoflop.figures import plot_costs, plot_curves
 from peerlm_studies.isoflop.plan import IsoflopPlan, load_isoflop
 from peerlm_studies.isoflop.seconds import Cost, comparable_seconds
 from peerlm_studies.isoflop.tables import equal_seconds_markdown, optima_markdown
-from peerlm_studies.rows import read_rows
+from peerlm_studies.shards import Shard, read_study, say_incomplete
 
 
 def isoflop(
@@ -31,6 +31,7 @@ def isoflop(
     sizes: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     progress: bool = True,
+    shard: Shard | None = None,
 ) -> list[dict[str, Any]]:
     """Train and evaluate the runs of an isoFLOP recipe (see `load_isoflop`), then write its tables and plots.
 
@@ -45,6 +46,7 @@ def isoflop(
         seeds: in place of compare.seeds. With these, or with only a part, no seeds are added at the optimum, and rows
             are all that is written.
         progress: whether to show progress and the tables.
+        shard: make only this share of the rows; as of a part, rows are all that is written where others' are missing.
 
     Returns:
         One row per method and budget, as `optima_table` makes them; of a part, one per run, as `compare` returns them.
@@ -58,13 +60,19 @@ def isoflop(
     part = [run.planned for run in plan.runs(seeds, methods=methods, budgets=budgets, sizes=sizes)]
     if not part:
         raise UserError(f"no run of {recipe} has that budget and that size: see its [isoflop.budgets]")
-    make_rows(part, plan.compare, plan.output, console, shown=progress)
-    if methods or budgets or sizes or seeds is not None:
-        table = summarise(rows_of(part, plan.compare, read_rows(plan.output / ROWS_FILE)))
+    make_rows(part, plan.compare, plan.output, console, shown=progress, shard=shard)
+    lacking = lacks_rows(part, plan.compare, plan.output) if shard is not None else 0
+    if not (lacking or methods or budgets or sizes or seeds is not None):
+        part = _at_optima(plan)
+        make_rows(part, plan.compare, plan.output, console, shown=progress, shard=shard)
+        lacking = lacks_rows(part, plan.compare, plan.output) if shard is not None else 0
+    if lacking or methods or budgets or sizes or seeds is not None:
+        table = summarise(rows_of(part, plan.compare, read_study(plan.output)))
         show_table(table, console)
+        if lacking:
+            say_incomplete(lacking, plan.output, console)
         return table
-    make_rows(_at_optima(plan), plan.compare, plan.output, console, shown=progress)
-    curves = curves_of(plan, read_rows(plan.output / ROWS_FILE))
+    curves = curves_of(plan, read_study(plan.output))
     seconds = comparable_seconds(rows_of_curves(curves))
     table, equal_seconds = optima_table(curves, seconds), equal_seconds_table(curves, seconds)
     write_study(plan.output, curves, seconds, table, equal_seconds)
@@ -76,7 +84,7 @@ def isoflop(
 
 def _at_optima(plan: IsoflopPlan) -> list[PlannedRun]:
     """The runs of isoflop.optimum_seeds at the size nearest to each optimum."""
-    curves = curves_of(plan, read_rows(plan.output / ROWS_FILE))
+    curves = curves_of(plan, read_study(plan.output))
     nearest = {(curve.method, curve.flops): curve.nearest.size for curve in curves}
     runs = plan.runs(plan.isoflop.optimum_seeds)
     return [run.planned for run in runs if nearest[run.method, run.flops] == run.size]

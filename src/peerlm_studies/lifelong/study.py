@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -17,15 +18,21 @@ from peerlm_studies.lifelong.facts import learn_facts, markdown_facts
 from peerlm_studies.lifelong.figures import plot_forgetting
 from peerlm_studies.lifelong.plan import LifelongPlan, PlannedStream, load_plan
 from peerlm_studies.rows import append_row, provenance, read_rows
+from peerlm_studies.shards import Shard, read_study, rows_file, say_incomplete
 
 TOOK = ("steps", "tokens", "flops", "seconds", "trained_parameters")
 
 
-def lifelong(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool = True) -> dict[str, Any]:
+def lifelong(
+    recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool = True, shard: Shard | None = None
+) -> dict[str, Any]:
     """Make every stream of a recipe (see `lifelong.plan.load_plan`), then write tables and a plot.
 
     Each stage is a row of OUTPUT/rows.jsonl and is not made again; an interrupted stream resumes from its checkpoint.
     OUTPUT also gets table.md, table.json and forgetting.png, and of [facts] facts.jsonl and facts.md.
+
+    With a shard only its share of the streams is made, with base models and texts of its own in OUTPUT/shards. Tables
+    are written when rows of all streams are there; facts are not made.
 
     Returns:
         "methods", as `summarise` gives them, and "facts", rows of `learn_facts`.
@@ -36,23 +43,30 @@ def lifelong(recipe: str | Path, overrides: Sequence[str] = (), *, progress: boo
     """
     plan = load_plan(recipe, overrides)
     console = Console(quiet=not progress)
-    path = plan.output / "rows.jsonl"
-    for stream in plan.streams:
-        done = {row["key"] for row in read_rows(path)}
+    path = rows_file(plan.output, shard)
+    for stream in plan.streams if shard is None else shard.share(plan.streams, lambda stream: stream.key(0)):
+        done = {row["key"] for row in read_study(plan.output)}
         keys = [stream.key(number) for number in range(len(stream.order) + 1)]
         if set(keys) <= done:
             continue
-        train_base(stream.base, progress=progress)
-        for key, row in zip(keys, run_stream(stream.learn, progress=progress), strict=True):
+        made = stream if shard is None else _moved(stream, plan.output / "shards" / shard.name)
+        train_base(made.base, progress=progress)
+        for key, row in zip(keys, run_stream(made.learn, progress=progress), strict=True):
             if key not in done:
                 append_row(path, _named(row, stream, key))
-        rmtree(stream.learn.run)
+        rmtree(made.learn.run)
         last = read_rows(path)[-1]
         console.print(f"{stream.label}, {' '.join(stream.order)}, seed {stream.seed}: {last['loss']}", markup=False)
-        _write(plan, _rows_of(plan))
+        if shard is None:
+            _write(plan, _rows_of(plan))
+    if shard is not None:
+        wanted = {stream.key(number) for stream in plan.streams for number in range(len(stream.order) + 1)}
+        if lacking := len(wanted - {row["key"] for row in read_study(plan.output)}):
+            say_incomplete(lacking, plan.output, console)
+            return {"methods": summarise(_rows_of(plan), plan.lifelong.full), "facts": []}
     summary = _write(plan, _rows_of(plan))
     facts = []
-    if plan.facts is not None:
+    if plan.facts is not None and shard is None:
         facts = learn_facts(plan, plan.facts, progress=progress)
         write_bytes(plan.output / "facts.md", markdown_facts(facts).encode())
     if progress:
@@ -70,6 +84,15 @@ def run_stream(config: LearnConfig, *, progress: bool, **options: Any) -> list[d
     return learn(config, resume="auto", progress=progress, **options)
 
 
+def _moved(stream: PlannedStream, folder: Path) -> PlannedStream:
+    """A stream whose base model, texts and run are in another folder, where no other shard writes."""
+    data = replace(stream.base.data, folder=str(folder / "data" / "base"))
+    base = replace(stream.base, run=str(folder / "base" / Path(stream.base.run).name), data=data)
+    run = str(folder / "streams" / Path(stream.learn.run).name)
+    learn = replace(stream.learn, run=run, model=base.run, data=str(folder / "data" / "streams"))
+    return replace(stream, base=base, learn=learn)
+
+
 def _named(row: Mapping[str, Any], stream: PlannedStream, key: str) -> dict[str, Any]:
     return {
         "key": key,
@@ -84,7 +107,7 @@ def _named(row: Mapping[str, Any], stream: PlannedStream, key: str) -> dict[str,
 
 def _rows_of(plan: LifelongPlan) -> list[dict[str, Any]]:
     """The rows of this recipe that are there, in its order."""
-    by_key = {row["key"]: row for row in read_rows(plan.output / "rows.jsonl")}
+    by_key = {row["key"]: row for row in read_study(plan.output)}
     return [
         {**by_key[key], "label": stream.label}  # two methods of one configuration share rows
         for stream in plan.streams
