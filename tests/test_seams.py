@@ -10,7 +10,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 FILES = {path.relative_to(SOURCES).as_posix(): path for path in sorted(SOURCES.rglob("*.py"))}
 
 SAID_TO_OPTIMIZERS = {"prepare_rows", "wants_row_gradients"}
-RESULTS = {"config", "group", "inputs", "p", "parallel", "point", "section", "self"}
+RESULTS = {"config", "group", "inputs", "p", "parallel", "point", "section", "self", "shape"}
 """Names of what has other rows: lines of results, arguments of an operation."""
 LOOK_UPS = {"get_buffer", "get_parameter", "getattr", "setattr"}
 

@@ -14,9 +14,12 @@ API = "peerlm.ops.api"
 PUBLIC = {
     "api",
     "functions",
+    "grouped_products",
+    "operators",
     "padded_rows",
     "pairing",
     "row_formats",
+    "row_shards",
     "row_updates",
     "scoring",
     "tensors",

@@ -58,15 +58,16 @@ def show_mesh_plan(
 
     def tables_shown() -> None:
         if best.fits:
-            typer.echo(f"Best mesh: replica = 1, cols = {best.shape.cols}, rows = {best.shape.rows}")
+            shape = best.shape
+            typer.echo(f"Best mesh: replica = 1, cols = {shape.cols}, rows = {shape.rows}")
         else:
             typer.echo(f"No mesh of {gpus} GPUs fits: {best.obstacle}.")
-        shown = {f"{each.shape.cols} x {each.shape.rows}": _quantities(each) for each in plans[:MOST_MESHES]}
+        shown = {_mesh(each): _quantities(each) for each in plans[:MOST_MESHES]}
         left = f", first {MOST_MESHES} of {len(plans)}" if len(plans) > MOST_MESHES else ""
         print_table(f"cols x rows{left}; received per token", shown, rows=True)
         parts = {f"{name}, GB": f"{size / 1e9:.3g}" for name, size in best.memory.items()}
         parts |= {f"{name}, ms per step": f"{1e3 * each:.3g}" for name, each in best.seconds.items()}
-        print_table(f"{best.shape.cols} x {best.shape.rows}, of one GPU", {VALUE: parts})
+        print_table(f"{_mesh(best)}, of one GPU", {VALUE: parts})
         if not best.fits:
             fitting = {words: {"mesh": _mesh(each), **_quantities(each)} for words, each in others}
             if fitting:
@@ -87,7 +88,8 @@ def show_mesh_plan(
 
 
 def _mesh(plan: Any) -> str:
-    return f"{plan.shape.cols} x {plan.shape.rows}"
+    shape = plan.shape
+    return f"{shape.cols} x {shape.rows}"
 
 
 def _quantities(plan: Any) -> dict[str, str]:

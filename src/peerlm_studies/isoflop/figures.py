@@ -55,7 +55,11 @@ def plot_costs(curves: Sequence[Curve], seconds: Cost) -> Figure:
     """
     methods = _methods(curves)
     fronts = frontiers(curves, seconds)
-    bytes_read = {id(curve): read_bytes_per_token(curve.nearest.rows[min(curve.nearest.rows)]) for curve in curves}
+    points = [curve.nearest for curve in curves]
+    bytes_read = {
+        id(curve): read_bytes_per_token(point.rows[min(point.rows)])
+        for curve, point in zip(curves, points, strict=True)
+    }
     names = ["flops", *(["seconds"] if fronts else []), *(["bytes"] if any(bytes_read.values()) else [])]
     figure = Figure(figsize=(5.5 * len(names), 4), layout="constrained")
     panels: dict[str, Axes] = dict(
