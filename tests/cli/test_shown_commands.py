@@ -53,12 +53,19 @@ def load_stream(path: Path, settings: Sequence[str], parameters: dict[str, Any])
     load_plan(path, settings)
 
 
+def load_timed(path: Path, settings: Sequence[str], parameters: dict[str, Any]) -> None:
+    from peerlm_studies.equal_seconds.plan import load_seconds
+
+    load_seconds(path, settings)
+
+
 LOADERS: dict[str, Callable[[Path, Sequence[str], dict[str, Any]], None]] = {
     "train": load_train,
     "compare": load_comparison,
     "isoflop": load_study,
     "seconds": load_points,
     "lifelong": load_stream,
+    "seconds": load_timed,
 }
 
 
@@ -108,6 +115,7 @@ NOT_RUN = {
     r"^peerlm (compare|lifelong) ": "trains many models; tests/studies runs small ones",
     r"^peerlm seconds ": "trains and times many models; tests/studies/equal_seconds runs small ones",
     r"^peerlm isoflop (?!.*--dry-run)": "trains many models; tests/studies runs a small study",
+    r"^peerlm seconds ": "measures speeds and trains many models; tests/studies/equal_seconds runs small ones",
     r"^peerlm neurons ": "learns an index for minutes; tests/studies/neurons runs it",
     r"^peerlm convert .*--init neurons": "learns an index for a minute; tests/convert/test_convert_neurons.py runs it",
     r"^peerlm scaling ": "fits for minutes; tests/studies/scaling fits a small law",

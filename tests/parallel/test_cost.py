@@ -72,13 +72,15 @@ def test_memory_is_that_of_parts() -> None:
     assert found["rows"] == 3 * 1250 * 2 * 128 * 4
     assert found["moments"] == 2 * found["rows"]
     assert found["counters"] == 3 * 1250 * 8
-    one = 1250 * (2 * 128 * 4 + 8)  # 16 ranks look up 4,096 entries, so at most all rows of a rank
+    one = 2 * 2 * 128 * (2 * 128 * 4 + 8)  # 16 ranks look up 4,096 entries, in the rows of each rank 512 of them
     keys = 4 * 100 * 16
     assert found["gradients"] == 3 * (one + keys) + 4 * tables.cut_parameters / 16
     own_keys = memory(Tables(**{**vars(tables), "shared_keys": False}), Shape(cols=2, rows=8))
     assert own_keys["sub-keys"] == 8 * found["sub-keys"] == 3 * 8 * 3 * keys
     fused = memory(Tables(**{**vars(tables), "fused": True}), Shape(cols=2, rows=8))
     assert found["gradients"] - fused["gradients"] == 3 * one
+    every = memory(Tables(**{**vars(tables), "tokens": 2000, "fused": False}), Shape(cols=2, rows=8))
+    assert every["gradients"] - fused["gradients"] == 3 * 1250 * (2 * 128 * 4 + 8)  # no more than a rank has
 
 
 def test_an_update_moves_all_that_a_row_has() -> None:

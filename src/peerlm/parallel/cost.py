@@ -159,8 +159,9 @@ def step_bytes(tables: Tables, shape: Shape) -> dict[str, float]:
 def memory(tables: Tables, shape: Shape) -> dict[str, float]:
     """Bytes of the fullest GPU by part.
 
-    "buffers" are an estimate: what the exchange keeps for the backward pass of all layers, and what it holds in one.
-    Activations of the rest of the model and scores of retrieval are left out.
+    "gradients" are of rows that are all different, looked up evenly: at most all that a GPU has. "buffers" are an
+    estimate: what the exchange keeps for the backward pass of all layers, and what it holds in one. Activations of the
+    rest of the model and scores of retrieval are left out.
     """
     local = -(-tables.num_rows // shape.rows)
     columns = tables.dim // shape.cols
@@ -168,7 +169,7 @@ def memory(tables: Tables, shape: Shape) -> dict[str, float]:
     size = ROW_BYTES[tables.row_format]
     exact = tables.row_format == "float32"
     moments = 2 * numbers if exact else numbers / MOMENT_COLUMNS
-    hit = min(local, shape.cols * shape.rows * tables.tokens * tables.entries)
+    hit = min(local, _looked_up(tables, shape))
     row_gradients = 0 if tables.fused else hit * (tables.vectors * columns * FLOAT32 + 8)
     whole = tables.key_parameters
     cut = tables.cut_parameters / shape.gpus
@@ -182,6 +183,11 @@ def memory(tables: Tables, shape: Shape) -> dict[str, float]:
         "sub-keys": float(3 * FLOAT32 * tables.layers * whole),
         "the rest": float(3 * FLOAT32 * cut),
     }
+
+
+def _looked_up(tables: Tables, shape: Shape) -> int:
+    """Entries of all tokens in the rows of a GPU, where all ranks have equally many."""
+    return shape.cols * tables.tokens * tables.entries
 
 
 def _buffers(tables: Tables, shape: Shape) -> tuple[float, float]:
@@ -207,7 +213,7 @@ def seconds(tables: Tables, shape: Shape, gpu: Gpu) -> dict[str, float]:
     parts = memory(tables, shape)
     of_row = tables.vectors * tables.dim / shape.cols * ROW_BYTES[tables.row_format]
     local = -(-tables.num_rows // shape.rows)
-    looked_up = shape.cols * tables.tokens * tables.entries
+    looked_up = _looked_up(tables, shape)
     state = (parts["rows"] + parts["moments"] + parts["counters"]) / local
     gathered = tables.layers * 2 * looked_up * of_row
     updated = 2 * min(looked_up, local) * state
