@@ -41,12 +41,6 @@ def load_study(path: Path, settings: Sequence[str], parameters: dict[str, Any]) 
     assert plan.runs(methods=parameters["method"], budgets=parameters["budget"], sizes=parameters["size"])
 
 
-def load_points(path: Path, settings: Sequence[str], parameters: dict[str, Any]) -> None:
-    from peerlm_studies.equal_seconds.plan import load_seconds
-
-    load_seconds(path, settings)
-
-
 def load_stream(path: Path, settings: Sequence[str], parameters: dict[str, Any]) -> None:
     from peerlm_studies.lifelong.plan import load_plan
 
@@ -63,7 +57,6 @@ LOADERS: dict[str, Callable[[Path, Sequence[str], dict[str, Any]], None]] = {
     "train": load_train,
     "compare": load_comparison,
     "isoflop": load_study,
-    "seconds": load_points,
     "lifelong": load_stream,
     "seconds": load_timed,
 }
@@ -113,7 +106,6 @@ def test_modules_and_scripts_that_a_document_runs_exist(document: Path) -> None:
 
 NOT_RUN = {
     r"^peerlm (compare|lifelong) ": "trains many models; tests/studies runs small ones",
-    r"^peerlm seconds ": "trains and times many models; tests/studies/equal_seconds runs small ones",
     r"^peerlm isoflop (?!.*--dry-run)": "trains many models; tests/studies runs a small study",
     r"^peerlm seconds ": "measures speeds and trains many models; tests/studies/equal_seconds runs small ones",
     r"^peerlm neurons ": "learns an index for minutes; tests/studies/neurons runs it",
