@@ -95,10 +95,10 @@ class TwoPieces(Table):
         rows = state_dict.pop(prefix + "rows", None)
         if rows is None:
             arguments[2].append(prefix + "rows")
-        elif rows.shape != (self.num_rows, *self.row_shape):
+        elif rows.shape != (self.num_rows, *self.first_rows.shape[1:]):
             arguments[4].append(
                 f"size mismatch for {prefix}rows: copying a param with shape {rows.shape} from checkpoint, the shape "
-                f"in current model is {torch.Size([self.num_rows, *self.row_shape])}."
+                f"in current model is {torch.Size([self.num_rows, *self.first_rows.shape[1:]])}."
             )
             return
         else:

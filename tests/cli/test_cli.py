@@ -150,6 +150,7 @@ def test_eval_prints_a_table_of_every_measure(capsys: pytest.CaptureFixture[str]
         stride=32,
         limit=9,
         detokenized=False,
+        copying=False,
         document_start="none",
         packs=[],
         progress=True,
@@ -207,7 +208,7 @@ def test_compare_passes_the_recipe_and_its_settings(
     monkeypatch.setattr(module, "compare", compare)
     code, out, _ = run(capsys, "compare", "r.toml", "--set", "seed=1", "--output", "runs/c", "--json=-")
     assert code == 0
-    compare.assert_called_once_with(Path("r.toml"), ["seed=1", 'run="runs/c"'], progress=False)
+    compare.assert_called_once_with(Path("r.toml"), ["seed=1", 'run="runs/c"'], progress=False, shard=None)
     assert json.loads(out) == [{"method": "peer"}]
 
 

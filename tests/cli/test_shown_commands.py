@@ -167,7 +167,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TINY: dict[str, Any] = {
-    "model.hidden_size": 16,
+    "model.hidden_size": 32,
     "data.context": 32,
     "data.batch_size": 2,
     "eval.final_windows": 2,
@@ -194,6 +194,10 @@ def provide(parameters: dict[str, Any], world: Path) -> None:
         if isinstance(path := parameters.get(name), Path) and not path.exists():
             path = path.parent if path.name == "model" else path
             copy(world / MODELS.get(path.name, "peer"), path)
+    for path in parameters.get("rows") or []:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / "results/frontier.jsonl", path)
     if (recipe := parameters.get("recipe")) is not None and str(recipe).startswith("runs/"):
         copy(world / "peer", recipe.parent if recipe.suffix else recipe)
     elif recipe is not None and not recipe.suffix:

@@ -1,6 +1,7 @@
 """What a model copies: against a copier, a loop over windows, and attention that is even."""
 
 import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from peerlm.evaluate.attention import first_token_attention
 from peerlm.evaluate.copying import random_repeats, repeated, repeated_losses
 from peerlm.evaluate.likelihood import last_logits, token_nats
 from peerlm.layers.modes import evaluating
+from peerlm.model import PeerForCausalLM
 from peerlm.ranks import Ranks
 
 
@@ -132,3 +134,11 @@ def test_a_probe_and_a_row_of_eval_have_every_figure(saved, model, tmp_path):
     assert set(row["first_token"]) == {"0", "1"}
     with pytest.raises(UserError, match=r"whole windows of 64 tokens, and 6 of text\.txt are read"):
         evaluate(saved, [path], context=64, copying=True, limit=5, progress=False)
+
+
+def test_a_model_whose_attention_was_measured_is_pickled_and_measured_again(model: PeerForCausalLM) -> None:
+    text = torch.randint(300, (2, 8))
+    first = first_token_attention(model, text)
+    again = first_token_attention(pickle.loads(pickle.dumps(model)), text)
+    assert first == again == first_token_attention(model, text)
+    assert first is not None

@@ -292,7 +292,7 @@ def test_scales_that_do_not_fit_are_refused() -> None:
     for wrong_rows, wrong, message in (
         (given["rows"], scales, "rows have dtype torch.float32 and scales are given"),
         (rows, scales[:5], r"rows \(16, 2, 8\), scales \(5, 2\)"),
-        (rows.to(FLOAT8).requires_grad_(), scales, "float8_e4m3fn and require a gradient; rows with scales are not"),
+        (rows.to(FLOAT8).requires_grad_(), scales, "float8_e4m3fn and require a gradient; rows with scales have none"),
     ):
         with pytest.raises(ValueError, match=message):
             api.mix_experts(given["x"], given["weights"], given["ids"], wrong_rows, wrong)
@@ -307,8 +307,8 @@ def test_rows_in_float8(backend: str) -> None:
     def mix(backend: str) -> Tensor:
         return api.mix_experts(given["x"], given["weights"], given["ids"], rows, scales, backend=backend)
 
-    if backend in ("cpu", "bag"):
-        with pytest.raises(ValueError, match=f"backend is '{backend}', but .*; choose 'auto'"):
+    if backend == "bag":
+        with pytest.raises(ValueError, match="backend is 'bag', but .*; choose 'auto'"):
             mix(backend)
         return
     wide = given | {"rows": rows.float() * scales[..., None]}
@@ -316,7 +316,7 @@ def test_rows_in_float8(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shift", [-16, 16])
+@pytest.mark.parametrize("shift", [-17, 16])  # -1 is a hole
 @pytest.mark.parametrize("name", READS_ROWS)
 def test_ids_that_are_of_no_row_are_refused_or_give_nan(name: str, shift: int, backend: str) -> None:
     """A GPU cannot refuse without being asked, which takes longer than the kernels."""

@@ -1,5 +1,7 @@
 """How much attention later tokens pay the first one, a sink where a head has nothing to say."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ def first_token_attention(model: nn.Module, input_ids: Tensor) -> dict[str, floa
     switch("eager")  # the others do not return weights
     sums: list[Tensor] = []
     try:
-        with evaluating(model):
+        with evaluating(model), _without_what_transformers_leaves(model):
             for window in input_ids.to(device_of(model)).split(1):
                 found = model(input_ids=window, output_attentions=True, use_cache=False).attentions
                 if not found or any(each is None for each in found):
@@ -32,3 +34,21 @@ def first_token_attention(model: nn.Module, input_ids: Tensor) -> dict[str, floa
     finally:
         switch(before)
     return {str(block): value for block, value in enumerate(torch.stack(sums).mean(0).tolist())}
+
+
+@contextmanager
+def _without_what_transformers_leaves(model: nn.Module) -> Iterator[None]:
+    """To give weights, transformers adds forward hooks for good, with which a model can't be pickled: they go again."""
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    installed = {module for module in before if _INSTALLED in vars(module)}
+    try:
+        yield
+    finally:
+        for module, hooks in before.items():
+            for added in set(module._forward_hooks) - hooks:
+                del module._forward_hooks[added]
+            if _INSTALLED in vars(module) and module not in installed:
+                delattr(module, _INSTALLED)
+
+
+_INSTALLED = "_output_capturing_hooks_installed"
