@@ -308,7 +308,7 @@ def test_rows_in_float8(backend: str) -> None:
         return api.mix_experts(given["x"], given["weights"], given["ids"], rows, scales, backend=backend)
 
     if backend == "bag":
-        with pytest.raises(ValueError, match="backend is 'bag', but .*; choose 'auto'"):
+        with pytest.raises(ValueError, match=r"backend is 'bag', but .*; choose 'auto'"):
             mix(backend)
         return
     wide = given | {"rows": rows.float() * scales[..., None]}
