@@ -19,8 +19,8 @@ from peerlm.testing import assert_within_budget, definition, gradient_of, relati
 
 PAIRS = list(itertools.product(ROW_FORMATS, ROW_FORMATS))
 # Of the rows, relative to those in float32: bfloat16 rounds by at most 2^-8, int8 by half of 1 / 127 of the largest,
-# float8 with 3 bits behind the point by at most 2^-4. Of 32 normal numbers the largest is 2.1 on average. A step of int4
-# is a seventh of it, and an error within a step has a root mean square of 0.29 steps.
+# float8 with 3 bits behind the point by at most 2^-4. Of 32 normal numbers the largest is 2.1 on average. An int4 step
+# is a seventh of it, and an error within it has a root mean square of 0.29 steps.
 ERRORS = {"float32": 0.0, "bfloat16": 2**-8, "int8": 1e-2, "int4": 0.1, "float8_e4m3fn": 2**-4}
 SCALED = ("int8", "float8_e4m3fn")
 FLOATS = ("float32", "bfloat16")
