@@ -1,6 +1,8 @@
 """Sharded runs take the steps of one process: losses, norms and ids are the same, whatever the mesh."""
 
+import lzma
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import peerlm
 from peerlm.data import batches
 from peerlm.parallel import sharded_tables, since_last
 from peerlm.ranks import Ranks
@@ -20,7 +23,8 @@ from peerlm.train.recipe import from_dict
 
 from .pool import Pool
 
-STEPS = 4
+STEPS = int(os.environ.get("PEERLM_STEPS", "4"))
+"""50 and more show more than the suite has time for."""
 MODEL = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -78,8 +82,8 @@ def curve(rank: int, world: int, values: dict[str, Any], steps: int) -> dict[str
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("sharded")
     text = root / "text.txt"
-    pages = [path.read_text("utf-8") for path in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))]
-    text.write_text("\n\n".join(pages)[:60_000], encoding="utf-8")
+    with lzma.open(Path(peerlm.__file__).parent / "corpus/demo_corpus.txt.xz", "rt", encoding="utf-8") as corpus:
+        text.write_text(corpus.read(60_000), encoding="utf-8")
     return {
         "run": str(root / "run"),
         "data": {
