@@ -1,14 +1,11 @@
 """AdamW for models with tables: a step costs the rows that it touches, and the weights are those of dense AdamW."""
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -19,7 +16,8 @@ from peerlm.ops.row_shards import shard_of
 from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.ops.watched import raw
 from peerlm.optim import muon, row_step
-from peerlm.optim.catch_up import RateHistory, catch_up_rules, check_betas
+from peerlm.optim.catch_up import RateHistory, catch_up_rules
+from peerlm.optim.group_checks import check_fused, check_group, is_dtensor
 from peerlm.optim.placed import Placed, capturing
 from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_norms
 from peerlm.optim.table_state import (
@@ -29,7 +27,6 @@ from peerlm.optim.table_state import (
     loaded_state,
     new_state,
     rates_of_decay,
-    second_moments,
 )
 from peerlm.ranks import ddp_group, inside_backward
 
@@ -145,7 +142,7 @@ class RowAdamW(torch.optim.Optimizer):
             added.setdefault("rows", added.get("name") == "table")
         try:
             for added in self.param_groups[before:]:
-                _check(added)
+                check_group(added)
             self._check_exchange()
         except ValueError:
             del self.param_groups[before:]
@@ -172,7 +169,7 @@ class RowAdamW(torch.optim.Optimizer):
     def _check_exchange(self) -> None:
         """Raise ValueError where the gradients of tables stay on their ranks."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        cut = any(_is_dtensor(each) and each.device_mesh.size() > 1 for each in parameters)
+        cut = any(is_dtensor(each) and each.device_mesh.size() > 1 for each in parameters)
         tables = [table for group in self.param_groups if group["rows"] for table in group["params"]]
         if cut and any(shard_of(table) is None for table in tables):
             raise ValueError(
@@ -232,7 +229,7 @@ class RowAdamW(torch.optim.Optimizer):
                     "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 }
         for kind in (False, True):  # an operator of torch's takes no plain tensors beside those of FSDP2
-            alike = [parameter for parameter in parameters if _is_dtensor(parameter) == kind]
+            alike = [parameter for parameter in parameters if is_dtensor(parameter) == kind]
             if alike:
                 _dense_step(alike, [self.state[parameter] for parameter in alike], group)
 
@@ -414,7 +411,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     def _ready_state(self, parameter: Tensor, group: dict[str, Any]) -> State:
         """The state of a table, made when first needed; a change of betas or eps sets in here."""
-        _check(group, wait=False)
+        check_group(group, wait=False)
         state: State = self.state[parameter]
         if not state:
             state.update(new_state(parameter, group))
@@ -505,7 +502,7 @@ class _Watcher:
             setattr(parameter, _IN_DDP, ddp_group() is not None)
         within = getattr(parameter, _IN_DDP, False)
         if torch.is_grad_enabled() and self.optimizer._group(parameter)["fused"]:
-            _check_fused(within)
+            check_fused(within)
         return not within
 
     def fused_update(self, parameter: Tensor) -> tuple[RowState, RowStep] | None:
@@ -525,39 +522,6 @@ def _scales_of(parameter: Tensor) -> Tensor | None:
     if scales is None and parameter.dtype in EIGHT_BIT_DTYPES:
         raise ValueError(f"rows in {parameter.dtype} need scales, and no table of peerlm's layers has this parameter")
     return None if scales is None else scales.data
-
-
-def _check_columns(parameter: Tensor, row_wise: bool | int) -> None:
-    """Raise ValueError where the mean over a row would need the columns of other ranks."""
-    shard = shard_of(parameter)
-    if row_wise is True and shard is not None and parameter.shape[-1] != shard.width:
-        raise ValueError(
-            f"row_wise = True: this rank has {parameter.shape[-1]} of a table's {shard.width} columns, and a row's "
-            "mean needs all: take row_wise=128, one second moment per row and 128 columns"
-        )
-
-
-def _is_on_device(rate: object) -> bool:
-    """Whether a learning rate is a tensor that is not on the CPU."""
-    return isinstance(rate, Tensor) and rate.device.type != "cpu"
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    """Whether FSDP2 or another parallelism of PyTorch's has cut this tensor over ranks."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def _check_fused(within_ddp: bool) -> None:
-    """Raise RuntimeError, or warn, where rows would be updated before the gradients of other ranks are there."""
-    if within_ddp:
-        raise RuntimeError("fused=True cannot wait for the gradients of other ranks: use fused=False")
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        warnings.warn(
-            "fused=True updates tables by the gradients of this rank alone: if ranks train one model together, "
-            "use DistributedDataParallel and fused=False",
-            stacklevel=2,
-        )
 
 
 def _dense_step(parameters: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
@@ -614,71 +578,3 @@ def _row_gradient(parameter: Tensor, kernels: Any) -> tuple[Tensor | None, Tenso
         return gradient._indices()[0], gradient._values(), kernels.update_entries
     gradient = coalesced(gradient)
     return gradient.indices()[0], gradient.values(), kernels.update_rows
-
-
-def _check(group: dict[str, Any], *, wait: bool = True) -> None:
-    """Raise ValueError where the numbers of a group are out of range or do not go together.
-
-    Unless told to wait for it, a learning rate on a device is not looked at.
-    """
-    beta1, beta2 = group["betas"]
-    lr = float(group["lr"]) if wait or not _is_on_device(group["lr"]) else 0.0
-    for name, value, right in (
-        ("lr", lr, lr >= 0),
-        ("betas", (beta1, beta2), 0 <= beta1 < 1 and 0 <= beta2 < 1),
-        ("eps", group["eps"], group["eps"] >= 0),
-        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
-    ):
-        if not right:
-            raise ValueError(f"{name} = {value} is out of range: lr, eps and weight_decay >= 0, 0 <= betas < 1")
-    if group.get("name") == muon.GROUP:
-        _check_muon(group)
-    if not group["rows"]:
-        return
-    if group["state_dtype"] not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"state_dtype = {group['state_dtype']}: tables keep moments in torch.float32 or torch.bfloat16"
-        )
-    for parameter in group["params"]:
-        if group["row_wise"]:
-            second_moments(parameter, group["row_wise"])
-            _check_columns(parameter, group["row_wise"])
-        if _is_dtensor(parameter):
-            raise ValueError(
-                f"a table {tuple(parameter.shape)} is a DTensor, as FSDP2 makes them, which RowAdamW cannot train: "
-                "take DistributedDataParallel, or torch.optim.AdamW"
-            )
-        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16, *EIGHT_BIT_DTYPES):
-            taken = "float32, float64, bfloat16, int8 or float8_e4m3fn"
-            raise ValueError(f"a table has dtype {parameter.dtype}: tables are {taken}")
-        if parameter.dtype in EIGHT_BIT_DTYPES and not group["fused"]:
-            raise ValueError(f"a table in {parameter.dtype} has no gradient: pass fused=True, which needs none")
-        if parameter.dtype in EIGHT_BIT_DTYPES and row_updates.is_shared(parameter):
-            raise ValueError(
-                f"a table in {parameter.dtype} has no gradient that layers which share it could add to: take float32 "
-                "or bfloat16 rows, or a table for each layer"
-            )
-        if group["lazy"] or beta1 == 0:
-            continue
-        if parameter.dtype in EIGHT_BIT_DTYPES or torch.bfloat16 in (parameter.dtype, group["state_dtype"]):
-            raise ValueError(
-                "weights equal to dense AdamW's need tables and moments in float32 (got a table in "
-                f"{parameter.dtype}, state_dtype = {group['state_dtype']}): pass lazy=True, or betas with beta1 = 0"
-            )
-        if group["eps"] == 0:
-            raise ValueError("eps = 0: rows can only catch up with eps > 0, or pass lazy=True")
-        check_betas(beta1, beta2)
-
-
-def _check_muon(group: dict[str, Any]) -> None:
-    """Raise ValueError where a group asks for Muon and cannot have it."""
-    if not 0 <= group.setdefault("momentum", 0.95) < 1:
-        raise ValueError(f"momentum = {group['momentum']} is out of range: 0 <= momentum < 1")
-    for parameter in group["params"]:
-        if not muon.takes(parameter):
-            raise ValueError(f"Muon takes matrices and stacks of them, not a parameter {tuple(parameter.shape)}")
-        if _is_dtensor(parameter):
-            raise ValueError(
-                f"Muon needs whole matrices, and a parameter {tuple(parameter.shape)} is a DTensor, as FSDP2 makes "
-                "them: take AdamW for it"
-            )

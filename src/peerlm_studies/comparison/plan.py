@@ -150,6 +150,23 @@ class ComparisonRecipe:
         return replace(run, train=replace(run.train, run=str(folder)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyPlan:
+    """A study whose runs are made from a comparison's recipe."""
+
+    recipe: ComparisonRecipe
+
+    @property
+    def output(self) -> Path:
+        """The folder of the study."""
+        return self.recipe.output
+
+    @property
+    def compare(self) -> CompareConfig:
+        """What is measured of each run."""
+        return self.recipe.compare
+
+
 def read_comparison(path: str | Path, overrides: Sequence[str] = ()) -> ComparisonRecipe:
     """Read what `load_plan` reads, as the recipe from which runs are made; raises UserError as it does."""
     return comparison_of(read_recipe(path, overrides), path)

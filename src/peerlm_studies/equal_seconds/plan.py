@@ -10,7 +10,7 @@ from typing import Any
 from peerlm.errors import UserError, listed
 from peerlm.train.config import TrainConfig
 from peerlm.train.recipe import bound_values, from_dict, read_recipe
-from peerlm_studies.comparison.plan import CompareConfig, ComparisonRecipe, PlannedRun, comparison_of, take_section
+from peerlm_studies.comparison.plan import PlannedRun, StudyPlan, comparison_of, take_section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +50,10 @@ class TimedRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SecondsPlan:
+class SecondsPlan(StudyPlan):
     """A study of equal seconds."""
 
     seconds: SecondsConfig
-    recipe: ComparisonRecipe
-
-    @property
-    def output(self) -> Path:
-        """The folder of the study."""
-        return self.recipe.output
-
-    @property
-    def compare(self) -> CompareConfig:
-        """What is measured of each run."""
-        return self.recipe.compare
 
     def timed(self, method: str) -> TrainConfig:
         """What the speed of a method is measured on: its run of as many steps."""

@@ -9,8 +9,8 @@ from peerlm.errors import UserError, listed
 from peerlm.train.recipe import from_dict, read_recipe
 from peerlm_studies.comparison.plan import (
     CompareConfig,
-    ComparisonRecipe,
     PlannedRun,
+    StudyPlan,
     comparison_of,
     load_plan,
     take_section,
@@ -84,21 +84,10 @@ class IsoflopRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IsoflopPlan:
+class IsoflopPlan(StudyPlan):
     """An isoFLOP study: its folder, its settings, and its runs."""
 
     isoflop: IsoflopConfig
-    recipe: ComparisonRecipe
-
-    @property
-    def output(self) -> Path:
-        """The folder of the study."""
-        return self.recipe.output
-
-    @property
-    def compare(self) -> CompareConfig:
-        """What is measured of each run."""
-        return self.recipe.compare
 
     @property
     def all_seeds(self) -> list[int]:
