@@ -61,11 +61,12 @@ class ShardedTable(Table):
         pieces = self.pieces()
         column, _ = self.layout.columns(self.place.cols.rank)
         shard = RowShard(
-            group=self.place.all.group,
+            group=self.place.copy,
             firsts=torch.tensor([piece.local for piece in pieces] or [0]),
             shifts=torch.tensor([piece.first - piece.local for piece in pieces] or [0]),
             column=column,
             width=self.layout.width,
+            copies=self.place.replica.size,
         )
         hold_shard(self.rows, shard)
 
@@ -192,8 +193,8 @@ class ShardedTable(Table):
             if self.scales is not None:
                 rows = widened(rows, self.scales[local : local + many])
             out[begin : begin + many, ..., column : column + width] = rows
-        if self.place.all.size > 1:
-            torch.distributed.all_reduce(out, group=self.place.all.group)
+        if self.place.world > 1:
+            torch.distributed.all_reduce(out, group=self.place.copy)
         return out
 
     def _here(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
