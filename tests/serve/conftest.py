@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peerlm.serve import Engine, Event, Handle, Request, SamplingParams
+
 from ..models import PEER_SETTINGS, build
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peerlm.errors import UserError
 from peerlm.serve import Engine, QueueFull, Request, SamplingParams
+
 from ..models import build
 from .conftest import MODELS, alone, greedy, make, tokens_of
 
