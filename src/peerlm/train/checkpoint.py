@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from peerlm.errors import UserError
-from peerlm.files import fingerprint, write_json
+from peerlm.files import fingerprint, require_space, write_json
 from peerlm.names import SHARDED
 from peerlm.ops.row_updates import rows_as_they_are
 from peerlm.optim.saved import load_state, mark_stale, save_state
@@ -43,7 +43,7 @@ from peerlm.parallel.states import (
     reader_of,
     staged,
 )
-from peerlm.parallel.storage import INDEX, Entries, write_shards
+from peerlm.parallel.storage import INDEX, Entries, num_bytes, write_shards
 from peerlm.ranks import ALONE, Ranks
 
 PREFIX = "step-"
@@ -164,6 +164,9 @@ def save_shards(
 ) -> Path:
     """As `save_checkpoint`, in shards."""
     folder = checkpoint_folder(run, state.step)
+    with ranks.together():
+        if ranks.is_main:
+            require_space(folder, num_bytes(shards.entries))
     with ranks.atomic_folder(folder) as partial:
         files = write_shards(partial, shards.entries, shards.values, group=ranks.files)
         with ranks.together():

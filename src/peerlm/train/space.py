@@ -1,29 +1,38 @@
 """Whether the disk has room for what a run will save, known before its first step."""
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from peerlm.errors import UserError
+from peerlm.files import free_bytes
+from peerlm.ops.row_shards import shard_of
 from peerlm.optim import RowAdamW
 from peerlm.optim.muon import GROUP
 from peerlm.optim.table_state import second_moments
 
 
 def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """About what the parameters of AdamW, dense or by rows, take on disk, and a checkpoint of them with its state."""
+    """About what the parameters of AdamW, dense or by rows, take on disk, and a checkpoint of them with its state.
+
+    Of tables that are cut over ranks, what all ranks have is counted, as if all had as much as this one.
+    """
     weights, moments = 0, 0
     for group in optimizer.param_groups:
         by_rows = isinstance(optimizer, RowAdamW)
         one = by_rows and (group["betas"][0] == 0 or group.get("name") == GROUP)
         for parameter in group["params"]:
-            size = parameter.numel() * parameter.element_size()
+            shard = shard_of(parameter)
+            parts = 1 if shard is None or shard.group is None else dist.get_world_size(shard.group)
+            size = parts * parameter.numel() * parameter.element_size()
             row_wise = by_rows and group.get("row_wise") and group.get("rows")
             weights += size
-            moments += (not one) * size + (math.prod(second_moments(parameter, row_wise)) * 4 if row_wise else size)
+            moments += (not one) * size + (
+                parts * math.prod(second_moments(parameter, row_wise)) * 4 if row_wise else size
+            )
     return weights, weights + moments
 
 
@@ -41,8 +50,7 @@ def check_space(
     Raises:
         UserError: the space does not suffice for one checkpoint.
     """
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    free = free_bytes(folder)
     weights, checkpoint = checkpoint_bytes(optimizer)
     needed = checkpoints * checkpoint + weights
     if free < checkpoint:
