@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from peerlm.errors import UserError
+from peerlm.ops.row_keeping import keeper_of
 from peerlm.optim import RowAdamW
 from peerlm.optim.muon import GROUP
 from peerlm.optim.table_state import second_moments
@@ -20,6 +21,8 @@ def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
         by_rows = isinstance(optimizer, RowAdamW)
         one = by_rows and (group["betas"][0] == 0 or group.get("name") == GROUP)
         for parameter in group["params"]:
+            if keeper_of(parameter) is not None:
+                continue  # checkpoints name a state of the files
             size = parameter.numel() * parameter.element_size()
             row_wise = by_rows and group.get("row_wise") and group.get("rows")
             weights += size
