@@ -39,7 +39,10 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--tables", choices=("whole", "two-pieces", "mapped"), default="whole", help="the class of which tests make tables"
+        "--tables",
+        choices=("whole", "two-pieces", "mapped"),
+        default="whole",
+        help="the class of which tests make tables",
     )
     parser.addoption("--gpu-targets", default="sm_90", help="what kernels are compiled for: a target, or all")
 

@@ -1,7 +1,6 @@
-"""Tables in mapped files train to the bits of tables in memory, go back to checkpoints, and refuse what they cannot do."""
+"""Tables in mapped files have the bits of tables in memory, go back to checkpoints, and refuse what they cannot do."""
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
@@ -115,7 +114,9 @@ def test_a_run_that_was_killed_goes_back_to_its_checkpoint_and_ends_with_the_bit
     assert "experts.rows" not in rest[0]
     kept = {"exp_avg", "exp_avg_sq", "moments_step", "weights_step"}
     states = rest[1]["state"].items()
-    values = {index: {k: v for k, v in state.items() if k not in kept or "number" not in state} for index, state in states}
+    values = {
+        index: {k: v for k, v in state.items() if k not in kept or "number" not in state} for index, state in states
+    }
     for number in range(4, 9):
         step(layer, optimizer, number), step(plain, reference, number)
     assert_same(row_state(layer, optimizer), row_state(plain, reference))
@@ -353,7 +354,7 @@ def test_files_that_are_missing_or_short_are_named(place: RowPlace) -> None:
 
 def test_a_disk_without_room_is_refused_before_a_file_is_made(place: RowPlace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: Usage(0, 0, 30_000))
-    with pytest.raises(UserError, match="the disk of .* has 0.0286 MiB free .* a file of 0.0312 MiB is to be made"):
+    with pytest.raises(UserError, match=r"the disk of .* has 0\.0286 MiB free .* a file of 0\.0312 MiB is to be made"):
         mapped(place)
 
 
@@ -393,7 +394,7 @@ def test_processes_share_a_saved_table_through_the_page_cache(tmp_path: Path) ->
     file = MappedFile.create(path, (3, 2), torch.float32)
     file.tensor.copy_(torch.arange(6).view(3, 2))
     assert file.link(tmp_path / "model.safetensors", "layer.rows")
-    assert os.path.samefile(path, tmp_path / "model.safetensors")
+    assert path.samefile(tmp_path / "model.safetensors")
     script = (
         "import sys; from safetensors import safe_open\n"
         "with safe_open(sys.argv[1], 'numpy') as f: print(f.get_tensor('layer.rows').tolist())"
@@ -418,5 +419,3 @@ def test_a_memory_and_packs_are_kept_in_files_as_in_memory(place: RowPlace) -> N
     assert torch.equal(layer.values.read(), plain.values.read())
     like = layer.values.like(torch.zeros(3, 16), trained=True)
     assert not isinstance(like, MappedTable)
-
-

@@ -11,6 +11,7 @@ import peerlm.model  # noqa: F401, registers our models with transformers
 from peerlm.convert.saved import reading
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
+from peerlm.layers.mapped.advice import read_rows_alone
 from peerlm.packs.api import load_pack
 from peerlm.ranks import automatic_device
 
@@ -46,7 +47,9 @@ def load_model(path: str | Path, packs: Sequence[str | Path] = ()) -> tuple[PreT
             load_pack(model, pack)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return model.to(automatic_device()).eval(), tokenizer
+    model = model.to(automatic_device()).eval()
+    read_rows_alone(model)
+    return model, tokenizer
 
 
 def model_folder(path: str | Path) -> Path:

@@ -152,8 +152,8 @@ class PeerPreTrainedModel(PreTrainedModel):
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         if (folder / TABLES).is_file():
             raise ValueError(
-                f"{folder} is a checkpoint whose tables are in files elsewhere, which later steps change: resume its run "
-                "to the end, and load the run's model"
+                f"{folder} is a checkpoint whose tables are in files elsewhere, which later steps change: resume its "
+                "run to the end, and load the run's model"
             )
         kwargs["key_mapping"] = EARLIER_NAMES | (kwargs.get("key_mapping") or {})
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)

@@ -18,6 +18,9 @@ _rows_stay: ContextVar[bool] = ContextVar("rows_stay", default=False)
 class RowKeeper(Protocol):
     """What stands at a parameter whose rows are in files."""
 
+    def require(self, size: int) -> None:
+        """Raise UserError where new state of so many bytes has no room on the disk."""
+
     def before_change(self, ids: Tensor | None) -> None:
         """Rows with these ids (int64, any shape, repetitions allowed), or all, and their state are about to change."""
 

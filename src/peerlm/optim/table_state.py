@@ -78,7 +78,9 @@ def loaded_state(parameter: Tensor, group: dict[str, Any], saved: State) -> Stat
                 raise ValueError(f"the saved {name!r} of a table has shape {shape}, not {tuple(value.shape)}")
     on_cpu = ("learning_rates", "log_keep")
     if keeper is not None and not rows_stay():
-        found = {name: keeper.new_state(name, saved[name].shape, saved[name].dtype) for name in PER_ROW if name in saved}
+        found = {
+            name: keeper.new_state(name, saved[name].shape, saved[name].dtype) for name in PER_ROW if name in saved
+        }
         saved = saved | {name: value.copy_(saved[name]) for name, value in found.items()}
     return {
         name: value.to(parameter.device) if isinstance(value, Tensor) and name not in on_cpu else value

@@ -258,7 +258,7 @@ class TablesConfig:
     """How much of the files may stay in memory, such as "4 GB"; empty: as much as the system likes."""
 
     def __post_init__(self) -> None:
-        _require(self, "tables.", "cache", lambda value: not value or _bytes(value), 'must be a size like "4 GB"')
+        _require(self, "tables.", "cache", lambda value: not value or _bytes(value) > 0, 'must be a size like "4 GB"')
 
     @property
     def cache_bytes(self) -> int | None:

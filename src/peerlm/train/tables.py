@@ -1,4 +1,4 @@
-"""A run whose tables are in files: what it cannot be combined with, where the files are, and how checkpoints name them."""
+"""A run whose tables are in files: where these are, what that excludes, and how checkpoints name a state of them."""
 
 import json
 from collections.abc import Iterator

@@ -151,7 +151,7 @@ class MappedFile:
         pages = -(-length // PAGE)
         found = torch.zeros(pages, dtype=torch.uint8, device="cpu")
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + begin
-        if _libc().mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_void_p(found.data_ptr())):
+        if libc().mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_void_p(found.data_ptr())):
             raise OSError(ctypes.get_errno(), "mincore")
         return found & 1
 
@@ -179,5 +179,6 @@ def _readers() -> ThreadPoolExecutor:
 
 
 @cache
-def _libc() -> Any:
+def libc() -> Any:
+    """The system's C library."""
     return ctypes.CDLL(None, use_errno=True)

@@ -23,8 +23,8 @@ _OFTEN = 16
 class RowPlace:
     """A folder for tables of one model, locked for this process.
 
-    Files are mapped: the system keeps the pages in use in memory, and writes and drops others when memory is short. From
-    the first `prepare` on, rows are logged before they change, so that `restore` can go back to a checkpoint.
+    Files are mapped: the system keeps the pages in use in memory, and writes and drops others when memory is short.
+    From the first `prepare` on, rows are logged before they change, so that `restore` can go back to a checkpoint.
 
     Args:
         folder: it may be on tmpfs. It must be empty, or hold tables of the same owner, which are removed unless

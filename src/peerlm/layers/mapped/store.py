@@ -78,7 +78,7 @@ class RowStore:
         return target
 
     def lengthen(self, name: str, count: int, value: float = 0.0) -> Tensor:
-        """The tensor of this name with `count` rows, new ones filled with a number; the old tensor is not used again."""
+        """The tensor of this name with `count` rows, new ones filled with a number; the old one is not used again."""
         before = self.files.pop(name)
         self.place.require(max(0, count - before.shape[0]) * before.row_bytes)
         self.files[name] = after = before.with_length(count)
@@ -114,13 +114,18 @@ class RowStore:
 
     # As `RowKeeper`
 
+    def require(self, size: int) -> None:
+        """Raise UserError where the disk has no room for this and for what files of tables may still take."""
+        if not self.place.resuming:
+            self.place.require(size)
+
     def before_change(self, ids: Tensor | None) -> None:
         """Log rows as they are that change for the first time since the last checkpoint; none before the first."""
         if self._undo is None:
             return
         if ids is None:
-            for part in blocks(len(self._logged), _BYTES_AT_ONCE, self._row_bytes):
-                self._log((~self._logged[part]).nonzero().flatten() + part.start, part)
+            for block in blocks(len(self._logged), _BYTES_AT_ONCE, self._row_bytes):
+                self._log((~self._logged[block]).nonzero().flatten() + block.start, block)
             return
         ids = ids.reshape(-1)
         new = ids[(ids >= 0) & ~self._logged[ids]]

@@ -36,20 +36,21 @@ class UndoLog:
         """
         sizes = {name: values.shape[1] for name, values in rows.items()}
         head = json.dumps({"number": self._records, "rows": len(ids), "bytes": sizes}).encode()
-        parts = [memoryview(each.contiguous().view(-1).view(torch.uint8).numpy()) for each in (ids, *rows.values())]
+        parts = [_as_bytes(each) for each in (ids, *rows.values())]
         checksum = zlib.crc32(head)
         for part in parts:
             checksum = zlib.crc32(part, checksum)
         lengths = _LENGTHS.pack(MAGIC, len(head), sum(map(len, parts)), checksum)
-        is_new = self._descriptor is None
-        if is_new:
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o666)
+        descriptor = self._descriptor
+        if descriptor is None:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o666)
+            self._descriptor = descriptor
         for part in (memoryview(lengths + head), *parts):
-            _write(self._descriptor, part)
-        os.fdatasync(self._descriptor)
-        if is_new:
+            _write(descriptor, part)
+        os.fdatasync(descriptor)
+        if not self._records:
             sync(self.path.parent)
-        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         self._records += 1
 
     def close(self) -> None:
@@ -110,6 +111,10 @@ def _rows_of(head: dict[str, dict[str, int]], content: bytearray) -> tuple[Tenso
         rows[name] = flat[place : place + count * size].view(count, size)
         place += count * size
     return ids, rows
+
+
+def _as_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _write(descriptor: int, content: memoryview) -> None:
