@@ -19,7 +19,7 @@ test: setup  ## every test, on all cores, against the installed package
 	$(BIN)/python -m pytest -n auto
 
 # What may know nothing of how a table keeps its rows.
-test-tables: setup  ## tests of layers, packs, growth, interpretation and optimizer with tables in two pieces
+test-tables: setup  ## tests of layers, packs, growth, interpretation and optimizer with tables in two pieces, then in files
 	for kind in two-pieces mapped; do \
 	    $(BIN)/python -m pytest -n auto --tables $$kind tests/layers tests/optim tests/interpret tests/growth tests/packs \
 	        tests/adapters/test_adapter.py tests/train/test_tables.py \

@@ -11,6 +11,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,23 @@ def kill_after_a_checkpoint(processes: Processes, run: Path, moments: random.Ran
 
 
 def kill_within_a_checkpoint(processes: Processes, run: Path, moments: random.Random, victim: int) -> bool:
-    """Returns whether the kill came in time: a partial checkpoint was there, and is left where rank 0 was killed."""
-    partials = f"checkpoints/{PARTIAL}step-*"
-    wait_until(lambda: list(run.glob(f"{partials}/*.safetensors")), processes)
+    """Returns whether the kill came in time: a partial checkpoint was there, and is left where rank 0 was killed.
+
+    One that an earlier kill has left is there from the start, when ranks may not have met.
+    """
+    left = files_in_partial_checkpoints(run)
+    wait_until(lambda: files_in_partial_checkpoints(run) - left, processes)
     end(processes, victim)
-    return victim > 0 or bool(list(run.glob(partials)))
+    return victim > 0 or bool(files_in_partial_checkpoints(run) - left)
+
+
+def files_in_partial_checkpoints(run: Path) -> set[tuple[str, int]]:
+    """Which they are, and when they were written."""
+    found = set()
+    for path in run.glob(f"checkpoints/{PARTIAL}step-*/*.safetensors"):
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
 @pytest.mark.slow
@@ -108,7 +121,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
         recipes[each].write_text(json.dumps(to_dict(replace(config, tables=tables))))
     recipe = recipes[run]
     with ranks(count, tmp_path / "ranks", run_to_its_end, recipes[straight], straight) as processes:
-        assert processes.wait() == [0] * count, processes.said()
+        assert processes.wait(60 * (1 + KILLS)) == [0] * count, processes.said()
     kinds = [kill_within_a_checkpoint, kill_after_a_checkpoint, kill_within_a_checkpoint, kill_while_starting]
     for number in range(KILLS):
         for _ in range(5):
@@ -118,7 +131,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
         else:
             pytest.fail("five kills in a row came too late to leave a partial checkpoint")
     with ranks(count, tmp_path / "ranks", run_to_its_end, recipe, run) as processes:
-        assert processes.wait() == [0] * count, processes.said()
+        assert processes.wait(60 * (1 + KILLS)) == [0] * count, processes.said()
     tables, killed_tables = tmp_path / "straight-rows", tmp_path / "killed-rows"
     for path in tables.rglob("*.safetensors"):
         assert (killed_tables / path.relative_to(tables)).read_bytes() == path.read_bytes()

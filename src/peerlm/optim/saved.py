@@ -1,6 +1,7 @@
 """The state of an optimizer in a file beside its model, and the updates that the model's stale rows still need."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def save_state(optimizer: Optimizer, folder: Path, model: nn.Module) -> bool:
     tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, Tensor)}
     values = {name: value for name, value in flat.items() if name not in tensors}
     save_file(tensors, folder / FILE, metadata={"values": json.dumps(values)})
-    return any(_owes_updates(entries) for entries in optimizer.state_dict()["state"].values())
+    return any(owes_updates(entries) for entries in optimizer.state_dict()["state"].values())
 
 
 def _of_checkpoint(entries: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
@@ -93,9 +94,9 @@ def catch_up_saved(model: nn.Module, folder: Path, prefix: str = "") -> None:
     Raises:
         ValueError: the state is of another model, or of an earlier version of peerlm, or rows are not in memory.
     """
-    parameters = dict(model.named_parameters())
+    states = {}
     for saved in read_state(folder).values():
-        if not _owes_updates(saved):
+        if not owes_updates(saved):
             continue
         name = saved.get(_NAME)
         if name is None:
@@ -103,10 +104,18 @@ def catch_up_saved(model: nn.Module, folder: Path, prefix: str = "") -> None:
                 f"{folder / FILE}, of another version of peerlm, does not name the tables whose rows are stale: "
                 "resume its run, which saves them again"
             )
+        states[name] = saved
+    catch_up_tables(model, states, folder, prefix)
+
+
+def catch_up_tables(model: nn.Module, states: Mapping[str, dict[str, Any]], folder: Path, prefix: str = "") -> None:
+    """As `catch_up_saved`, by states of tables that owe updates, by the names of these in the saved model."""
+    parameters = dict(model.named_parameters())
+    for name, saved in states.items():
         known_as = (name, name.removeprefix(prefix), prefix + name)
         table = next((parameters[each] for each in known_as if each in parameters), None)
         if table is None:
-            raise ValueError(f"{folder / FILE} has the state of a table {name}, which the model does not have")
+            raise ValueError(f"{folder} has the state of a table {name}, which the model does not have")
         if table.is_meta:
             raise ValueError(f"rows of {name} are stale in {folder}, and cannot be updated on a disk: load them whole")
         scales = scales_of(table)
@@ -123,7 +132,8 @@ def mark_stale(folder: Path) -> None:
         write_json(path, json.loads(path.read_text(encoding="utf-8")) | {STALE: True})
 
 
-def _owes_updates(saved: dict[str, Any]) -> bool:
+def owes_updates(saved: dict[str, Any]) -> bool:
+    """Whether rows of the table of this state are stale."""
     return saved.get("weights_step") is not None and saved["history_start"] != saved["step"]
 
 

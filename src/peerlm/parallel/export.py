@@ -26,7 +26,7 @@ from peerlm.ops.watched import raw
 from peerlm.optim.saved import STALE
 from peerlm.parallel.models import build
 from peerlm.parallel.states import model_entries
-from peerlm.parallel.storage import SafetensorsReader, read_shards
+from peerlm.parallel.storage import INDEX, SafetensorsReader, read_shards
 from peerlm.parallel.table import ShardedTable, sharded_tables
 from peerlm.ranks import ALONE, Ranks
 
@@ -126,6 +126,10 @@ def from_pretrained(folder: str | Path, mesh: DeviceMesh, *, dense: str = "shard
         ValueError: the folder has another model, or not all of its weights, or stale rows.
     """
     folder = Path(folder)
+    if (folder / INDEX).is_file():
+        raise ValueError(
+            f"{folder} is a checkpoint in shards, whose rows may be stale: resume its run, whose model/ is loaded"
+        )
     config = PeerConfig.from_pretrained(folder)
     if getattr(config, STALE, False):
         raise ValueError(
@@ -188,8 +192,9 @@ def _fill(path: Path, table: ShardedTable, local: Tensor, *, ranks: Ranks) -> No
     """Write this rank's rows into the file of their tensor; all ranks raise where any cannot."""
     begin = path.stat().st_size - _num_bytes(table, local)
     failure: OSError | None = None
+    blocks = _blocks(table, local) if table.place.replica.rank == 0 else ()
     with path.open("r+b", buffering=0) as file:
-        for offset, rows in _blocks(table, local):  # to its end, for other ranks wait for this one's columns
+        for offset, rows in blocks:  # to its end, for other ranks wait for this one's columns
             try:
                 if failure is None:
                     _write_at(file.fileno(), rows, begin + offset)

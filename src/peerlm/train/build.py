@@ -215,7 +215,8 @@ def _spread(make: Callable[[], PeerForCausalLM], config: TrainConfig) -> PeerFor
     if not parallel.sharded:
         return make()
     try:
-        return build_from(make, mesh(rows=parallel.rows, cols=parallel.cols), dense=parallel.dense)
+        ranks = mesh(rows=parallel.rows, cols=parallel.cols, replica=parallel.replica)
+        return build_from(make, ranks, dense=parallel.dense)
     except ValueError as error:
         raise UserError(f"tables cannot be sharded as [parallel] says: {error}") from error
 

@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from peerlm.errors import UserError
 from peerlm.files import fingerprint, write_json
+from peerlm.names import SHARDED
 from peerlm.ops.row_keeping import rows_stay_in_files
 from peerlm.ops.row_updates import rows_as_they_are
 from peerlm.optim.saved import load_state, mark_stale, save_state
@@ -48,8 +49,6 @@ from peerlm.ranks import ALONE, Ranks
 from peerlm.train.tables import begin_tables, place_of, prepare_tables, restore_tables
 
 PREFIX = "step-"
-MODEL = "model.json"
-"""The configuration of a model that is saved in shards: config.json would have transformers look for the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +174,7 @@ def save_shards(
         files = write_shards(partial, shards.entries, shards.values, group=ranks.files)
         with ranks.together():
             if ranks.is_main:
-                write_json(partial / MODEL, shards.config)
+                write_json(partial / SHARDED, shards.config)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(partial)
                 _write_state(partial, state, files)

@@ -235,11 +235,17 @@ class ParallelConfig:
     """Processes that the rows of a table are cut over, those of one node; null: those that cols leaves."""
     cols: int | None = None
     """Processes that the columns of a table are cut over, one of each node; null: those that rows leaves."""
+    replica: int = added(1)
+    """Copies of each table: rows * cols * replica is the number of processes."""
     dense: Literal["shard", "replicate"] = "shard"
     """How all else lies: cut over all processes by FSDP2, or whole on each."""
 
     def __post_init__(self) -> None:
-        _require(self, "parallel.", "rows cols", _at_least_1, "must be at least 1")
+        _require(self, "parallel.", "rows cols replica", _at_least_1, "must be at least 1")
+        if self.replica > 1 and not self.sharded:
+            raise UserError(
+                f"parallel.replica = {self.replica} is of tables that are cut: set parallel.rows or parallel.cols too"
+            )
 
     @property
     def sharded(self) -> bool:

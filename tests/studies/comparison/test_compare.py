@@ -96,6 +96,20 @@ def test_a_comparison_leaves_rows_table_plot_and_sample_and_goes_on(
 
 
 @pytest.mark.slow
+def test_runs_that_have_their_rows_leave_the_model_that_writes_the_sample(tmp_path: Path, recipe: Path) -> None:
+    settings = ["compare.keep=rows", "compare.evaluate=[]"]
+    compare(recipe, settings, progress=False)
+    runs = tmp_path / "out" / "runs"
+    assert {path.parent.name.partition("-")[0] for path in runs.glob("*/model")} == {"peer"}
+    assert {path.parent.name.partition("-")[0] for path in runs.glob("*/log.jsonl")} == {"dense", "peer"}
+    assert not list(runs.glob("*/checkpoints"))
+    assert (tmp_path / "out" / "sample.txt").exists()
+    before = (tmp_path / "out" / "rows.jsonl").read_bytes()
+    compare(recipe, settings, progress=False)
+    assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
 def test_a_run_that_fails_carries_its_exit_code(recipe: Path) -> None:
     with pytest.raises(
         TrainingStopped, match="peerlm train of dense, seed 0, ended with exit code 3: training stopped at step"
