@@ -1,8 +1,5 @@
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,8 @@ from peerlm.errors import PeerlmWarning, UserError
 from peerlm.evaluate import evaluate
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.testing import float64
+
+from ..processes import run, run_module
 
 harness = pytest.importorskip("peerlm.evaluate.harness")
 
@@ -207,13 +206,11 @@ def main_exits(arguments) -> None:
 def test_lm_evals_own_command(saved, tasks, tmp_path) -> None:
     """The file that it writes has the figures of `peerlm eval`."""
     ours = harness.evaluate_tasks(saved, [tasks / "words.yaml"])["words"]["perplexity"]
-    command = [sys.executable, "-m", "peerlm.evaluate.harness", "run", "--model", "peerlm"]
-    command += ["--model_args", f"pretrained={saved}", "--tasks", str(tasks / "words.yaml")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [*command, "--output_path", str(tmp_path / "out")], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["run", "--model", "peerlm", "--model_args", f"pretrained={saved}", "--tasks", str(tasks / "words.yaml")]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command += ["--output_path", str(tmp_path / "out")]
+    code, said = run(tmp_path / "said", environment, run_module, "peerlm.evaluate.harness", command)
+    assert code == 0, said
     (file,) = (tmp_path / "out").rglob("results*.json")
     assert json.loads(file.read_text())["results"]["words"]["perplexity,none"] == pytest.approx(ours)
 
