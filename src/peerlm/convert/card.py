@@ -19,7 +19,8 @@ Initialisation: {init}. Settings: {settings}. PEER has to be trained before it a
 
 ## Use
 
-Import peerlm before you load the model. transformers alone does not know its experts, and refuses it.
+Import peerlm before you load the model. transformers alone does not know its experts, and refuses it; with
+`trust_remote_code=True` it imports peerlm itself.
 
 ```python
 import peerlm
