@@ -22,7 +22,7 @@ _PLAIN = {"input_ids", "labels", "use_cache", "logits_to_keep"}
 
 
 class LowerBlocks:
-    """Remembers what the lowest blocks of a model make of windows of tokens, and spares a pass over known ones the work.
+    """Remembers what the lowest blocks of a model make of windows of tokens; a pass over known ones skips them.
 
     A forward pass without a cache, over windows that are all known, skips these blocks; their last one gives what it
     gave when the windows were first read. So bits and gradients are those of the pass without this, up to what the
