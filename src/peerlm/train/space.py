@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from peerlm.errors import UserError
 from peerlm.files import free_bytes
+from peerlm.ops.row_keeping import keeper_of
 from peerlm.ops.row_shards import shard_of
 from peerlm.optim import RowAdamW
 from peerlm.optim.muon import GROUP
@@ -22,18 +25,21 @@ def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     """
     weights, moments = 0, 0
     for group in optimizer.param_groups:
-        by_rows = isinstance(optimizer, RowAdamW)
-        one = by_rows and (group["betas"][0] == 0 or group.get("name") == GROUP)
         for parameter in group["params"]:
-            shard = shard_of(parameter)
-            parts = 1 if shard is None or shard.group is None else dist.get_world_size(shard.group)
-            size = parts * parameter.numel() * parameter.element_size()
-            row_wise = by_rows and group.get("row_wise") and group.get("rows")
-            weights += size
-            moments += (not one) * size + (
-                parts * math.prod(second_moments(parameter, row_wise)) * 4 if row_wise else size
-            )
+            if keeper_of(parameter) is None:  # of rows in files a checkpoint names a state
+                shard = shard_of(parameter)
+                parts = 1 if shard is None or shard.group is None else dist.get_world_size(shard.group)
+                weights += parts * parameter.numel() * parameter.element_size()
+                moments += parts * _moments_bytes(optimizer, group, parameter)
     return weights, weights + moments
+
+
+def _moments_bytes(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> int:
+    by_rows = isinstance(optimizer, RowAdamW)
+    one = by_rows and (group["betas"][0] == 0 or group.get("name") == GROUP)
+    row_wise = by_rows and group.get("row_wise") and group.get("rows")
+    size = parameter.nbytes
+    return int((not one) * size + (math.prod(second_moments(parameter, row_wise)) * 4 if row_wise else size))
 
 
 def check_space(
@@ -48,8 +54,12 @@ def check_space(
         warn: called with a sentence where the space does not suffice for all.
 
     Raises:
-        UserError: the space does not suffice for one checkpoint.
+        UserError: the space does not suffice for one checkpoint, or that of rows in files not for their moments.
     """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (keeper := keeper_of(parameter)) is not None:
+                keeper.require(_moments_bytes(optimizer, group, parameter))
     free = free_bytes(folder)
     weights, checkpoint = checkpoint_bytes(optimizer)
     needed = checkpoints * checkpoint + weights
