@@ -17,6 +17,7 @@ from peerlm.convert.card import conversion_card
 from peerlm.convert.record import conversion_of
 from peerlm.errors import UserError
 from peerlm.files import atomic_folder
+from peerlm.names import SHARDED
 
 _COMPANIONS = (
     "LICENSE*",
@@ -43,6 +44,11 @@ def reading(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except (SafetensorError, StrictDataclassError, OSError, ValueError, RuntimeError) as error:
+        if (folder / SHARDED).is_file():
+            raise UserError(
+                f"{folder} is a checkpoint in shards, which peerlm eval and generate read alone: resume its run to the "
+                "end, whose model/ everything reads"
+            ) from error
         detail = " ".join(str(error).split())
         raise UserError(f"{folder} holds no model that can be read ({detail}); restore it") from error
 

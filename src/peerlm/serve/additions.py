@@ -38,11 +38,10 @@ class Additions:
 
     Args:
         model: of transformers.
-        tokenizer: its own, for libraries.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any):
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
         self.kinds: dict[str, str] = dict.fromkeys(loaded_packs(model), "pack")
         self._adapters: dict[str, LoraWeights] = {}
         self._libraries: dict[str, AdapterLibrary] = {}
@@ -63,7 +62,7 @@ class Additions:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; name one that has a pack, an adapter or a library")
         if (folder / MANIFEST).is_file():
-            library = AdapterLibrary(self._model, folder, tokenizer=self._tokenizer)
+            library = AdapterLibrary(self._model, folder)
             return "library", lambda: self._put_library(name, library)
         if (folder / CONFIG_NAME).is_file():
             weights = read_lora(folder)

@@ -92,7 +92,7 @@ class Engine:
         self._forward = Forward(model)
         self.vocab_size = self._forward.vocab_size
         self._ends = _ends(model, tokenizer)
-        self._additions = Additions(model, tokenizer)
+        self._additions = Additions(model)
         self._folders: dict[str, tuple[str, Path]] = {
             name: (kind, Path()) for name, kind in self._additions.kinds.items()
         }
