@@ -77,8 +77,8 @@ def prepare(
 
 @app.command(
     examples=[
-        "peerlm open-shards tokens/web.bin --tokenizer tokenizer.json --output data/web",
-        "peerlm open-shards shards/ --heldout validation.ds --tokenizer tokenizer/ --output data/shards",
+        "peerlm open-shards web.bin --tokenizer tokenizer.json --output data/web",
+        "peerlm open-shards web/ --heldout test.ds --tokenizer gpt2/ --output data/web",
     ]
 )
 def open_shards(

@@ -2,7 +2,7 @@
 
 from peerlm.data.batching import Batch, TokenWindows, batches, sequential_batches, window_order
 from peerlm.data.manifest import SPLITS, Manifest
-from peerlm.data.open_shards import open_shards
+from peerlm.data.opening import open_shards
 from peerlm.data.preparation import prepare
 from peerlm.data.shards import TokenShards
 from peerlm.data.sources import read_documents

@@ -24,7 +24,7 @@ from peerlm.errors import UserError
 
 FORMAT = 1
 OPENED_FORMAT = 2
-"""That of a folder whose tokens lie in files of others; see `data.open_shards`."""
+"""That of a folder whose tokens lie in files of others; see `data.opening`."""
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "heldout")
