@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from peerlm.convert.saved import reading
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
+from peerlm.layers.mapped.advice import read_rows_alone
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.names import MODEL_TYPE, SHARDED
 from peerlm.packs.api import load_pack
@@ -45,7 +46,9 @@ def load_model(path: str | Path, packs: Sequence[str | Path] = ()) -> tuple[PreT
             load_pack(model, pack)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return model.to(automatic_device()).eval(), tokenizer
+    model = model.to(automatic_device()).eval()
+    read_rows_alone(model)
+    return model, tokenizer
 
 
 def _of_files(folder: Path) -> PreTrainedModel:

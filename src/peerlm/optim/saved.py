@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peerlm.files import write_json
+from peerlm.ops.row_keeping import keeper_of, rows_stay
 from peerlm.ops.row_updates import scales_of
 from peerlm.optim.row_adamw import RowAdamW
-from peerlm.optim.table_state import row_wise_of
+from peerlm.optim.table_state import PER_ROW, row_wise_of
 
 STALE = "stale_rows"
 """The field of a saved model's configuration that says so."""
@@ -25,6 +26,8 @@ So is, as KEY "name", the name that the parameter has in the model. The metadata
 several in any order.
 """
 _NAME = "name"
+TABLES = "tables.json"
+"""A file of a checkpoint whose tables, with what the optimizer keeps of their rows, are in files elsewhere."""
 
 State = dict[int, dict[str, Any]]
 """What an optimizer remembers, by the number of the parameter over its groups."""
@@ -38,14 +41,20 @@ def save_state(optimizer: Optimizer, folder: Path, model: nn.Module) -> bool:
     path_of = {id(parameter): path for path, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: State = {
-        index: {**entries, _NAME: path_of.get(id(parameters[index]))}
+        index: {**_of_checkpoint(entries, parameters[index]), _NAME: path_of.get(id(parameters[index]))}
         for index, entries in sorted(optimizer.state_dict()["state"].items())
     }
     flat = {f"{index}.{key}": value for index, entries in state.items() for key, value in entries.items()}
     tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, Tensor)}
     values = {name: value for name, value in flat.items() if name not in tensors}
     save_file(tensors, folder / FILE, metadata={"values": json.dumps(values)})
-    return any(owes_updates(entries) for entries in state.values())
+    return any(owes_updates(entries) for entries in optimizer.state_dict()["state"].values())
+
+
+def _of_checkpoint(entries: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """What a checkpoint has of a parameter's state: not what stays in files."""
+    stays = rows_stay() and keeper_of(parameter) is not None
+    return {name: value for name, value in entries.items() if not (stays and name in PER_ROW)}
 
 
 def load_state(optimizer: Optimizer, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What a training run is: one frozen configuration, whose every field a recipe may set."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -253,6 +254,35 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TablesConfig:
+    """Where rows of tables are while they are trained; docs/tables.md."""
+
+    folder: str = ""
+    """Folder for files of rows and of their optimizer's state, which may be larger than memory; empty: all in memory.
+    Each run needs a folder of its own."""
+    cache: str = ""
+    """How much of the files may stay in memory, such as "4 GB"; empty: as much as the system likes."""
+
+    def __post_init__(self) -> None:
+        _require(self, "tables.", "cache", lambda value: not value or _bytes(value) > 0, 'must be a size like "4 GB"')
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """The cache; None: no bound."""
+        return _bytes(self.cache) if self.cache else None
+
+
+def _bytes(text: str) -> int:
+    """A size such as "4 GB" or "500 MiB"; 0 where it is none."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kMGT]i?)?B\s*", text)
+    if match is None:
+        return 0
+    number, unit = match.groups()
+    power = "kMGT".index(unit[0]) + 1 if unit else 0
+    return int(float(number) * (1024 if unit and unit.endswith("i") else 1000) ** power)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run: a recipe's sections and the few settings above them."""
 
@@ -276,6 +306,8 @@ class TrainConfig:
     """Section [log]."""
     parallel: ParallelConfig = field(default=ParallelConfig(), metadata={"added": True})
     """Section [parallel]."""
+    tables: TablesConfig = field(default=TablesConfig(), metadata={"added": True})
+    """Section [tables]."""
     seed: int = 0
     """Sets initial weights, the order of the data and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -297,5 +329,5 @@ class TrainConfig:
         _require(self, "", "seed", lambda value: 0 <= value < 2**64, "must be 0 or more and below 2**64")
 
 
-UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "parallel", "data.workers", "graph", "watchdog_minutes")
+UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "parallel", "tables", "data.workers", "graph", "watchdog_minutes")
 """Keys, or sections, that a resumed run may change: the weights do not depend on them."""
