@@ -116,6 +116,7 @@ NOT_RUN = {
     r"^peerlm report ": "makes every plot; tests/studies/report makes the same report",
     r"^peerlm serve ": "serves until it is told to stop; tests/serve/http starts one",
     r"^peerlm prepare hf:": "needs the network",
+    r"^peerlm open-shards ": "needs files of other tools; tests/data/test_open_shards.py writes and opens them",
 }
 """Commands that the next test does not run, and why."""
 
