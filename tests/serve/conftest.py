@@ -84,7 +84,7 @@ class Gate:
 
     def _stop(self, *arguments: Any) -> None:
         self.reached.set()
-        self._open.wait(10)
+        assert self._open.wait(10), "nobody has opened the gate"
 
     def open(self) -> None:
         """Let it pass, now and later."""
