@@ -42,7 +42,10 @@ def both_ways(rank: int, world: int, kind: str, rows: int, cols: int, uneven: bo
     for _ in range(2):
         torch.manual_seed(0)
         layers.append(LAYERS[kind]())
-    whole, cut = layers[0], parallelize(layers[1], mesh(rows=rows, cols=cols), dense="replicate")
+    whole, cut = (
+        layers[0],
+        parallelize(layers[1], mesh(rows=rows, cols=cols, replica=world // (rows * cols)), dense="replicate"),
+    )
     counts = [TOKENS + uneven * each for each in range(world)]
     first = sum(counts[:rank])
     mine = slice(first, first + counts[rank])
@@ -75,6 +78,15 @@ def test_a_sharded_layer_is_the_whole_one(pool: Pool, kind: str, rows: int, cols
     uneven = kind == "values" or (kind == "experts" and cols == 1 and rows == 2)
     for found in pool.run(both_ways, rows * cols, kind, rows, cols, uneven):
         assert len(found) > 4
+        for name, (actual, expected) in found.items():
+            torch.testing.assert_close(
+                actual, expected, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@pytest.mark.parametrize(("kind", "rows", "cols"), [("experts", 2, 1), ("gated experts", 1, 2), ("values", 1, 1)])
+def test_copies_of_a_sharded_layer_have_gradients_of_all_tokens(pool: Pool, kind: str, rows: int, cols: int) -> None:
+    for found in pool.run(both_ways, 2 * rows * cols, kind, rows, cols, True):
         for name, (actual, expected) in found.items():
             torch.testing.assert_close(
                 actual, expected, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"

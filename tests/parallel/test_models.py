@@ -123,7 +123,7 @@ def used(rank: int, world: int, rows: int, cols: int) -> list[tuple[float, float
         model: Any = PeerForCausalLM(config()).eval()
         mine = slice(None)
         if sharded:
-            parallelize(model, mesh(rows=rows, cols=cols), dense="replicate")
+            parallelize(model, mesh(rows=rows, cols=cols, replica=world // (rows * cols)), dense="replicate")
             mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
         with torch.no_grad(), record_usage(model) as usage:
             model(input_ids=ids[mine], attention_mask=padding[mine].long())
@@ -133,8 +133,9 @@ def used(rank: int, world: int, rows: int, cols: int) -> list[tuple[float, float
     return found
 
 
-def test_each_rank_counts_the_use_of_its_own_experts(pool: Pool) -> None:
-    for rank, (whole, cut) in enumerate(pool.run(used, 4, 2, 2)):
+@pytest.mark.parametrize(("rows", "cols"), [(2, 2), (2, 1)])
+def test_each_rank_counts_the_use_of_its_own_experts(pool: Pool, rows: int, cols: int) -> None:
+    for rank, (whole, cut) in enumerate(pool.run(used, 4, rows, cols)):
         assert cut[0] == whole[0]
         assert cut[1] == pytest.approx(whole[1], rel=1e-5)
         assert whole[2] == 49

@@ -58,7 +58,7 @@ def train_and_save(
     rank: int, world: int, shape: tuple[int, int], settings: dict[str, Any], run: Path, out: Path
 ) -> Tensor:
     """Train, save, train on; resume from the save, and reach the same bits."""
-    ranks, cut = us(rank, world), mesh(rows=shape[0], cols=shape[1])
+    ranks, cut = us(rank, world), mesh(rows=shape[0], cols=shape[1], replica=world // (shape[0] * shape[1]))
     torch.manual_seed(0)
     model = build(config(), cut)
     optimizer = optimizer_of(model, settings)
@@ -89,7 +89,7 @@ def load_and_save(
     rank: int, world: int, shape: tuple[int, int], settings: dict[str, Any], source: Path, run: Path
 ) -> None:
     ranks = us(rank, world)
-    model = build(config(), mesh(rows=shape[0], cols=shape[1]))
+    model = build(config(), mesh(rows=shape[0], cols=shape[1], replica=world // (shape[0] * shape[1])))
     optimizer = optimizer_of(model, settings)
     assert load_checkpoint(checkpoint_folder(source, 3), model, optimizer, ranks=ranks) == STATE
     save(run, model, optimizer, ranks)
@@ -118,9 +118,9 @@ def test_a_checkpoint_passes_through_any_mesh_unchanged(
     assert load_checkpoint(checkpoint_folder(four, 3), model, optimizer) == STATE
     save(one, model, optimizer, ALONE)
     runs = [one]
-    for number, each in enumerate([(2, 1), (4, 2), shape]):
+    for number, (each, world) in enumerate([((2, 1), 4), ((4, 2), 8), (shape, 4)]):  # the first has two copies
         runs.append(tmp_path / f"run{number}")
-        pool.run(load_and_save, each[0] * each[1], each, settings, runs[-2], runs[-1])
+        pool.run(load_and_save, world, each, settings, runs[-2], runs[-1])
     for run in runs:
         tensors, values = content(run)
         assert tensors.keys() == expected[0].keys()
@@ -133,7 +133,7 @@ def test_a_checkpoint_passes_through_any_mesh_unchanged(
 
 
 def load_exported(rank: int, world: int, shape: tuple[int, int], folder: Path, again: Path) -> None:
-    model = from_pretrained(folder, mesh(rows=shape[0], cols=shape[1]))
+    model = from_pretrained(folder, mesh(rows=shape[0], cols=shape[1], replica=world // (shape[0] * shape[1])))
     save_pretrained(model, again)
 
 
@@ -142,8 +142,8 @@ def test_an_exported_folder_is_loaded_over_a_mesh_and_written_again(pool: Pool, 
     model = PeerForCausalLM(config()).eval()
     model.save_pretrained(tmp_path / "whole")
     source = tmp_path / "whole"
-    for number, shape in enumerate([(3, 1), (2, 2)]):
-        pool.run(load_exported, shape[0] * shape[1], shape, source, tmp_path / f"out{number}")
+    for number, (shape, world) in enumerate([((3, 1), 3), ((2, 2), 4), ((1, 2), 4)]):  # the last has two copies
+        pool.run(load_exported, world, shape, source, tmp_path / f"out{number}")
         source = tmp_path / f"out{number}"
     assert len(list(source.glob("model-*-of-00002.safetensors"))) == 2  # of the table, and of the rest
     loaded = AutoModelForCausalLM.from_pretrained(source).eval()

@@ -19,7 +19,7 @@ from peerlm.parallel.counting import count_by_owners
 from peerlm.parallel.gradients import average_gradients
 from peerlm.parallel.meshes import all_ranks
 from peerlm.parallel.place import Place
-from peerlm.parallel.table import ShardedTable, sharded_at
+from peerlm.parallel.table import ShardedTable, sharded_at, sharded_tables
 
 DENSE = ("shard", "replicate")
 _PLACE = "_peerlm_place"
@@ -151,7 +151,8 @@ def exchange_gradients(model: nn.Module) -> None:
     share_statistics(model, place.all.group)
     tables = {id(table.rows) for table in model.modules() if isinstance(table, ShardedTable)}
     whole = [each for each in model.parameters() if id(each) not in tables and not isinstance(each, DTensor)]
-    average_gradients(model, [each for each in whole if each.requires_grad], place.all)
+    cut = [table.rows for table in sharded_tables(model).values() if table.rows.requires_grad]
+    average_gradients(model, [each for each in whole if each.requires_grad], place.all, cut, place.replica)
 
 
 def place_of(model: nn.Module) -> Place:

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from peerlm.files import fingerprint, sync, write_json
+from peerlm.ops.tensor_files import DTYPES
 from peerlm.ops.watched import raw
 from peerlm.parallel.cut import Cut
 
@@ -315,22 +316,6 @@ class SafetensorsReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """It is never guessed from a path."""
         return False
-
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""As safetensors names them."""
 
 
 @contextmanager

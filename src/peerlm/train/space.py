@@ -4,10 +4,13 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from peerlm.errors import UserError
+from peerlm.ops.row_keeping import keeper_of
 from peerlm.optim import RowAdamW
 from peerlm.optim.muon import GROUP
 from peerlm.optim.table_state import second_moments
@@ -17,14 +20,19 @@ def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     """About what the parameters of AdamW, dense or by rows, take on disk, and a checkpoint of them with its state."""
     weights, moments = 0, 0
     for group in optimizer.param_groups:
-        by_rows = isinstance(optimizer, RowAdamW)
-        one = by_rows and (group["betas"][0] == 0 or group.get("name") == GROUP)
         for parameter in group["params"]:
-            size = parameter.numel() * parameter.element_size()
-            row_wise = by_rows and group.get("row_wise") and group.get("rows")
-            weights += size
-            moments += (not one) * size + (math.prod(second_moments(parameter, row_wise)) * 4 if row_wise else size)
+            if keeper_of(parameter) is None:  # of rows in files a checkpoint names a state
+                weights += parameter.nbytes
+                moments += _moments_bytes(optimizer, group, parameter)
     return weights, weights + moments
+
+
+def _moments_bytes(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> int:
+    by_rows = isinstance(optimizer, RowAdamW)
+    one = by_rows and (group["betas"][0] == 0 or group.get("name") == GROUP)
+    row_wise = by_rows and group.get("row_wise") and group.get("rows")
+    size = parameter.nbytes
+    return int((not one) * size + (math.prod(second_moments(parameter, row_wise)) * 4 if row_wise else size))
 
 
 def check_space(
@@ -39,8 +47,12 @@ def check_space(
         warn: called with a sentence where the space does not suffice for all.
 
     Raises:
-        UserError: the space does not suffice for one checkpoint.
+        UserError: the space does not suffice for one checkpoint, or that of rows in files not for their moments.
     """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (keeper := keeper_of(parameter)) is not None:
+                keeper.require(_moments_bytes(optimizer, group, parameter))
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     weights, checkpoint = checkpoint_bytes(optimizer)
