@@ -72,7 +72,7 @@ class Share:
 
 
 def submit(command: Sequence[str], config: SlurmConfig, folder: Path) -> list[Any]:
-    """Submit `peerlm COMMAND --shard I/N` for each of N shares, as one array.
+    """Submit a command once for each of N shares of its rows, as one array.
 
     Args:
         command: arguments of peerlm, without --shard.
