@@ -20,7 +20,7 @@ _CHUNK_BYTES = 2**22
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; on success it becomes `folder`, on an exception it is removed.
 
-    The folder holds files alone. They are on the disk before it takes its name. They are as readable as the folder
+    The folder's files are on the disk before it takes its name. They are as readable as it is
     (safetensors writes files that only their owner may read). A `folder` that was there is replaced: on Linux in one
     step, elsewhere with a moment in between in which it has another name.
     """
@@ -29,8 +29,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for path in partial.iterdir():
-            path.chmod(partial.stat().st_mode & 0o666)
+        for path in partial.rglob("*"):
+            if not path.is_dir():
+                path.chmod(partial.stat().st_mode & 0o666)
             sync(path)
         sync(partial)
         if folder.exists():
