@@ -22,7 +22,7 @@ from peerlm.files import is_disk_full
 from peerlm.malloc import keep_freed_memory
 
 # Each adds its commands to `app`; help lists them in this order.
-from peerlm.cli import training, changing, learning, looking, studies  # noqa: F401  isort: skip
+from peerlm.cli import training, changing, learning, looking, serving, studies  # noqa: F401  isort: skip
 
 offer_studies(app, studies.__name__)
 

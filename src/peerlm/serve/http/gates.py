@@ -16,7 +16,7 @@ ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 """Paths that change the server, and need the administrator's token."""
 SAFE_HEADERS = {
     "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "x-content-type-options": "nosniff",
