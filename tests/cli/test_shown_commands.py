@@ -185,7 +185,7 @@ def run(words: Sequence[str]) -> None:
     assert end.value.code in (0, None)
 
 
-MODELS = {"gpt2": "gpt2", "gpt2-peer": "gpt2-peer", "dense": "dense"}
+MODELS = {"gpt2": "gpt2", "SmolLM2-135M-Instruct": "gpt2", "gpt2-peer": "gpt2-peer", "dense": "dense"}
 """Names of folders that are no run of PEER in what is shown."""
 TEXTS = ("files", "text", "background", "sources", "prompt_file")
 
