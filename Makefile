@@ -19,10 +19,12 @@ test: setup  ## every test, on all cores, against the installed package
 	$(BIN)/python -m pytest -n auto
 
 # What may know nothing of how a table keeps its rows.
-test-tables: setup  ## tests of layers, packs, growth, interpretation and optimizer with tables in two pieces
-	$(BIN)/python -m pytest -n auto --tables two-pieces tests/layers tests/optim tests/interpret tests/growth tests/packs \
-	    tests/adapters/test_adapter.py tests/train/test_tables.py \
-	    $(addprefix tests/convert/test_,$(addsuffix .py,neuron_layer neuron_index peer_pytorch))
+test-tables: setup  ## tests of layers, packs, growth, interpretation and optimizer with tables in two pieces, then in files
+	for kind in two-pieces mapped; do \
+	    $(BIN)/python -m pytest -n auto --tables $$kind tests/layers tests/optim tests/interpret tests/growth tests/packs \
+	        tests/adapters/test_adapter.py tests/train/test_tables.py \
+	        $(addprefix tests/convert/test_,$(addsuffix .py,neuron_layer neuron_index peer_pytorch)) || exit 1; \
+	done
 
 test-targets: setup  ## the numerical tests once for each SIMD target that this machine runs
 	$(BIN)/python tests/targets.py -n auto

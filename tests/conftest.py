@@ -39,7 +39,10 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--tables", choices=("whole", "two-pieces"), default="whole", help="the class of which tests make tables"
+        "--tables",
+        choices=("whole", "two-pieces", "mapped"),
+        default="whole",
+        help="the class of which tests make tables",
     )
     parser.addoption("--gpu-targets", default="sm_90", help="what kernels are compiled for: a target, or all")
 
@@ -72,13 +75,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def tables(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With `--tables two-pieces` every layer of a test has tables of another class, `two_pieces.py`."""
+    """With `--tables` every layer of a test has tables of another class, `two_pieces.py` or one in mapped files."""
+    from peerlm.layers.mapped.place import RowPlace
+    from peerlm.layers.mapped.table import mapped_in
     from peerlm.layers.table import tables_as
 
-    if request.config.getoption("--tables") == "whole":
+    kind = request.config.getoption("--tables")
+    if kind == "whole":
         yield
         return
-    with tables_as(class_of_two_pieces()):
+    with tables_as(class_of_two_pieces() if kind == "two-pieces" else mapped_in(RowPlace.for_a_while())):
         yield
 
 

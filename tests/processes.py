@@ -1,10 +1,11 @@
-"""Ranks for tests: processes that torchrun could have started, from one that has imported all there is to import.
+"""Processes for tests, and ranks that torchrun could have started, from one that has imported all there is to import.
 
 A server forks them, so that each starts within milliseconds. The test hosts their store, as torchrun's agent does.
 """
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -47,8 +48,6 @@ class Processes:
 @contextmanager
 def ranks(count: int, folder: Path, function: Callable[..., object], *arguments: Any) -> Iterator[Processes]:
     """Start `function(*arguments)` as that many ranks; those that still run at the end of the context are killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     folder.mkdir(parents=True, exist_ok=True)
     started = Processes([folder / f"rank-{rank}.txt" for rank in range(count)])
@@ -57,9 +56,7 @@ def ranks(count: int, folder: Path, function: Callable[..., object], *arguments:
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
             values = {key: str(value) for key, value in (numbers | place).items()}
-            process = context.Process(target=_be_a_rank, args=(values, output, function, arguments))
-            process.start()
-            started.processes.append(process)
+            started.processes.append(start(output, values, function, *arguments))
         yield started
     finally:
         for process in started.processes:
@@ -67,8 +64,41 @@ def ranks(count: int, folder: Path, function: Callable[..., object], *arguments:
             process.join()
 
 
-def _be_a_rank(values: dict[str, str], output: Path, function: Callable[..., object], arguments: Any) -> None:
-    os.environ |= values
+def start(
+    output: Path, environment: dict[str, str], function: Callable[..., object], *arguments: Any
+) -> ForkServerProcess:
+    """Start `function(*arguments)` in a process.
+
+    What it writes to stdout and then to stderr goes to the file `output`, its environment is ours but for these values.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_run, args=(os.environ | environment, Path.cwd(), output, function, arguments))
+    process.start()
+    return process
+
+
+def run(
+    output: Path, environment: dict[str, str], function: Callable[..., object], *arguments: Any
+) -> tuple[int | None, str]:
+    """As `start`, to its end: the exit code and what it wrote."""
+    process = start(output, environment, function, *arguments)
+    process.join()
+    return process.exitcode, output.read_text()
+
+
+def run_module(name: str, arguments: list[str]) -> None:
+    """What `python -m NAME ARGUMENTS...` does."""
+    sys.argv[1:] = arguments
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _run(
+    environment: dict[str, str], folder: Path, output: Path, function: Callable[..., object], arguments: Any
+) -> None:
+    os.environ.clear()  # the server has the variables and the folder of its first caller
+    os.environ |= environment
+    os.chdir(folder)
     with output.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -12,6 +11,8 @@ from peerlm.growth import grow, set_opening
 from peerlm.layers import DenseFFW, ProductKeyMemory, TokenChoiceMoE
 from peerlm.ranks import Ranks
 from peerlm.usage import ExpertUsage, record_usage
+
+from .processes import ranks
 
 
 def histogram(num_experts, weights, expert_ids, mask):
@@ -189,20 +190,18 @@ def test_merge_alone_changes_nothing():
     assert usage.weight_N.tolist() == [0, 1, 0, 0]
 
 
-def add_and_merge(rank, store, results):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def add_and_merge():
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     usage = ExpertUsage(4)
     usage.add(torch.full((1, 1, 1), 0.5 + rank), torch.full((1, 1, 1), rank))
     usage.merge(Ranks(rank=rank, world_size=2, device=torch.device("cpu")))
-    results.put((usage.weight_N.tolist(), usage.retrievals_N.tolist()))
-    dist.destroy_process_group()
+    print(usage.weight_N.tolist(), usage.retrievals_N.tolist())  # noqa: T201
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_merge_sums_over_ranks(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    ranks = torch.multiprocessing.spawn(add_and_merge, (str(tmp_path / "store"), results), nprocs=2, join=False)
-    while not ranks.join():
-        pass
-    assert [results.get() for _ in range(2)] == [([0.5, 1.5, 0, 0], [1, 1, 0, 0])] * 2
+    with ranks(2, tmp_path, add_and_merge) as both:
+        assert both.wait() == [0, 0], both.said()
+        assert both.said() == ["[0.5, 1.5, 0.0, 0.0] [1, 1, 0, 0]\n"] * 2

@@ -1,4 +1,4 @@
-"""The names by which configurations say that a model, or its conversion, is ours."""
+"""The names by which configurations and their files say that a model, or its conversion, is ours."""
 
 MODEL_TYPE = "peer"
 """The language model's `model_type`."""
@@ -6,3 +6,5 @@ CONVERTED = "peerlm"
 """What a converted model's configuration has as its `quant_method`."""
 CONVERTED_EARLIER = "peerlm.surgery"
 """The same in folders of the first commits, which load as well."""
+SHARDED = "model.json"
+"""File with the configuration of a model in shards: config.json would have transformers look for the weights."""

@@ -10,11 +10,14 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from peerlm.custom_code import mark, unmarked
 from peerlm.names import CONVERTED, CONVERTED_EARLIER, MODEL_TYPE
 
 _MODEL_MODULE = f"transformers.models.{MODEL_TYPE}"
@@ -27,6 +30,27 @@ class _ModelModule(ModuleType):
         if name.startswith("Peer"):
             return getattr(importlib.import_module("peerlm.model"), name)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+def _mark_configurations(module: Any) -> None:
+    """Let configurations be marked in files (`peerlm.custom_code`), and only there."""
+    base = module.PreTrainedConfig
+    write, read = base.to_json_file, base.get_config_dict.__func__
+    if hasattr(write, "__wrapped__"):  # done before
+        return
+
+    @wraps(write)
+    def to_json_file(self: Any, json_file_path: Any, *args: Any, **options: Any) -> None:
+        write(self, json_file_path, *args, **options)
+        mark(Path(json_file_path))
+
+    @wraps(read)
+    def get_config_dict(cls: Any, *args: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        values, rest = read(cls, *args, **options)
+        return unmarked(values), rest
+
+    base.to_json_file = to_json_file
+    base.get_config_dict = classmethod(get_config_dict)
 
 
 def _name_configuration(module: Any) -> None:
@@ -43,11 +67,11 @@ def _name_converted(module: Any) -> None:
     def load() -> Any:
         return importlib.import_module("peerlm.convert.record")
 
-    for mark in (CONVERTED, CONVERTED_EARLIER):
-        module.AUTO_QUANTIZATION_CONFIG_MAPPING[mark] = SimpleNamespace(
+    for method in (CONVERTED, CONVERTED_EARLIER):
+        module.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = SimpleNamespace(
             from_dict=lambda record: load().ConversionConfig.from_dict(record)
         )
-        module.AUTO_QUANTIZER_MAPPING[mark] = lambda config, **options: load().RebuildConverted(config, **options)
+        module.AUTO_QUANTIZER_MAPPING[method] = lambda config, **options: load().RebuildConverted(config, **options)
 
 
 def _load_adapters(peft: ModuleType) -> None:
@@ -59,6 +83,7 @@ def _load_adapters(peft: ModuleType) -> None:
 
 
 _ACTIONS: dict[str, Callable[[Any], None]] = {
+    "transformers.configuration_utils": _mark_configurations,
     "transformers.models.auto.configuration_auto": _name_configuration,
     "transformers.models.auto.modeling_auto": _name_models,
     "transformers.quantizers.auto": _name_converted,

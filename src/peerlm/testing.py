@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -48,6 +49,13 @@ def expert_pairs(n: int, pairing: str = "row-major") -> list[tuple[int, int]]:
     return [pair for m in range(n) for pair in [*((i, m) for i in range(m)), *((m, j) for j in range(m + 1))]]
 
 
+@cache
+def _pairs(n: int, pairing: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """As `expert_pairs`: i and j, (n * n,) each."""
+    i_N, j_N = np.array(expert_pairs(n, pairing)).T
+    return i_N, j_N
+
+
 def exhaustive_ids(first: Sequence[float], second: Sequence[float], k: int, pairing: str = "row-major") -> list[int]:
     """The first k of all n * n experts by exact sum of half scores, descending, then by id, ascending."""
     sums = [Fraction(first[i]) + Fraction(second[j]) for i, j in expert_pairs(len(first), pairing)]
@@ -76,7 +84,7 @@ def exhaustive_search(
     are ordered by exact sum, descending, then by id, ascending.
     """
     heads, n = query_THX.shape[1], sub_keys_2HnC.shape[2]
-    i_N, j_N = np.array(expert_pairs(n, pairing)).T
+    i_N, j_N = _pairs(n, pairing)
     ids, scores = [], []
     queries = query_THX.detach().double().numpy().astype(np.longdouble)
     keys_2HnC = sub_keys_2HnC.detach().double().expand(-1, heads, -1, -1).numpy().astype(np.longdouble)
@@ -87,7 +95,8 @@ def exhaustive_search(
             total = i + j
             shadow = total - i
             residual = (i - (total - shadow)) + (j - shadow)  # Knuth's TwoSum
-            best = np.lexsort((np.arange(n * n), -residual, -total))[:k]
+            among = np.flatnonzero(~(total < -np.partition(-total, k - 1)[k - 1]))  # sorting all takes far longer
+            best = among[np.lexsort((among, -residual[among], -total[among]))][:k]
             ids.append(best)
             scores.append(total[best])
     shape = (len(query_THX), heads, k)

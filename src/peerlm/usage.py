@@ -169,7 +169,7 @@ def _record(
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
-    if not _is_retrieval(output):
+    if not is_retrieval(output):
         return
     weights, expert_ids = output
     if name not in usage:
@@ -186,7 +186,7 @@ def _record(
     usage[name].add(weights, expert_ids, mask)
 
 
-def _is_retrieval(output: Any) -> bool:
+def is_retrieval(output: Any) -> bool:
     """Whether a module's output is (weights, expert_ids)."""
     return (
         isinstance(output, tuple)

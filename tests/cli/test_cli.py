@@ -438,6 +438,20 @@ def test_a_stopped_command_says_what_to_type(
     assert run(capsys, "train", "r.toml") == (3, "", "the loss is nan\n")
 
 
+def test_what_torchrun_starts_several_times_over_is_refused_once(
+    capsys: pytest.CaptureFixture[str], prepare: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = run(capsys, "compare", "r.toml")
+    assert code == 2
+    assert err.endswith("start it without torchrun, and give each process a share of its rows, as in --shard 1/4\n")
+    assert "peerlm learn does not run over the 4 processes" in run(capsys, "learn", "runs/a")[2]
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, "prepare", "demo", "--output", "data") == (2, "", "")
+    prepare.assert_not_called()
+
+
 def test_a_full_disk_that_native_code_reports_is_one_sentence(
     capsys: pytest.CaptureFixture[str], prepare: Mock
 ) -> None:

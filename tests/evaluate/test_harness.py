@@ -1,8 +1,5 @@
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,9 @@ from peerlm.errors import PeerlmWarning, UserError
 from peerlm.evaluate import evaluate
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.testing import float64
+
+from ..processes import run, run_module
+from .tasks import write_task
 
 harness = pytest.importorskip("peerlm.evaluate.harness")
 
@@ -41,28 +41,11 @@ def tasks(tmp_path) -> Path:
     """A folder with a task file of each kind, and their data."""
     folder = tmp_path / "tasks"
     folder.mkdir()
-    _write_task(folder, "choice", QUESTIONS, "multiple_choice", "{{query}}", "{{gold}}", "acc", "{{choices}}")
-    _write_task(folder, "words", PASSAGES, "loglikelihood", "{{context}}", "{{' ' + continuation}}", "perplexity")
+    write_task(folder, "choice", QUESTIONS, "multiple_choice", "{{query}}", "{{gold}}", "acc", "{{choices}}")
+    write_task(folder, "words", PASSAGES, "loglikelihood", "{{context}}", "{{' ' + continuation}}", "perplexity")
     text = [{"text": "The old keeper climbed the stairs and lit the lamp. " * 6}]
-    _write_task(folder, "rolling", text, "loglikelihood_rolling", "", "{{text}}", "bits_per_byte")
+    write_task(folder, "rolling", text, "loglikelihood_rolling", "", "{{text}}", "bits_per_byte")
     return folder
-
-
-def _write_task(folder, name, rows, kind, query, target, metric, choices=None):
-    data = folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [
-        f"task: {name}",
-        "dataset_path: json",
-        f"dataset_kwargs: {{data_files: {json.dumps(str(data))}}}",
-        "test_split: train",
-        f"output_type: {kind}",
-        f"doc_to_text: {json.dumps(query)}",
-        f"doc_to_target: {json.dumps(target)}",
-        *([f"doc_to_choice: {json.dumps(choices)}"] if choices else []),
-        f"metric_list: [{{metric: {metric}}}]",
-    ]
-    (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -207,13 +190,11 @@ def main_exits(arguments) -> None:
 def test_lm_evals_own_command(saved, tasks, tmp_path) -> None:
     """The file that it writes has the figures of `peerlm eval`."""
     ours = harness.evaluate_tasks(saved, [tasks / "words.yaml"])["words"]["perplexity"]
-    command = [sys.executable, "-m", "peerlm.evaluate.harness", "run", "--model", "peerlm"]
-    command += ["--model_args", f"pretrained={saved}", "--tasks", str(tasks / "words.yaml")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [*command, "--output_path", str(tmp_path / "out")], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["run", "--model", "peerlm", "--model_args", f"pretrained={saved}", "--tasks", str(tasks / "words.yaml")]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command += ["--output_path", str(tmp_path / "out")]
+    code, said = run(tmp_path / "said", environment, run_module, "peerlm.evaluate.harness", command)
+    assert code == 0, said
     (file,) = (tmp_path / "out").rglob("results*.json")
     assert json.loads(file.read_text())["results"]["words"]["perplexity,none"] == pytest.approx(ours)
 
@@ -244,7 +225,7 @@ def test_errors(saved, tasks, tmp_path, monkeypatch, tasks_given, options, messa
     Path("empty").mkdir()
     if "empty/broken.yaml" in tasks_given:
         Path("empty/broken.yaml").write_text("dataset_path: json\n")
-    _write_task(tasks, "bad", [{"context": "a", "continuation": "b"}], "loglikelihood", "{{context}}", "x", "no_metric")
+    write_task(tasks, "bad", [{"context": "a", "continuation": "b"}], "loglikelihood", "{{context}}", "x", "no_metric")
     with pytest.raises(UserError, match=message):
         harness.evaluate_tasks(saved, tasks_given, **options)
 
@@ -269,7 +250,7 @@ def llama(make_tokenizer, tmp_path_factory) -> Path:
 def test_tasks_and_files_give_the_same_bits_per_byte(llama, tmp_path, start) -> None:
     text = "river lantern moss quiet copper ladder winter orchard signal paper harbour tin violet"
     pages = [(text[9 * number :] + " ") * (1 + number % 3) for number in range(6)]
-    _write_task(
+    write_task(
         tmp_path, "pages", [{"page": page} for page in pages], "loglikelihood_rolling", "", "{{page}}", "bits_per_byte"
     )
     tasks = harness.evaluate_tasks(llama, [tmp_path / "pages.yaml"], context=16, document_start=start)["pages"]
@@ -325,9 +306,7 @@ def test_text_that_tasks_lose_is_said(make_tokenizer, tmp_path) -> None:
     config = LlamaConfig(vocab_size=len(tokenizer), **sizes, max_position_embeddings=64, pad_token_id=2)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    _write_task(
-        tmp_path, "pages", [{"page": "moss 東京 tin"}], "loglikelihood_rolling", "", "{{page}}", "bits_per_byte"
-    )
+    write_task(tmp_path, "pages", [{"page": "moss 東京 tin"}], "loglikelihood_rolling", "", "{{page}}", "bits_per_byte")
     with pytest.warns(PeerlmWarning, match="no token for 40% of the texts of pages"):
         row = harness.evaluate_tasks(tmp_path / "model", [tmp_path / "pages.yaml"])["pages"]
     assert row["lost"] == {"dropped": 6 / 15}

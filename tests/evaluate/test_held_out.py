@@ -8,6 +8,8 @@ from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ranks import Ranks
 from peerlm.usage import record_usage
 
+from ..processes import ranks
+
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
 @pytest.mark.usefixtures("float64")
@@ -78,21 +80,19 @@ def test_a_process_among_others_reads_all_windows_unless_ranks_are_given(model):
     assert held_out_loss(model, windows, batch_size=5) == pytest.approx(expected)
 
 
-def share_windows(rank, store, model, windows, results):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    ranks = Ranks(rank=rank, world_size=2, device=torch.device("cpu"))
-    results.put(held_out_loss(model, windows, batch_size=2, ranks=ranks))
+def share_windows(folder):
+    dist.init_process_group("gloo")
+    model, windows = torch.load(folder / "shared.pt", weights_only=False)
+    ranks_of_two = Ranks(rank=dist.get_rank(), world_size=2, device=torch.device("cpu"))
+    print(held_out_loss(model, windows, batch_size=2, ranks=ranks_of_two))  # noqa: T201
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_ranks_share_the_windows_and_agree(model, tmp_path):
     windows = torch.randint(300, (5, 12))
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    arguments = (str(tmp_path / "store"), model, windows, results)
-    ranks = torch.multiprocessing.spawn(share_windows, arguments, nprocs=2, join=False)
-    while not ranks.join():
-        pass
-    losses = [results.get() for _ in range(2)]
+    torch.save((model, windows), tmp_path / "shared.pt")
+    with ranks(2, tmp_path, share_windows, tmp_path) as both:
+        assert both.wait() == [0, 0], both.said()
+        losses = [float(said) for said in both.said()]
     assert losses[0] == losses[1] == pytest.approx(held_out_loss(model, windows, batch_size=2), rel=1e-12)

@@ -4,7 +4,7 @@ import pytest
 
 from peerlm.interpret import inspect
 
-from .browser import CHROMIUM, Browser
+from ..browser import CHROMIUM, Browser
 
 MINUS = "\u2212"
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: install the package chromium")

@@ -1,12 +1,12 @@
-"""One of two processes that have a QueryBatchNorm: `query_norm_rank.py RANK STORE BATCH RESULT`.
+"""One of two processes that have a QueryBatchNorm.
 
-Reads rows, mask and coefficients of the rank from BATCH, writes output, gradients and statistics to RESULT, once for
-each way to share statistics: "group", "ddp", and "checkpoint" within DDP. Before, under "alone", rank 0 trains a layer
-while rank 1 does not, and notes what it was told.
+Reads rows, mask and coefficients of the rank from batch.pt, writes output, gradients and statistics to RANK.pt, once
+for each way to share statistics: "group", "ddp", and "checkpoint" within DDP. Before, under "alone", rank 0 trains a
+layer while rank 1 does not, and notes what it was told.
 """
 
-import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,16 +55,13 @@ def train_shared(how: str, x: Tensor, mask: Tensor, coefficients: Tensor) -> dic
     }
 
 
-def main(rank: int, store: str, batch: str, result: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    x, mask, coefficients = torch.load(batch)[rank]
+def share(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    x, mask, coefficients = torch.load(folder / "batch.pt")[rank]
     results: dict[str, Any] = {"alone": train_alone(x, mask) if rank == 0 else None}
     dist.barrier()
     for how in ("group", "ddp", "checkpoint"):
         results[how] = train_shared(how, x, mask, coefficients)
-    torch.save(results, result)
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])

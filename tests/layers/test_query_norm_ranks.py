@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,8 @@ import torch
 
 from peerlm.layers import QueryBatchNorm, share_statistics
 
-RANK = Path(__file__).with_name("query_norm_rank.py")
+from ..processes import ranks
+from .query_norm_rank import share
 
 
 @pytest.mark.slow
@@ -22,17 +21,8 @@ def test_two_ranks_equal_one_where_they_share_statistics_and_do_not_wait_where_n
         (x, torch.tensor(mask, dtype=torch.bool), torch.randn_like(x)) for x, mask in zip(rows, masks, strict=True)
     ]
     torch.save(batch, tmp_path / "batch.pt")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, RANK, str(rank), *(tmp_path / n for n in ("store", "batch.pt", f"{rank}.pt"))],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    logs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], logs
+    with ranks(2, tmp_path, share, tmp_path) as both:
+        assert both.wait() == [0, 0], both.said()
     results: list[dict[str, Any]] = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
     (told,) = results[0]["alone"]

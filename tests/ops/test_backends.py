@@ -18,7 +18,8 @@ from peerlm.ops import api
 from peerlm.ops.cpu import native
 from peerlm.testing import MixInputs, mix_inputs
 
-from ..targets import run_tests, targets
+from ..processes import run
+from ..targets import targets
 
 NEEDS_KERNELS = pytest.mark.skipif(bool(native._reason), reason=native._reason)
 
@@ -28,12 +29,6 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there was no compiler."""
     monkeypatch.setattr(native, "module", None)
     monkeypatch.setattr(native, "_reason", "the native kernels were not built")
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=100
-    )
 
 
 def single_inputs() -> MixInputs:
@@ -138,7 +133,7 @@ sys.modules["peerlm.ops.cpu._native"] = None
 from peerlm.ops import api
 print(api.available_backends()["cpu"])
 """
-    done = python(code)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("not available: the native kernels were not built when peerlm was installed")
     assert "C++17 compiler" in done.stdout
@@ -160,27 +155,25 @@ def test_huge_pages_are_asked_for_large_tables_alone() -> None:
 
 
 @NEEDS_KERNELS
-def test_target_that_the_machine_does_not_run() -> None:
+def test_target_that_the_machine_does_not_run(tmp_path: Path) -> None:
     message = f"PEERLM_SIMD is 'mmx'; this machine runs {native.module.runnable_targets()}"
-    code = "from peerlm import PEER; PEER(16, num_experts=16, heads=2, experts_per_head=3, key_dim=4)"
-    done = python(code, PEERLM_SIMD="mmx")
-    assert done.returncode == 1
-    assert done.stderr.rstrip().endswith(f"UserError: {message}")
-    info = subprocess.run(
-        [sys.executable, "-m", "peerlm", "info"],
-        env=os.environ | {"PEERLM_SIMD": "mmx"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert info.returncode == 2
-    assert info.stderr == f"error: {message}\n"
+    code, said = run(tmp_path / "said", {"PEERLM_SIMD": "mmx"}, make_a_layer)
+    assert code == 1
+    assert said.rstrip().endswith(f"UserError: {message}")
+    assert run(tmp_path / "said", {"PEERLM_SIMD": "mmx"}, main, ["info"]) == (2, f"error: {message}\n")
+
+
+def make_a_layer() -> None:
+    PEER(16, num_experts=16, heads=2, experts_per_head=3, key_dim=4)
 
 
 @NEEDS_KERNELS
-def test_named_target_is_the_one_in_use() -> None:
-    done = python("from peerlm.ops.cpu import native; print(native.module.target())", PEERLM_SIMD="portable")
-    assert (done.stdout, done.stderr) == ("portable\n", "")
+def test_named_target_is_the_one_in_use(tmp_path: Path) -> None:
+    assert run(tmp_path / "said", {"PEERLM_SIMD": "portable"}, print_target) == (0, "portable\n")
+
+
+def print_target() -> None:
+    print(native.module.target())  # noqa: T201
 
 
 def test_auto_says_once_why_a_device_has_to_do_without_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +196,7 @@ def test_auto_says_once_why_a_device_has_to_do_without_its_kernels(monkeypatch: 
 @NEEDS_KERNELS
 @pytest.mark.skipif("PEERLM_SIMD" in os.environ, reason="these tests run under one target already")
 @pytest.mark.parametrize("target", targets()[1:])
-def test_numbers_of_other_targets(target: str) -> None:
+def test_numbers_of_other_targets(target: str, tmp_path: Path) -> None:
     """The native kernels' tests for each SIMD target but the best, which all other tests run by.
 
     Targets with VNNI score otherwise than those without, and are the same in all else.
@@ -214,6 +207,14 @@ def test_numbers_of_other_targets(target: str) -> None:
     files = ["ops/test_cpu_retrieval.py"]
     if not target.endswith("vnni"):
         files += ["ops/test_cpu_mixing.py", "optim/test_row_kernels.py"]
-    status, last_line = run_tests(target, "-m", "numerical and not slow", *(str(tests / file) for file in files))
-    assert status == 0, last_line
-    assert " passed" in last_line
+    arguments = ["-q", "-p", "no:cacheprovider", "-m", "numerical and not slow", *(str(tests / file) for file in files)]
+    # The server has imported plugins that pytest could no longer rewrite.
+    environment = {"PEERLM_SIMD": target, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    code, said = run(tmp_path / "said", environment, run_tests, target, f"--basetemp={tmp_path / 'tests'}", *arguments)
+    assert code == 0, said
+    assert " passed" in said.splitlines()[-1]
+
+
+def run_tests(target: str, *arguments: str) -> None:
+    assert native.module.target() == target
+    sys.exit(pytest.main(list(arguments)))

@@ -18,7 +18,10 @@ from .retrieval_cases import FEW_TOKENS, KINDS, against_bfloat16, cases
 pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
 
 
-@pytest.fixture(params=["int8", "bf16", "fp32"])
+PRECISIONS = ("int8", "bf16", "fp32")
+
+
+@pytest.fixture(params=PRECISIONS)
 def scores_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The precision of the first scores, where the machine leaves a choice."""
     monkeypatch.setenv("PEERLM_SCORES", request.param)
@@ -26,39 +29,35 @@ def scores_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def assert_exhaustive(query: Tensor, sub_keys: Tensor, k: int, pairing: str) -> None:
-    weights, ids = api.retrieve(query, sub_keys, k, weighting="none", pairing=pairing, backend="cpu")
+    """By first scores of each precision: the search takes longer than what it judges."""
     expected_ids, scores = exhaustive_search(query, sub_keys, k, pairing)
-    assert torch.equal(ids, expected_ids)
-    # Sums in float64, rounded once: another order of them may tip that rounding to the next float32
     single = torch.finfo(torch.float32)
-    torch.testing.assert_close(weights, scores.float(), rtol=single.eps, atol=single.smallest_normal * single.eps)
+    for precision in PRECISIONS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PEERLM_SCORES", precision)
+            weights, ids = api.retrieve(query, sub_keys, k, weighting="none", pairing=pairing, backend="cpu")
+        assert torch.equal(ids, expected_ids), precision
+        # Sums in float64, rounded once: another order of them may tip that rounding to the next float32
+        torch.testing.assert_close(weights, scores.float(), rtol=single.eps, atol=single.smallest_normal * single.eps)
 
 
-@pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
 @given(case=cases())
 @settings(max_examples=120)
-def test_ids_are_those_of_exhaustive_search(precision: str, case: tuple[Tensor, Tensor, int, str]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PEERLM_SCORES", precision)
-        assert_exhaustive(*case)
+def test_ids_are_those_of_exhaustive_search(case: tuple[Tensor, Tensor, int, str]) -> None:
+    assert_exhaustive(*case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
 @given(case=cases())
 @settings(max_examples=2000)
-def test_ids_are_those_of_exhaustive_search_in_2000_examples(
-    precision: str, case: tuple[Tensor, Tensor, int, str]
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PEERLM_SCORES", precision)
-        assert_exhaustive(*case)
+def test_ids_are_those_of_exhaustive_search_in_2000_examples(case: tuple[Tensor, Tensor, int, str]) -> None:
+    assert_exhaustive(*case)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [FEW_TOKENS, FEW_TOKENS + 1])
 @pytest.mark.parametrize("pairing", PAIRINGS)
-def test_every_kind_of_values(kind: str, tokens: int, pairing: str, scores_of: str) -> None:
+def test_every_kind_of_values(kind: str, tokens: int, pairing: str) -> None:
     draw_query, query_size, draw_keys, keys_size = KINDS[kind]
     generator = torch.Generator().manual_seed(1)
     for n, k, half in ((40, 3, 16), (100, 8, 33), (31, 31, 5)):
@@ -67,7 +66,7 @@ def test_every_kind_of_values(kind: str, tokens: int, pairing: str, scores_of: s
 
 
 @pytest.mark.parametrize("tokens", [FEW_TOKENS, 64])
-def test_what_bfloat16_misjudges_most_is_retrieved(tokens: int, scores_of: str) -> None:
+def test_what_bfloat16_misjudges_most_is_retrieved(tokens: int) -> None:
     for n, k in ((64, 1), (300, 1), (300, 2)):
         assert_exhaustive(*against_bfloat16(tokens, n), k, "row-major")
 
@@ -75,7 +74,7 @@ def test_what_bfloat16_misjudges_most_is_retrieved(tokens: int, scores_of: str) 
 @pytest.mark.parametrize(("n", "k"), [(300, 16), (257, 64), (256, 1), (300, 300)])
 @pytest.mark.parametrize("kind", ["normal", "integers that tie", "nearly equal sub-keys"])
 @pytest.mark.parametrize("pairing", PAIRINGS)
-def test_many_sub_keys(n: int, k: int, kind: str, pairing: str, scores_of: str) -> None:
+def test_many_sub_keys(n: int, k: int, kind: str, pairing: str) -> None:
     draw_query, query_size, draw_keys, keys_size = KINDS[kind]
     generator = torch.Generator().manual_seed(2)
     for tokens in (2, 13):

@@ -181,7 +181,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "nested": (lambda f: (f / "manifest.json").write_text("[" * 10**5), "is damaged .it is no JSON object"),
     "a list": (lambda f: (f / "manifest.json").write_text("[]"), "is damaged .it is no JSON object"),
     "another's": (lambda f: (f / "manifest.json").write_text("{}"), "is not that of a pack; name a folder that save_p"),
-    "newer": (lambda f: edited(f, version=2), "has version 2, and this peerlm reads 1; install a newer peerlm"),
+    "newer": (lambda f: edited(f, version=3), "has version 3, and this peerlm reads 2; install a newer peerlm"),
     "a field less": (lambda f: edited(f, base=KeyError), "is damaged .*missing 1 required .*'base'"),
     "a field more": (lambda f: edited(f, extra=1), "is damaged .*unexpected keyword argument 'extra'"),
     "its name": (lambda f: edited(f, name="../x"), "is damaged .a pack cannot be called '../x'"),
@@ -300,6 +300,7 @@ def test_inspect_shows_the_manifest(saved: Path, capfd: pytest.CaptureFixture[st
     assert run("pack", "inspect", saved / "law", "--json=-", "--for", saved / "model") == 0
     facts = json.loads(capfd.readouterr().out)
     assert facts.pop("fits") == str(saved / "model")
+    assert (facts.pop("settings"), facts.pop("first")) == (None, None)
     assert facts == {
         key: value
         for key, value in json.loads((saved / "law" / "manifest.json").read_text()).items()

@@ -492,7 +492,7 @@ def test_packs_that_cannot_be_made_change_nothing(name: str, size: int, options:
 
 
 def test_a_model_without_such_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="Linear has no PEER layer, and packs are experts of such layers"):
+    with pytest.raises(ValueError, match="Linear has no PEER layer and is no model of transformers"):
         new_pack(nn.Linear(2, 2), "law", 9)
 
 

@@ -61,6 +61,8 @@ def refusals(rank: int, world: int, folder: str) -> list[str]:
         lambda: parallelize(model, ranks),
         lambda: parallelize(layer, ranks),
         lambda: build(config(), ranks, dense="no"),
+        lambda: parallelize(PEER(8, num_experts=49, experts_per_head=2, row_format="float8_e4m3fn"), mesh(cols=2)),
+        lambda: RowAdamW(build(config(), mesh(rows=1, replica=2)).parameters(), fused=True),
         lambda: parallelize(PEER(9, num_experts=49, experts_per_head=2, heads=1, key_dim=4), mesh(cols=2)),
     ):
         try:
@@ -80,6 +82,8 @@ def test_what_cannot_be_is_refused_in_a_sentence(pool: Pool, tmp_path: Path) -> 
             "is sharded already",
             "an optimizer trains experts already",
             "dense is 'no'",
+            "float8_e4m3fn rows have scales of whole vectors",
+            "before the gradients of the 2 copies of a sharded table are averaged",
             "9 columns cannot be cut over cols = 2",
         )
         assert len(said) == len(expected)
@@ -123,7 +127,7 @@ def used(rank: int, world: int, rows: int, cols: int) -> list[tuple[float, float
         model: Any = PeerForCausalLM(config()).eval()
         mine = slice(None)
         if sharded:
-            parallelize(model, mesh(rows=rows, cols=cols), dense="replicate")
+            parallelize(model, mesh(rows=rows, cols=cols, replica=world // (rows * cols)), dense="replicate")
             mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
         with torch.no_grad(), record_usage(model) as usage:
             model(input_ids=ids[mine], attention_mask=padding[mine].long())
@@ -133,8 +137,9 @@ def used(rank: int, world: int, rows: int, cols: int) -> list[tuple[float, float
     return found
 
 
-def test_each_rank_counts_the_use_of_its_own_experts(pool: Pool) -> None:
-    for rank, (whole, cut) in enumerate(pool.run(used, 4, 2, 2)):
+@pytest.mark.parametrize(("rows", "cols"), [(2, 2), (2, 1)])
+def test_each_rank_counts_the_use_of_its_own_experts(pool: Pool, rows: int, cols: int) -> None:
+    for rank, (whole, cut) in enumerate(pool.run(used, 4, rows, cols)):
         assert cut[0] == whole[0]
         assert cut[1] == pytest.approx(whole[1], rel=1e-5)
         assert whole[2] == 49

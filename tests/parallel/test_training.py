@@ -12,11 +12,13 @@ from torch import Tensor
 
 import peerlm
 from peerlm.data import batches
+from peerlm.errors import UserError
 from peerlm.parallel import sharded_tables, since_last
 from peerlm.ranks import Ranks
 from peerlm.train import TrainConfig
 from peerlm.train.build import build_training, open_data
 from peerlm.train.checkpoint import TrainState
+from peerlm.train.config import ParallelConfig
 from peerlm.train.feed import Feed
 from peerlm.train.loop import take_step
 from peerlm.train.recipe import from_dict
@@ -115,14 +117,17 @@ def one(pool: Pool, recipe: dict[str, Any]) -> dict[str, Any]:
         ({"rows": 4, "dense": "replicate"}, {}),
         ({"rows": 2, "cols": 2}, {}),
         ({"cols": 2}, {"gradient_checkpointing": True}),
+        ({"rows": 2, "replica": 2}, {}),
     ],
-    ids=["rows", "four rows, replicated", "grid", "columns, attention computed again"],
+    ids=["rows", "four rows, replicated", "grid", "columns, attention computed again", "two copies of rows"],
 )
 def test_losses_norms_and_ids_are_those_of_one_process(
     pool: Pool, recipe: dict[str, Any], one: dict[str, Any], parallel: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    world = parallel.get("rows", 1) * parallel.get("cols", 1)
-    for found in pool.run(curve, world, {**recipe, **changes, "parallel": parallel}, STEPS):
+    world = math.prod(size for size in parallel.values() if isinstance(size, int))
+    of_ranks = pool.run(curve, world, {**recipe, **changes, "parallel": parallel}, STEPS)
+    for found in of_ranks:
+        assert all(map(torch.equal, found["rows"], of_ranks[0]["rows"]))  # copies of rows have the same bits
         torch.testing.assert_close(found["losses"], one["losses"], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found["norms"], one["norms"], rtol=1e-4, atol=1e-5)
         assert torch.equal(found["ids"], one["ids"])
@@ -145,13 +150,22 @@ def test_losses_norms_and_ids_are_those_of_one_process(
             },
             {"rows": 2},
         ),
+        (
+            {
+                "data": {"micro_batch_size": 4},
+                "model": without_batch_norm(),
+                "grow": {"at": "20@50%", "opening": 0.2, "keys": "crowded"},
+                "optim": {"tables": "lazy"},
+            },
+            {"cols": 2, "rows": 1, "replica": 2},
+        ),
     ],
-    ids=["growth", "fused", "lazy, no first moment, one second for 8 columns", "accumulation"],
+    ids=["growth", "fused", "lazy, no first moment, one second for 8 columns", "accumulation", "copies of columns"],
 )
 def test_each_way_to_train_is_that_of_one_process(
     pool: Pool, recipe: dict[str, Any], changes: dict[str, Any], parallel: dict[str, Any]
 ) -> None:
-    world = parallel.get("rows", 1) * parallel.get("cols", 1)
+    world = math.prod(parallel.values())
     values = {**recipe, **{key: {**recipe.get(key, {}), **change} for key, change in changes.items()}}
     values["optim"] = {key: math.inf if value == "inf" else value for key, value in values["optim"].items()}
     (alone,) = pool.run(curve, 1, values, STEPS)
@@ -161,3 +175,33 @@ def test_each_way_to_train_is_that_of_one_process(
         torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-5, atol=1e-5)
         assert torch.equal(found["ids"], alone["ids"])
         torch.testing.assert_close(found["rows"], alone["rows"], rtol=1e-3, atol=2e-4)
+
+
+def test_copies_of_tables_that_are_not_cut_are_refused() -> None:
+    with pytest.raises(UserError, match=r"parallel.replica = 2 is of tables that are cut: set parallel.rows"):
+        ParallelConfig(replica=2)
+
+
+@pytest.mark.parametrize("row_format", ["int8", "float8_e4m3fn"])
+def test_rows_of_8_bits_are_trained_on_shards(pool: Pool, recipe: dict[str, Any], row_format: str) -> None:
+    """Sums over tokens are rounded otherwise on two ranks, which now and then turns a number to the next code."""
+    peer: Any = MODEL["peer"]
+    optim = {"tables": "fused", "table_beta1": 0.0, "table_clip": math.inf, "table_moment_columns": 8, "clip": 0.5}
+    values = {
+        **recipe,
+        "model": {
+            **MODEL,
+            "ffw_layers": ["dense", "peer"],
+            "num_hidden_layers": 2,
+            "peer": {**peer, "row_format": row_format},
+        },
+        "optim": {"learning_rate": 1e-2, **optim},
+    }
+    (alone,) = pool.run(curve, 1, values, STEPS)
+    (start,) = pool.run(curve, 1, values, 1)
+    for found in pool.run(curve, 2, {**values, "parallel": {"rows": 2}}, STEPS):
+        torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-4, atol=1e-4)
+        (one,), (two,), (before,) = alone["rows"], found["rows"], start["rows"]
+        assert (one != before).float().mean() > 0.05
+        assert torch.isclose(one, two, rtol=1e-5, atol=0).float().mean() > 0.99
+        torch.testing.assert_close(two, one, rtol=0.15, atol=2 * one.abs().max().item() / 127)

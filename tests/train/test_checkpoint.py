@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from peerlm.convert.saved import load_saved
 from peerlm.errors import UserError
+from peerlm.evaluate.loading import _of_shards, model_folder
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.parallel import storage
@@ -197,6 +199,23 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
         load_checkpoint(folder, *build(7))
 
 
+def test_a_checkpoint_in_shards_is_a_model_for_evaluation_with_rows_up_to_date(tmp_path: Path) -> None:
+    model, optimizer = build_between()
+    for number in range(4):
+        step(model, optimizer, seed=number)
+    shards = shards_of(model, optimizer)
+    folder = save_shards(tmp_path, TrainState(step=4), shards, None, keep=2, ranks=ALONE)
+    written: Any = shards.entries[ROWS]
+    stale = written.clone()
+    with pytest.raises(UserError, match="is a checkpoint in shards, which peerlm eval and generate read alone"):
+        load_saved(folder)
+    assert model_folder(tmp_path) == folder
+    loaded = _of_shards(folder)
+    assert (loaded.state_dict()[ROWS] - stale).abs().max() > 1e-4
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
 def test_shards_of_another_model_are_refused(tmp_path: Path) -> None:
     model, optimizer = build(0)
     save_shards(tmp_path, TrainState(step=1), shards_of(model, optimizer), None, keep=2, ranks=ALONE)
@@ -279,5 +298,6 @@ def test_the_state_says_where_the_run_stood(saved: Path) -> None:
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "open_with_peerlm.py",
         "optimizer.safetensors",
     }

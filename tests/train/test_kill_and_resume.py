@@ -11,6 +11,8 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from peerlm.cli import main
 from peerlm.files import PARTIAL
 from peerlm.train import TrainConfig
 from peerlm.train.checkpoint import list_checkpoints
+from peerlm.train.config import TablesConfig
 from peerlm.train.recipe import to_dict
 
 from ..processes import Processes, ranks
@@ -29,6 +32,7 @@ STEPS_PER_KILL = 30
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "alone": (1, {}),
+    "alone, tables in files": (1, {"optim": {"tables": "lazy"}}),
     "two ranks, tables sharded": (2, {"parallel": {"rows": 2}}),
     "two ranks, saved in the background": (2, {"checkpoint": {"every": 2, "background": True}}),
 }
@@ -79,11 +83,23 @@ def kill_after_a_checkpoint(processes: Processes, run: Path, moments: random.Ran
 
 
 def kill_within_a_checkpoint(processes: Processes, run: Path, moments: random.Random, victim: int) -> bool:
-    """Returns whether the kill came in time: a partial checkpoint was there, and is left where rank 0 was killed."""
-    partials = f"checkpoints/{PARTIAL}step-*"
-    wait_until(lambda: list(run.glob(f"{partials}/*.safetensors")), processes)
+    """Returns whether the kill came in time: a partial checkpoint was there, and is left where rank 0 was killed.
+
+    One that an earlier kill has left is there from the start, when ranks may not have met.
+    """
+    left = files_in_partial_checkpoints(run)
+    wait_until(lambda: files_in_partial_checkpoints(run) - left, processes)
     end(processes, victim)
-    return victim > 0 or bool(list(run.glob(partials)))
+    return victim > 0 or bool(files_in_partial_checkpoints(run) - left)
+
+
+def files_in_partial_checkpoints(run: Path) -> set[tuple[str, int]]:
+    """Which they are, and when they were written."""
+    found = set()
+    for path in run.glob(f"checkpoints/{PARTIAL}step-*/*.safetensors"):
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
 @pytest.mark.slow
@@ -97,11 +113,15 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     config = configure(
         **{"budget": {"steps": STEPS_PER_KILL * KILLS}, "checkpoint": {"every": 2}, **changes, **settings}
     )
-    recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps(to_dict(config)))
     straight, run, moments = tmp_path / "straight", tmp_path / "killed", random.Random(KILLS)
-    with ranks(count, tmp_path / "ranks", run_to_its_end, recipe, straight) as processes:
-        assert processes.wait() == [0] * count, processes.said()
+    recipes = {}
+    for each in (straight, run):
+        tables = TablesConfig(folder=f"{each}-rows" if "in files" in layout else "")
+        recipes[each] = tmp_path / f"{each.name}.json"
+        recipes[each].write_text(json.dumps(to_dict(replace(config, tables=tables))))
+    recipe = recipes[run]
+    with ranks(count, tmp_path / "ranks", run_to_its_end, recipes[straight], straight) as processes:
+        assert processes.wait(60 * (1 + KILLS)) == [0] * count, processes.said()
     kinds = [kill_within_a_checkpoint, kill_after_a_checkpoint, kill_within_a_checkpoint, kill_while_starting]
     for number in range(KILLS):
         for _ in range(5):
@@ -111,7 +131,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
         else:
             pytest.fail("five kills in a row came too late to leave a partial checkpoint")
     with ranks(count, tmp_path / "ranks", run_to_its_end, recipe, run) as processes:
-        assert processes.wait() == [0] * count, processes.said()
+        assert processes.wait(60 * (1 + KILLS)) == [0] * count, processes.said()
+    tables, killed_tables = tmp_path / "straight-rows", tmp_path / "killed-rows"
+    for path in tables.rglob("*.safetensors"):
+        assert (killed_tables / path.relative_to(tables)).read_bytes() == path.read_bytes()
     names = sorted(str(path.relative_to(straight)) for path in straight.rglob("*.safetensors"))
     assert len(names) > 2
     for name in names:

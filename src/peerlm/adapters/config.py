@@ -4,10 +4,12 @@ Importing this module, which `peerlm.registration` does when peft is imported, r
 "PEER_ADAPTER". `PeftModel.from_pretrained` and the AutoPeftModel classes can then load such adapters.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 try:
@@ -16,17 +18,21 @@ except ImportError as error:
     raise ImportError('retrieved adapters need peft: pip install "peerlm[peft]"') from error
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
+from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peerlm.adapters.batches import adapters_by_row
 from peerlm.adapters.features import features_of
 from peerlm.adapters.layer import CANNOT_MERGE, PeerAdapterLayer, PeerAdapterLinear
+from peerlm.files import write_json
 from peerlm.names import MODEL_TYPE
 
 _NAME = "peer_adapter"
+_SAVED_TYPE = f'{_NAME.upper()} of peerlm: install it, and "import peerlm" first'
+"""The type in files: where peerlm was not imported, peft raises a KeyError of it."""
 _POOL_SETTINGS = (
     "num_experts",
     "heads",
@@ -127,6 +133,12 @@ class PeerAdapterConfig(PeftConfig):
                 "which says itself which layers it means; name modules in a list, or leave layers_to_transform out"
             )
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in peft; the file names the type by a sentence, which peft alone shows."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / CONFIG_NAME
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"peft_type": _SAVED_TYPE})
+
 
 class PeerAdapterModel(BaseTuner):
     """What peft wraps a model into: finds the target modules, and puts a `PeerAdapterLayer` in place of each."""
@@ -209,3 +221,4 @@ def _widen_buffers(pool: nn.Module) -> None:
 # Without target_modules, LoRA too then finds those of our own models.
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(MODEL_TYPE, ["q_proj", "v_proj"])
 register_peft_method(name=_NAME, config_cls=PeerAdapterConfig, model_cls=PeerAdapterModel)
+cast("dict[Any, Any]", PEFT_TYPE_TO_CONFIG_MAPPING)[_SAVED_TYPE] = PeerAdapterConfig

@@ -22,7 +22,7 @@ from peerlm.files import is_disk_full
 from peerlm.malloc import keep_freed_memory
 
 # Each adds its commands to `app`; help lists them in this order.
-from peerlm.cli import training, changing, learning, looking, studies  # noqa: F401  isort: skip
+from peerlm.cli import training, changing, learning, looking, serving, studies  # noqa: F401  isort: skip
 
 offer_studies(app, studies.__name__)
 
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     try:
         _require_utf8(arguments)
+        _require_one_process(arguments)
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
             app(arguments)
@@ -90,6 +91,22 @@ def _require_utf8(arguments: Sequence[str]) -> None:
             raise UserError(
                 f"argument {number}, {readable}, is not UTF-8: rename the file or write the text in UTF-8"
             ) from None
+
+
+def _require_one_process(arguments: Sequence[str]) -> None:
+    """Raise UserError where torchrun has started several processes of a command that each would run as a whole."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or not arguments or arguments[0] == "train":
+        return
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.exit(2)  # the first process says why
+    command = typer.main.get_command(app).commands.get(arguments[0])  # type: ignore[attr-defined]
+    shares = command is not None and any("--shard" in parameter.opts for parameter in command.params)
+    fix = f", and give each process a share of its rows, as in --shard 1/{count}" if shares else ""
+    raise UserError(
+        f"peerlm {arguments[0]} does not run over the {count} processes that torchrun has started, as peerlm train "
+        f"does: start it without torchrun{fix}"
+    )
 
 
 def _again(arguments: Sequence[str]) -> str:

@@ -7,6 +7,8 @@ import typer
 
 from peerlm.errors import UserError
 
+SERVE_NEEDS = ("fastapi", "openai", "prometheus_client", "uvicorn")
+"""What the extra `serve` installs, by import name."""
 STUDIES_NEED = ("markdown_it", "matplotlib", "scipy")
 """What the extra `studies` installs, by import name."""
 
@@ -14,6 +16,13 @@ STUDIES_NEED = ("markdown_it", "matplotlib", "scipy")
 def missing_for_studies() -> list[str]:
     """The packages that studies need and this environment lacks."""
     return [name for name in STUDIES_NEED if importlib.util.find_spec(name) is None]
+
+
+def require_serve() -> None:
+    """Raise UserError where packages of the extra `serve` are missing."""
+    missing = [name for name in SERVE_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'`peerlm serve` needs {", ".join(missing)}: pip install "peerlm[serve]"')
 
 
 def offer_studies(app: typer.Typer, module: str) -> None:

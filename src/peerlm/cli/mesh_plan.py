@@ -124,5 +124,6 @@ def _assumptions(tables: Any, name: str, gpu: Any, per_node: int) -> list[str]:
         f"The rest of the model: query maps and {rest}, in float32 and cut by FSDP2. It takes 6 FLOPs for each number "
         "and token. Heads share sub-keys. Buffers are an estimate. Activations outside of the tables' exchange and "
         "scores of retrieval are left out.",
-        "replica = 1: gradients of copies of a sharded table are not exchanged, so that no more can be trained.",
+        "replica = 1: each table is there once. R copies would send the gradients of their rows besides, at most "
+        "(R - 1) P (4 V D + 8 C) bytes per token, for P rows of V vectors of D numbers, with columns cut C times.",
     ]

@@ -25,8 +25,6 @@ from peerlm.convert.record import (
     MODES,
     ConversionConfig,
     conversion_of,
-    refuse_saves_without_peerlm,
-    save_without_record,
 )
 
 
@@ -106,7 +104,6 @@ def convert(
             raise
     _own_config(model)
     model.config.quantization_config = ConversionConfig.of(mode, init, dict(settings), sites)
-    refuse_saves_without_peerlm(model)
     return model
 
 
@@ -145,7 +142,6 @@ def unconvert(model: PreTrainedModel) -> PreTrainedModel:
         )
     remove_beside(model, record.read_sites())
     del model.config.quantization_config
-    save_without_record(model)
     return model
 
 

@@ -66,15 +66,18 @@ class InPlaceOfFFW(nn.Module):
 class _AddLayer:
     """A hook on the last module of a feed-forward layer: adds what the layer beside it makes of the same input."""
 
-    def __init__(self, masks: TokenMask, reader: "_KeepInput | None"):
+    def __init__(self, child: str, masks: TokenMask | None, reader: "_KeepInput | None"):
+        self.child = child
         self.masks = masks
         self.reader = reader
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = _first(args, kwargs) if self.reader is None else self.reader.take()
-        beside = module.get_submodule(CHILD)(x, self.masks.of(x)).to(output.dtype)
+        beside = module.get_submodule(self.child)(x, None if self.masks is None else self.masks.of(x))
+        if beside is None:
+            return output
         # output + beside, but a zero of either sign leaves every bit of the output: -0.0 + 0.0 would be 0.0.
-        return output - (0.0 - beside.reshape(output.shape))
+        return output - (0.0 - beside.to(output.dtype).reshape(output.shape))
 
 
 class _KeepInput:
@@ -83,7 +86,8 @@ class _KeepInput:
     Of each thread its own; a `threading.local` could be neither copied nor pickled with the model.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, child: str) -> None:
+        self.child = child
         self.x_by_thread: dict[int, Tensor] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,13 +111,37 @@ def put_beside(model: PreTrainedModel, layers: dict[FFWSite, nn.Module]) -> None
     """Add each layer to the output of the feed-forward layer at its site; nothing else changes, names neither."""
     masks = TokenMask()
     for site, layer in layers.items():
-        module, reader = find_module(model, site.path), None
-        if site.first is not None:
-            reader = _KeepInput()
-            find_module(model, site.first).register_forward_pre_hook(reader, with_kwargs=True)
-        module.add_module(CHILD, layer)
-        module.register_forward_hook(_AddLayer(masks, reader), with_kwargs=True)
+        add_beside(model, site.path, site.first, layer, masks=masks)
     masks.watch(model, [_path_in(model, site.path) for site in layers])
+
+
+def add_beside(
+    model: nn.Module, path: str, first: str | None, layer: nn.Module, *, child: str = CHILD, masks: TokenMask | None
+) -> None:
+    """Add to the output of one feed-forward layer what `layer(x, mask)` makes of its input; None adds nothing.
+
+    Args:
+        model: a model.
+        path, first: of the feed-forward layer, as in `FFWSite`.
+        layer: becomes a module of the feed-forward layer, by the name `child`.
+        child: that name.
+        masks: where the mask of real tokens is found; None: the layer gets None.
+    """
+    module, reader = find_module(model, path), None
+    if first is not None:
+        reader = _KeepInput(child)
+        find_module(model, first).register_forward_pre_hook(reader, with_kwargs=True)
+    module.add_module(child, layer)
+    module.register_forward_hook(_AddLayer(child, masks, reader), with_kwargs=True)
+
+
+def take_from_beside(model: nn.Module, path: str, first: str | None, *, child: str = CHILD) -> None:
+    """Undo `add_beside`."""
+    module = find_module(model, path)
+    delattr(module, child)
+    remove_hooks(module, _AddLayer, lambda hook: hook.child == child)
+    if first is not None:
+        remove_hooks(find_module(model, first), _KeepInput, lambda hook: hook.child == child)
 
 
 def put_in_place(model: PreTrainedModel, layers: dict[FFWSite, nn.Module]) -> None:
@@ -155,21 +183,17 @@ def check_replaceable(site: FFWSite) -> None:
 def remove_beside(model: PreTrainedModel, sites: list[FFWSite]) -> None:
     """Undo `put_beside`."""
     for site in sites:
-        module = find_module(model, site.path)
-        delattr(module, CHILD)
-        remove_hooks(module, _AddLayer)
-        if site.first is not None:
-            remove_hooks(find_module(model, site.first), _KeepInput)
+        take_from_beside(model, site.path, site.first)
     stop_watching(model)
 
 
-def find_module(model: PreTrainedModel, path: str) -> nn.Module:
+def find_module(model: nn.Module, path: str) -> nn.Module:
     """The module of a recorded path, in the model that was converted or in one with another head or none."""
     return model.get_submodule(_path_in(model, path))
 
 
-def _path_in(model: PreTrainedModel, path: str) -> str:
-    prefix = f"{model.base_model_prefix}."
+def _path_in(model: nn.Module, path: str) -> str:
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for candidate in (path, path.removeprefix(prefix), prefix + path):
         try:
             model.get_submodule(candidate)

@@ -5,14 +5,11 @@ quantizer. That is what `RebuildConverted` is to transformers, by the configurat
 quantised, so that a loaded model keeps none of the marks of a quantised one: it trains, compiles and changes its dtype
 as any other.
 
-Where peerlm was not imported, transformers would warn of the unknown quantization type "peerlm" and continue without.
-So what a converted model saves names, in place of its weights, what is to be done: transformers refuses that.
+Where peerlm was not imported, transformers would warn of the unknown quantization type "peerlm" and continue without:
+`peerlm.custom_code` is what makes it refuse.
 """
 
-import json
 from dataclasses import asdict
-from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -21,14 +18,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peerlm.convert.insertion import FFWSite, put_beside, put_in_place
 from peerlm.convert.kinds import KINDS
-from peerlm.files import write_json
 from peerlm.names import CONVERTED
 
 MODES = ("beside", "replace")
-_WEIGHTS = "transformers_weights"
-"""The field of a configuration that names a file of weights; transformers shows what cannot be such a name."""
-
-_REFUSAL = 'this model has experts that transformers alone does not know: install peerlm, and "import peerlm" first'
 
 
 def _unreadable(reason: str) -> ValueError:
@@ -77,45 +69,6 @@ def conversion_of(model: PreTrainedModel) -> ConversionConfig | None:
     return record if isinstance(record, ConversionConfig) else None
 
 
-def refuse_without_peerlm(folder: Path) -> None:
-    """Change the saved configuration of a converted model so that transformers alone refuses it, and says why.
-
-    transformers removes what this writes whenever it saves a model, so that it cannot be a part of the record.
-    """
-    path = folder / "config.json"
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {_WEIGHTS: _REFUSAL})
-
-
-def refuse_saves_without_peerlm(model: PreTrainedModel) -> None:
-    """Let what this converted model saves from now on be refused by transformers alone.
-
-    Copies do so too; a model that was pickled does not.
-    """
-    vars(model)["save_pretrained"] = MethodType(_save_converted, model)
-
-
-def save_without_record(model: PreTrainedModel) -> None:
-    """Undo `refuse_saves_without_peerlm`."""
-    vars(model).pop("save_pretrained", None)
-
-
-def _save_converted(self: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-    """As `save_pretrained` of transformers, of which it is called."""
-    pushes = kwargs.pop("push_to_hub", False)
-    type(self).save_pretrained(self, save_directory, *args, **kwargs)
-    folder = Path(save_directory)
-    if (folder / "config.json").is_file():  # which the main process alone writes
-        refuse_without_peerlm(folder)
-    if pushes:
-        names = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
-        options = {name: kwargs[name] for name in names if name in kwargs}
-        self.push_to_hub(kwargs.get("repo_id", folder.name), **options)
-
-
-# As which a pickle finds it: that of the class.
-_save_converted.__name__ = "save_pretrained"
-
-
 class RebuildConverted(HfQuantizer):
     """Puts the layers of a converted model into it before the weights are loaded."""
 
@@ -125,12 +78,6 @@ class RebuildConverted(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             raise ValueError("a saved model cannot be converted while it is loaded; load it, then call convert(model)")
-
-    def update_attn_implementation(self, config: Any) -> Any:
-        """The configuration to build the model from; this is the last change before transformers looks for weights."""
-        if getattr(config, _WEIGHTS, None) == _REFUSAL:
-            delattr(config, _WEIGHTS)
-        return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         record = self.quantization_config
@@ -155,7 +102,6 @@ class RebuildConverted(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
-        refuse_saves_without_peerlm(model)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

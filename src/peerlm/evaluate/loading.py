@@ -3,15 +3,19 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-import peerlm.model  # noqa: F401, registers our models with transformers
 from peerlm.convert.saved import reading
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
+from peerlm.layers.mapped.advice import read_rows_alone
+from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.names import MODEL_TYPE, SHARDED
 from peerlm.packs.api import load_pack
+from peerlm.parallel.states import load_weights
+from peerlm.parallel.storage import INDEX
 from peerlm.ranks import automatic_device
 
 MAX_DEFAULT_CONTEXT = 2048
@@ -31,11 +35,7 @@ def load_model(path: str | Path, packs: Sequence[str | Path] = ()) -> tuple[PreT
     folder = model_folder(path)
     tokenizer = open_tokenizer(folder)
     with reading(folder):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-        model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise UserError(f"{folder} lacks {len(missing)} of the model's weights, such as {missing[0]}; restore it")
+        model: Any = _of_shards(folder) if (folder / INDEX).is_file() else _of_files(folder)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"the tokenizer of {folder} has {len(tokenizer)} tokens, but its model knows "
@@ -46,7 +46,28 @@ def load_model(path: str | Path, packs: Sequence[str | Path] = ()) -> tuple[PreT
             load_pack(model, pack)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return model.to(automatic_device()).eval(), tokenizer
+    model = model.to(automatic_device()).eval()
+    read_rows_alone(model)
+    return model, tokenizer
+
+
+def _of_files(folder: Path) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{folder} lacks {len(missing)} of the model's weights, such as {missing[0]}; restore it")
+    return cast(PreTrainedModel, model)
+
+
+def _of_shards(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint in shards, whole on this process."""
+    config = _read_config(folder, SHARDED)
+    if config.get("model_type") != MODEL_TYPE:
+        raise UserError(f"{folder} is a checkpoint in shards of a model that peerlm did not make: resume its run")
+    model = PeerForCausalLM(PeerConfig.from_dict(config))
+    load_weights(model, folder)
+    return model
 
 
 def model_folder(path: str | Path) -> Path:
@@ -54,11 +75,11 @@ def model_folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; name a run or a saved model")
-    if "model_type" in _read_config(path):
+    if _has_model(path):
         return path
     checkpoints = sorted((path / "checkpoints").glob("step-*"))
     for folder in [path / "model", *reversed(checkpoints)]:
-        if "model_type" in _read_config(folder):
+        if _has_model(folder):
             return folder
     raise UserError(f"{path} is neither a run with a model/ or a checkpoint nor a saved model; name the folder of one")
 
@@ -86,10 +107,15 @@ def default_context(path: str | Path, model: PreTrainedModel) -> int:
     )
 
 
-def _read_config(folder: Path) -> dict[str, object]:
+def _has_model(folder: Path) -> bool:
+    """Whether a folder has a model, in whole files or in shards."""
+    return any("model_type" in _read_config(folder, name) for name in ("config.json", SHARDED))
+
+
+def _read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """config.json of a folder; empty where there is none or it is not a JSON object."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

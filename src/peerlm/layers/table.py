@@ -100,9 +100,9 @@ class Table(nn.Module):
         self.watched = False
         self.trained_in_place = False
         held = self._begin(num_rows, *row_shape)
-        self._keep(empty_rows(*stored_shape(held, dtype), dtype=None if dtype == torch.float32 else dtype))
+        self._keep(self._empty("rows", *stored_shape(held, dtype), dtype=None if dtype == torch.float32 else dtype))
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        scales = torch.empty(scales_shape(held, dtype), dtype=wide) if dtype in SCALED_DTYPES else None
+        scales = self._empty("scales", *scales_shape(held, dtype), dtype=wide) if dtype in SCALED_DTYPES else None
         self.register_buffer("scales", scales)
         keep_rows(self)
 
@@ -111,6 +111,10 @@ class Table(nn.Module):
     def _begin(self, num_rows: int, *row_shape: int) -> tuple[int, ...]:
         """How much of a new table (N, *X) is held here: the shape that `_keep` gets."""
         return (num_rows, *row_shape)
+
+    def _empty(self, name: str, *shape: int, dtype: torch.dtype | None, device: torch.device | None = None) -> Tensor:
+        """Memory for "rows" or "scales" that are written next; dtype and device are torch's defaults where None."""
+        return empty_rows(*shape, dtype=dtype, device=device)
 
     def _keep(self, rows: Tensor, *, trained: bool = True) -> None:
         """Take these rows (N, *X) as the parameters."""
@@ -319,12 +323,20 @@ class Table(nn.Module):
         self.fill(draw)
 
     def _fill(self, draw: Callable[[Tensor], object]) -> None:
-        if self.scales is None:
-            draw(self.rows)
-        else:
-            drawn = torch.empty(self.num_rows, *self.row_shape, device=self.device)
-            draw(drawn)
-            self.write(drawn)
+        for part in self._parts_to_draw():
+            if self.scales is None:
+                draw(self.rows[part])
+            else:
+                drawn = torch.empty(part.stop - part.start, *self.row_shape, device=self.device)
+                draw(drawn)
+                self.write(drawn, part.start)
+
+    def _parts_to_draw(self) -> Iterator[slice]:
+        """Ranges of rows that are drawn one after another, as numbers are that are drawn at once.
+
+        On a CPU torch draws 16 numbers at a time, so that a range has a multiple of 16 rows.
+        """
+        yield slice(0, self.num_rows)
 
     def fill_new(self, first: int, generator: torch.Generator) -> None:
         """Write what rows first, first + 1, ... start as when they are added to a trained table: zeros."""
@@ -383,7 +395,7 @@ class Table(nn.Module):
         scales = None
         if dtype in SCALED_DTYPES:
             wide, scales = quantise(wide, dtype)
-        rows = empty_rows(*wide.shape, dtype=dtype, device=wide.device)
+        rows = self._empty("rows", *wide.shape, dtype=dtype, device=wide.device)
         rows.copy_(wide)
         self._keep(rows)
         self.scales = scales

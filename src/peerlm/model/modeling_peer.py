@@ -26,7 +26,7 @@ from peerlm.layers.retrieval_layer import RetrievalLayer
 from peerlm.model.attention import KeyValueShift, PeerAttention, previous_tokens
 from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig, parts_of
 from peerlm.model.token_history import preceding_tokens
-from peerlm.optim.saved import FILE, STALE, catch_up_saved
+from peerlm.optim.saved import FILE, STALE, TABLES, catch_up_saved
 
 logger = logging.get_logger(__name__)
 
@@ -147,8 +147,14 @@ class PeerPreTrainedModel(PreTrainedModel):
         """As transformers loads a model; rows that were stale when a run saved a checkpoint are updated.
 
         Values of memories may have their name of earlier versions. Raises ValueError where rows are stale and the
-        optimizer's state, by which they are updated, is not beside them.
+        optimizer's state, by which they are updated, is not beside them; or tables are in files elsewhere.
         """
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        if (folder / TABLES).is_file():
+            raise ValueError(
+                f"{folder} is a checkpoint whose tables are in files elsewhere, which later steps change: resume its "
+                "run to the end, and load the run's model"
+            )
         kwargs["key_mapping"] = EARLIER_NAMES | (kwargs.get("key_mapping") or {})
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -156,7 +162,6 @@ class PeerPreTrainedModel(PreTrainedModel):
         model._weight_conversions = [
             each for each in model._weight_conversions or () if not EARLIER_NAMES.keys() & set(each.source_patterns)
         ]
-        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         if (folder / FILE).is_file():
             catch_up_saved(model, folder, prefix=f"{cls.base_model_prefix}.")
         elif getattr(model.config, STALE, False):

@@ -332,7 +332,7 @@ class Operators:
                 "compile without fullgraph=True, or pass row_gradients=False"
             )
         update_rows = self._fused_updates.get(rows.device.type)
-        if update_rows is not None and (update := fused_row_update(rows)) is not None:
+        if update_rows is not None and (update := fused_row_update(rows, ids)) is not None:
             update_rows(*update, x, grad_y, ids, coefficients)
             return None
         if rows.dtype in SCALED_DTYPES:

@@ -23,6 +23,8 @@ class RowShard:
     """Number of the first column."""
     width: int
     """How many columns the table has."""
+    copies: int = 1
+    """How many ranks have this part; the optimizer of each must be given the same gradient."""
 
     def names(self, ids: Tensor) -> Tensor:
         """From the rank's numbers of rows to the table's; int64, any shape and device."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from peerlm.ops.row_formats import SCALED_DTYPES
+from peerlm.ops.row_keeping import rows_change
 from peerlm.ops.row_shards import RowShard
 from peerlm.ops.tensors import is_fake
 from peerlm.ops.watched import watch_reads, with_views
@@ -261,15 +262,20 @@ def wants_row_gradients(parameter: Tensor) -> bool:
     return watcher is not None and watcher.takes_row_gradients(parameter)
 
 
-def fused_row_update(parameter: Tensor) -> tuple[RowState, RowStep] | None:
+def fused_row_update(parameter: Tensor, ids: Tensor | None = None) -> tuple[RowState, RowStep] | None:
     """The update that a backward pass applies to the rows of `parameter` in place of giving a gradient.
 
     The caller must apply it once to every row that has a gradient. None where no optimizer asks for it, and where
     several layers look rows up, whose gradients are to be summed first. Raises RuntimeError on a second backward pass
     in one step.
+
+    ids: the rows that have a gradient, int64, any shape; None: there are no values yet.
     """
     watcher = _watcher(parameter)
-    return None if watcher is None or is_shared(parameter) else watcher.fused_update(parameter)
+    update = None if watcher is None or is_shared(parameter) else watcher.fused_update(parameter)
+    if update is not None and ids is not None:
+        rows_change(parameter, ids)
+    return update
 
 
 def _watcher(parameter: Tensor) -> RowWatcher | None:

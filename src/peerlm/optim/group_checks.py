@@ -51,6 +51,12 @@ def check_group(group: dict[str, Any], *, wait: bool = True) -> None:
         if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16, *EIGHT_BIT_DTYPES):
             taken = "float32, float64, bfloat16, int8 or float8_e4m3fn"
             raise ValueError(f"a table has dtype {parameter.dtype}: tables are {taken}")
+        shard = shard_of(parameter)
+        if group["fused"] and shard is not None and shard.copies > 1:
+            raise ValueError(
+                f"fused=True updates rows before the gradients of the {shard.copies} copies of a sharded table are "
+                "averaged: use fused=False, or replica = 1"
+            )
         if parameter.dtype in EIGHT_BIT_DTYPES and not group["fused"]:
             raise ValueError(f"a table in {parameter.dtype} has no gradient: pass fused=True, which needs none")
         if parameter.dtype in EIGHT_BIT_DTYPES and row_updates.is_shared(parameter):

@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 from peerlm.ops import api, row_updates
 from peerlm.ops.padded_rows import padded_ids
 from peerlm.ops.row_formats import EIGHT_BIT_DTYPES
+from peerlm.ops.row_keeping import keeper_of, rows_change
 from peerlm.ops.row_shards import shard_of
 from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.ops.watched import raw
@@ -238,6 +239,7 @@ class RowAdamW(torch.optim.Optimizer):
         table = self._table(parameter)
         ids, gradient, update = _row_gradient(parameter, _kernels(table))
         self._catch_up_rows(parameter, ids)
+        rows_change(parameter, ids)
         if ids is None and _is_plain(parameter, state) and not capturing(parameter.device):
             self._age_moments(state)
             with torch._C.DisableTorchFunctionSubclass():
@@ -269,6 +271,7 @@ class RowAdamW(torch.optim.Optimizer):
         table, step = self._fused_update(parameter)
         ids, gradient, update = _row_gradient(parameter, _kernels(table))
         self._catch_up_rows(parameter, ids)
+        rows_change(parameter, ids)
         update(table, ids, gradient, step)
         parameter.grad = None
 
@@ -308,7 +311,10 @@ class RowAdamW(torch.optim.Optimizer):
             seen = torch.zeros(now - history.start + 1, dtype=torch.bool)
             seen[weights_step[ids_U].cpu().long() - history.start] = True
             rules = catch_up_rules(history, seen.nonzero().flatten() + history.start, state["beta1"], state["beta2"])
-            kernels.catch_up_rows(table, ids_U, rules, self._row_step(parameter, group, now))
+            keeper = keeper_of(parameter)
+            for part in [ids_U] if keeper is None else keeper.parts(ids_U):
+                rows_change(parameter, part)
+                kernels.catch_up_rows(table, part, rules, self._row_step(parameter, group, now))
         if ids is None:
             keep_history(state, RateHistory.empty(now))
 
@@ -422,6 +428,7 @@ class RowAdamW(torch.optim.Optimizer):
             if (now["beta1"] == 0) != (state["beta1"] == 0):
                 raise ValueError(f"beta1 cannot change from {state['beta1']} to {now['beta1']} during training")
             self._catch_up_rows(parameter, None)
+            rows_change(parameter, None)
             self._age_moments(state)
             state.update(now)
         return state

@@ -1,6 +1,7 @@
 """The state of an optimizer in a file beside its model, and the updates that the model's stale rows still need."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peerlm.files import write_json
+from peerlm.ops.row_keeping import keeper_of, rows_stay
 from peerlm.ops.row_updates import scales_of
 from peerlm.optim.row_adamw import RowAdamW
-from peerlm.optim.table_state import row_wise_of
+from peerlm.optim.table_state import PER_ROW, row_wise_of
 
 STALE = "stale_rows"
 """The field of a saved model's configuration that says so."""
@@ -24,6 +26,8 @@ So is, as KEY "name", the name that the parameter has in the model. The metadata
 several in any order.
 """
 _NAME = "name"
+TABLES = "tables.json"
+"""A file of a checkpoint whose tables, with what the optimizer keeps of their rows, are in files elsewhere."""
 
 State = dict[int, dict[str, Any]]
 """What an optimizer remembers, by the number of the parameter over its groups."""
@@ -37,14 +41,20 @@ def save_state(optimizer: Optimizer, folder: Path, model: nn.Module) -> bool:
     path_of = {id(parameter): path for path, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: State = {
-        index: {**entries, _NAME: path_of.get(id(parameters[index]))}
+        index: {**_of_checkpoint(entries, parameters[index]), _NAME: path_of.get(id(parameters[index]))}
         for index, entries in sorted(optimizer.state_dict()["state"].items())
     }
     flat = {f"{index}.{key}": value for index, entries in state.items() for key, value in entries.items()}
     tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, Tensor)}
     values = {name: value for name, value in flat.items() if name not in tensors}
     save_file(tensors, folder / FILE, metadata={"values": json.dumps(values)})
-    return any(_owes_updates(entries) for entries in state.values())
+    return any(owes_updates(entries) for entries in optimizer.state_dict()["state"].values())
+
+
+def _of_checkpoint(entries: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """What a checkpoint has of a parameter's state: not what stays in files."""
+    stays = rows_stay() and keeper_of(parameter) is not None
+    return {name: value for name, value in entries.items() if not (stays and name in PER_ROW)}
 
 
 def load_state(optimizer: Optimizer, folder: Path) -> None:
@@ -84,9 +94,9 @@ def catch_up_saved(model: nn.Module, folder: Path, prefix: str = "") -> None:
     Raises:
         ValueError: the state is of another model, or of an earlier version of peerlm, or rows are not in memory.
     """
-    parameters = dict(model.named_parameters())
+    states = {}
     for saved in read_state(folder).values():
-        if not _owes_updates(saved):
+        if not owes_updates(saved):
             continue
         name = saved.get(_NAME)
         if name is None:
@@ -94,10 +104,18 @@ def catch_up_saved(model: nn.Module, folder: Path, prefix: str = "") -> None:
                 f"{folder / FILE}, of another version of peerlm, does not name the tables whose rows are stale: "
                 "resume its run, which saves them again"
             )
+        states[name] = saved
+    catch_up_tables(model, states, folder, prefix)
+
+
+def catch_up_tables(model: nn.Module, states: Mapping[str, dict[str, Any]], folder: Path, prefix: str = "") -> None:
+    """As `catch_up_saved`, by states of tables that owe updates, by the names of these in the saved model."""
+    parameters = dict(model.named_parameters())
+    for name, saved in states.items():
         known_as = (name, name.removeprefix(prefix), prefix + name)
         table = next((parameters[each] for each in known_as if each in parameters), None)
         if table is None:
-            raise ValueError(f"{folder / FILE} has the state of a table {name}, which the model does not have")
+            raise ValueError(f"{folder} has the state of a table {name}, which the model does not have")
         if table.is_meta:
             raise ValueError(f"rows of {name} are stale in {folder}, and cannot be updated on a disk: load them whole")
         scales = scales_of(table)
@@ -114,7 +132,8 @@ def mark_stale(folder: Path) -> None:
         write_json(path, json.loads(path.read_text(encoding="utf-8")) | {STALE: True})
 
 
-def _owes_updates(saved: dict[str, Any]) -> bool:
+def owes_updates(saved: dict[str, Any]) -> bool:
+    """Whether rows of the table of this state are stale."""
     return saved.get("weights_step") is not None and saved["history_start"] != saved["step"]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peerlm.ops.row_keeping import keeper_of, new_row_state, rows_stay
 from peerlm.optim.catch_up import RateHistory
 from peerlm.optim.row_step import arithmetic_dtype
 
@@ -47,15 +48,15 @@ def new_state(parameter: Tensor, group: dict[str, Any]) -> State:
     state_dtype = torch.bfloat16 if group["state_dtype"] == torch.bfloat16 else dtype
     state: State = {"step": 0, **rates_of_decay(group)}
     if group["betas"][0] > 0:
-        state["exp_avg"] = torch.zeros_like(parameter, dtype=state_dtype, memory_format=torch.contiguous_format)
+        state["exp_avg"] = new_row_state(parameter, "exp_avg", parameter.shape, state_dtype)
     if group["row_wise"]:
         shape = second_moments(parameter, group["row_wise"])
-        state["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=parameter.device)
+        state["exp_avg_sq"] = new_row_state(parameter, "exp_avg_sq", shape, dtype)
     else:
-        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=state_dtype, memory_format=torch.contiguous_format)
+        state["exp_avg_sq"] = new_row_state(parameter, "exp_avg_sq", parameter.shape, state_dtype)
     if not group["lazy"]:
         for name in ("moments_step", "weights_step"):
-            state[name] = torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device)
+            state[name] = new_row_state(parameter, name, parameter.shape[:1], torch.int32)
         keep_history(state, RateHistory.empty(0))
     return state
 
@@ -63,6 +64,10 @@ def new_state(parameter: Tensor, group: dict[str, Any]) -> State:
 def loaded_state(parameter: Tensor, group: dict[str, Any], saved: State) -> State:
     """What was saved of a table, on its device; raises ValueError where it does not fit the group's settings."""
     expected = new_state(torch.empty_like(parameter, device="meta"), group)
+    keeper = keeper_of(parameter)
+    if keeper is not None and rows_stay():
+        kept = {name: keeper.kept_state(name) for name in PER_ROW if name in expected}
+        saved = saved | {name: value for name, value in kept.items() if value is not None}
     for name, value in expected.items():
         if name not in saved and not isinstance(value, Tensor):
             raise ValueError(f"the saved state of a table lacks {name!r}: another version of peerlm has written it")
@@ -72,6 +77,11 @@ def loaded_state(parameter: Tensor, group: dict[str, Any], saved: State) -> Stat
                 shape = None if found is None else tuple(found.shape)
                 raise ValueError(f"the saved {name!r} of a table has shape {shape}, not {tuple(value.shape)}")
     on_cpu = ("learning_rates", "log_keep")
+    if keeper is not None and not rows_stay():
+        found = {
+            name: keeper.new_state(name, saved[name].shape, saved[name].dtype) for name in PER_ROW if name in saved
+        }
+        saved = saved | {name: value.copy_(saved[name]) for name, value in found.items()}
     return {
         name: value.to(parameter.device) if isinstance(value, Tensor) and name not in on_cpu else value
         for name, value in saved.items()

@@ -1,5 +1,22 @@
-"""Make, save, load, unload and choose packs of experts."""
+"""Make, save, load, unload and choose packs of experts.
 
+The contract, for whoever serves models with packs. It is the same for models with PEER layers, whose experts a pack
+joins, and for all other causal models of transformers, beside whose feed-forward layers a pack is put:
+
+- `load_pack(model, folder, name)` adds a frozen pack between two forward passes, and returns its name. A folder that
+  was made for other weights is refused, and nothing is changed. No weight of the model is touched, no module is
+  replaced; modules and hooks are added. `unload_pack(model, name)` takes them away: the output has the bits it had.
+- `loaded_packs(model)` are the names. All loaded packs count for all sequences, unless `choose_packs(model, names)` is
+  entered: then each sequence of a batch (the first dimension of hidden states) has the packs of its own list. A
+  sequence with an empty list has the bits that it has in the same batch without any pack.
+- Packs hold no state between forward passes, so that caches of keys and values may be cut, copied and joined. Cached
+  keys and values were made with the packs of their time: a sequence keeps its packs as long as it keeps its cache.
+- Choices and packs belong to a model, not to a thread: forward passes of one model with different choices follow each
+  other.
+- `state_dict`, `save_pretrained` and the model's hash leave packs out.
+"""
+
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +32,12 @@ from peerlm.growth.new_experts import check_new_sub_keys, new_sub_keys
 from peerlm.layers import PEER
 from peerlm.layers.product_keys import sub_keys_per_half
 from peerlm.layers.row_memory import empty_rows
-from peerlm.packs.base_hash import base_hash
+from peerlm.packs import plain
+from peerlm.packs.base_hash import base_hash, own_peer_layers
+from peerlm.packs.beside import PackBeside, PacksBeside
+from peerlm.packs.choice import CHOICES, check_batch, chosen_at
 from peerlm.packs.files import PackManifest, check_pack_name, read_manifest, read_tensors, write_pack
-from peerlm.packs.layer import CHOICES, LayerPacks, Pack
+from peerlm.packs.layer import LayerPacks, Pack
 
 ROW_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,21 +54,27 @@ def new_pack(
     queries: Mapping[str, Tensor] | None = None,
     noise: float = 0.1,
     row_format: str = "float32",
+    settings: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Give a model a new pack to be trained: experts that are retrieved together with its own.
+    """Give a model a new pack to be trained: experts that are retrieved together with its own, or beside its layers.
 
-    Vectors u (and g) are as at initialisation, v are zero. Its experts take places of others from the start, so that
-    the output changes a little. The model's own parameters are not frozen by this. Where they are, which for a query
-    norm of kind "batch" includes its statistics, gradients are those of the pack alone.
+    Vectors u (and g) are as at initialisation, v are zero. In a model with PEER layers its experts take places of
+    others from the start, so that the output changes a little. In any other model it has indices of its own beside
+    feed-forward layers, and changes nothing before it is trained; its gates are open (`peerlm.packs.fit`). The
+    model's own parameters are not frozen by this. Where they are, which for a query norm of kind "batch" includes its
+    statistics, gradients are those of the pack alone.
 
     Args:
-        model: a PEER layer, or a model with such layers.
+        model: a PEER layer, a model with such layers, or a model of transformers with dense feed-forward layers.
         name: letters, digits, _ and -.
-        num_experts: of each layer, a square number; it need not be as large as experts_per_head.
-        layers: paths of PEER layers, such as "model.layers.1.ffw"; None for all.
-        keys, usage, queries, noise: what sub-keys start as, as in `peerlm.growth.grow`.
+        num_experts: of each layer, a square number; it need not be as large as experts_per_head of the model's layers.
+        layers: paths of PEER layers, such as "model.layers.1.ffw", None for all; or of feed-forward layers, None for
+            the upper quarter.
+        keys, usage, queries, noise: what sub-keys start as, as in `peerlm.growth.grow`; of PEER layers alone.
         row_format: "float32" (torch's default dtype where that is another), or "bfloat16".
+        settings: of the pack's own PEER layers, beside feed-forward layers alone; what is left out is as in
+            `peerlm.packs.beside.DEFAULTS`.
         seed: of what is random; the global generator is not used.
 
     Returns:
@@ -62,9 +88,20 @@ def new_pack(
     n = sub_keys_per_half(num_experts, 1)
     if row_format not in ROW_FORMATS:
         raise ValueError(f"row_format is {row_format!r}; a pack is trained, so choose one of {', '.join(ROW_FORMATS)}")
+    generator = torch.Generator().manual_seed(seed)
+    if not own_peer_layers(model):
+        if keys != "random" or usage is not None or queries is not None:
+            raise ValueError(
+                f"keys is {keys!r}; {type(model).__name__} has no PEER layer whose sub-keys a pack could be put near: "
+                "leave out keys, usage and queries"
+            )
+        beside = plain.make(model, num_experts, layers, settings or {}, row_format, generator)
+        plain.put(model, name, beside)
+        return list(beside)
+    if settings is not None:
+        raise ValueError("settings are of packs beside feed-forward layers; this model's PEER layers have their own")
     dtype = torch.get_default_dtype() if row_format == "float32" else ROW_FORMATS[row_format]
     chosen = _layers_named(model, layers)
-    generator = torch.Generator().manual_seed(seed)
     made = {}
     for path, layer in chosen.items():
         indexed, experts = IndexedLayer(name=path, module=layer), layer.experts
@@ -79,7 +116,7 @@ def new_pack(
 
 
 def pack_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """What training of a pack updates: the sub-keys and rows of each of its layers.
+    """What training of a pack updates: the sub-keys and rows of each of its layers, and query maps of its own.
 
     `peerlm.optim.parameter_groups` finds them in the model, in the groups "keys" and "table", where they require
     gradients: those of `new_pack` do, those of `load_pack` do not until `requires_grad_(True)`.
@@ -117,10 +154,15 @@ def save_pack(
         ValueError: no such pack is loaded, the folder holds something else, or JSON cannot say it.
     """
     packs = _packs(model, name)
-    tensors = {}
-    for path, pack in packs.items():
-        tensors[f"{path}.sub_keys".lstrip(".")] = pack.sub_keys.detach().cpu().contiguous()
-        tensors[f"{path}.rows".lstrip(".")] = pack.table.read().detach().cpu().clone()
+    tensors = {
+        f"{path}.{part}".lstrip("."): tensor for path, pack in packs.items() for part, tensor in pack.tensors().items()
+    }
+    one = next(iter(packs.values()))
+    beside: dict[str, Any] = {}
+    if isinstance(one, PackBeside):
+        found = plain.holders(model)
+        first = {path: reads for path in packs if (reads := found[path].first) is not None}
+        beside = {"settings": one.settings, "first": first or None}
     return write_pack(
         Path(folder),
         tensors,
@@ -128,17 +170,18 @@ def save_pack(
         base=base_hash(model),
         architecture=type(model).__name__,
         layers={path: pack.size for path, pack in packs.items()},
-        dtype=str(next(iter(packs.values())).table.dtype).removeprefix("torch."),
+        dtype=str(one.table.dtype).removeprefix("torch."),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         licence=licence,
         data=data,
         metrics=None if metrics is None else dict(metrics),
+        **beside,
     )
 
 
 @torch.no_grad()
 def load_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> str:
-    """Load a pack beside a model's own experts and other packs, frozen; the order of loading does not matter.
+    """Load a pack into a model, beside other packs, frozen; the order of loading does not matter.
 
     Args:
         model: the one that the pack was trained on: the same weights, in the same format.
@@ -162,6 +205,11 @@ def load_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> 
             f"is {found[:12]}: load that model in the same format, or train a new pack"
         )
     tensors = read_tensors(folder, manifest)
+    if manifest.settings is not None:
+        beside = plain.read(model, folder, manifest, tensors)
+        _check_all_known(folder, tensors)
+        plain.put(model, name, beside)
+        return name
     layers = _peer_layers(model)
     made = {}
     for path, count in manifest.layers.items():
@@ -179,8 +227,7 @@ def load_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> 
                 )
             parts[part] = tensor.to(index.sub_keys.device)
         made[path] = Pack(parts["sub_keys"], experts.like(parts["rows"], trained=False), trained=False)
-    if tensors:
-        raise UserError(f"the pack in {folder} has unknown tensors, such as {min(tensors)!r}; restore it")
+    _check_all_known(folder, tensors)
     _put({path: layers[path] for path in made}, name, made)
     return name
 
@@ -192,10 +239,13 @@ def unload_pack(model: nn.Module, name: str) -> None:
         ValueError: no such pack is loaded, or `choose_packs` names it now.
     """
     packs = _packs(model, name)
-    layers = _peer_layers(model)
-    for layer in layers.values():
-        if any(name in chosen for chosen in CHOICES.get(layer.product_keys, ())):
+    for place in _places(model):
+        if any(name in chosen for chosen in CHOICES.get(place, ())):
             raise ValueError(f"choose_packs names the pack {name!r} now; unload it after the with block")
+    if isinstance(next(iter(packs.values())), PackBeside):
+        plain.take(model, name)
+        return
+    layers = own_peer_layers(model)
     for path in packs:
         layer = layers[path]
         layer.packs.take(name)
@@ -205,7 +255,7 @@ def unload_pack(model: nn.Module, name: str) -> None:
 
 def loaded_packs(model: nn.Module) -> list[str]:
     """The names of the packs that are loaded, sorted."""
-    found = (module.by_name() for module in model.modules() if isinstance(module, LayerPacks))
+    found = (module.by_name() for module in model.modules() if isinstance(module, LayerPacks | PacksBeside))
     return sorted({name for packs in found for name in packs})
 
 
@@ -233,21 +283,29 @@ def choose_packs(model: nn.Module, names: Sequence[Sequence[str]]) -> Iterator[N
     for name in sorted({name for each in choice for name in each}):
         if name not in known:
             raise ValueError(_not_loaded(name, known))
-    indices = [layer.product_keys for layer in _peer_layers(model).values()]
-    before = {index: CHOICES.get(index) for index in indices}
-    CHOICES.update(dict.fromkeys(indices, choice))
+    names_of = list(inspect.signature(model.forward).parameters)
+
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(names_of, args, strict=False)) | kwargs
+        for each in (given.get("input_ids"), given.get("inputs_embeds")):  # layers may be given tokens in one row
+            if isinstance(each, Tensor):
+                check_batch(each.shape[0], choice)
+
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)
     try:
-        yield
+        with chosen_at(_places(model), choice):
+            yield
     finally:
-        for index, earlier in before.items():
-            if earlier is None:
-                CHOICES.pop(index, None)
-            else:
-                CHOICES[index] = earlier
+        handle.remove()
+
+
+def _places(model: nn.Module) -> list[nn.Module]:
+    """What choices are looked up by: the indices of PEER layers, and what holds packs beside feed-forward layers."""
+    return [*(layer.product_keys for layer in own_peer_layers(model).values()), *plain.holders(model).values()]
 
 
 def _peer_layers(model: nn.Module) -> dict[str, PEER]:
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, PEER)}
+    layers = own_peer_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no PEER layer, and packs are experts of such layers")
     return layers
@@ -265,16 +323,19 @@ def _layers_named(model: nn.Module, paths: Sequence[str] | None) -> dict[str, PE
     return {path: layer for path, layer in layers.items() if path in paths}
 
 
-def _packs(model: nn.Module, name: str) -> dict[str, Pack]:
+def _packs(model: nn.Module, name: str) -> dict[str, Pack | PackBeside]:
     """The parts of a pack by the paths of their layers."""
-    found = {
-        path: layer.packs.by_name()[name]
-        for path, layer in _peer_layers(model).items()
-        if layer.packs is not None and name in layer.packs.by_name()
-    }
+    held = {path: layer.packs for path, layer in own_peer_layers(model).items() if layer.packs is not None}
+    held |= plain.holders(model)
+    found = {path: packs.by_name()[name] for path, packs in held.items() if name in packs.by_name()}
     if not found:
         raise ValueError(_not_loaded(name, loaded_packs(model)))
     return found
+
+
+def _check_all_known(folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    if tensors:
+        raise UserError(f"the pack in {folder} has unknown tensors, such as {min(tensors)!r}; restore it")
 
 
 def _not_loaded(name: str, known: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from peerlm.layers import PEER
 from peerlm.ops.row_updates import is_watched
+from peerlm.packs.beside import PacksBeside
 
 _CHUNK_BYTES = 2**26
 _digests = WeakIdKeyDictionary()
@@ -26,10 +27,19 @@ def base_hash(model: nn.Module) -> str:
     for name in sorted(state):
         tensor = state[name]
         whole.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), _digest(tensor)]).encode())
-    for name, layer in model.named_modules():
-        if isinstance(layer, PEER):
-            whole.update(json.dumps([name, *_settings(layer)]).encode())
+    for name, layer in own_peer_layers(model).items():
+        whole.update(json.dumps([name, *_settings(layer)]).encode())
     return whole.hexdigest()
+
+
+def own_peer_layers(model: nn.Module) -> dict[str, PEER]:
+    """The PEER layers of the model itself by their paths, without those of packs."""
+    packs = [path for path, module in model.named_modules() if isinstance(module, PacksBeside)]
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, PEER) and not any(path.startswith(f"{each}.") for each in packs)
+    }
 
 
 def _settings(layer: PEER) -> tuple[object, ...]:

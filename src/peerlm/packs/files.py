@@ -20,7 +20,9 @@ from peerlm.files import PARTIAL, remove_partials, write_bytes, write_json
 MANIFEST = "manifest.json"
 _WEIGHTS = "pack-*.safetensors"
 _FORMAT = "peerlm pack"
-_VERSION = 1
+_VERSIONS = (1, 2)
+_BESIDE = ("settings", "first")
+"""Fields that version 1 does not have."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -35,7 +37,8 @@ class PackManifest:
     architecture: str
     """The class of that model, for people."""
     layers: dict[str, int]
-    """The PEER layers that it adds experts to, by their paths, and how many."""
+    """The layers that it adds experts to, by their paths, and how many: PEER layers, or feed-forward layers of a model
+    without experts."""
     dtype: str
     """Of the rows."""
     parameters: int
@@ -50,6 +53,10 @@ class PackManifest:
     """The file of its tensors, beside the manifest."""
     sha256: str
     """Of that file."""
+    settings: dict[str, Any] | None = None
+    """Of a pack for a model without experts: those of its PEER layers; None where the layers are the model's."""
+    first: dict[str, str] | None = None
+    """Of feed-forward layers that are spread over their blocks: the path of the map that reads, by their path."""
 
 
 def check_pack_name(name: str) -> None:
@@ -80,7 +87,10 @@ def write_pack(folder: Path, tensors: Mapping[str, Tensor], **facts: Any) -> Pac
     manifest = PackManifest(weights=_WEIGHTS.replace("*", digest[:16]), sha256=digest, **facts)
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / manifest.weights, content)
-    write_json(folder / MANIFEST, {"format": _FORMAT, "version": _VERSION, **asdict(manifest)})
+    values = asdict(manifest)
+    beside = {field: values.pop(field) for field in _BESIDE}
+    new = beside["settings"] is not None  # an older peerlm reads what has nothing new
+    write_json(folder / MANIFEST, {"format": _FORMAT, "version": 2 if new else 1, **values, **(beside if new else {})})
     remove_partials(folder)
     for path in folder.glob(_WEIGHTS):
         if path.name != manifest.weights:
@@ -119,8 +129,10 @@ def read_manifest(folder: str | Path) -> PackManifest:
     if values.pop("format", None) != _FORMAT:
         raise UserError(f"{path} is not that of a pack; name a folder that save_pack wrote")
     version = values.pop("version", None)
-    if version != _VERSION:
-        raise UserError(f"{path} has version {version!r}, and this peerlm reads {_VERSION}; install a newer peerlm")
+    if version not in _VERSIONS:
+        raise UserError(
+            f"{path} has version {version!r}, and this peerlm reads {_VERSIONS[-1]}; install a newer peerlm"
+        )
     try:
         manifest = PackManifest(**values)
         check_pack_name(manifest.name)
@@ -129,6 +141,8 @@ def read_manifest(folder: str | Path) -> PackManifest:
     for name, right in (
         ("base", isinstance(manifest.base, str)),
         ("layers", isinstance(manifest.layers, dict) and bool(manifest.layers)),
+        ("settings", manifest.settings is None or isinstance(manifest.settings, dict)),
+        ("first", manifest.first is None or isinstance(manifest.first, dict)),
         (
             "weights",
             isinstance(manifest.weights, str) and re.fullmatch(r"pack-[0-9a-f]{16}\.safetensors", manifest.weights),

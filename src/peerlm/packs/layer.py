@@ -3,18 +3,14 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from peerlm.layers import ExpertTable, ProductKeys, Table
 from peerlm.ops.functions import WEIGHTINGS
+from peerlm.packs.choice import tokens_of
 from peerlm.packs.search import Candidates, Searched, best_of_union, search_packs
-
-Choice = tuple[tuple[str, ...], ...]
-CHOICES: WeakKeyDictionary[nn.Module, Choice] = WeakKeyDictionary()
-"""The packs of each sequence of a batch, by the index of the layer; no entry: all packs for all sequences."""
 
 
 class Pack(nn.Module):
@@ -40,6 +36,13 @@ class Pack(nn.Module):
     def size(self) -> int:
         """Experts."""
         return self.table.num_rows
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file has of it, by name."""
+        return {
+            "sub_keys": self.sub_keys.detach().cpu().contiguous(),
+            "rows": self.table.read().detach().cpu().clone(),
+        }
 
 
 class LayerPacks(nn.Module):
@@ -82,7 +85,7 @@ class LayerPacks(nn.Module):
         """Weights and ids in the union, (..., heads, experts_per_head) each, as `ProductKeys` gives them."""
         self.own_experts = index.num_experts  # the layer may have grown
         packs = self.by_name()
-        active, allowed = self._chosen(x, index, list(packs))
+        active, allowed = tokens_of(index, x, list(packs))
         query_THX = index.query(x, mask).reshape(-1, index.heads, index.key_dim)
         shape = (*x.shape[:-1], index.heads, index.experts_per_head)
         if not active:
@@ -122,23 +125,6 @@ class LayerPacks(nn.Module):
             y_TD = _add_part(y_TD, table, x_TD, weights_TP, ids_TP - first, inside_TP)
         assert y_TD is not None
         return y_TD
-
-    def _chosen(self, x: Tensor, index: ProductKeys, names: list[str]) -> tuple[list[str], list[Tensor | None]]:
-        """The packs that any sequence has, and for which tokens each of them counts, (T,) bool or None for all."""
-        choice = CHOICES.get(index)
-        if choice is None:
-            return names, [None] * len(names)
-        if x.shape[0] % len(choice):
-            raise ValueError(
-                f"choose_packs has {len(choice)} lists, but the batch has {x.shape[0]} sequences; give one for each"
-            )
-        active = [name for name in names if any(name in chosen for chosen in choice)]
-        allowed: list[Tensor | None] = []
-        for name in active:
-            has = [name in chosen for chosen in choice]
-            of_tokens = torch.tensor(has, device=x.device).repeat_interleave(x.shape[:-1].numel() // len(choice))
-            allowed.append(None if all(has) else of_tokens)
-        return active, allowed
 
     def _first_ids(self, packs: Mapping[str, Pack]) -> dict[str, int]:
         ends = itertools.accumulate((pack.size for pack in packs.values()), initial=self.own_experts)

@@ -24,7 +24,10 @@ class RowOwners:
         """Of all ranks' retrievals (T, P) those of this rank's experts: weights (E,) and their numbers here, (E,)."""
         place = self.table.place
         tokens = place.all.most(len(weights))
-        everyone = [place.rows.gather(place.cols.gather(padded(each, tokens, -1))) for each in (weights, expert_ids)]
+        axes = (place.cols, place.rows, place.replica)  # a copy of the table counts the tokens of all copies
+        everyone = [padded(each, tokens, -1) for each in (weights, expert_ids)]
+        for axis in axes:
+            everyone = [axis.gather(each) for each in everyone]
         local = self.table.local(everyone[1])
         mine = local >= 0
         return everyone[0][mine], local[mine]

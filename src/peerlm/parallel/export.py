@@ -6,23 +6,27 @@ first file.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from peerlm.files import sync, write_json
+from peerlm.files import require_space, sync, write_json
+from peerlm.layers.mapped.table import MappedTable, mapped_tables
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.ops.row_keeping import rows_stay_in_files
+from peerlm.ops.tensor_files import head_of
 from peerlm.ops.watched import raw
 from peerlm.optim.saved import STALE
 from peerlm.parallel.models import build
 from peerlm.parallel.states import model_entries
-from peerlm.parallel.storage import DTYPES, SafetensorsReader, read_shards
+from peerlm.parallel.storage import INDEX, SafetensorsReader, num_bytes, read_shards
 from peerlm.parallel.table import ShardedTable, sharded_tables
 from peerlm.ranks import ALONE, Ranks
 
@@ -54,27 +58,62 @@ def write_pretrained(model: Any, folder: Path, *, ranks: Ranks) -> None:
         table.catch_up()
     parts = dict(_parts(tables))
     rest = {}
-    for name, entry in model_entries(model).items():
+    entries = model_entries(model)
+    with ranks.together():
+        if ranks.is_main:
+            require_space(folder, num_bytes(entries))
+    for name, entry in entries.items():
         if name not in parts:
             whole: Any = entry.full_tensor() if hasattr(entry, "full_tensor") else entry
             if ranks.is_main:
                 rest[name] = whole.cpu()
-    count = 1 + len(parts)
-    files = {name: f"model-{number:05d}-of-{count:05d}.safetensors" for number, name in enumerate(parts, start=2)}
+    files = _file_names(parts)
     with ranks.together():
         if ranks.is_main:
             model.save_pretrained(folder, state_dict=rest, max_shard_size="1000TB")
-            first = f"model-00001-of-{count:05d}.safetensors"
-            (folder / _SINGLE).rename(folder / first)
-            with safe_open(folder / first, framework="pt") as file:
-                saved = list(file.keys())
-            size = (folder / first).stat().st_size
             for name, file_name in files.items():
-                size += _begin(folder / file_name, name, parts[name])
-            weights = dict.fromkeys(saved, first) | files
-            write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weights})
+                _begin(folder / file_name, name, parts[name])
+            _index(folder, files)
     for name, file_name in files.items():
         _fill(folder / file_name, *parts[name], ranks=ranks)
+
+
+def write_mapped(model: Any, folder: Path) -> None:
+    """Write a model whose tables are in mapped files for `from_pretrained`, into a folder that is there.
+
+    Files of tables are linked, not copied, where they are on the same disk: the tables must not be trained afterwards.
+    """
+    tables = mapped_tables(model)
+    parts: dict[str, tuple[MappedTable, str, Tensor]] = {}
+    for path, table in tables.items():
+        table.catch_up()
+        parts[f"{path}.rows"] = (table, "rows", raw(table.rows))
+        if table.scales is not None:
+            parts[f"{path}.scales"] = (table, "scales", table.scales)
+    files = _file_names(parts)
+    with rows_stay_in_files():
+        model.save_pretrained(folder, max_shard_size="1000TB")
+    for name, (table, kind, tensor) in parts.items():
+        if not table.link(folder / files[name], kind, name):
+            save_file({name: tensor}, folder / files[name], metadata={"format": "pt"})
+    _index(folder, files)
+
+
+def _file_names(names: Collection[str]) -> dict[str, str]:
+    """A file for each of these tensors, beside the one with all others."""
+    count = 1 + len(names)
+    return {name: f"model-{number:05d}-of-{count:05d}.safetensors" for number, name in enumerate(names, start=2)}
+
+
+def _index(folder: Path, files: dict[str, str]) -> None:
+    """Let a folder with a model but for these tensors say where all are."""
+    first = f"model-00001-of-{1 + len(files):05d}.safetensors"
+    (folder / _SINGLE).rename(folder / first)
+    with safe_open(folder / first, framework="pt") as file:
+        saved = list(file.keys())
+    size = sum((folder / name).stat().st_size for name in (first, *files.values()))
+    weights = dict.fromkeys(saved, first) | files
+    write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weights})
 
 
 def from_pretrained(folder: str | Path, mesh: DeviceMesh, *, dense: str = "shard") -> PeerForCausalLM:
@@ -91,6 +130,10 @@ def from_pretrained(folder: str | Path, mesh: DeviceMesh, *, dense: str = "shard
         ValueError: the folder has another model, or not all of its weights, or stale rows.
     """
     folder = Path(folder)
+    if (folder / INDEX).is_file():
+        raise ValueError(
+            f"{folder} is a checkpoint in shards, whose rows may be stale: resume its run, whose model/ is loaded"
+        )
     config = PeerConfig.from_pretrained(folder)
     if getattr(config, STALE, False):
         raise ValueError(
@@ -140,27 +183,22 @@ def _num_bytes(table: ShardedTable, local: Tensor) -> int:
     return torch.Size(_shape(table, local)).numel() * local.element_size()
 
 
-def _begin(path: Path, name: str, part: tuple[ShardedTable, Tensor]) -> int:
-    """Write the head of a safetensors file for one tensor, which the ranks fill; returns its size in bytes."""
-    size = _num_bytes(*part)
-    dtype = next(word for word, dtype in DTYPES.items() if dtype == part[1].dtype)
-    entry = {"dtype": dtype, "shape": _shape(*part), "data_offsets": [0, size]}
-    head = {"__metadata__": {"format": "pt"}, name: entry}
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)
+def _begin(path: Path, name: str, part: tuple[ShardedTable, Tensor]) -> None:
+    """Write the head of a safetensors file for one tensor, which the ranks fill."""
+    head = head_of(name, _shape(*part), part[1].dtype)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + size)
+        file.write(head)
+        file.truncate(len(head) + _num_bytes(*part))
         sync(path)
-    return size
 
 
 def _fill(path: Path, table: ShardedTable, local: Tensor, *, ranks: Ranks) -> None:
     """Write this rank's rows into the file of their tensor; all ranks raise where any cannot."""
     begin = path.stat().st_size - _num_bytes(table, local)
     failure: OSError | None = None
+    blocks = _blocks(table, local) if table.place.replica.rank == 0 else ()
     with path.open("r+b", buffering=0) as file:
-        for offset, rows in _blocks(table, local):  # to its end, for other ranks wait for this one's columns
+        for offset, rows in blocks:  # to its end, for other ranks wait for this one's columns
             try:
                 if failure is None:
                     _write_at(file.fileno(), rows, begin + offset)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 _RANKS = "_peerlm_ranks"
+_COPIES = "_peerlm_copies"
 NAMES = ("replica", "cols", "rows")
 """Dimensions of the mesh, the innermost last: ranks along "rows" are neighbours, within one node."""
 
@@ -39,6 +40,7 @@ def mesh(
         device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
     made = init_device_mesh(device_type, (replica, cols, rows), mesh_dim_names=NAMES)
     setattr(made, _RANKS, init_device_mesh(device_type, (world,), mesh_dim_names=("ranks",)))
+    setattr(made, _COPIES, _copies(made))
     return made
 
 
@@ -46,3 +48,14 @@ def all_ranks(mesh: DeviceMesh) -> DeviceMesh:
     """All ranks of a mesh as one dimension, "ranks", over which FSDP2 cuts what is not a table."""
     found: DeviceMesh | None = getattr(mesh, _RANKS, None)
     return found or init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("ranks",))
+
+
+def copy_group(mesh: DeviceMesh) -> "dist.ProcessGroup":
+    """The ranks that hold one copy of the tables, of which this is one."""
+    copies: DeviceMesh = getattr(mesh, _COPIES, None) or _copies(mesh)
+    return copies.get_group("copy")
+
+
+def _copies(mesh: DeviceMesh) -> DeviceMesh:
+    replica, cols, rows = mesh.shape
+    return init_device_mesh(mesh.device_type, (replica, cols * rows), mesh_dim_names=("copies", "copy"))

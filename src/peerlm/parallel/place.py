@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from peerlm.ops.tensors import has_values
-from peerlm.parallel.meshes import NAMES
+from peerlm.parallel.meshes import NAMES, copy_group
 
 
 @dataclass
@@ -70,7 +70,11 @@ class Place:
 
     mesh: DeviceMesh
     world: int
-    """Ranks of the mesh, each with tokens of its own."""
+    """Ranks with a copy of the tables between them, each with tokens of its own."""
+    copy: "dist.ProcessGroup"
+    """These ranks."""
+    replica: Axis
+    """Ranks with the same part of the tables, whose gradients are averaged."""
     rows: Axis
     cols: Axis
     all: Axis
@@ -86,17 +90,13 @@ class Place:
         """Where this rank is in a mesh of `peerlm.parallel.mesh`; every rank must call it.
 
         Raises:
-            ValueError: a mesh of other dimensions, or with copies of the tables.
+            ValueError: a mesh of other dimensions.
         """
         if mesh.mesh_dim_names != NAMES:
             raise ValueError(
                 f"the mesh has dimensions {mesh.mesh_dim_names}, not {NAMES}: make it by peerlm.parallel.mesh"
             )
         replica, cols, rows = mesh.shape
-        if replica > 1:
-            raise ValueError(
-                f"replica = {replica}: gradients of copies of a sharded table are not exchanged; take replica = 1"
-            )
         traffic = Traffic()
         seed = torch.tensor(torch.initial_seed() % 2**63, dtype=torch.int64, device=mesh.device_type)
         dist.broadcast(seed, src=0)
@@ -119,7 +119,9 @@ class Place:
         )
         return cls(
             mesh=mesh,
-            world=mesh.size(),
+            world=cols * rows,
+            copy=copy_group(mesh),
+            replica=axis("replica", replica),
             rows=axis("rows", rows),
             cols=axis("cols", cols),
             all=everyone,

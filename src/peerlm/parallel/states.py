@@ -107,6 +107,25 @@ def load_states(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fill a model that is whole on this process with a checkpoint in shards; all rows are up to date afterwards.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or part of it is missing.
+        OSError: a file cannot be read.
+    """
+    reader = SafetensorsReader.of_shards(folder)
+    read_shards(reader, model_entries(model), group=None)
+    stale = {name: dict(kept) for name, kept in reader.values["optimizer"].items() if "history_start" in kept}
+    wanted: dict[str, Tensor] = {}
+    for entry, found in reader.tensors.items():
+        name, _, key = entry.removeprefix(_OPTIMIZER).rpartition(".")
+        if entry.startswith(_OPTIMIZER) and name in stale:
+            stale[name][key] = wanted[entry] = torch.empty(found.size, dtype=found.properties.dtype)
+    read_shards(reader, wanted, group=None)
+    saved.catch_up_tables(model, {name: kept for name, kept in stale.items() if saved.owes_updates(kept)}, folder)
+
+
 def reader_of(checkpoint: Path) -> SafetensorsReader:
     """A reader of a checkpoint's model and optimizer, be it in shards or in one file for each.
 

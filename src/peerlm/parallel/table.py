@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peerlm.layers.table import Index, Replaced, Table, plain_kind
-from peerlm.ops.row_formats import quantise
+from peerlm.layers.table import ROW_FORMATS, Index, Replaced, Table, plain_kind
+from peerlm.ops.row_formats import SCALED_DTYPES, quantise, widened
 from peerlm.ops.row_shards import RowShard, hold_shard
 from peerlm.ops.tensors import has_values
 from peerlm.parallel.columns import mix_columns
@@ -19,7 +19,7 @@ from peerlm.parallel.normal import keyed_normals
 from peerlm.parallel.place import Place
 from peerlm.ranks import inside_backward
 
-_NUMBERS_AT_ONCE = 1 << 22
+_NUMBERS_AT_ONCE = 1 << 18
 _local_states: ContextVar[bool] = ContextVar("local_states", default=False)
 
 
@@ -61,11 +61,12 @@ class ShardedTable(Table):
         pieces = self.pieces()
         column, _ = self.layout.columns(self.place.cols.rank)
         shard = RowShard(
-            group=self.place.all.group,
+            group=self.place.copy,
             firsts=torch.tensor([piece.local for piece in pieces] or [0]),
             shifts=torch.tensor([piece.first - piece.local for piece in pieces] or [0]),
             column=column,
             width=self.layout.width,
+            copies=self.place.replica.size,
         )
         hold_shard(self.rows, shard)
 
@@ -146,7 +147,9 @@ class ShardedTable(Table):
         count = self.place.all.most(ids.numel())
         local = self._on_all(ids.reshape(-1), count, counted=False)
         mine = local >= 0
-        size = (len(local), *self.rows.shape[1:]) if vector is None else (len(local), self.rows.shape[-1])
+        *vectors, whole = self.row_shape
+        width = whole // self.place.cols.size
+        size = (len(local), *vectors, width) if vector is None else (len(local), width)
         found = torch.zeros(size, dtype=torch.promote_types(self._wide_dtype, torch.float32), device=self.device)
         found[mine] = super().gather(local[mine], vector).to(found.dtype)
         found = (
@@ -190,10 +193,10 @@ class ShardedTable(Table):
         for begin, local, many in self._here(first, count):
             rows = self.rows.detach()[local : local + many]
             if self.scales is not None:
-                rows = rows * self.scales[local : local + many][..., None]
+                rows = widened(rows, self.scales[local : local + many])
             out[begin : begin + many, ..., column : column + width] = rows
-        if self.place.all.size > 1:
-            torch.distributed.all_reduce(out, group=self.place.all.group)
+        if self.place.world > 1:
+            torch.distributed.all_reduce(out, group=self.place.copy)
         return out
 
     def _here(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
@@ -270,13 +273,13 @@ class ShardedTable(Table):
 
     def _held(self) -> Tensor:
         rows = self.rows.detach()
-        return rows if self.scales is None else rows * self.scales[..., None]
+        return rows if self.scales is None else widened(rows, self.scales)
 
     @torch.no_grad()
     def convert_rows(self, row_format: str) -> None:
         """As of `Table`, each rank its part."""
-        if row_format == "int8" and self.place.cols.size > 1:
-            raise ValueError("int8 rows have one scale for whole vectors, which cols > 1 cut: shard by rows alone")
+        if ROW_FORMATS.get(row_format) in SCALED_DTYPES and self.place.cols.size > 1:
+            raise ValueError(f"{row_format} rows have scales of whole vectors, which cols > 1 cut: shard by rows alone")
         super().convert_rows(row_format)
 
     def like(self, rows: Tensor, *, trained: bool) -> Table:
@@ -317,7 +320,7 @@ class ShardedTable(Table):
                 )
                 return
             scales = state_dict.pop(prefix + "scales", None)
-            self.write(whole if scales is None else whole * scales[..., None])
+            self.write(whole if scales is None else widened(whole, scales))
             return
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
 from peerlm.data import Manifest, TokenShards, TokenWindows, load_tokenizer, prepare
 from peerlm.data.manifest import MANIFEST_FILE
-from peerlm.data.preparation import say_old_split
+from peerlm.data.output import say_old_split
 from peerlm.data.request import difference, sources_said
 from peerlm.data.sources import fingerprint, resolve
 from peerlm.errors import UserError
@@ -28,9 +29,11 @@ from peerlm.optim.muon import GROUP
 from peerlm.parallel import build_from, checkpoint_attention, mesh
 from peerlm.ranks import Ranks
 from peerlm.train.budget import Budget
-from peerlm.train.config import DataConfig, OptimConfig, TrainConfig
+from peerlm.train.checkpoint import list_checkpoints
+from peerlm.train.config import DataConfig, TrainConfig
 from peerlm.train.growth import Growing, check_growths, read_growths, training_flops, with_shells
 from peerlm.train.recipe import unknown_key
+from peerlm.train.tables import tables_by
 from peerlm.train.training import Hook, Training
 from peerlm.train.watching import UpToDateRows, UsageSample
 
@@ -175,16 +178,20 @@ def build_model(config: TrainConfig, shards: TokenShards, device: torch.device) 
     Raises UserError where the recipe's [model] is none that can be built.
     """
     torch.manual_seed(config.seed)
-    model = _spread(
-        partial(
-            new_model,
-            config,
-            vocab_size=shards.vocab_size,
-            eos_token_id=shards.eos_token_id,
-            bos_token_id=shards.window_start[-1] if shards.window_start else None,
-        ),
+    make = partial(
+        new_model,
         config,
+        vocab_size=shards.vocab_size,
+        eos_token_id=shards.eos_token_id,
+        bos_token_id=shards.window_start[-1] if shards.window_start else None,
     )
+    with tables_by(
+        config,
+        device_type=device.type,
+        world_size=dist.get_world_size() if dist.is_initialized() else 1,
+        resume=bool(list_checkpoints(Path(config.run))),
+    ):
+        model = _spread(make, config)
     if config.data.context > model.config.max_position_embeddings:
         raise UserError(
             f"data.context = {config.data.context} is more than model.max_position_embeddings = "
@@ -208,7 +215,8 @@ def _spread(make: Callable[[], PeerForCausalLM], config: TrainConfig) -> PeerFor
     if not parallel.sharded:
         return make()
     try:
-        return build_from(make, mesh(rows=parallel.rows, cols=parallel.cols), dense=parallel.dense)
+        ranks = mesh(rows=parallel.rows, cols=parallel.cols, replica=parallel.replica)
+        return build_from(make, ranks, dense=parallel.dense)
     except ValueError as error:
         raise UserError(f"tables cannot be sharded as [parallel] says: {error}") from error
 
@@ -238,7 +246,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
     }
     tables: str = optim.tables
     obstacle = _obstacle_to_rows(config, ranks)
-    needs_rows = _need_of_rows(model, optim)
+    needs_rows = _need_of_rows(model, config)
     if tables == "fused" and config.grow.freeze:
         raise UserError(
             "optim.tables = 'fused' cannot be combined with grow.freeze: its backward pass updates all rows"
@@ -310,8 +318,11 @@ def _obstacle_to_rows(config: TrainConfig, ranks: Ranks) -> str:
     return ""
 
 
-def _need_of_rows(model: nn.Module, config: OptimConfig) -> str:
+def _need_of_rows(model: nn.Module, run: TrainConfig) -> str:
     """What only an optimizer by rows can do; empty where nothing is asked for."""
+    config = run.optim
+    if run.tables.folder:
+        return f"tables.folder = {run.tables.folder!r}"
     if config.table_beta1 is not None:
         return f"optim.table_beta1 = {config.table_beta1}"
     if config.table_row_wise:

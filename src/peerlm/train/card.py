@@ -33,8 +33,8 @@ On the held-out split of its data: perplexity {perplexity:.2f}, {loss:.4f} nats 
 {usage}
 ## Use
 
-Import peerlm before you load the model. transformers alone does not know the model type `peer`, and an update of it
-does not help.
+Import peerlm before you load the model. transformers alone does not know the model type `peer`, and refuses it; with
+`trust_remote_code=True` it imports peerlm itself.
 
 ```python
 import peerlm

@@ -30,10 +30,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from peerlm.errors import UserError
-from peerlm.files import fingerprint, write_json
+from peerlm.files import fingerprint, require_space, write_json
+from peerlm.names import SHARDED
+from peerlm.ops.row_keeping import rows_stay_in_files
 from peerlm.ops.row_updates import rows_as_they_are
 from peerlm.optim.saved import load_state, mark_stale, save_state
-from peerlm.parallel.export import write_pretrained
+from peerlm.parallel.export import write_mapped, write_pretrained
 from peerlm.parallel.states import (
     is_spread,
     load_states,
@@ -42,12 +44,11 @@ from peerlm.parallel.states import (
     reader_of,
     staged,
 )
-from peerlm.parallel.storage import INDEX, Entries, write_shards
+from peerlm.parallel.storage import INDEX, Entries, num_bytes, write_shards
 from peerlm.ranks import ALONE, Ranks
+from peerlm.train.tables import begin_tables, place_of, prepare_tables, restore_tables
 
 PREFIX = "step-"
-MODEL = "model.json"
-"""The configuration of a model that is saved in shards: config.json would have transformers look for the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +125,15 @@ def save_checkpoint(
     folder = checkpoint_folder(run, state.step)
     with ranks.atomic_folder(folder) as partial, ranks.together():
         if ranks.is_main:
-            with rows_as_they_are():  # stale rows are updated in the resumed run when they would be here
-                save_model(partial, model, tokenizer)
+            # Stale rows are updated in the resumed run when they would be here.
+            with rows_as_they_are(), rows_stay_in_files():
+                record = prepare_tables(partial, model)
+                _save_whole(partial, model, tokenizer)
                 if save_state(optimizer, partial, model):
                     mark_stale(partial)
             _write_state(partial, state, {})
+    if ranks.is_main:
+        begin_tables(model, record, list_checkpoints(run)[-keep:])
     _remove_old(run, keep, ranks)
     return folder
 
@@ -165,11 +170,14 @@ def save_shards(
 ) -> Path:
     """As `save_checkpoint`, in shards."""
     folder = checkpoint_folder(run, state.step)
+    with ranks.together():
+        if ranks.is_main:
+            require_space(folder, num_bytes(shards.entries))
     with ranks.atomic_folder(folder) as partial:
         files = write_shards(partial, shards.entries, shards.values, group=ranks.files)
         with ranks.together():
             if ranks.is_main:
-                write_json(partial / MODEL, shards.config)
+                write_json(partial / SHARDED, shards.config)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(partial)
                 _write_state(partial, state, files)
@@ -203,10 +211,19 @@ def save_model(
         if spread:
             write_pretrained(model, folder, ranks=ranks)
         with ranks.together():
-            if ranks.is_main and not spread:
+            if ranks.is_main and place_of(model) is not None:
+                write_mapped(model, folder)
+            elif ranks.is_main and not spread:
                 model.save_pretrained(folder, max_shard_size="1000TB")
             if ranks.is_main and tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+
+
+def _save_whole(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    with _quiet():
+        model.save_pretrained(folder, max_shard_size="1000TB")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def load_checkpoint(
@@ -230,8 +247,10 @@ def load_checkpoint(
         except (ValueError, OSError) as error:
             raise UserError(f"the checkpoint {folder} cannot be loaded: {error}") from error
     else:
-        load_model(model, folder / "model.safetensors", device=str(next(model.parameters()).device))
-        load_state(optimizer, folder)
+        restore_tables(folder, model)
+        with rows_stay_in_files():
+            load_model(model, folder / "model.safetensors", device=str(next(model.parameters()).device))
+            load_state(optimizer, folder)
     return state
 
 

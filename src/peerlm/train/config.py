@@ -1,6 +1,7 @@
 """What a training run is: one frozen configuration, whose every field a recipe may set."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -234,16 +235,51 @@ class ParallelConfig:
     """Processes that the rows of a table are cut over, those of one node; null: those that cols leaves."""
     cols: int | None = None
     """Processes that the columns of a table are cut over, one of each node; null: those that rows leaves."""
+    replica: int = added(1)
+    """Copies of each table: rows * cols * replica is the number of processes."""
     dense: Literal["shard", "replicate"] = "shard"
     """How all else lies: cut over all processes by FSDP2, or whole on each."""
 
     def __post_init__(self) -> None:
-        _require(self, "parallel.", "rows cols", _at_least_1, "must be at least 1")
+        _require(self, "parallel.", "rows cols replica", _at_least_1, "must be at least 1")
+        if self.replica > 1 and not self.sharded:
+            raise UserError(
+                f"parallel.replica = {self.replica} is of tables that are cut: set parallel.rows or parallel.cols too"
+            )
 
     @property
     def sharded(self) -> bool:
         """Whether tables are sharded."""
         return self.rows is not None or self.cols is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablesConfig:
+    """Where rows of tables are while they are trained; docs/tables.md."""
+
+    folder: str = ""
+    """Folder for files of rows and of their optimizer's state, which may be larger than memory; empty: all in memory.
+    Each run needs a folder of its own."""
+    cache: str = ""
+    """How much of the files may stay in memory, such as "4 GB"; empty: as much as the system likes."""
+
+    def __post_init__(self) -> None:
+        _require(self, "tables.", "cache", lambda value: not value or _bytes(value) > 0, 'must be a size like "4 GB"')
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """The cache; None: no bound."""
+        return _bytes(self.cache) if self.cache else None
+
+
+def _bytes(text: str) -> int:
+    """A size such as "4 GB" or "500 MiB"; 0 where it is none."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kMGT]i?)?B\s*", text)
+    if match is None:
+        return 0
+    number, unit = match.groups()
+    power = "kMGT".index(unit[0]) + 1 if unit else 0
+    return int(float(number) * (1024 if unit and unit.endswith("i") else 1000) ** power)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +306,8 @@ class TrainConfig:
     """Section [log]."""
     parallel: ParallelConfig = field(default=ParallelConfig(), metadata={"added": True})
     """Section [parallel]."""
+    tables: TablesConfig = field(default=TablesConfig(), metadata={"added": True})
+    """Section [tables]."""
     seed: int = 0
     """Sets initial weights, the order of the data and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -291,5 +329,5 @@ class TrainConfig:
         _require(self, "", "seed", lambda value: 0 <= value < 2**64, "must be 0 or more and below 2**64")
 
 
-UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "parallel", "data.workers", "graph", "watchdog_minutes")
+UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "parallel", "tables", "data.workers", "graph", "watchdog_minutes")
 """Keys, or sections, that a resumed run may change: the weights do not depend on them."""

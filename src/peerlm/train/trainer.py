@@ -19,6 +19,7 @@ from peerlm.train.checkpoint import TrainState, save_model
 from peerlm.train.config import TrainConfig
 from peerlm.train.loop import fit, last_state, peak_memory_bytes
 from peerlm.train.run_folder import Resume, check_run, last_good, open_run
+from peerlm.train.tables import close_tables
 from peerlm.train.training import Training
 from peerlm.train.watching import Evaluation
 
@@ -62,7 +63,10 @@ def train(config: TrainConfig, *, resume: Resume = False, progress: bool = True)
             windows, heldout = open_data(config.data, ranks, progress=progress)
             evaluation = Evaluation(heldout, config.eval)
             training = build_training(config, ranks, windows, evaluation)
-            summary = _run(training, evaluation, progress=progress)
+            try:
+                summary = _run(training, evaluation, progress=progress)
+            finally:
+                close_tables(training.model)
             training.unwrap()  # not after an exception: it could wait for ranks that have failed
             return TrainResult(run=run, summary=summary)
     except RankLost as error:

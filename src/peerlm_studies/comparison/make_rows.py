@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from rich.console import Console
@@ -50,19 +51,34 @@ def make_rows(
     for file in compare.evaluate:
         if not Path(file).is_file():
             raise UserError(f"compare.evaluate names {file}, which does not exist: correct the path or leave it out")
-    for data in {run.train.data.folder: run.train.data for run in runs}.values():
-        prepare_data(data, progress=shown)
+    prepare_texts(runs, shown=shown)
     done = {row["key"] for row in read_study(output)}
     missing = [run for run in runs if run.key(compare) not in done]
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} done before", highlight=False, soft_wrap=True)
     with ThreadPoolExecutor(compare.jobs) as pool, Processes(jobs=compare.jobs, shown=shown) as processes:
-        coming = [pool.submit(_make_row, run, compare, output, processes, console) for run in missing]
+        coming = {pool.submit(_make_row, run, compare, output, processes, console): run for run in missing}
         try:
             for row in as_completed(coming):
                 append_row(rows_path, row.result())
+                _free_disk(coming[row], compare)
         finally:
             for row in coming:
                 row.cancel()
+
+
+def prepare_texts(runs: Sequence[PlannedRun], *, shown: bool) -> None:
+    """Prepare what the runs read, each folder once; raises UserError where that cannot be done."""
+    for data in {run.train.data.folder: run.train.data for run in runs}.values():
+        prepare_data(data, progress=shown)
+
+
+def _free_disk(run: PlannedRun, compare: CompareConfig) -> None:
+    """Delete what `compare.keep` does not ask for of a run that has its row."""
+    folder = Path(run.train.run)
+    if compare.keep != "checkpoints":
+        rmtree(folder / "checkpoints", ignore_errors=True)
+    if compare.keep == "rows" and run.method != compare.sample:
+        rmtree(folder / "model", ignore_errors=True)
 
 
 def lacks_rows(runs: Sequence[PlannedRun], compare: CompareConfig, output: Path) -> int:

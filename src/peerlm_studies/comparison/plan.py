@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peerlm.errors import UserError, listed
 from peerlm.train.config import TrainConfig
@@ -31,6 +31,9 @@ class CompareConfig:
     """Tokens read of each file at the most; null: all."""
     jobs: int = 1
     """Runs that are made at a time, each with its share of the cores."""
+    keep: Literal["checkpoints", "model", "rows"] = "checkpoints"
+    """What stays of a run once it has its row: all, its model without checkpoints, or neither. Logs stay, and the
+    model that writes the sample."""
     sample: str = "peer"
     """Method whose first model writes the sample of text."""
     prompt: str = "The"

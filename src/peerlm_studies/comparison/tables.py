@@ -13,6 +13,11 @@ from peerlm_studies.markdown import markdown_rows
 Row = Mapping[str, Any]
 
 
+COPYING = ("poor ppl", "rich ppl", "copied nats", "to first token")
+"""What tables say where runs measure copying: perplexity in windows with little and with much to copy, what random
+tokens cost less when they are repeated, and the largest share of attention that a block gives to the first token."""
+
+
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One row per label, in the order of first appearance: means over its seeds, and the spread of perplexities.
 
@@ -34,6 +39,7 @@ def _summarise_label(label: str, rows: Sequence[Row]) -> dict[str, Any]:
         perplexities[file] = _over_seeds([math.inf if (ppl := r["perplexity"]) is None else ppl for r in results])
         if "accuracy" in results[0]:
             accuracies[file] = _over_seeds([result["accuracy"] for result in results])
+    copying = [_copying(row) for row in rows]
     layers = [layer for summary in summaries for layer in summary["usage"].values()]
     return {
         "label": label,
@@ -42,6 +48,11 @@ def _summarise_label(label: str, rows: Sequence[Row]) -> dict[str, Any]:
         "seeds": sorted(row["seed"] for row in rows),
         "perplexity": perplexities,
         "accuracy": accuracies,
+        "copying": {
+            name: _over_seeds([found[name] for found in copying])
+            for name in COPYING
+            if all(name in found for found in copying)
+        },
         "total_parameters": summaries[0]["total_parameters"],
         "active_parameters": summaries[0]["active_parameters"],
         **{
@@ -51,6 +62,22 @@ def _summarise_label(label: str, rows: Sequence[Row]) -> dict[str, Any]:
         "usage": statistics.fmean(layer["share"] for layer in layers) if layers else None,
         "unevenness": statistics.fmean(layer["unevenness"] for layer in layers) if layers else None,
     }
+
+
+def _copying(row: Row) -> dict[str, float]:
+    """What the last evaluation of a run in training measured of copying; nothing where it did not."""
+    curve = row.get("curve") or [{}]
+    found = curve[-1].get("copying")
+    if found is None:
+        return {}
+    poor, rich = found["poor"], found["rich"]
+    figures = {
+        "poor ppl": None if poor is None else math.exp(poor),
+        "rich ppl": None if rich is None else math.exp(rich),
+        "copied nats": found["first_half"] - found["second_half"],
+        "to first token": max(found["first_token"].values()) if found["first_token"] else None,
+    }
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
@@ -70,6 +97,11 @@ def columns_of(table: Sequence[Row]) -> dict[str, list[str]]:
         columns[f"{file} ppl"] = [_spread(row["perplexity"][file]) for row in table]
         if file in table[0]["accuracy"]:
             columns[f"{file} acc"] = [_spread(row["accuracy"][file], "{:.1%}") for row in table]
+    for title in COPYING:
+        form = "{:,.1f}" if title.endswith("ppl") else "{:,.2f}"
+        cells = [_spread(row["copying"][title], form) if title in row["copying"] else "" for row in table]
+        if any(cells):
+            columns[title] = cells
     return columns | {
         "parameters": [_millions(row["total_parameters"]) for row in table],
         "active": [_millions(row["active_parameters"]) for row in table],

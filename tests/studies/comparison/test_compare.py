@@ -2,17 +2,23 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from peerlm import UserError
+from peerlm.cli import main
 from peerlm.errors import TrainingStopped
 from peerlm_studies.comparison.compare import compare
 from peerlm_studies.rows import read_rows
+
+from ...processes import start
 
 RECIPE = """
 run = "{folder}/out"
@@ -58,7 +64,32 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+class Forked:
+    """In place of `subprocess.Popen` of a command of peerlm: the command, forked from a process that is warm."""
+
+    def __init__(self, command: list[str], **options: object) -> None:
+        assert command[:3] == [sys.executable, "-m", "peerlm"]
+        assert options["stdout"] == subprocess.DEVNULL
+        self._output = Path(tempfile.mkdtemp()) / "said"
+        self._process = start(self._output, options["env"], main, command[3:])
+        self.returncode: int | None = None
+
+    def communicate(self) -> tuple[None, bytes]:
+        self._process.join()
+        self.returncode = self._process.exitcode
+        said = self._output.read_bytes()
+        shutil.rmtree(self._output.parent)
+        return None, said
+
+
+@pytest.fixture
+def forked_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE)
+    monkeypatch.setattr("peerlm_studies.processes.subprocess", module)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_commands")
 def test_a_comparison_leaves_rows_table_plot_and_sample_and_goes_on(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +127,22 @@ def test_a_comparison_leaves_rows_table_plot_and_sample_and_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_commands")
+def test_runs_that_have_their_rows_leave_the_model_that_writes_the_sample(tmp_path: Path, recipe: Path) -> None:
+    settings = ["compare.keep=rows", "compare.evaluate=[]"]
+    compare(recipe, settings, progress=False)
+    runs = tmp_path / "out" / "runs"
+    assert {path.parent.name.partition("-")[0] for path in runs.glob("*/model")} == {"peer"}
+    assert {path.parent.name.partition("-")[0] for path in runs.glob("*/log.jsonl")} == {"dense", "peer"}
+    assert not list(runs.glob("*/checkpoints"))
+    assert (tmp_path / "out" / "sample.txt").exists()
+    before = (tmp_path / "out" / "rows.jsonl").read_bytes()
+    compare(recipe, settings, progress=False)
+    assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked_commands")
 def test_a_run_that_fails_carries_its_exit_code(recipe: Path) -> None:
     with pytest.raises(
         TrainingStopped, match="peerlm train of dense, seed 0, ended with exit code 3: training stopped at step"

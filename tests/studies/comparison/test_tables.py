@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peerlm_studies.comparison.tables import markdown_table, show_table, summarise
+from peerlm_studies.comparison.tables import columns_of, markdown_table, show_table, summarise
 
 
 def row(label: str, seed: int, loss: float, *, usage: float | None = None) -> dict[str, Any]:
@@ -60,6 +60,32 @@ def test_markdown_names_command_seeds_machine_and_date() -> None:
     assert lines[5] == (
         "`peerlm compare x.toml`; seeds 0, 1, ± is the standard deviation over them; 2 cores, torch 2.13.0; 2026-01-02."
     )
+
+
+def test_what_runs_copied_has_columns_where_it_was_measured() -> None:
+    found = {
+        "poor": math.log(40),
+        "rich": None,
+        "first_half": 8.5,
+        "second_half": 6.25,
+        "first_token": {"0": 0.1, "1": 0.3},
+    }
+    measured = row("PEER", 0, math.log(20)) | {"curve": [{}, {"copying": found}]}
+    table = summarise([row("dense", 0, math.log(30)), measured])
+    assert [entry["copying"] for entry in table] == [
+        {},
+        {
+            "poor ppl": {"mean": pytest.approx(40), "spread": None},
+            "copied nats": {"mean": 2.25, "spread": None},
+            "to first token": {"mean": 0.3, "spread": None},
+        },
+    ]
+    columns = columns_of(table)
+    assert columns["poor ppl"] == ["", "40.0"]
+    assert columns["copied nats"] == ["", "2.25"]
+    assert columns["to first token"] == ["", "0.30"]
+    assert "rich ppl" not in columns
+    assert "poor ppl" not in columns_of(table[:1])
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

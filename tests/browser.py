@@ -62,14 +62,17 @@ class Browser:
         """One command to the page."""
         return self._call(method, session=self._session, **parameters)
 
-    def open(self, path: Path, fragment: str = "", *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
-        """Load a file and wait until its program has drawn it."""
+    def open(
+        self, page: Path | str, fragment: str = "", *, width: int = 1200, height: int = 900, dark: bool = False
+    ) -> None:
+        """Load a file, or an address, and wait until its program has drawn it."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url="about:blank")
-        self.call("Page.navigate", url=path.resolve().as_uri() + fragment)
+        address = page if isinstance(page, str) else page.resolve().as_uri()
+        self.call("Page.navigate", url=address + fragment)
         self.wait_for("document.documentElement?.dataset.ready === 'yes'")
 
     def wait_for(self, expression: str, seconds: float = 30.0) -> None:

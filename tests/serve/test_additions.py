@@ -1,0 +1,188 @@
+"""Packs, adapters and libraries are loaded, used and unloaded while other requests run, each by its own rows alone."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from peerlm.adapters.library import AdapterLibrary
+from peerlm.errors import UserError
+from peerlm.packs.api import choose_packs, load_pack, new_pack, pack_parameters, save_pack, unload_pack
+from peerlm.serve import Engine, InUse
+
+from .conftest import Gate, alone, greedy, make, tokens_of
+
+New = Callable[..., Engine]
+PROMPTS = [(5, 9, 4), (7,), (30, 31, 32, 33, 34, 35)]
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def pack(folder: Path, seed: int) -> Path:
+    """A pack that changes what is written."""
+    model = make("peer")
+    new_pack(model, "new", 16, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in pack_parameters(model, "new"):
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=2)
+    save_pack(model, "new", folder)
+    return folder
+
+
+def lora(folder: Path, seed: int, targets: tuple[str, ...] = ("q_proj", "up_proj")) -> Path:
+    """An adapter that changes what is written."""
+    torch.manual_seed(seed)
+    model = get_peft_model(make("llama"), LoraConfig(r=2, lora_alpha=6, target_modules=list(targets)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def merged(*folders: Path) -> PreTrainedModel:
+    """The model with the terms of adapters in its weights."""
+    model = make("llama")
+    for folder in folders:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for key, down in tensors.items():
+            if ".lora_A." in key:
+                path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                with torch.no_grad():
+                    model.get_submodule(path).weight += 3 * tensors[key.replace("lora_A", "lora_B")] @ down
+    return model
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([PROMPTS[2]])).logits
+
+
+def test_each_request_has_its_own_packs_and_unloading_restores_the_bits(tmp_path: Path, engine: New) -> None:
+    folders = {name: pack(tmp_path / name, seed) for seed, name in enumerate(("law", "code"), start=1)}
+    model = make("peer")
+    for name, folder in folders.items():
+        load_pack(model, folder, name)
+    choices: list[tuple[str, ...]] = [(), ("law",), ("code",), ("code", "law")]
+    expected = {}
+    for names in choices:
+        for prompt in PROMPTS:
+            with choose_packs(model, [names]):
+                expected[names, prompt] = alone(model, prompt, 8)
+    for name in folders:
+        unload_pack(model, name)
+    before = logits(model)
+    assert len({tuple(expected[names, PROMPTS[0]]) for names in choices}) == 4
+    served = engine(model, slots=5, chunk=8)
+    long = served.submit(greedy((3,), 31))
+    for name, folder in folders.items():
+        assert served.load(name, folder).kind == "pack"
+    assert sorted(served.loaded()) == ["code", "law"]
+    handles = {key: served.submit(greedy(key[1], 8, packs=key[0])) for key in expected}
+    for key, handle in handles.items():
+        assert tokens_of(handle) == expected[key], key
+    for name in folders:
+        served.unload(name)
+    assert tokens_of(long) == alone(model, (3,), 31)
+    assert torch.equal(logits(model), before)
+    with pytest.raises(UserError, match="no pack or adapter 'law' is loaded; there is none"):
+        served.submit(greedy((3,), 1, packs=("law",)))
+
+
+def test_each_request_has_its_own_adapters_and_unloading_restores_the_bits(tmp_path: Path, engine: New) -> None:
+    first, second = lora(tmp_path / "a", 1), lora(tmp_path / "b", 2, ("v_proj", "up_proj", "down_proj"))
+    models = {(): merged(), ("a",): merged(first), ("b",): merged(second), ("a", "b"): merged(first, second)}
+    expected = {(names, prompt): alone(models[names], prompt, 8) for names in models for prompt in PROMPTS}
+    assert len({tuple(expected[names, PROMPTS[0]]) for names in models}) == 4
+    model = make("llama")
+    before = logits(model)
+    served = engine(model, slots=5, chunk=8)
+    long = served.submit(greedy((3,), 31))
+    assert [served.load(folder.name, folder).kind for folder in (first, second)] == ["adapter", "adapter"]
+    handles = {key: served.submit(greedy(key[1], 8, packs=key[0])) for key in expected}
+    for key, handle in handles.items():
+        assert tokens_of(handle) == expected[key], key
+    for name in ("a", "b"):
+        served.unload(name)
+    assert tokens_of(long) == alone(models[()], (3,), 31)
+    assert torch.equal(logits(model), before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_library_retrieves_adapters_for_each_prompt(tmp_path: Path, engine: New) -> None:
+    model = make("llama")
+    library = AdapterLibrary(model, tmp_path / "library", top_k=1)
+    for seed, (name, prompt) in enumerate(zip("abc", PROMPTS, strict=True)):
+        library.add(lora(tmp_path / name, seed), texts=[torch.tensor(prompt)])
+    expected = []
+    for prompt in PROMPTS:
+        with library:
+            expected.append(alone(model, prompt, 8))
+    assert expected[0] != alone(model, PROMPTS[0], 8)
+    served = engine(model)
+    assert served.load("all", tmp_path / "library").kind == "library"
+    handles = [served.submit(greedy(prompt, 8, packs=("all",))) for prompt in PROMPTS]
+    assert [tokens_of(handle) for handle in handles] == expected
+
+
+def test_unloading_waits_for_requests_that_run(tmp_path: Path, engine: New) -> None:
+    model = make("llama")
+    served = engine(model)
+    served.load("a", lora(tmp_path / "a", 1))
+    gate = Gate(model)
+    handle = served.submit(greedy((3,), 5, packs=("a",)))
+    assert gate.reached.wait(10)
+    with pytest.raises(InUse, match=r"1 requests still use 'a' after 0\.01 seconds; try again later"):
+        served.unload("a", timeout=0.01)
+    assert served.loaded()["a"].running == 1
+    unloading = threading.Thread(target=served.unload, args=("a",))
+    unloading.start()
+    while "a" in served.loaded():
+        pass
+    with pytest.raises(UserError, match="no pack or adapter 'a' is loaded"):
+        served.submit(greedy((3,), 5, packs=("a",)))
+    gate.open()
+    unloading.join(10)
+    assert tokens_of(handle) == alone(merged(tmp_path / "a"), (3,), 5)
+
+
+def test_a_cached_prompt_is_used_with_its_own_packs_alone(tmp_path: Path, engine: New) -> None:
+    prompt = tuple(range(3, 23))
+    served = engine(make("llama"))
+    for name, seed in (("a", 1), ("a", 2)):
+        folder = lora(tmp_path / f"{name}{seed}", seed)
+        served.load(name, folder)
+        expected = alone(merged(folder), prompt, 4)
+        found = [list(served.submit(greedy(prompt, 4, packs=packs))) for packs in ((), (name,), (name,))]
+        assert [tokens_of(events) for events in found[1:]] == [expected, expected]
+        assert [events[0].cached_tokens for events in found[1:]] == [0, 19]
+        served.unload(name)
+
+
+def test_what_cannot_be_loaded_is_refused_and_nothing_changes(tmp_path: Path, engine: New) -> None:
+    served = engine(make("llama"))
+    good = lora(tmp_path / "good", 1)
+    broken = lora(tmp_path / "broken", 1)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = torch.inf
+    save_file(tensors, broken / "adapter_model.safetensors")
+    served.load("a", good)
+    for name, folder, message in [
+        ("a", good, "'a' is loaded already; unload it first, or take another name"),
+        ("b", broken, "numbers for .* that are not finite"),
+        ("b", tmp_path / "none", "is no folder; name one that has a pack, an adapter or a library"),
+        ("../b", good, r"cannot be called '\.\./b'"),
+        ("b", tmp_path, "manifest.json"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            served.load(name, folder)
+    with pytest.raises(UserError, match="no pack or adapter 'b' is loaded; there is a"):
+        served.unload("b")
+    assert sorted(served.loaded()) == ["a"]
