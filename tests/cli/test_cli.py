@@ -448,7 +448,7 @@ def test_what_torchrun_starts_several_times_over_is_refused_once(
     assert err.endswith("start it without torchrun, and give each process a share of its rows, as in --shard 1/4\n")
     assert "peerlm learn does not run over the 4 processes" in run(capsys, "learn", "runs/a")[2]
     monkeypatch.setenv("RANK", "1")
-    assert run(capsys, "prepare", "demo", "--output", "data") == (2, "", "")
+    assert run(capsys, "prepare", "demo", "--output", "data") == (0, "", "")
     prepare.assert_not_called()
 
 
