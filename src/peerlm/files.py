@@ -90,6 +90,21 @@ def remove_partials(folder: Path) -> None:
             path.unlink()
 
 
+def free_bytes(folder: Path) -> int:
+    """Of the disk of a folder, which need not exist yet."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise an OSError for a full disk unless that many bytes are free."""
+    free = free_bytes(folder)
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"{folder} needs {needed / 2**30:,.3g} GiB, and its disk has {free / 2**30:,.3g} GiB free"
+        )
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an exception, or one it came from, says that the disk or the quota is full.
 
