@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peerlm.cli import main
 from peerlm.continual import LearnConfig, learn
+from peerlm.continual.pack_per_stage import PackPerStage
 from peerlm.data.tokenizer import train_tokenizer
 from peerlm.errors import UserError
 from peerlm.evaluate import load_model
 from peerlm.packs.api import unload_pack
 
+from ..models import run
 from .conftest import WORDS
 
 CONTEXT = 32
@@ -60,10 +61,10 @@ def taught(configure: Callable[..., LearnConfig], llama: Path, texts: Path) -> C
             "model": str(llama),
             "method": "pack",
             "memory": {"background": [str(texts / "known.txt")], "kl": 0.0, "replay": 0.0},
-            "settings": {"experts": 64, "epochs": 12, "keep": 0.95},
+            "settings": {"experts": 64, "epochs": 4, "keep": 0.9},
             "budget": None,
             "context": CONTEXT,
-            "optim": {"learning_rate": 1e-2},
+            "optim": {"learning_rate": 3e-2},
         }
         return configure(**(values | changes))
 
@@ -74,9 +75,9 @@ def test_new_text_is_learned_and_known_text_is_kept(taught: Callable[..., LearnC
     config = taught(only=1)
     rows = learn(config, progress=False)
     before, after = rows[0]["loss"], rows[1]["loss"]
-    assert after["code"] < 0.9 * before["code"]
+    assert after["code"] < 0.93 * before["code"]
     assert abs(after["background"] / before["background"] - 1) < 0.005
-    assert rows[1]["gates"]["own_open"] > 0.85
+    assert rows[1]["gates"]["own_open"] > 0.8
     assert rows[1]["gates"]["other_open"] < 0.05
     report = json.loads((Path(config.run) / "report.json").read_text())
     assert report["code"]["after"] == after["code"]
@@ -95,7 +96,7 @@ def test_new_text_is_learned_and_known_text_is_kept(taught: Callable[..., LearnC
 def test_a_second_pack_is_silent_on_the_text_of_the_first(taught: Callable[..., LearnConfig]) -> None:
     rows = learn(taught(), progress=False)
     first, second = rows[1]["loss"], rows[2]["loss"]
-    assert second["law"] < 0.9 * first["law"]
+    assert second["law"] < 0.95 * first["law"]
     assert abs(second["code"] / first["code"] - 1) < 0.02
 
 
@@ -106,14 +107,6 @@ def test_a_stopped_stage_resumes_to_the_same_bits(
     learn(whole, progress=False)
     halves = taught(only=1, run=str(tmp_path / "halves"), budget={"steps": 6}, checkpoint_every=3)
 
-    class Killed(Exception):
-        pass
-
-    from peerlm.continual.pack_per_stage import PackPerStage
-
-    def dies(*_: Any) -> None:
-        raise Killed
-
     calls = 0
     train_mode = PackPerStage.train_mode
 
@@ -121,11 +114,11 @@ def test_a_stopped_stage_resumes_to_the_same_bits(
         nonlocal calls
         calls += 1
         if calls > 4:
-            raise Killed
+            raise KeyboardInterrupt
         train_mode(self, model)
 
     monkeypatch.setattr(PackPerStage, "train_mode", sometimes)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         learn(halves, progress=False)
     monkeypatch.setattr(PackPerStage, "train_mode", train_mode)
     learn(halves, resume=True, progress=False)
@@ -140,15 +133,14 @@ def test_the_commands_learn_evaluate_and_generate(
     docs.mkdir()
     (docs / "code.txt").write_text((texts / "code.txt").read_text())
     output = tmp_path / "learned"
-    options = ["--method", "pack", "--set", "experts=16", "--steps", "2", "--context", str(CONTEXT)]
-    background = ["--background", str(texts / "known.txt")]
-    assert main(["learn", str(llama), "--text", str(docs), *options, *background, "-o", str(output)]) == 0
+    options = ("--method", "pack", "--set", "experts=16", "--steps", 2, "--context", CONTEXT)
+    assert run("learn", llama, "--text", docs, *options, "--background", texts / "known.txt", "-o", output) == 0
     out = capfd.readouterr().out
-    assert "change_percent" in out
-    pack = str(output / "stages" / "1-docs" / "pack")
-    assert f"load it with --pack {pack}" in " ".join(out.split())
-    assert main(["eval", str(llama), str(texts / "code.txt"), "--pack", pack, "--context", "32", "--limit", "300"]) == 0
-    assert main(["generate", str(llama), "def", "--pack", pack, "--tokens", "4"]) == 0
+    assert "change percent" in out
+    pack = output / "stages" / "1-docs" / "pack"
+    assert f"{pack}: 0.0 MB; load it with --pack {pack}" in out
+    assert run("eval", llama, texts / "code.txt", "--pack", pack, "--context", CONTEXT, "--limit", 300) == 0
+    assert run("generate", llama, "def", "--pack", pack, "--tokens", 4) == 0
 
 
 def test_the_embedded_corpus_is_the_background_where_none_is_given(

@@ -104,8 +104,8 @@ class Method:
         """The context of the forward passes over new text."""
         yield {}
 
-    def restrict(self, model: nn.Module, stage: Stage, usage: Mapping[str, ExpertUsage]) -> None:
-        """Drop gradients of what the method freezes in this step; `usage` is what `watching` gave."""
+    def restrict(self, model: nn.Module, stage: Stage, usage: Mapping[str, ExpertUsage], step: int) -> None:
+        """Drop gradients of what the method freezes in this step, or add some; `usage` is what `watching` gave."""
 
     def found(self, model: nn.Module, stage: Stage) -> dict[str, Any]:
         """What `prepare` found out, for the row of the stage."""

@@ -1,6 +1,7 @@
 """A pack for each domain: experts in a folder of their own, beside a frozen model."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from peerlm.files import write_json
 from peerlm.packs.api import new_pack, save_pack
 from peerlm.packs.base_hash import own_peer_layers
 from peerlm.packs.files import check_pack_name
-from peerlm.packs.fit import TOKENS, fit_gates
+from peerlm.packs.fit import TOKENS, fit_gates, foreign_power
 from peerlm.packs.plain import check_plain, experts_within, holders
+from peerlm.usage import ExpertUsage
 
 PACK = "pack"
 """Folder of the pack within that of a stage."""
@@ -45,6 +47,9 @@ class PackPerStage(Method):
     """Beside feed-forward layers: how often the text is read, where no budget is given."""
     keep: float = 0.97
     """Beside feed-forward layers: share of the new text's tokens that open the gates at the most."""
+
+    quiet: float = 1.0
+    """Beside feed-forward layers: weight of what the pack writes for foreign tokens that open its gates."""
 
     def __post_init__(self) -> None:
         for name in ("megabytes", "epochs"):
@@ -121,6 +126,11 @@ class PackPerStage(Method):
         model.eval()
         for holder in holders(model).values():
             holder.train()
+
+    def restrict(self, model: nn.Module, stage: Stage, usage: Mapping[str, ExpertUsage], step: int) -> None:
+        """Add the gradient of what the pack writes for foreign text."""
+        if self.quiet and not own_peer_layers(model):
+            (self.quiet * foreign_power(model, stage.name, step)).backward()
 
     def finish(self, model: nn.Module) -> PreTrainedModel:
         """The model with the pack."""

@@ -53,6 +53,7 @@ def make(
             except TypeError as error:
                 raise ValueError(f"a setting of the pack is none of PEER's: {error}") from error
             pack.peer.experts.fill_new(0, generator)
+            pack.ffw_power = max(ffw.sample_output.float().square().mean().item(), 1e-12)
             made[ffw.path] = pack.to(ffw.sample_input.device), FFWSite.of(ffw).first
     return made
 
