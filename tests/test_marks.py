@@ -44,6 +44,37 @@ def test_marks_follow_the_template_then_bos_then_eos(make_tokenizer, template, b
     assert marks.prompt_start == (start if start != end or template == "</s> $A" else ())
 
 
+CHATML = "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
+"""Of SmolLM2 and Qwen, with the names of the tokens here."""
+
+
+@pytest.mark.parametrize(
+    ("chat", "template", "bos", "model_bos", "start", "end", "source"),
+    [
+        (CHATML, None, "<s>", 0, "<|endoftext|>", "<|endoftext|>", "the tokenizer's <|endoftext|>"),  # SmolLM2
+        (CHATML, None, None, 2, "<pad>", "<|endoftext|>", "the model's bos_token_id"),  # Qwen
+        (CHATML, "<pad> $A", "<pad>", None, "<pad>", "<|endoftext|>", "the tokenizer's template"),  # Llama 3
+        ("<s>{{ messages[0]['content'] }}</s>", None, "<s>", None, "<s>", "</s>", "the tokenizer's bos_token"),
+        ("{{ raise_exception('no') }}", None, "<s>", None, "<s>", "</s>", "the tokenizer's bos_token"),
+    ],
+)
+def test_a_token_of_turns_begins_and_ends_no_document(
+    make_tokenizer, chat, template, bos, model_bos, start, end, source
+):
+    tokenizer = make_tokenizer(template=template, bos=bos, unk="<|endoftext|>")
+    tokenizer.chat_template = chat
+    marks = document_marks(tokenizer, model_bos)
+    names = (marked(marks.start, tokenizer), marked(marks.end, tokenizer), marks.source)
+    assert names == (start, end, source)
+    assert marks.prompt_start == (() if start == end else marks.start)
+
+
+def test_an_end_of_turns_ends_documents_where_nothing_else_does(make_tokenizer):
+    tokenizer = make_tokenizer(bos="<s>")
+    tokenizer.chat_template = CHATML
+    assert document_marks(tokenizer).start == document_marks(tokenizer).end == (1,)
+
+
 def test_our_own_tokenizers_part_documents_by_one_token():
     marks = document_marks(train_tokenizer(["a b"], 300))
     assert (marks.start, marks.end, marks.window_start, marks.prompt_start) == ((0,), (0,), (), ())

@@ -20,7 +20,7 @@ _CHUNK_BYTES = 2**22
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; on success it becomes `folder`, on an exception it is removed.
 
-    The folder holds files alone. They are on the disk before it takes its name. They are as readable as the folder
+    The folder's files are on the disk before it takes its name. They are as readable as it is
     (safetensors writes files that only their owner may read). A `folder` that was there is replaced: on Linux in one
     step, elsewhere with a moment in between in which it has another name.
     """
@@ -29,8 +29,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for path in partial.iterdir():
-            path.chmod(partial.stat().st_mode & 0o666)
+        for path in partial.rglob("*"):
+            if not path.is_dir():
+                path.chmod(partial.stat().st_mode & 0o666)
             sync(path)
         sync(partial)
         if folder.exists():
@@ -87,6 +88,21 @@ def remove_partials(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk of a folder, which need not exist yet."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise an OSError for a full disk unless that many bytes are free."""
+    free = free_bytes(folder)
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"{folder} needs {needed / 2**30:,.3g} GiB, and its disk has {free / 2**30:,.3g} GiB free"
+        )
 
 
 def is_disk_full(error: BaseException) -> bool:

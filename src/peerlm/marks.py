@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 AUTO, NONE = "auto", "none"
 """Words that may stand in place of a token: as tokenizer and model say; nothing."""
 
+_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+"""Names under which a tokenizer for chats keeps the token that parted documents in pretraining."""
+_CHAT = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Marks:
@@ -59,7 +63,11 @@ def document_marks(
 
     With "auto" a document begins with the first of these that there is: what the tokenizer's template (its
     post-processor) puts there, the tokenizer's bos_token, the model's bos_token_id, the end-of-text token. It ends with
-    what the template puts there, or else the end-of-text token. Chat templates are not used.
+    what the template puts there, or else the end-of-text token.
+
+    A token that the chat template writes at each turn begins a turn, no document, whatever it is called: such a
+    bos_token is passed over. The end-of-text token is eos_token, or where that ends turns, <|endoftext|> or
+    <|end_of_text|> if it is a special token.
 
     Args:
         tokenizer: without an end-of-text token (eos_token) and a template, nothing ends a document.
@@ -70,7 +78,8 @@ def document_marks(
         UserError: `document_start` is no such thing.
     """
     before, after = template_of(tokenizer)
-    eos: tuple[int, ...] = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    turns = _turn_tokens(tokenizer)
+    eos, eos_name = _end_of_text(tokenizer, turns)
     end = after or eos
     if document_start == NONE:
         return Marks(start=(), end=end, source="as asked", on_prompts=False)
@@ -86,12 +95,12 @@ def document_marks(
     if before:
         return Marks(start=before, end=end, source="the tokenizer's template", on_prompts=True)
     start: tuple[int, ...]
-    if tokenizer.bos_token_id is not None:
+    if tokenizer.bos_token_id is not None and tokenizer.bos_token_id not in turns:
         start, source = (tokenizer.bos_token_id,), "the tokenizer's bos_token"
-    elif bos_token_id is not None and _is_special(tokenizer, bos_token_id):
+    elif bos_token_id is not None and bos_token_id not in turns and _is_special(tokenizer, bos_token_id):
         start, source = (bos_token_id,), "the model's bos_token_id"
     else:
-        start, source = eos, "the tokenizer's eos_token"
+        start, source = eos, f"the tokenizer's {eos_name}"
     return Marks(start=start, end=end, source=source, on_prompts=start != end)
 
 
@@ -128,6 +137,30 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tu
             if whole[start : start + len(plain)] == plain:
                 return tuple(whole[:start]), tuple(whole[start + len(plain) :])
     return (), ()
+
+
+def _turn_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Which of bos_token and eos_token the chat template writes at each turn; empty where there is no such template."""
+    if not tokenizer.chat_template:
+        return set()
+    try:
+        text = str(tokenizer.apply_chat_template(_CHAT, tokenize=False))
+    except Exception:  # templates are programs of others'; one that does not take this chat says nothing
+        return set()
+    own = {tokenizer.bos_token_id: tokenizer.bos_token, tokenizer.eos_token_id: tokenizer.eos_token}
+    return {token for token, name in own.items() if token is not None and text.count(str(name)) > 1}
+
+
+def _end_of_text(tokenizer: PreTrainedTokenizerBase, turns: set[int]) -> tuple[tuple[int, ...], str]:
+    """The token that parts documents, and what it is called."""
+    if tokenizer.eos_token_id is None:
+        return (), "eos_token"
+    if tokenizer.eos_token_id in turns:
+        for name in _END_OF_TEXT:
+            token = tokenizer.convert_tokens_to_ids(name)
+            if isinstance(token, int) and token != tokenizer.eos_token_id and _is_special(tokenizer, token):
+                return (token,), name
+    return (tokenizer.eos_token_id,), "eos_token"
 
 
 def marked(tokens: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> str | None:

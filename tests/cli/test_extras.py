@@ -36,3 +36,9 @@ def test_help_lists_studies_only_where_they_can_run(names: tuple[str, ...]) -> N
     listed = {line.split()[1] for line in result.stdout.splitlines() if line.startswith("│ ") and len(line.split()) > 1}
     assert "train" in listed
     assert ({"compare", "isoflop", "plan", "report"} <= listed) == (not names)
+
+
+def test_serving_without_its_packages_says_what_to_install() -> None:
+    result = without(("fastapi", "uvicorn"), "serve", "runs/a")
+    assert result.returncode == 2
+    assert result.stderr == 'error: `peerlm serve` needs fastapi, uvicorn: pip install "peerlm[serve]"\n'

@@ -116,6 +116,7 @@ NOT_RUN = {
     r"^peerlm report ": "makes every plot; tests/studies/report makes the same report",
     r"^peerlm serve ": "serves until it is told to stop; tests/serve/http starts one",
     r"^peerlm prepare hf:": "needs the network",
+    r"^peerlm open-shards ": "needs files of other tools; tests/data/test_open_shards.py writes and opens them",
 }
 """Commands that the next test does not run, and why."""
 
@@ -184,7 +185,7 @@ def run(words: Sequence[str]) -> None:
     assert end.value.code in (0, None)
 
 
-MODELS = {"gpt2": "gpt2", "gpt2-peer": "gpt2-peer", "dense": "dense"}
+MODELS = {"gpt2": "gpt2", "SmolLM2-135M-Instruct": "gpt2", "gpt2-peer": "gpt2-peer", "dense": "dense"}
 """Names of folders that are no run of PEER in what is shown."""
 TEXTS = ("files", "text", "background", "sources", "prompt_file")
 

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models
 
 from peerlm.data import Manifest, TokenShards, load_tokenizer, prepare, read_documents
 from peerlm.data.manifest import SplitRecord
+from peerlm.data.progress import progress_bar
 from peerlm.data.split import choose_heldout, copy_key, document_key
 from peerlm.data.tokenizer import train_tokenizer
 from peerlm.data.writer import SplitWriter
@@ -91,7 +92,7 @@ def test_held_out_text_teaches_the_tokenizer_nothing(tmp_path: Path, documents: 
 
 
 def test_sample_for_the_tokenizer_is_bounded(text_file: Path, tmp_path: Path) -> None:
-    with prepare_module._progress_bar(False) as bar:
+    with progress_bar(False) as bar:
         scan = prepare_module._scan([text_file], "text", 0, 1000, None, bar)
     sizes = [len(text.encode()) for _, text in scan.sample]
     assert 500 < sum(sizes) <= 1000

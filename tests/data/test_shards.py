@@ -112,5 +112,5 @@ def test_manifest_that_is_no_manifest(content: bytes, prepared_copy: Path) -> No
 
 def test_manifest_of_another_format(prepared_copy: Path) -> None:
     (prepared_copy / "manifest.json").write_text('{"format": 99}')
-    with pytest.raises(UserError, match="has format 99, this version reads format 1: prepare the folder again"):
+    with pytest.raises(UserError, match="has format 99, this version reads 1 and 2: prepare the folder again"):
         Manifest.read(prepared_copy)

@@ -13,7 +13,10 @@ from peerlm import PEER
 from peerlm.ops.cpu import native
 from peerlm.testing import relative_error
 
-pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=f"no native kernels: {native.unavailable()}")
+pytestmark = [
+    pytest.mark.skipif(bool(native.unavailable()), reason=f"no native kernels: {native.unavailable()}"),
+    pytest.mark.whole_tables("one call is made with the rows of `Table` itself alone"),
+]
 
 KINDS: dict[str, dict[str, Any]] = {
     "batch": {"query_norm": "batch"},

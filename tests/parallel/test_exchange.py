@@ -93,6 +93,31 @@ def test_copies_of_a_sharded_layer_have_gradients_of_all_tokens(pool: Pool, kind
             )
 
 
+def narrow_rows(rank: int, world: int, row_format: str) -> list[tuple[Tensor, Tensor]]:
+    """Output and rows of a layer whose rows have scales, sharded and whole."""
+    layers: list[Any] = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layers.append(PEER(32, num_experts=49, heads=2, experts_per_head=3, key_dim=8).eval())
+        layers[-1].experts.convert_rows(row_format)
+    parallelize(layers[1], mesh(rows=world), dense="replicate")
+    x = torch.randn(TOKENS, 32)
+    with torch.no_grad():
+        ids = torch.tensor([48, 0, 25])
+        return [
+            (layers[1](x), layers[0](x)),
+            (layers[1].experts.read(), layers[0].experts.read()),
+            (layers[1].experts.gather(ids), layers[0].experts.gather(ids)),
+        ]
+
+
+@pytest.mark.parametrize("row_format", ["int8", "float8_e4m3fn", "int4"])
+def test_rows_with_scales_are_looked_up_and_read_at_any_rank(pool: Pool, row_format: str) -> None:
+    for found in pool.run(narrow_rows, 2, row_format):
+        for cut, whole in found:
+            torch.testing.assert_close(cut, whole)
+
+
 def bytes_per_token(rank: int, world: int, num_experts: int, k: int, rows: int, cols: int) -> float:
     torch.manual_seed(0)
     layer = peer(num_experts=num_experts, experts_per_head=k, query_norm="layer")

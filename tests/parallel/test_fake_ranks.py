@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from peerlm.model import PeerConfig
@@ -14,7 +15,7 @@ from peerlm.optim.sparse_gradients import teach_torch_sparse_norms
 from peerlm.parallel import build, mesh, sharded_tables
 from peerlm.parallel.cost import Shape, Tables, memory
 
-N, DIM, ROWS, COLS = 31624**2, 4096, 32, 32
+N, DIM, ROWS, COLS, TOKENS = 31624**2, 4096, 32, 32, 64
 
 
 @pytest.fixture
@@ -43,9 +44,12 @@ def test_a_billion_experts_are_built_and_trained_over_a_thousand_ranks(a_thousan
         groups = parameter_groups(model)
         next(group for group in groups if group["name"] == "table").update(betas=(0.0, 0.98), row_wise=128)
         optimizer = RowAdamW(groups, fused=True)
-        ids = torch.randint(0, 256, (1, 64))
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
+        ids = torch.randint(0, 256, (1, TOKENS))
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        with tracker:
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
         (table,) = sharded_tables(model).values()
         local = -(-N // ROWS)
         assert table.rows.shape == (local, 2, DIM // COLS)
@@ -56,10 +60,22 @@ def test_a_billion_experts_are_built_and_trained_over_a_thousand_ranks(a_thousan
         assert "exp_avg" not in kept
         assert table.rows.grad is None
         assert all(parameter.numel() < 1e9 for parameter in model.parameters() if parameter is not table.rows)
-        planned = memory(Tables(num_rows=N, dim=DIM, row_format="bfloat16", fused=True), Shape(cols=COLS, rows=ROWS))
+        settings = {"row_format": "bfloat16", "fused": True, "tokens": TOKENS, "activation_bytes": 4}
+        rest = sum(
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if not name.endswith(("rows", "sub_keys", "query_proj.weight"))
+        )
+        tables = Tables(num_rows=N, dim=DIM, dense_parameters=rest, **settings)  # type: ignore[arg-type]
+        planned = memory(tables, Shape(cols=COLS, rows=ROWS))
         assert planned["rows"] == table.rows.nbytes
         assert planned["moments"] == kept["exp_avg_sq"].nbytes
         assert planned["counters"] == kept["moments_step"].nbytes + kept["weights_step"].nbytes
         (sub_keys,) = (each for name, each in model.named_parameters() if name.endswith("sub_keys"))
         of_keys = optimizer.state[sub_keys]
         assert planned["sub-keys"] == sub_keys.nbytes + of_keys["exp_avg"].nbytes + of_keys["exp_avg_sq"].nbytes
+        tracked = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+        without_rows = sum(planned.values()) - planned["rows"], tracked - table.rows.nbytes
+        print(f"memory of a rank: {tracked / 1e9:.2f} GB tracked, {sum(planned.values()) / 1e9:.2f} GB planned")  # noqa: T201
+        assert sum(planned.values()) == pytest.approx(tracked, rel=0.03)
+        assert without_rows[0] == pytest.approx(without_rows[1], rel=0.3)

@@ -61,6 +61,8 @@ def refusals(rank: int, world: int, folder: str) -> list[str]:
         lambda: parallelize(model, ranks),
         lambda: parallelize(layer, ranks),
         lambda: build(config(), ranks, dense="no"),
+        lambda: parallelize(PEER(8, num_experts=49, experts_per_head=2, row_format="float8_e4m3fn"), mesh(cols=2)),
+        lambda: RowAdamW(build(config(), mesh(rows=1, replica=2)).parameters(), fused=True),
         lambda: parallelize(PEER(9, num_experts=49, experts_per_head=2, heads=1, key_dim=4), mesh(cols=2)),
     ):
         try:
@@ -80,6 +82,8 @@ def test_what_cannot_be_is_refused_in_a_sentence(pool: Pool, tmp_path: Path) -> 
             "is sharded already",
             "an optimizer trains experts already",
             "dense is 'no'",
+            "float8_e4m3fn rows have scales of whole vectors",
+            "before the gradients of the 2 copies of a sharded table are averaged",
             "9 columns cannot be cut over cols = 2",
         )
         assert len(said) == len(expected)

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from peerlm import files as files_module
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.optim import RowAdamW, parameter_groups
-from peerlm.parallel import build, from_pretrained, mesh, save_pretrained
+from peerlm.parallel import build, cut, from_pretrained, mesh, save_pretrained
 from peerlm.parallel.states import model_entries
 from peerlm.parallel.storage import SafetensorsReader, read_shards
 from peerlm.ranks import ALONE, Ranks
@@ -22,6 +23,7 @@ from peerlm.train.checkpoint import (
     save_shards,
     shards_of,
 )
+from peerlm.train.space import checkpoint_bytes
 
 from .pool import Pool
 
@@ -130,6 +132,47 @@ def test_a_checkpoint_passes_through_any_mesh_unchanged(
     exported = AutoModelForCausalLM.from_pretrained(out).eval()
     for found in logits:
         torch.testing.assert_close(exported(input_ids=IDS).logits, found)
+
+
+def save_in_small_files(rank: int, world: int, run: Path) -> tuple[int, tuple[int, int], str]:
+    """Bytes in the largest of files with a tiny limit; those foreseen and found; what is said of a full disk."""
+    cut.MOST_BYTES = 2000
+    try:
+        model = build(config(), mesh(rows=2, replica=2))
+        optimizer = optimizer_of(model, {})
+        take_steps(model, optimizer, 2, rank)
+        ranks = us(rank, world)
+        save(run, model, optimizer, ranks)
+        foreseen = checkpoint_bytes(optimizer)[1]
+        files = list(checkpoint_folder(run, 3).glob("rank-*.safetensors"))
+        resumed = build(config(), mesh(rows=1, cols=4))
+        assert load_checkpoint(checkpoint_folder(run, 3), resumed, optimizer_of(resumed, {}), ranks=ranks) == STATE
+    finally:
+        cut.MOST_BYTES = 50 * 10**9
+    disk, files_module.free_bytes = files_module.free_bytes, lambda folder: 1000
+    said = []
+    for write in (
+        lambda: save_shards(run, TrainState(step=4), shards_of(model, optimizer), None, keep=2, ranks=ranks),
+        lambda: save_pretrained(model, run / "out"),
+    ):
+        try:
+            write()
+        except OSError as error:
+            said.append(str(error))
+    files_module.free_bytes = disk
+    assert len(said) == 2
+    sizes = [each.stat().st_size - 8 - int.from_bytes(each.read_bytes()[:8], "little") for each in files]
+    return max(sizes), (foreseen, sum(sizes)), said[0]
+
+
+def test_large_tables_are_saved_in_several_files_and_only_where_there_is_room(pool: Pool, tmp_path: Path) -> None:
+    for largest, (foreseen, found), said in pool.run(save_in_small_files, 4, tmp_path):
+        assert largest <= 2000
+        assert foreseen == pytest.approx(found, rel=0.5)
+        assert "step-00000004 needs" in said
+    names = {path.name for path in checkpoint_folder(tmp_path, 3).iterdir()}
+    assert {"rank-00000.safetensors", "rank-00000-2.safetensors"} <= names
+    assert not (tmp_path / "out").exists()
 
 
 def load_exported(rank: int, world: int, shape: tuple[int, int], folder: Path, again: Path) -> None:

@@ -12,11 +12,13 @@ from torch import Tensor
 
 import peerlm
 from peerlm.data import batches
+from peerlm.errors import UserError
 from peerlm.parallel import sharded_tables, since_last
 from peerlm.ranks import Ranks
 from peerlm.train import TrainConfig
 from peerlm.train.build import build_training, open_data
 from peerlm.train.checkpoint import TrainState
+from peerlm.train.config import ParallelConfig
 from peerlm.train.feed import Feed
 from peerlm.train.loop import take_step
 from peerlm.train.recipe import from_dict
@@ -173,6 +175,11 @@ def test_each_way_to_train_is_that_of_one_process(
         torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-5, atol=1e-5)
         assert torch.equal(found["ids"], alone["ids"])
         torch.testing.assert_close(found["rows"], alone["rows"], rtol=1e-3, atol=2e-4)
+
+
+def test_copies_of_tables_that_are_not_cut_are_refused() -> None:
+    with pytest.raises(UserError, match=r"parallel.replica = 2 is of tables that are cut: set parallel.rows"):
+        ParallelConfig(replica=2)
 
 
 @pytest.mark.parametrize("row_format", ["int8", "float8_e4m3fn"])

@@ -1,5 +1,6 @@
 """An engine over a small model, and what the same model writes alone."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -72,6 +73,23 @@ def greedy(prompt: Sequence[int], tokens: int, **settings: Any) -> Request:
 def tokens_of(events: Handle | Sequence[Event]) -> list[int]:
     """The tokens of events."""
     return [event.token_id for event in events if event.token_id is not None]
+
+
+class Gate:
+    """Holds a model at its next forward pass until it is opened."""
+
+    def __init__(self, model: nn.Module):
+        self.reached, self._open = threading.Event(), threading.Event()
+        self._hook = model.register_forward_pre_hook(self._stop)
+
+    def _stop(self, *arguments: Any) -> None:
+        self.reached.set()
+        assert self._open.wait(10), "nobody has opened the gate"
+
+    def open(self) -> None:
+        """Let it pass, now and later."""
+        self._hook.remove()
+        self._open.set()
 
 
 @pytest.fixture

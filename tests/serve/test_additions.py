@@ -15,8 +15,7 @@ from peerlm.errors import UserError
 from peerlm.packs.api import choose_packs, load_pack, new_pack, pack_parameters, save_pack, unload_pack
 from peerlm.serve import Engine, InUse
 
-from .conftest import alone, greedy, make, tokens_of
-from .test_engine import Gate
+from .conftest import Gate, alone, greedy, make, tokens_of
 
 New = Callable[..., Engine]
 PROMPTS = [(5, 9, 4), (7,), (30, 31, 32, 33, 34, 35)]

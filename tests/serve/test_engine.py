@@ -14,7 +14,7 @@ from peerlm.errors import UserError
 from peerlm.serve import Engine, QueueFull, Request, SamplingParams
 
 from ..models import build
-from .conftest import MODELS, alone, greedy, make, tokens_of
+from .conftest import MODELS, Gate, alone, greedy, make, tokens_of
 
 New = Callable[..., Engine]
 
@@ -59,6 +59,21 @@ def test_prefixes_of_earlier_requests_are_not_read_again_and_change_no_token(eng
     assert events[0].cached_tokens == len(conversation) - 2
     assert tokens_of(events) == wanted
     assert served.stats().cached_tokens == 20 + len(conversation) - 2
+
+
+def test_one_prompt_submitted_several_times_is_read_once(engine: New) -> None:
+    model = make("llama")
+    prompt = tuple(range(3, 23))
+    expected = alone(model, prompt, 4)
+    served = engine(model)
+    gate = Gate(model)
+    first = served.submit(greedy((3,), 1))
+    assert gate.reached.wait(10)
+    handles = [served.submit(greedy(prompt, 4)) for _ in range(4)]
+    gate.open()
+    found = [list(handle) for handle in (first, *handles)][1:]
+    assert [tokens_of(events) for events in found] == [expected] * 4
+    assert [events[0].cached_tokens for events in found] == [0, 19, 19, 19]
 
 
 def test_the_cache_stays_within_its_limit_and_is_reused(engine: New) -> None:
@@ -138,22 +153,6 @@ def test_what_cannot_be_served_is_refused_and_disturbs_nobody(engine: New) -> No
         served.submit(greedy((3,), 1, packs=("law",)))
     assert len(tokens_of(running)) == 31
     assert tokens_of(served.submit(greedy((3,), 5))) == alone(served._forward.model, (3,), 5)
-
-
-class Gate:
-    """Holds a model at its next forward pass until it is opened."""
-
-    def __init__(self, model: nn.Module):
-        self.reached, self._open = threading.Event(), threading.Event()
-        self._hook = model.register_forward_pre_hook(self._stop)
-
-    def _stop(self, *arguments: Any) -> None:
-        self.reached.set()
-        self._open.wait(10)
-
-    def open(self) -> None:
-        self._hook.remove()
-        self._open.set()
 
 
 def test_a_full_queue_refuses_and_waiting_requests_can_be_cancelled(engine: New) -> None:

@@ -298,5 +298,6 @@ def test_the_state_says_where_the_run_stood(saved: Path) -> None:
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "open_with_peerlm.py",
         "optimizer.safetensors",
     }

@@ -79,6 +79,8 @@ def test_a_run_in_files_ends_as_one_in_memory_though_it_was_interrupted(
     assert not any("rows" in name or "exp_avg" in name for name in load_file(checkpoint / "model.safetensors"))
     with pytest.raises(ValueError, match="whose tables are in files elsewhere"):
         PeerForCausalLM.from_pretrained(checkpoint)
+    with pytest.raises(UserError, match="whose tables are in files elsewhere"):
+        load_model(tmp_path / "files")
     with pytest.raises(UserError, match=r"has its tables in files in .*rows: resume with"):
         train(configure(run=str(tmp_path / "files"), **changes), resume=True, progress=False)
     train(config, resume=True, progress=False)

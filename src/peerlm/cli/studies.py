@@ -1,5 +1,7 @@
 """Commands that make studies of many runs, and read what came of them."""
 
+import shlex
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,11 +10,17 @@ import typer
 
 from peerlm.cli.root import Json, Output, Recipe, Run, Settings, app, overrides
 from peerlm.cli.show import STDOUT, show
-from peerlm.errors import UserError
+from peerlm.errors import UserError, listed
 from peerlm.terminal import print_markdown, print_table
 
 ShardOf = Annotated[
     str | None, typer.Option("--shard", metavar="K/N", help="Make only share K of N of the rows, as in 2/8.")
+]
+SlurmOf = Annotated[
+    str | None,
+    typer.Option(
+        "--slurm", metavar="KEY=VALUE,...", help="Submit shares as jobs: partition=gpu,time=480,shards=8, of sbatch."
+    ),
 ]
 
 
@@ -27,12 +35,21 @@ def compare(
     settings: Settings = [],  # noqa: B006
     output: Output = None,
     shard: ShardOf = None,
+    slurm: SlurmOf = None,
     json_file: Json = None,
 ) -> None:
     """Train PEER and its baselines on the same data for the same FLOPs: table, plots, a sample of text."""
     from peerlm_studies.comparison.compare import compare
     from peerlm_studies.shards import Shard
 
+    if slurm is not None:
+        from peerlm_studies.comparison.make_rows import prepare_texts
+        from peerlm_studies.comparison.plan import load_plan
+
+        plan = load_plan(recipe, overrides(settings, output))
+        words = _words("compare", recipe, settings, output)
+        _submit(words, slurm, shard, plan.output, json_file, partial(prepare_texts, plan.runs))
+        return
     rows = compare(recipe, overrides(settings, output), progress=json_file != STDOUT, shard=Shard.read(shard))
     show(rows, json_file, tables=_nothing)  # they were shown when they were made
 
@@ -56,6 +73,7 @@ def isoflop(
     gpu_tflops: Annotated[float, typer.Option(help="1e12 FLOPs a second of a GPU, for --dry-run.")] = 400.0,
     utilisation: Annotated[float, typer.Option(help="Share of them that training uses, for --dry-run.")] = 0.4,
     shard: ShardOf = None,
+    slurm: SlurmOf = None,
     json_file: Json = None,
 ) -> None:
     """Train every method at several sizes for the same FLOPs: the curves, and each one's best size."""
@@ -67,6 +85,17 @@ def isoflop(
         raise UserError("--shard cannot be combined with --dry-run, which makes no rows: leave one of them out")
     changes = overrides(settings, output)
     part: dict[str, Any] = {"methods": method, "budgets": budget, "sizes": size}
+    if slurm is not None:
+        from peerlm_studies.comparison.make_rows import prepare_texts
+        from peerlm_studies.isoflop.plan import load_isoflop
+
+        if dry:
+            raise UserError("--slurm cannot be combined with --dry-run, which trains nothing: leave one of them out")
+        study = load_isoflop(recipe, changes)
+        runs = [run.planned for run in study.runs(seed or None, **part)]
+        words = _words("isoflop", recipe, settings, output, method=method, budget=budget, size=size, seed=seed)
+        _submit(words, slurm, shard, study.output, json_file, partial(prepare_texts, runs))
+        return
     if dry:
         from peerlm_studies.isoflop.dry_run import dry_run, dry_run_markdown
         from peerlm_studies.isoflop.plan import load_isoflop
@@ -329,14 +358,56 @@ def lifelong(
     settings: Settings = [],  # noqa: B006
     output: Output = None,
     shard: ShardOf = None,
+    slurm: SlurmOf = None,
     json_file: Json = None,
 ) -> None:
     """Let models of one domain learn others by each method: what is learned against what is forgotten."""
     from peerlm_studies.lifelong.study import lifelong
     from peerlm_studies.shards import Shard
 
+    if slurm is not None:
+        from peerlm_studies.lifelong.plan import load_plan
+
+        study = load_plan(recipe, overrides(settings, output)).output
+        _submit(_words("lifelong", recipe, settings, output), slurm, shard, study, json_file)
+        return
     result = lifelong(recipe, overrides(settings, output), progress=json_file != STDOUT, shard=Shard.read(shard))
     show(result, json_file, tables=_nothing)
+
+
+def _words(
+    name: str, recipe: Path, settings: Sequence[str], output: Path | None, **others: Sequence[object]
+) -> list[str]:
+    """A command of a study as it is typed, without its share of the rows."""
+    given = {"set": settings, "output": [output] if output else [], **others}
+    return [name, str(recipe), *(f"--{option}={value}" for option, values in given.items() for value in values)]
+
+
+def _submit(
+    words: list[str],
+    slurm: str,
+    shard: str | None,
+    output: Path,
+    json_file: Path | None,
+    prepare: Callable[..., None] | None = None,
+) -> None:
+    """Submit a study's shares as jobs, once its text is prepared, and say what to type when they have ended."""
+    from peerlm_studies.slurm import SlurmConfig, submit
+
+    if shard is not None:
+        raise UserError("--shard cannot be combined with --slurm, which submits every share: leave one of them out")
+    config = SlurmConfig.read(slurm)
+    if prepare is not None:
+        prepare(shown=json_file != STDOUT)
+    jobs = submit(words, config, output / "slurm")
+    merge = shlex.join(["peerlm", *words])
+    result = {"jobs": [job.job_id for job in jobs], "logs": str(output / "slurm"), "merge": merge}
+
+    def tables() -> None:
+        typer.echo(f"{len(jobs)} jobs are submitted: {listed(result['jobs'])}. Their logs are in {result['logs']}.")
+        typer.echo(f"When they have ended, this merges their rows into tables and plots: {merge}")
+
+    show(result, json_file, tables)
 
 
 def _nothing() -> None:

@@ -77,6 +77,49 @@ def prepare(
 
 @app.command(
     examples=[
+        "peerlm open-shards web.bin --tokenizer tokenizer.json --output data/web",
+        "peerlm open-shards web/ --heldout test.ds --tokenizer gpt2/ --output data/web",
+    ]
+)
+def open_shards(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="Megatron-LM's .bin, datatrove's .ds, .parquet, folders of save_to_disk or of such files."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    tokenizer: Annotated[Path, typer.Option(help="File or folder of the tokenizer that made the tokens.")],
+    heldout: Annotated[list[Path], typer.Option(help="Token files to hold out; repeatable.")] = [],  # noqa: B006
+    holdout: Annotated[float, typer.Option(help="Share of the tokens to hold out, the last documents.")] = 0.02,
+    field: Annotated[str, typer.Option(help="Column of token ids in data sets and parquet files.")] = "input_ids",
+    json_file: Json = None,
+) -> None:
+    """Make a folder to train on from token files that others made, without rewriting them.
+
+    All tokens are read once and must be the tokenizer's. The files stay where they are, and must not change.
+    """
+    from peerlm.data import open_shards
+
+    manifest = open_shards(
+        sources,
+        output,
+        tokenizer=tokenizer,
+        heldout=heldout,
+        holdout=holdout,
+        field=field,
+        progress=json_file != STDOUT,
+    )
+
+    def tables() -> None:
+        sizes = ("documents", "tokens")
+        splits = {name: {size: vars(split)[size] for size in sizes} for name, split in manifest.splits.items()}
+        print_table(f"{output}: {manifest.vocab_size:,} tokens in the vocabulary", splits)
+        typer.echo(f"Train on it: peerlm train {shlex.quote(str(output))}")
+
+    show(asdict(manifest) if json_file else None, json_file, tables)
+
+
+@app.command(
+    examples=[
         "peerlm train recipes/train-demo.toml --output runs/a",
         "peerlm train recipes/train-demo.toml --set budget.minutes=1",
         "peerlm train runs/a --resume",

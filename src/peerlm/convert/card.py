@@ -1,7 +1,11 @@
 """The model card of a converted model: what it is, and how to open it."""
 
+from pathlib import Path
+from typing import Any
+
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from peerlm.convert.record import ConversionConfig
 
@@ -32,21 +36,24 @@ model = {architecture}.from_pretrained("{name}")
 _PLACES = {"beside": "beside", "replace": "in place of"}
 
 
-def conversion_card(model: PreTrainedModel, record: ConversionConfig, *, name: str, source: str) -> ModelCard:
+def conversion_card(model: PreTrainedModel, record: ConversionConfig, *, name: str, source: Path) -> ModelCard:
     """The card, in the form of model hubs: metadata as YAML, then text.
 
     Args:
         model: the converted model.
         record: what was done to it.
         name: what it is called.
-        source: what the model was called that it was made from.
+        source: the folder of the model that it was made from; licence and languages are those of its card.
     """
     sites = record.read_sites()
+    data = ModelCardData(
+        library_name="transformers", tags=["peerlm", "peer"], model_name=name, **_terms_of(source / "README.md")
+    )
     return ModelCard(
         _CARD.format(
-            metadata=ModelCardData(library_name="transformers", tags=["peerlm", "peer"], model_name=name).to_yaml(),
+            metadata=data.to_yaml(),
             name=name,
-            source=source,
+            source=source.name,
             architecture=type(model).__name__,
             package=type(model).__module__.partition(".")[0],
             place=_PLACES[record.mode],
@@ -56,3 +63,12 @@ def conversion_card(model: PreTrainedModel, record: ConversionConfig, *, name: s
             settings=", ".join(f"{key} = {value}" for key, value in record.settings.items()) or "PEER's own",
         )
     )
+
+
+def _terms_of(card: Path) -> dict[str, Any]:
+    """Licence and languages that a card states; none where there is no card that can be read."""
+    try:
+        stated = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, YAMLError):
+        return {}
+    return {name: stated[name] for name in ("license", "license_name", "license_link", "language") if name in stated}

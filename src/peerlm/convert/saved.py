@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,10 @@ from peerlm.files import atomic_folder
 from peerlm.names import SHARDED
 
 _COMPANIONS = (
+    "LICENSE*",
+    "NOTICE*",
     "added_tokens.json",
+    "additional_chat_templates/*",
     "chat_template*",
     "merges.txt",
     "*preprocessor_config.json",
@@ -31,7 +33,7 @@ _COMPANIONS = (
     "tokenizer*",
     "vocab*",
 )
-"""Files beside a model that a change of it leaves as they are: its tokenizer, or what prepares its images."""
+"""Files beside a model that a change of it leaves as they are: its tokenizer, what prepares its images, its licence."""
 
 
 @contextmanager
@@ -70,16 +72,18 @@ def load_saved(folder: Path) -> PreTrainedModel:
 def save_changed(model: PreTrainedModel, source: Path, output: Path) -> None:
     """Write a model that was loaded from `source` to the folder `output`, whole or not at all, with its tokenizer.
 
-    A converted model gets a card.
+    A converted model gets a card, with the licence and the languages of the card in `source`.
     """
     record = conversion_of(model)
     with atomic_folder(output) as folder:
         model.save_pretrained(folder)
         if record is not None:
-            conversion_card(model, record, name=output.name, source=source.name).save(folder / "README.md")
-        for path in sorted(source.iterdir()):
-            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COMPANIONS):
-                shutil.copyfile(path, folder / path.name)
+            conversion_card(model, record, name=output.name, source=source).save(folder / "README.md")
+        for path in sorted(path for pattern in _COMPANIONS for path in source.glob(pattern)):
+            if path.is_file():
+                copy = folder / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 def _class_of(config: Any, folder: Path) -> type[PreTrainedModel]:

@@ -2,6 +2,7 @@
 
 from peerlm.data.batching import Batch, TokenWindows, batches, sequential_batches, window_order
 from peerlm.data.manifest import SPLITS, Manifest
+from peerlm.data.opening import open_shards
 from peerlm.data.preparation import prepare
 from peerlm.data.shards import TokenShards
 from peerlm.data.sources import read_documents
@@ -16,6 +17,7 @@ __all__ = [
     "TokenWindows",
     "batches",
     "load_tokenizer",
+    "open_shards",
     "prepare",
     "read_documents",
     "sequential_batches",

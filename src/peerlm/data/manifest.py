@@ -18,9 +18,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
+
 from peerlm.errors import UserError
 
 FORMAT = 1
+OPENED_FORMAT = 2
+"""That of a folder whose tokens lie in files of others; see `data.opening`."""
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "heldout")
@@ -33,11 +37,17 @@ class FileRecord:
     """One array on disk."""
 
     file: str
-    """Name inside the prepared folder."""
+    """Name inside the prepared folder, or the path of a file of others."""
     items: int
     """Number of tokens (shards) or documents (document ends)."""
     sha256: str
-    """Hash of the file's bytes, in hexadecimal."""
+    """Hash of these items' bytes, in hexadecimal."""
+    offset: int = 0
+    """Bytes of the file before them."""
+    dtype: str | None = None
+    """numpy name of the items' type where it is not that of the folder."""
+    file_bytes: int | None = None
+    """Bytes of the whole file, where it holds more than these items."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +58,9 @@ class SplitRecord:
     """Number of documents."""
     tokens: int
     """Number of tokens, the marks of each document included."""
-    bytes: int
-    """UTF-8 bytes that the tokens stand for, the denominator of bits per byte; marks count nothing."""
+    bytes: int | None
+    """UTF-8 bytes that the tokens stand for, the denominator of bits per byte; marks count nothing. None for tokens of
+    others, whose text is not known."""
     shards: tuple[FileRecord, ...]
     """The tokens, in order."""
     ends: FileRecord
@@ -88,7 +99,13 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into the folder."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        values = asdict(self)
+        for split in values["splits"].values():
+            for record in (*split["shards"], split["ends"]):
+                for name in ("offset", "dtype", "file_bytes"):
+                    if not record[name]:
+                        del record[name]
+        text = json.dumps(values, indent=2, ensure_ascii=False)
         (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -100,12 +117,13 @@ class Manifest:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             found = fields["format"]
-            if found == FORMAT:
+            if found in (FORMAT, OPENED_FORMAT):
                 return cls._from_fields(fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{path} is corrupt ({reason}): delete the folder and prepare it again") from error
-        raise UserError(f"{path} has format {found!r}, this version reads format {FORMAT}: prepare the folder again")
+        known = f"{FORMAT} and {OPENED_FORMAT}"
+        raise UserError(f"{path} has format {found!r}, this version reads {known}: prepare the folder again")
 
     @classmethod
     def _from_fields(cls, fields: Mapping[str, Any]) -> Manifest:
@@ -139,4 +157,12 @@ def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of(values: npt.NDArray[Any]) -> str:
+    """SHA-256 of an array's bytes, in hexadecimal; reads it in blocks."""
+    digest = hashlib.sha256()
+    for start in range(0, len(values), 1 << 20):
+        digest.update(values[start : start + (1 << 20)].tobytes())
     return digest.hexdigest()

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import heapq
 import logging
-import secrets
-import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import Progress
 
 from peerlm.data.encoder import TextEncoder, warn_of_loss
 from peerlm.data.manifest import (
     FORMAT,
-    MANIFEST_FILE,
     SPLITS,
     TOKEN_DTYPES,
     TOKENIZER_FOLDER,
@@ -36,8 +25,9 @@ from peerlm.data.manifest import (
     SplitRecord,
     file_sha256,
 )
-from peerlm.data.request import difference, request_of
-from peerlm.data.shards import TokenShards
+from peerlm.data.output import existing, whole_or_not_at_all
+from peerlm.data.progress import progress_bar
+from peerlm.data.request import request_of
 from peerlm.data.sources import HubDataset, Survey, read_documents, survey
 from peerlm.data.split import TAIL_SHARE, choose_heldout, copy_key, cut_tail, document_key
 from peerlm.data.text_files import check_name, tally
@@ -45,7 +35,6 @@ from peerlm.data.text_loss import TextLoss
 from peerlm.data.tokenizer import (
     MIN_VOCAB_SIZE,
     keep_start,
-    load_tokenizer,
     open_tokenizer,
     pieces,
     tokenizer_file,
@@ -139,11 +128,11 @@ def prepare(
     )
     output = Path(output).resolve()
     check_name(output)
-    if (existing := _existing(output, request)) is not None:
-        return existing
+    if (found := existing(output, request)) is not None:
+        return found
     _say_passed_over(surveyed)
 
-    with _whole_or_not_at_all(output) as folder, _progress_bar(progress) as bar:
+    with whole_or_not_at_all(output) as folder, progress_bar(progress) as bar:
         sample_bytes = 0 if given else tokenizer_bytes
         scan = _scan(sources, text_field, seed, sample_bytes, _bytes_on_disk(surveyed.found), bar)
         documents: Documents = partial(read_documents, sources, text_field=text_field)
@@ -222,50 +211,6 @@ def _marks(tokenizer: PreTrainedTokenizerFast, source: Path, document_start: str
     return marks
 
 
-def _existing(output: Path, request: dict[str, Any]) -> Manifest | None:
-    """The manifest of what this request has made before, or None where `output` is free."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
-    if not (output / MANIFEST_FILE).is_file():
-        raise UserError(f"{output} exists and holds something other than prepared data: choose another output")
-    manifest = Manifest.read(output)
-    for name in {**manifest.request, **request}:
-        before, value = manifest.request.get(name), request.get(name)
-        if before != value:
-            raise UserError(
-                f"{output} was prepared with {difference(name, before, value)}: choose another output, or delete it to "
-                "prepare it again"
-            )
-    for split in SPLITS:
-        TokenShards(output, split)
-    load_tokenizer(output)
-    say_old_split(output, manifest)
-    return manifest
-
-
-def say_old_split(folder: str | Path, manifest: Manifest) -> None:
-    """Say so where the split of a prepared folder is of an older version."""
-    if manifest.copies is None:
-        log.warning(
-            "%s was prepared by an older version: held-out documents may have copies in the training text that differ "
-            "in white space or line ends. Delete the folder to prepare it again.",
-            folder,
-        )
-
-
-@contextmanager
-def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
-    """A new folder beside `output` that takes its name when the context ends well, else is deleted."""
-    partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-
-
 def _say_passed_over(surveyed: Survey) -> None:
     if number := sum(surveyed.passed_over.values()):
         log.warning(
@@ -305,17 +250,6 @@ def _say_split(scan: _Scan, heldout: frozenset[int], holdout: float, copies: int
             100 * share,
             100 * holdout,
         )
-
-
-def _progress_bar(shown: bool) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)
 
 
 def _bytes_on_disk(sources: Sequence[Path | HubDataset]) -> int | None:
@@ -460,7 +394,7 @@ def _batched(stream: Iterator[_Piece]) -> Iterator[list[_Piece]]:
 
 def _check_unchanged(splits: dict[str, SplitRecord], scan: _Scan, heldout: frozenset[int], lost: TextLoss) -> None:
     documents = sum(split.documents for split in splits.values())
-    num_bytes = sum(split.bytes for split in splits.values()) + lost.dropped
+    num_bytes = sum(split.bytes or 0 for split in splits.values()) + lost.dropped
     if (documents, num_bytes) != (len(scan.sizes), sum(scan.sizes)) or bool(heldout) != bool(
         splits["heldout"].documents
     ):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from peerlm.data.manifest import END_DTYPE, SPLITS, FileRecord, Manifest, file_sha256
+from peerlm.data.manifest import END_DTYPE, SPLITS, FileRecord, Manifest, sha256_of
 from peerlm.errors import UserError
 
 
@@ -29,8 +30,8 @@ class TokenShards:
     manifest: Manifest
     num_tokens: int
     """Tokens of the split, the marks of each document included."""
-    num_bytes: int
-    """UTF-8 bytes of the text that these tokens stand for."""
+    num_bytes: int | None
+    """UTF-8 bytes of the text that these tokens stand for; None for tokens of others, whose text is not known."""
     vocab_size: int
     """Token ids are below this."""
     eos_token_id: int
@@ -51,23 +52,29 @@ class TokenShards:
         self.vocab_size = self.manifest.vocab_size
         self.eos_token_id = self.manifest.eos_token_id
         self.window_start = self.manifest.document_start
+        self._mapped: dict[Path, npt.NDArray[np.uint8]] = {}
         self.document_ends = self._map(record.ends, END_DTYPE, verify)
         self._shards = [self._map(shard, self.manifest.dtype, verify) for shard in record.shards]
         self._starts = np.cumsum([0] + [shard.items for shard in record.shards])
 
-    def _map(self, record: FileRecord, dtype: str, verify: bool) -> npt.NDArray[np.unsignedinteger]:
+    def _map(self, record: FileRecord, dtype: str, verify: bool) -> npt.NDArray[Any]:
         path = self.folder / record.file
         fix = "prepare the folder again or restore the file"
         if not path.is_file():
             raise UserError(f"{path} is missing: {fix}")
-        expected, found = record.items * np.dtype(dtype).itemsize, path.stat().st_size
+        dtype = record.dtype or dtype
+        num_bytes, found = record.items * np.dtype(dtype).itemsize, path.stat().st_size
+        expected = num_bytes if record.file_bytes is None else record.file_bytes
         if found != expected:
             raise UserError(f"{path} has {found} bytes, not the {expected} that the manifest says: {fix}")
-        if verify and file_sha256(path) != record.sha256:
-            raise UserError(f"{path} does not have the hash that the manifest says, so its content has changed: {fix}")
         if not record.items:  # an empty file cannot be mapped
             return np.empty(0, dtype)
-        return np.memmap(path, dtype=dtype, mode="r")
+        if path not in self._mapped:
+            self._mapped[path] = np.memmap(path, np.uint8, mode="r")
+        items = self._mapped[path][record.offset : record.offset + num_bytes]
+        if verify and sha256_of(items) != record.sha256:
+            raise UserError(f"{path} does not have the hash that the manifest says, so its content has changed: {fix}")
+        return items.view(dtype)
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger]:
         """Tokens `start` up to `stop` of the split, across shards: (stop - start,) uint16 or uint32, a copy.
@@ -83,7 +90,8 @@ class TokenShards:
             for shard in range(first, last)
             for base in [int(self._starts[shard])]
         ]
-        return np.concatenate(parts) if parts else np.empty(0, self.manifest.dtype)
+        dtype = self.manifest.dtype
+        return np.concatenate(parts).astype(dtype, copy=False) if parts else np.empty(0, dtype)
 
     def __reduce__(self) -> tuple[type[TokenShards], tuple[Path, str]]:
         """Pickle as folder and split: a spawned worker maps the files and is not sent their content."""

@@ -13,6 +13,8 @@ COUNTERS = 8
 """Bytes of a row's two steps, as exact RowAdamW keeps them."""
 MOMENT_COLUMNS = 128
 """Columns that share a second moment where rows are bfloat16: `optim.table_moment_columns`."""
+GATHERED = 4.0
+"""Times that FSDP2 holds what it gathers of a layer in its backward pass: weights and gradients, each also as sent."""
 ROW_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -160,7 +162,8 @@ def memory(tables: Tables, shape: Shape) -> dict[str, float]:
     """Bytes of the fullest GPU by part.
 
     "gradients" are of rows that are all different, looked up evenly: at most all that a GPU has. "buffers" are an
-    estimate: what the exchange keeps for the backward pass of all layers, and what it holds in one. Activations of the
+    estimate: what the exchange keeps for the backward pass of all layers, and what it holds in one. "gathered" is the
+    rest of one layer, whole. The parts are held at once in the backward pass of that. Activations of the
     rest of the model and scores of retrieval are left out.
     """
     local = -(-tables.num_rows // shape.rows)
@@ -173,6 +176,7 @@ def memory(tables: Tables, shape: Shape) -> dict[str, float]:
     row_gradients = 0 if tables.fused else hit * (tables.vectors * columns * FLOAT32 + 8)
     whole = tables.key_parameters
     cut = tables.cut_parameters / shape.gpus
+    block = tables.dense_parameters / tables.layers + tables.query_parameters
     kept, working = _buffers(tables, shape)
     return {
         "rows": float(tables.layers * numbers * size),
@@ -182,6 +186,7 @@ def memory(tables: Tables, shape: Shape) -> dict[str, float]:
         "buffers": float(tables.layers * kept + working),
         "sub-keys": float(3 * FLOAT32 * tables.layers * whole),
         "the rest": float(3 * FLOAT32 * cut),
+        "gathered": GATHERED * FLOAT32 * block if shape.gpus > 1 else 0.0,
     }
 
 

@@ -10,6 +10,9 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from peerlm.parallel.layout import RowLayout
 
+MOST_BYTES = 50 * 10**9
+"""Of one block of a table, and of one file of a checkpoint in shards: what hubs and object stores take."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -69,8 +72,11 @@ def cut_rows(local: Tensor, layout: RowLayout, row_rank: int, column_rank: int) 
     begin = [0] * (local.ndim - 1)
     if by_columns:
         shape[-1], begin[-1] = layout.width // runs, column // runs
+    at_once = max(1, MOST_BYTES // max(1, local[:1].nbytes))
     blocks = [
-        ((piece.first, *begin), local[piece.local : piece.local + piece.count]) for piece in layout.pieces(row_rank)
+        ((piece.first + start, *begin), local[piece.local + start : piece.local + min(start + at_once, piece.count)])
+        for piece in layout.pieces(row_rank)
+        for start in range(0, piece.count, at_once)
     ]
     return Cut(torch.Size(shape), local.dtype, [(offsets, block) for offsets, block in blocks if block.numel()])
 

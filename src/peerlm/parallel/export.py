@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from peerlm.files import sync, write_json
+from peerlm.files import require_space, sync, write_json
 from peerlm.layers.mapped.table import MappedTable, mapped_tables
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops.row_keeping import rows_stay_in_files
@@ -26,7 +26,7 @@ from peerlm.ops.watched import raw
 from peerlm.optim.saved import STALE
 from peerlm.parallel.models import build
 from peerlm.parallel.states import model_entries
-from peerlm.parallel.storage import INDEX, SafetensorsReader, read_shards
+from peerlm.parallel.storage import INDEX, SafetensorsReader, num_bytes, read_shards
 from peerlm.parallel.table import ShardedTable, sharded_tables
 from peerlm.ranks import ALONE, Ranks
 
@@ -58,7 +58,11 @@ def write_pretrained(model: Any, folder: Path, *, ranks: Ranks) -> None:
         table.catch_up()
     parts = dict(_parts(tables))
     rest = {}
-    for name, entry in model_entries(model).items():
+    entries = model_entries(model)
+    with ranks.together():
+        if ranks.is_main:
+            require_space(folder, num_bytes(entries))
+    for name, entry in entries.items():
         if name not in parts:
             whole: Any = entry.full_tensor() if hasattr(entry, "full_tensor") else entry
             if ranks.is_main:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from peerlm.layers import ProductKeys, share_statistics
 from peerlm.layers.table import Table, class_of, tables_as
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.ops.row_formats import stored_shape
 from peerlm.parallel.counting import count_by_owners
 from peerlm.parallel.gradients import average_gradients
 from peerlm.parallel.meshes import all_ranks
@@ -96,14 +97,15 @@ def _cut(table: Table, implementation: type[ShardedTable]) -> None:
     assert isinstance(table, ShardedTable)
     shape = table._begin(table.num_rows, *table.row_shape)
     if scales is not None and table.place.cols.size > 1:
-        raise ValueError("int8 rows have one scale for whole vectors, which cols > 1 cut: shard by rows alone")
+        kind = table.row_format
+        raise ValueError(f"{kind} rows have scales of whole vectors, which cols > 1 cut: shard by rows alone")
     column, width = table.layout.columns(table.place.cols.rank)
 
     def own(values: Tensor) -> Tensor:
         return torch.cat([values[:0], *(values[p.first : p.first + p.count] for p in table.pieces())])
 
     rows = own(whole[..., column : column + width]).contiguous()
-    assert rows.shape == shape
+    assert rows.shape == stored_shape(shape, rows.dtype)
     table._keep(rows, trained=trained)
     table.scales = None if scales is None else own(scales)
 

@@ -1,6 +1,7 @@
 """Checkpoints in shards: safetensors files and an index in JSON, by the planners of torch.distributed.checkpoint.
 
-rank-00003.safetensors holds what rank 3 wrote. Entry "NAME|8,0,64" is the block of tensor NAME that begins there.
+rank-00003.safetensors holds what rank 3 wrote, rank-00003-2.safetensors what did not fit into 50 GB. Entry
+"NAME|8,0,64" is the block of tensor NAME that begins there.
 index.json has the shape and dtype of each tensor, its blocks and their files, and values that are no tensors. Nothing
 is unpickled.
 """
@@ -10,7 +11,7 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from peerlm.files import fingerprint, sync, write_json
 from peerlm.ops.tensor_files import DTYPES
 from peerlm.ops.watched import raw
+from peerlm.parallel import cut
 from peerlm.parallel.cut import Cut
 
 INDEX = "index.json"
@@ -73,6 +75,11 @@ def write_shards(
             no_dist=group is None,
         )
     return writer.fingerprints
+
+
+def num_bytes(entries: Entries) -> int:
+    """Bytes of what all ranks write of these together; the same on each."""
+    return sum(entry.size().numel() * entry.dtype.itemsize for entry in entries.values())
 
 
 def read_shards(
@@ -180,15 +187,16 @@ class SafetensorsWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write the plan's tensors into this rank's file, on the disk when it returns."""
-        name = f"rank-{dist.get_rank() if dist.is_initialized() else 0:05d}.safetensors"
-        tensors = {_key(item.index): _on_cpu(planner.resolve_data(item)) for item in plan.items}
+        rank = dist.get_rank() if dist.is_initialized() else 0
         written: list[WriteResult] = []
-        if tensors:
+        for number, items in enumerate(_files(plan.items, planner), start=1):
+            name = f"rank-{rank:05d}{'' if number == 1 else f'-{number}'}.safetensors"
+            tensors = {_key(item.index): _on_cpu(planner.resolve_data(item)) for item in items}
             path = self.folder / name
             save_file(tensors, path)
             sync(path)
             seen = {"file": name, **fingerprint(path)}
-            written = [WriteResult(item.index, tensors[_key(item.index)].nbytes, seen) for item in plan.items]
+            written += [WriteResult(item.index, tensors[_key(item.index)].nbytes, seen) for item in items]
         done: Future[list[WriteResult]] = Future()
         done.set_result(written)
         return done
@@ -223,6 +231,21 @@ class SafetensorsWriter(StorageWriter):
     def storage_meta(self) -> StorageMeta | None:
         """There is none."""
         return None
+
+
+def _files(items: Sequence[WriteItem], planner: SavePlanner) -> Iterator[list[WriteItem]]:
+    """What goes into each file of a rank, in order."""
+    together: list[WriteItem] = []
+    size = 0
+    for item in items:
+        tensor: Any = planner.resolve_data(item)
+        if together and size + tensor.nbytes > cut.MOST_BYTES:
+            yield together
+            together, size = [], 0
+        together.append(item)
+        size += tensor.nbytes
+    if together:
+        yield together
 
 
 class SafetensorsReader(StorageReader):

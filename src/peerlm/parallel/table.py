@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peerlm.layers.table import Index, Replaced, Table, plain_kind
-from peerlm.ops.row_formats import quantise, widened
+from peerlm.layers.table import ROW_FORMATS, Index, Replaced, Table, plain_kind
+from peerlm.ops.row_formats import SCALED_DTYPES, quantise, widened
 from peerlm.ops.row_shards import RowShard, hold_shard
 from peerlm.ops.tensors import has_values
 from peerlm.parallel.columns import mix_columns
@@ -147,7 +147,9 @@ class ShardedTable(Table):
         count = self.place.all.most(ids.numel())
         local = self._on_all(ids.reshape(-1), count, counted=False)
         mine = local >= 0
-        size = (len(local), *self.rows.shape[1:]) if vector is None else (len(local), self.rows.shape[-1])
+        *vectors, whole = self.row_shape
+        width = whole // self.place.cols.size
+        size = (len(local), *vectors, width) if vector is None else (len(local), width)
         found = torch.zeros(size, dtype=torch.promote_types(self._wide_dtype, torch.float32), device=self.device)
         found[mine] = super().gather(local[mine], vector).to(found.dtype)
         found = (
@@ -276,8 +278,8 @@ class ShardedTable(Table):
     @torch.no_grad()
     def convert_rows(self, row_format: str) -> None:
         """As of `Table`, each rank its part."""
-        if row_format == "int8" and self.place.cols.size > 1:
-            raise ValueError("int8 rows have one scale for whole vectors, which cols > 1 cut: shard by rows alone")
+        if ROW_FORMATS.get(row_format) in SCALED_DTYPES and self.place.cols.size > 1:
+            raise ValueError(f"{row_format} rows have scales of whole vectors, which cols > 1 cut: shard by rows alone")
         super().convert_rows(row_format)
 
     def like(self, rows: Tensor, *, trained: bool) -> Table:

@@ -193,6 +193,13 @@ def first_tokens(cache: Cache, count: int) -> DynamicCache:
     return cache_of([tuple(part[:1, :, :count] for part in _parts(layer)) for layer in cache.layers])
 
 
+def last_tokens(cache: Cache, row: int, count: int) -> DynamicCache:
+    """A copy of the last tokens of a row of a cache that is padded on the left."""
+    return cache_of(
+        [tuple(part[row : row + 1, :, -count:].clone() for part in _parts(layer)) for layer in cache.layers]
+    )
+
+
 def cache_bytes(cache: Cache) -> int:
     """Memory of what a cache holds."""
     return sum(part.numel() * part.element_size() for layer in list(cache.layers) for part in _parts(layer))

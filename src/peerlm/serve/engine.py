@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedModel
 
 from peerlm.errors import UserError, listed, shortened
 from peerlm.serve.additions import Additions
-from peerlm.serve.cache import SlotCache, cache_bytes, first_tokens
+from peerlm.serve.cache import SlotCache, cache_bytes, last_tokens
 from peerlm.serve.forward import Forward
 from peerlm.serve.handle import Handle
 from peerlm.serve.measures import Measures
@@ -358,6 +358,9 @@ class Engine:
             by_parts = cache is not None or len(prompt) > self._chunk
             if self._reading and (by_parts or (len(self._reading) + 1) * max(longest, len(prompt)) > room):
                 break
+            same = any(other.request.prompt == prompt and other.choice == entry.choice for other in self._reading)
+            if same and entry.request.sampling.prompt_logprobs is None and self._prefixes.wants(entry.choice, prompt):
+                break  # once it is read, it is known
             longest = max(longest, len(prompt))
             with self._changed:
                 self._reading.append(self._waiting.popleft())
@@ -437,8 +440,8 @@ class Engine:
             entry.end("length")
         else:
             self._measures.step(self._write(entry, found, row, rows))
-        if not isinstance(found, Exception) and rows == 1 and self._prefixes.wants(entry.choice, prompt):
-            self._prefixes.keep(entry.choice, prompt, first_tokens(cache, len(prompt)))
+        if not isinstance(found, Exception) and self._prefixes.wants(entry.choice, prompt):
+            self._prefixes.keep(entry.choice, prompt, last_tokens(cache, row, len(prompt)))
         if not entry.ended:
             self._cache.join(cache, row, len(prompt))
             with self._changed:

@@ -23,6 +23,7 @@ class Loaded:
 
     name: str
     folder: Path
+    """An empty path where it was beside the model already."""
     kind: str
     """ "pack", "adapter" or "library"."""
     running: int

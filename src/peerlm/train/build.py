@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from peerlm.data import Manifest, TokenShards, TokenWindows, load_tokenizer, prepare
 from peerlm.data.manifest import MANIFEST_FILE
-from peerlm.data.preparation import say_old_split
+from peerlm.data.output import say_old_split
 from peerlm.data.request import difference, sources_said
 from peerlm.data.sources import fingerprint, resolve
 from peerlm.errors import UserError

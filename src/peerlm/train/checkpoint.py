@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from peerlm.errors import UserError
-from peerlm.files import fingerprint, write_json
+from peerlm.files import fingerprint, require_space, write_json
 from peerlm.names import SHARDED
 from peerlm.ops.row_keeping import rows_stay_in_files
 from peerlm.ops.row_updates import rows_as_they_are
@@ -44,7 +44,7 @@ from peerlm.parallel.states import (
     reader_of,
     staged,
 )
-from peerlm.parallel.storage import INDEX, Entries, write_shards
+from peerlm.parallel.storage import INDEX, Entries, num_bytes, write_shards
 from peerlm.ranks import ALONE, Ranks
 from peerlm.train.tables import begin_tables, place_of, prepare_tables, restore_tables
 
@@ -170,6 +170,9 @@ def save_shards(
 ) -> Path:
     """As `save_checkpoint`, in shards."""
     folder = checkpoint_folder(run, state.step)
+    with ranks.together():
+        if ranks.is_main:
+            require_space(folder, num_bytes(shards.entries))
     with ranks.atomic_folder(folder) as partial:
         files = write_shards(partial, shards.entries, shards.values, group=ranks.files)
         with ranks.together():

@@ -1,29 +1,36 @@
 """Whether the disk has room for what a run will save, known before its first step."""
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from peerlm.errors import UserError
+from peerlm.files import free_bytes
 from peerlm.ops.row_keeping import keeper_of
+from peerlm.ops.row_shards import shard_of
 from peerlm.optim import RowAdamW
 from peerlm.optim.muon import GROUP
 from peerlm.optim.table_state import second_moments
 
 
 def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """About what the parameters of AdamW, dense or by rows, take on disk, and a checkpoint of them with its state."""
+    """About what the parameters of AdamW, dense or by rows, take on disk, and a checkpoint of them with its state.
+
+    Of tables that are cut over ranks, what all ranks have is counted, as if all had as much as this one.
+    """
     weights, moments = 0, 0
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if keeper_of(parameter) is None:  # of rows in files a checkpoint names a state
-                weights += parameter.nbytes
-                moments += _moments_bytes(optimizer, group, parameter)
+                shard = shard_of(parameter)
+                parts = 1 if shard is None or shard.group is None else dist.get_world_size(shard.group)
+                weights += parts * parameter.numel() * parameter.element_size()
+                moments += parts * _moments_bytes(optimizer, group, parameter)
     return weights, weights + moments
 
 
@@ -53,8 +60,7 @@ def check_space(
         for parameter in group["params"]:
             if (keeper := keeper_of(parameter)) is not None:
                 keeper.require(_moments_bytes(optimizer, group, parameter))
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    free = free_bytes(folder)
     weights, checkpoint = checkpoint_bytes(optimizer)
     needed = checkpoints * checkpoint + weights
     if free < checkpoint:

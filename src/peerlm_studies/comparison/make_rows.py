@@ -51,8 +51,7 @@ def make_rows(
     for file in compare.evaluate:
         if not Path(file).is_file():
             raise UserError(f"compare.evaluate names {file}, which does not exist: correct the path or leave it out")
-    for data in {run.train.data.folder: run.train.data for run in runs}.values():
-        prepare_data(data, progress=shown)
+    prepare_texts(runs, shown=shown)
     done = {row["key"] for row in read_study(output)}
     missing = [run for run in runs if run.key(compare) not in done]
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} done before", highlight=False, soft_wrap=True)
@@ -65,6 +64,12 @@ def make_rows(
         finally:
             for row in coming:
                 row.cancel()
+
+
+def prepare_texts(runs: Sequence[PlannedRun], *, shown: bool) -> None:
+    """Prepare what the runs read, each folder once; raises UserError where that cannot be done."""
+    for data in {run.train.data.folder: run.train.data for run in runs}.values():
+        prepare_data(data, progress=shown)
 
 
 def _free_disk(run: PlannedRun, compare: CompareConfig) -> None:

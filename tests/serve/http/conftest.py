@@ -13,7 +13,7 @@ import pytest
 from peerlm.data.tokenizer import train_tokenizer
 from peerlm.marks import document_marks
 from peerlm.serve.http.app import create_app
-from peerlm.serve.http.server import Server, address_of, listen
+from peerlm.serve.http.server import Server, address_of, bind
 from peerlm.serve.http.settings import HttpSettings
 from peerlm.serve.http.texts import Texts
 
@@ -34,7 +34,7 @@ class Running:
         self.log: list[str] = []
         self.app = create_app(engine, Texts(tokenizer, document_marks(tokenizer)), settings, log=self.log.append)
         served = self.app.state.served
-        self.listener = listen("127.0.0.1", 0)
+        self.listener = bind("127.0.0.1", 0)
         self.url = address_of(self.listener)
         self.server = Server(self.app, served=served, drain_seconds=5)
         self._thread = threading.Thread(target=self.server.run, args=([self.listener],))

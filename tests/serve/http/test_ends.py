@@ -67,6 +67,20 @@ def test_a_stop_lets_running_requests_end_and_refuses_new_ones(start):
         httpx.get(f"{slow.url}/health")
 
 
+def test_a_stop_while_a_request_is_read_is_503(start, monkeypatch):
+    running = start()
+    submit = running.engine.submit
+
+    def too_late(request):
+        running.app.state.served.draining = True
+        running.engine.drain(0)
+        return submit(request)
+
+    monkeypatch.setattr(running.engine, "submit", too_late)
+    answer = running.post("/v1/completions", prompt="lamp")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+
+
 def test_a_second_stop_ends_at_once(start):
     slow = start(engine_pace=0.05)
     failed = []

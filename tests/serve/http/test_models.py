@@ -83,6 +83,19 @@ def test_no_name_leaves_the_folder(start, tmp_path, path):
     assert running.engine.loaded() == {}
 
 
+def test_a_pack_that_is_unloaded_while_its_request_is_read_is_404(packs, monkeypatch):
+    load(packs, "a", "one")
+    submit = packs.engine.submit
+
+    def too_late(request):
+        packs.engine.unload("a")
+        return submit(request)
+
+    monkeypatch.setattr(packs.engine, "submit", too_late)
+    answer = packs.post("/v1/completions", model="toy:a", prompt="lamp")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
 def test_without_a_folder_nothing_is_loaded_over_http(start):
     answer = load(start(packs_folder=None), "a", "one")
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "no_pack_folder")

@@ -1,22 +1,28 @@
 """The whole way: a saved model, the real engine, HTTP, and clients that others wrote."""
 
+import json
 import os
+import re
+import shlex
 import signal
-import subprocess
-import sys
+import time
+from pathlib import Path
 
-import httpx
 import openai
 import pytest
 import torch
 
+from peerlm.cli import main
 from peerlm.marks import document_marks
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.packs import load_pack, new_pack, pack_parameters, save_pack, unload_pack
 from peerlm.serve import Engine
+from peerlm.serve.http.run import greeting
 from peerlm.serve.http.settings import HttpSettings
 
 from ...evaluate.tasks import write_task
+from ...models import run
+from ...processes import start
 from .conftest import Running
 
 QUESTIONS = [
@@ -106,6 +112,15 @@ def test_experts_are_those_of_the_layer(served):
     assert len(layer["ids"]) == len(layer["weights"]) <= 8
 
 
+def test_the_client_of_the_document_works(served, capsys):
+    document = (Path(__file__).parents[3] / "docs/serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```", document, flags=re.MULTILINE | re.DOTALL)
+    assert 'model="a"' in block
+    block = block.replace("http://127.0.0.1:8000", served.url).replace('model="a"', 'model="real"')
+    exec(compile(block, "docs/serving.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lm-eval and what it imports warn of their own affairs
 def test_lm_eval_over_http_finds_what_our_own_evaluation_finds(served, folder, tokenizer, tmp_path, monkeypatch):
@@ -135,30 +150,62 @@ def test_lm_eval_over_http_finds_what_our_own_evaluation_finds(served, folder, t
     assert found["choice"]["acc,none"] == ours["choice"]["acc"]
 
 
-def test_the_command_serves_and_drains_at_sigterm(folder):
-    command = [sys.executable, "-m", "peerlm", "serve", str(folder / "model"), "--port", "0", "--name", "real"]
-    command += ["--pack", f"law={folder / 'law'}"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-    )
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--api-key", ""], "a key or token is empty"),
+        (["--admin-token", ""], "a key or token is empty"),
+        (["--pack", "law"], "--pack is 'law': write NAME=FOLDER"),
+        (["--pack", "law=nowhere"], "--pack law=nowhere: "),
+        (["--pack-folder", "nowhere", "--admin-token", "t"], "--pack-folder nowhere is not a folder"),
+        (["--pack-folder", "."], "--pack-folder needs --admin-token"),
+        (["--context", "100000"], "the model was made for 64 tokens"),
+        (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1:0"),
+        (["--document-start", "<none>"], "--document-start is '<none>'"),
+    ],
+    ids=str,
+)
+def test_the_command_says_what_is_wrong(folder, capsys, options, says):
+    assert run("serve", folder / "model", "--port", 0, *options) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_said_before_the_model_is_loaded(served, capsys):
+    assert run("serve", "nowhere", "--port", served.listener.getsockname()[1]) == 2
+    assert "give another --host or --port" in capsys.readouterr().err
+
+
+def test_the_greeting_has_a_command_that_can_be_typed():
+    locked = HttpSettings(name="it's", api_keys=("secret",))
+    lines = greeting("http://192.0.2.1:8000", locked, ("law",))
+    words = shlex.split(lines[1])
+    assert json.loads(words[-1])["model"] == "it's"
+    assert "Authorization: Bearer $KEY" in words
+    assert not any("secret" in line for line in lines)
+    open_to_all = greeting("http://192.0.2.1:8000", HttpSettings(name="a"), ())
+    assert "Whoever reaches this address may use the model" in open_to_all[-1]
+    assert len(greeting("http://127.0.0.1:8000", HttpSettings(name="a"), ())) == 2
+
+
+def test_the_command_serves_and_drains_at_sigterm(folder, tmp_path):
+    words = ["serve", str(folder / "model"), "--port", "0", "--name", "real", "--pack", f"law={folder / 'law'}"]
+    output = tmp_path / "output.txt"
+    process = start(output, {}, main, words)
     try:
-        assert process.stdout is not None
-        said = [process.stdout.readline() for _ in range(3)]
-        url = said[0].split()[3]
-        assert f"curl {url}/v1/completions" in said[1]
-        assert "real:law" in said[2]
+        while "Packs are models too: real:law" not in (output.read_text() if output.exists() else ""):
+            assert process.is_alive(), output.read_text()
+            time.sleep(0.02)
+        url = re.search(r"Serving real at (\S+)", output.read_text())[1]
+        assert f"curl {url}/v1/completions" in output.read_text()
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(model="real:law", prompt="lamp", max_tokens=60, stream=True)
         chunks = [next(iter(stream))]
-        process.send_signal(signal.SIGTERM)
-        while httpx.get(f"{url}/health").status_code == 200:
-            pass
-        with pytest.raises((openai.InternalServerError, openai.APIConnectionError)):
-            client.completions.create(model="real", prompt="lamp")
+        os.kill(process.pid, signal.SIGTERM)
         chunks += stream
         assert chunks[-1].choices[0].finish_reason in ("length", "stop")
-        _, log = process.communicate(timeout=30)
-        assert process.returncode == 0, log
-        assert '"path": "/v1/completions", "status": 200' in log
+        process.join(60)
+        assert process.exitcode == 0, output.read_text()
+        assert '"path": "/v1/completions", "status": 200' in output.read_text()
     finally:
         process.kill()
+        process.join()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peerlm.errors import UserError
+from peerlm.files import sync
 from peerlm.layers.mapped.file import MappedFile
 from peerlm.layers.mapped.undo import UndoLog, read_undo
 from peerlm.ops.tensor_files import DTYPES, num_bytes
@@ -177,6 +178,7 @@ class RowStore:
         """Wait until all is on the disk; returns what there is."""
         for file in self.files.values():
             file.flush()
+        sync(self.folder)
         words = {dtype: word for word, dtype in DTYPES.items()}
         return {name: {"shape": file.shape, "dtype": words[file.dtype]} for name, file in self.files.items()}
 

@@ -73,7 +73,7 @@ class ChatStyle:
 )
 async def chat(body: ChatBody, request: Request, served: Served) -> Response:
     """Write the assistant's next message."""
-    packs = served.packs(body.model)
+    served.packs(body.model)
     if body.top_logprobs is not None and not body.logprobs:
         raise Problem(400, "top_logprobs needs logprobs = true", param="top_logprobs")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -88,14 +88,5 @@ async def chat(body: ChatBody, request: Request, served: Served) -> Response:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=None,
     )
-    generation = submit(
-        served.engine,
-        [prompt],
-        sampling,
-        choices=body.choices,
-        packs=packs,
-        deadline_seconds=served.settings.deadline_seconds,
-        trace=bool(body.experts),
-        most=served.settings.max_sequences,
-    )
+    generation = submit(served, body, [prompt], sampling)
     return await answer(request, body, ChatStyle(served.texts), generation)

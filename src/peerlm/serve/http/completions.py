@@ -87,7 +87,7 @@ class CompletionStyle:
 )
 async def complete(body: CompletionBody, request: Request, served: Served) -> Response:
     """Continue one text or several: a string, a list of strings, token ids, or a list of lists of token ids."""
-    packs = served.packs(body.model)
+    served.packs(body.model)
     if body.best_of is not None and body.best_of != body.choices:
         raise Problem(400, f"best_of is {body.best_of}; this server supports only best_of = n", param="best_of")
     if not body.prompts:
@@ -103,16 +103,7 @@ async def complete(body: CompletionBody, request: Request, served: Served) -> Re
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     prompts = await served.tokenized(_ids, served.texts, body)
-    generation = submit(
-        served.engine,
-        prompts,
-        sampling,
-        choices=body.choices,
-        packs=packs,
-        deadline_seconds=served.settings.deadline_seconds,
-        trace=bool(body.experts),
-        most=served.settings.max_sequences,
-    )
+    generation = submit(served, body, prompts, sampling)
     echoes = [
         (given if isinstance(given, str) else served.texts.text(ids), ids) if body.echo else None
         for given, ids in zip(body.prompts, prompts, strict=True)

@@ -12,8 +12,9 @@ from fastapi import Request as HttpRequest
 from peerlm.serve.handle import Handle
 from peerlm.serve.http.bodies import Sampled
 from peerlm.serve.http.problems import NOT_AGAIN, Problem
+from peerlm.serve.http.served import ServedModel
 from peerlm.serve.http.settings import HttpSettings
-from peerlm.serve.protocol import EngineProtocol, QueueFull
+from peerlm.serve.protocol import QueueFull
 from peerlm.serve.request import Event, Request, SamplingParams
 
 T = TypeVar("T")
@@ -160,39 +161,38 @@ def sampling_of(
 
 
 def submit(
-    engine: EngineProtocol,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingParams,
-    *,
-    choices: int,
-    packs: tuple[str, ...],
-    deadline_seconds: float,
-    trace: bool,
-    most: int,
+    served: ServedModel, body: Sampled, prompts: Sequence[Sequence[int]], sampling: SamplingParams
 ) -> Generation:
     """Queue each prompt as often as there are choices; all or none.
 
     Raises:
-        Problem: the queue is full, 429; a prompt cannot be read, or there are too many, 400.
+        Problem: the queue is full, 429; a prompt cannot be read, or there are too many, 400; the model's packs have
+            been unloaded meanwhile, 404; the server stops, 503.
     """
+    choices, most = body.choices, served.settings.max_sequences
     if len(prompts) * choices > most:
         raise Problem(
             400, f"{len(prompts):,} prompts times n = {choices} is more than the {most:,} texts of a request", param="n"
         )
-    deadline = time.monotonic() + deadline_seconds
+    packs = served.packs(body.model)
+    deadline = time.monotonic() + served.settings.deadline_seconds
     handles: list[Handle] = []
     try:
         for prompt in prompts:
             for choice in range(choices):
                 seed = None if sampling.seed is None else _seed(sampling.seed + choice)
                 own = sampling if choice == 0 else replace(sampling, seed=seed)
-                request = Request(prompt=tuple(prompt), sampling=own, packs=packs, deadline=deadline, trace=trace)
-                handles.append(engine.submit(request))
+                request = Request(
+                    prompt=tuple(prompt), sampling=own, packs=packs, deadline=deadline, trace=bool(body.experts)
+                )
+                handles.append(served.engine.submit(request))
     except QueueFull as error:
         _cancel(handles)
+        served.packs(body.model)  # it may stop since
         raise Problem(429, str(error), code="queue_full", headers={"retry-after": str(RETRY_SECONDS)}) from error
     except ValueError as error:
         _cancel(handles)
+        served.packs(body.model)  # a pack may be gone since
         raise Problem(400, str(error), param="prompt") from error
     except BaseException:
         _cancel(handles)

@@ -1,5 +1,7 @@
 """From a folder to a server that answers: load, listen, say how to ask, serve until told to stop."""
 
+import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,7 @@ from peerlm.evaluate.loading import default_context, load_model
 from peerlm.marks import AUTO, marks_of
 from peerlm.serve.engine import Engine
 from peerlm.serve.http.app import create_app
-from peerlm.serve.http.server import Server, address_of, listen
+from peerlm.serve.http.server import Server, address_of, bind
 from peerlm.serve.http.settings import HttpSettings
 from peerlm.serve.http.texts import Texts
 
@@ -50,7 +52,7 @@ def serve_model(
     Raises:
         UserError: the model, a pack, or the address cannot be used.
     """
-    with listen(options.host, options.port) as listener:
+    with bind(options.host, options.port) as address:
         model, tokenizer = load_model(path)
         marks = marks_of(model, tokenizer, options.document_start)
         try:
@@ -70,10 +72,14 @@ def serve_model(
                 except ValueError as error:
                     raise UserError(f"--pack {name}={folder}: {error}") from error
             app = create_app(engine, Texts(tokenizer, marks), settings, log=log)
-            for line in greeting(address_of(listener), settings, tuple(options.packs)):
-                say(line)
-            server = Server(app, served=app.state.served, drain_seconds=options.drain_seconds)
-            server.run(sockets=[listener])
+            lines = greeting(address_of(address), settings, tuple(options.packs))
+            server = Server(
+                app,
+                served=app.state.served,
+                drain_seconds=options.drain_seconds,
+                on_start=lambda: say("\n".join(lines)),
+            )
+            server.run(sockets=[address])
         finally:
             engine.close()
 
@@ -81,9 +87,9 @@ def serve_model(
 def greeting(address: str, settings: HttpSettings, packs: tuple[str, ...]) -> list[str]:
     """What the server says when it begins: where it is, and a request to try."""
     key = ' -H "Authorization: Bearer $KEY"' if settings.api_keys else ""
-    body = f'{{"model": "{settings.name}", "prompt": "The", "max_tokens": 20}}'
+    body = shlex.quote(json.dumps({"model": settings.name, "prompt": "The", "max_tokens": 20}))
     lines = [f"Serving {settings.name} at {address} - open it in a browser, or ask:"]
-    lines.append(f"  curl {address}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'")
+    lines.append(f"  curl {address}/v1/completions -H 'Content-Type: application/json'{key} -d {body}")
     if packs:
         lines.append(f"Packs are models too: {', '.join(f'{settings.name}:{pack}' for pack in packs)}")
     if not settings.api_keys and not address.startswith(("http://127.0.0.1:", "http://[::1]:")):

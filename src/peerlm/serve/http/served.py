@@ -1,13 +1,13 @@
 """What all routes share: the engine, its texts, the settings, and whether the server is about to stop."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
-from peerlm.serve.http.answers import now
 from peerlm.serve.http.catalogue import packs_of
 from peerlm.serve.http.figures import HttpMetrics
 from peerlm.serve.http.problems import Problem
@@ -33,7 +33,7 @@ class ServedModel:
         self.texts = texts
         self.settings = settings
         self.metrics = metrics
-        self.created = now()
+        self.created = int(time.time())
         self.draining = False
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
         self._loading = ThreadPoolExecutor(1, "load")

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
@@ -23,9 +23,17 @@ class Server(uvicorn.Server):
         app: what answers.
         served: what its routes share.
         drain_seconds: how long running requests may take after the first signal.
+        on_start: called once it listens.
     """
 
-    def __init__(self, app: FastAPI, *, served: ServedModel, drain_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        served: ServedModel,
+        drain_seconds: float = 60.0,
+        on_start: Callable[[], object] = lambda: None,
+    ) -> None:
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -39,6 +47,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.served = served
         self.drain_seconds = drain_seconds
+        self.on_start = on_start
         self._stops = 0
 
     @property
@@ -49,6 +58,11 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """Drain; where this runs already, end at once."""
         self._stops += 1
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        self.on_start()
 
     async def main_loop(self) -> None:
         """Wait for `stop`, and then until the engine has ended what it runs; not longer than a second `stop`."""
@@ -85,23 +99,31 @@ class Server(uvicorn.Server):
         self.stop()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with an address, which does not listen yet; port 0 takes a free one.
 
     Raises:
         UserError: the address cannot be used.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=2048, reuse_port=False)
-    except (OSError, OverflowError) as error:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        bound = socket.socket(family, kind)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
+    except (OSError, OverflowError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot listen on {host}:{port} ({why}); give another --host or --port") from None
-    return listener
+    return bound
 
 
-def address_of(listener: socket.socket) -> str:
-    """The address to type: of this machine where the socket listens on all."""
-    host, port = listener.getsockname()[:2]
+def address_of(bound: socket.socket) -> str:
+    """The address to type: of this machine where the socket is bound to all."""
+    host, port = bound.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{host}:{port}"

@@ -1,0 +1,52 @@
+"""Our language model for vLLM: a plugin that vLLM finds by its entry point, in each of its processes."""
+
+from functools import lru_cache
+from typing import Any
+
+from peerlm.names import MODEL_TYPE
+
+ARCHITECTURE = "PeerForCausalLM"
+"""The name in a saved model's config.json."""
+
+
+def register() -> None:
+    """Tell vLLM of our model, and make its operators known; vLLM calls this in every process."""
+    from vllm import ModelRegistry
+
+    import peerlm.hf  # noqa: F401, transformers must know the model type
+    from peerlm.ops.api import load_backends
+
+    load_backends()
+    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}:PeerForVllm")
+
+
+def unsupported(config: Any) -> list[str]:
+    """What a configuration of ours has that vLLM's attention and cache cannot do, in words."""
+    parts = " ".join(config.ffw_layers) if isinstance(config.ffw_layers, (list, tuple)) else str(config.ffw_layers)
+    found = [name for name in ("kv_shift", "attention_sink") if getattr(config, name, False)]
+    return found + [f"{kind} layers" for kind in ("hashed_ngrams", "expert_choice") if kind in parts]
+
+
+@lru_cache(maxsize=1)
+def _model_class() -> type:
+    """The class of vLLM for models of transformers, which refuses what it would compute wrongly."""
+    from vllm.model_executor.models.transformers import TransformersForCausalLM
+
+    class PeerForVllm(TransformersForCausalLM):
+        """Our language model behind vLLM's attention."""
+
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            config = vllm_config.model_config.hf_config
+            if config.model_type == MODEL_TYPE and (found := unsupported(config)):
+                raise ValueError(f"vLLM cannot serve this model, which has {', '.join(found)}: use `peerlm serve`")
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    PeerForVllm.__module__ = __name__
+    return PeerForVllm
+
+
+def __getattr__(name: str) -> Any:
+    """The model's class, made when vLLM first asks for it."""
+    if name == "PeerForVllm":
+        return _model_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,77 @@
+"""The plugin for vLLM, with a stand-in for vLLM; nothing here shows that vLLM itself runs the model."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.serve import vllm_plugin
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """What was registered with the stand-in."""
+    found = {}
+
+    class TransformersForCausalLM:
+        def __init__(self, *, vllm_config, prefix=""):
+            self.built = (vllm_config, prefix)
+
+    for name, content in (
+        ("vllm", {"ModelRegistry": SimpleNamespace(register_model=found.__setitem__)}),
+        ("vllm.model_executor", {}),
+        ("vllm.model_executor.models", {}),
+        ("vllm.model_executor.models.transformers", {"TransformersForCausalLM": TransformersForCausalLM}),
+    ):
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    vllm_plugin._model_class.cache_clear()
+    yield found
+    vllm_plugin._model_class.cache_clear()
+
+
+def configured(**changes):
+    config = PeerConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, **changes)
+    return SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
+
+
+def test_the_architecture_is_registered_by_a_name_that_leads_to_the_class(registered):
+    vllm_plugin.register()
+    assert list(registered) == [PeerForCausalLM.__name__]
+    module, _, name = registered["PeerForCausalLM"].partition(":")
+    config = configured(ffw_layers="dense")
+    assert getattr(sys.modules[module], name)(vllm_config=config, prefix="p").built == (config, "p")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"kv_shift": True}, "kv_shift"), ({"attention_sink": True}, "attention_sink")],
+)
+def test_a_model_that_would_be_wrong_is_refused(registered, changes, says):
+    with pytest.raises(ValueError, match=f"has {says}: use `peerlm serve`"):
+        vllm_plugin.PeerForVllm(vllm_config=configured(ffw_layers="dense", **changes))
+
+
+def test_layers_that_read_tokens_or_whole_batches_are_refused():
+    for kind in ("hashed_ngrams", "expert_choice"):
+        assert vllm_plugin.unsupported(SimpleNamespace(ffw_layers=["dense", f"{kind}+dense"])) == [f"{kind} layers"]
+
+
+def test_other_names_are_not_there():
+    with pytest.raises(AttributeError, match="no attribute 'Other'"):
+        vllm_plugin.Other  # noqa: B018
+
+
+def test_the_entry_point_names_the_function():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, name = project["entry-points"]["vllm.general_plugins"]["peerlm"].partition(":")
+    assert getattr(importlib.import_module(module), name) is vllm_plugin.register
