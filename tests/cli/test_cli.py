@@ -63,7 +63,7 @@ def test_prepare_passes_every_option(capsys: pytest.CaptureFixture[str], prepare
     code, out, _ = run(
         capsys,
         *("prepare", "demo", "more.jsonl", "--output", "data", "--tokenizer", "tok", "--vocab-size", "300"),
-        *("--holdout", "0.1", "--seed", "7", "--text-field", "body", "--document-start", "<s>"),
+        *("--holdout", "0.1", "--seed", "7", "--text-field", "body", "--document-start", "<s>", "--workers", "3"),
     )
     assert code == 0
     prepare.assert_called_once_with(
@@ -75,6 +75,7 @@ def test_prepare_passes_every_option(capsys: pytest.CaptureFixture[str], prepare
         seed=7,
         text_field="body",
         document_start="<s>",
+        workers=3,
         progress=True,
     )
     assert "12,345" in out
