@@ -29,7 +29,7 @@ def run(report: Report) -> None:
             if "failed" in found:
                 facts["failed"] = found["failed"].splitlines()[0][:200]
             else:
-                facts["ok"] = not found["spills"] and not found["float_atomics"]
+                facts["ok"] = not found.get("spilled") and not found["float_atomics"]
             report.row(f"{found['module'].rpartition('.')[2]}.{found['kernel']}, {found['workload']}", **facts)
 
 

@@ -41,11 +41,11 @@ def _times(of: str, over: str, case: str, **figures: object) -> Measured:
     return measured
 
 
-def _all_ok(section: str) -> Measured:
-    """The share of a section's checks of ours that are right."""
+def _all_ok(section: str, case: str = "triton") -> Measured:
+    """The share of a section's checks of ours that are right; of those whose case begins so."""
 
     def measured(rows: Rows) -> float | None:
-        checks = [row for row in rows if row["section"] == section and row["case"].startswith("triton")]
+        checks = [row for row in rows if row["section"] == section and row["case"].startswith(case)]
         checks = [row for row in checks if "ok" in row or "failed" in row]
         return sum(bool(row.get("ok")) for row in checks) / len(checks) if checks else None
 
@@ -147,7 +147,7 @@ GOALS = (
             None,
             _times(DENSE, OURS, case, section="one-head", tokens=tokens),
         )
-        for case in ("forward", "step")
+        for case in ("forward", "backward", "step")
         for tokens in (8192, MANY)
     ),
     Goal(
@@ -168,7 +168,12 @@ GOALS = (
         Goal(f"share of searches that needed the fallback, {keys}", None, _share_missed(keys))
         for keys in ("normal keys", "trained keys")
     ),
+    Goal("ids equal to the exhaustive search on trained keys", 1, _all_ok("correctness", "triton, ids, trained keys")),
+    Goal("offsets above 2^31 numbers", 1, _all_ok("correctness", "triton, experts beyond 2^31")),
     Goal("checks of correctness that are right", 1, _all_ok("correctness")),
+    Goal("no host synchronisation in a step", 1, _all_ok("graphs", "triton, step without synchronisation")),
+    Goal("graph replay has the bits of eager steps", 1, _all_ok("graphs", "triton, graph of a step")),
+    Goal("two runs have the same bits", 1, _all_ok("graphs", "triton, same bits of steps twice")),
     Goal("checks of synchronisation and graphs that are right", 1, _all_ok("graphs")),
     Goal("checks under compute-sanitizer that are right", 1, _all_ok("sanitizer")),
 )

@@ -1,9 +1,11 @@
 """What a row says of the machine: card, driver, versions, and the commit of peerlm."""
 
 import datetime
+import importlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,6 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGES = ROOT / "build/gpu"
 """What travels with the checkout: pure packages that are compared with, and the commit's name. Ignored by git."""
+NEEDED = {"numpy": (1,), "torch": (2, 11), "triton": (3, 6)}
+"""Packages that a run needs, and their oldest versions."""
 
 
 def commit() -> str:
@@ -40,7 +44,7 @@ def description(environment: Mapping[str, str]) -> dict[str, object]:
     """What every row says, found out in a process of its own, which leaves nothing on the card.
 
     Raises:
-        RuntimeError: torch cannot be imported there; the message is the last line of what it said.
+        RuntimeError: a package is missing or too old; the message is a sentence that says which.
     """
     command = [sys.executable, str(Path(__file__))]
     found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
@@ -49,9 +53,25 @@ def description(environment: Mapping[str, str]) -> dict[str, object]:
     return json.loads(found.stdout)
 
 
+def what_is_missing() -> str:
+    """Which of the packages cannot be imported, or is too old, and what to do; empty where all are there."""
+    for name, oldest in NEEDED.items():
+        least = ".".join(map(str, oldest))
+        fix = f"pip install '{name}>={least}'"
+        try:
+            found = importlib.import_module(name).__version__
+        except ImportError as error:
+            said = "is not installed" if getattr(error, "name", "") == name else f"cannot be imported ({error})"
+            return f"{name} {said}, and this needs it: {fix}"
+        if tuple(int(part) for part in re.findall(r"\d+", found)[: len(oldest)]) < oldest:
+            return f"{name} is {found}, and this needs {least} or newer: {fix}"
+    return ""
+
+
 def _described() -> dict[str, object]:
     """Card, its memory, driver, versions, date."""
     import torch
+    import triton
 
     found: dict[str, object] = {"card": "", "date": datetime.date.today().isoformat()}
     if torch.cuda.is_available():
@@ -64,12 +84,7 @@ def _described() -> dict[str, object]:
     else:
         found["machine"] = platform.machine()
     found["torch"] = torch.__version__
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        found["triton"] = ""
+    found["triton"] = triton.__version__
     found["python"] = platform.python_version()
     return found
 
@@ -79,4 +94,6 @@ def _output(*command: str) -> str:
 
 
 if __name__ == "__main__":
+    if missing := what_is_missing():
+        sys.exit(missing)
     print(json.dumps(_described()))  # noqa: T201, for `description`

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peerlm.ops import api
 from peerlm.ops.functions import ACTIVATIONS
-from peerlm.ops.row_formats import SCALED_DTYPES, quantise, widened
+from peerlm.ops.row_formats import EIGHT_BIT_DTYPES, SCALED_DTYPES, quantise, widened
 from peerlm.testing import assert_within_budget
 
 Facts = dict[str, object]
@@ -16,11 +16,11 @@ Facts = dict[str, object]
 
 def run(report: Report, backend: str) -> None:
     """Errors against float64, bits, offsets beyond 2^31."""
-    for activation in ACTIVATIONS:
+    for activation in report.sizes.activations or ACTIVATIONS:
         for gated in (False, True):
             label = f"{backend}, experts, {activation}{', gated' if gated else ''}"
             report.check(label, lambda a=activation, g=gated: _errors(report, backend, torch.bfloat16, a, g))
-    for dtype in (torch.float32, *SCALED_DTYPES):
+    for dtype in (torch.float32, *EIGHT_BIT_DTYPES):
         label = f"{backend}, experts, {str(dtype)[6:]} rows"
         report.check(label, lambda dtype=dtype: _errors(report, backend, dtype, "gelu", False))
     for kind in ("uniform", "zipf", "one expert"):

@@ -12,7 +12,6 @@ from peerlm.ops.row_updates import prepare_rows
 from peerlm.optim import RowAdamW
 
 Facts = dict[str, object]
-STEPS, ROWS, TOUCHED = 12, 96, 24
 BITS: dict[str, tuple[torch.dtype, dict[str, object]]] = {
     "lazy, bfloat16": (torch.bfloat16, {"lazy": True}),
     "lazy, bfloat16, moments in bfloat16": (torch.bfloat16, {"lazy": True, "state_dtype": torch.bfloat16}),
@@ -36,12 +35,12 @@ def run(report: Report) -> None:
 
 def _start(report: Report, dtype: torch.dtype) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Rows, and for each step distinct ids and their gradient; on the CPU."""
-    draw = torch.Generator().manual_seed(0)
-    rows = torch.randn(ROWS, 2, report.sizes.dim, generator=draw).to(dtype)
+    draw, sizes = torch.Generator().manual_seed(0), report.sizes
+    rows = torch.randn(sizes.optimizer_rows, 2, sizes.dim, generator=draw).to(dtype)
     steps = []
-    for _ in range(STEPS):
-        ids = torch.randperm(ROWS, generator=draw)[:TOUCHED].sort().values
-        steps.append((ids, torch.randn(TOUCHED, 2, report.sizes.dim, generator=draw).to(dtype)))
+    for _ in range(sizes.optimizer_steps):
+        ids = torch.randperm(sizes.optimizer_rows, generator=draw)[: sizes.optimizer_touched].sort().values
+        steps.append((ids, torch.randn(len(ids), 2, sizes.dim, generator=draw).to(dtype)))
     return rows, steps
 
 
@@ -52,7 +51,7 @@ def _trained(report: Report, mode: str, device: str) -> Tensor:
     rows = nn.Parameter(start.to(device))
     optimizer = RowAdamW([{"params": [rows], "name": "table"}], lr=1e-2, **settings)
     for number, (ids, gradient) in enumerate(steps):
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - number / (2 * STEPS))
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - number / (2 * len(steps)))
         prepare_rows(rows, ids.to(device))
         rows.grad = torch.sparse_coo_tensor(
             ids[None].to(device), gradient.to(device), start.shape, is_coalesced=True, check_invariants=False
@@ -92,7 +91,7 @@ def _as_dense(report: Report) -> Facts:
     rows = nn.Parameter(start.double())
     optimizer = torch.optim.AdamW([rows], lr=1e-2)
     for number, (ids, gradient) in enumerate(steps):
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - number / (2 * STEPS))
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - number / (2 * len(steps)))
         rows.grad = torch.zeros_like(rows).index_copy(0, ids, gradient.double())
         optimizer.step()
     moved = (rows.detach() - start.double()).norm()
@@ -107,9 +106,9 @@ def _large_offsets(report: Report) -> Facts:
         raise SkippedError("needs a GPU with 32 GiB")
     start, steps = _start(report, torch.bfloat16)
     found = []
-    for num_rows in (ROWS, count):
+    for num_rows in (len(start), count):
         rows = nn.Parameter(torch.zeros(num_rows, *start.shape[1:], dtype=torch.bfloat16, device=report.device))
-        first = num_rows - ROWS
+        first = num_rows - len(start)
         rows.data[first:] = start.to(report.device)
         settings = {"lazy": True, "state_dtype": torch.bfloat16, "stochastic_rounding": False}
         optimizer = RowAdamW([{"params": [rows], "name": "table"}], lr=1e-2, **settings)

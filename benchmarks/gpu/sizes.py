@@ -35,8 +35,14 @@ class Sizes:
     moe_hidden: int
     checked_tokens: int
     """T of an exhaustive search."""
+    activations: tuple[str, ...]
+    """Of experts that are checked; empty: all."""
     trained_steps: int
     """Of the layer whose sub-keys are checked after a training."""
+    optimizer_steps: int
+    optimizer_rows: int
+    optimizer_touched: int
+    """Steps of the optimizer that are checked, on tables of so many rows, of which so many have a gradient."""
     large_k: int
     large_n: int
     """The most experts per head and sub-keys per half that are checked."""
@@ -73,7 +79,11 @@ FULL = Sizes(
     moe_experts=64,
     moe_hidden=512,
     checked_tokens=32,
+    activations=(),
     trained_steps=200,
+    optimizer_steps=12,
+    optimizer_rows=96,
+    optimizer_touched=24,
     large_k=64,
     large_n=4096,
     over_2_31=1025**2,
@@ -88,22 +98,26 @@ FULL = Sizes(
 
 TINY = Sizes(
     num_experts=16**2,
-    dim=32,
-    narrow_dim=16,
+    dim=16,
+    narrow_dim=8,
     heads=2,
     experts_per_head=2,
     key_dim=8,
     tokens=2,
     many_tokens=4,
     rounds=1,
-    row_widths=(16, 32),
+    row_widths=(16,),
     programs=4,
     copy_bytes=1 << 12,
     gemm=32,
     moe_experts=4,
     moe_hidden=16,
     checked_tokens=3,
+    activations=("gelu", "relu"),
     trained_steps=2,
+    optimizer_steps=3,
+    optimizer_rows=12,
+    optimizer_touched=4,
     large_k=4,
     large_n=32,
     over_2_31=0,

@@ -238,13 +238,15 @@ def test_goals_are_found_in_rows() -> None:
         row("layer", "step", "peerlm, triton", ms=10.0),
         row("many-tokens", "step", "PEER-pytorch", failed="OutOfMemoryError", out_of_memory=True),
         row("many-tokens", "step", "peerlm, triton", ms=90.0),
+        row("one-head", "backward", "dense, 4 D neurons", ms=3.0, tokens=65536),
+        row("one-head", "backward", "peerlm, triton", ms=6.0, tokens=65536),
         row("one-head", "step", "dense, 4 D neurons", ms=3.0, tokens=8192),
         row("one-head", "step", "peerlm, triton", ms=2.0, tokens=8192),
         {"section": "language-model", "case": "PEER, triton, graph", "tokens_per_s": 300, "share_of_peak": 0.25},
         {"section": "language-model", "case": "PEER, reference", "tokens_per_s": 100},
         {"section": "correctness", "case": "triton, share searched whole, trained keys", "ok": True, "share": 0.0125},
         {"section": "graphs", "case": "triton, a", "ok": True},
-        {"section": "graphs", "case": "triton, b", "failed": "RuntimeError"},
+        {"section": "graphs", "case": "triton, graph of a step has eager bits, exact AdamW", "failed": "RuntimeError"},
         {"section": "graphs", "case": "reference, a", "ok": False},
     ]
     found = {line[:60].strip(): line[60:].split() for line in goals.lines(rows)}
@@ -254,6 +256,9 @@ def test_goals_are_found_in_rows() -> None:
     assert found["a step of 65,536 tokens; PEER-pytorch is out of memory"] == ["1.00", "1.00"]
     assert found["checks of synchronisation and graphs that are right"] == ["1.00", "0.50", "!"]
     assert found["one head, step, T=8,192, times as fast as dense 4 D"] == ["1.5"]
+    assert found["one head, backward, T=65,536, times as fast as dense 4 D"] == ["0.5"]
+    assert found["graph replay has the bits of eager steps"] == ["1.00", "0.00", "!"]
+    assert found["two runs have the same bits"] == ["1.00", "-"]
     assert found["language model, tokens per second, PEER after over before"] == ["3"]
     assert found["language model, tokens per second, PEER over equal FLOPs"] == ["-"]
     assert found["language model, share of peak, PEER, triton, graph"] == ["0.25"]
@@ -360,3 +365,37 @@ def test_help_names_every_section() -> None:
     assert done.returncode == 0
     for name in ("ceilings", "correctness", "language-model", "--prepare"):
         assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("package", "content", "said"),
+    [
+        (
+            "numpy",
+            "raise ModuleNotFoundError(name='numpy')",
+            "numpy is not installed, and this needs it: pip install 'numpy>=1'",
+        ),
+        (
+            "torch",
+            "__version__ = '2.10.1+cu128'",
+            "torch is 2.10.1+cu128, and this needs 2.11 or newer: pip install 'torch>=2.11'",
+        ),
+        ("triton", "__version__ = '3.5.0'", "triton is 3.5.0, and this needs 3.6 or newer: pip install 'triton>=3.6'"),
+        (
+            "triton",
+            "raise ImportError('libcuda is not there')",
+            "triton cannot be imported (libcuda is not there), and this needs it: pip install 'triton>=3.6'",
+        ),
+    ],
+)
+def test_a_package_that_is_missing_or_too_old_ends_the_run_with_one_sentence(
+    package: str, content: str, said: str, tmp_path: Path
+) -> None:
+    for name, there in {"numpy": "2.0", "torch": "2.13.0", "triton": "3.7.1"}.items():
+        text = content if name == package else f"__version__ = {there!r}"
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    done = run("--output", str(tmp_path / "rows.jsonl"), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr == f"run.py: {said}\n"
+    assert done.stdout == ""
+    assert not (tmp_path / "rows.jsonl").exists()

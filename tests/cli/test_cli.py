@@ -63,7 +63,7 @@ def test_prepare_passes_every_option(capsys: pytest.CaptureFixture[str], prepare
     code, out, _ = run(
         capsys,
         *("prepare", "demo", "more.jsonl", "--output", "data", "--tokenizer", "tok", "--vocab-size", "300"),
-        *("--holdout", "0.1", "--seed", "7", "--text-field", "body", "--document-start", "<s>"),
+        *("--holdout", "0.1", "--seed", "7", "--text-field", "body", "--document-start", "<s>", "--workers", "3"),
     )
     assert code == 0
     prepare.assert_called_once_with(
@@ -75,6 +75,7 @@ def test_prepare_passes_every_option(capsys: pytest.CaptureFixture[str], prepare
         seed=7,
         text_field="body",
         document_start="<s>",
+        workers=3,
         progress=True,
     )
     assert "12,345" in out
@@ -448,7 +449,7 @@ def test_what_torchrun_starts_several_times_over_is_refused_once(
     assert err.endswith("start it without torchrun, and give each process a share of its rows, as in --shard 1/4\n")
     assert "peerlm learn does not run over the 4 processes" in run(capsys, "learn", "runs/a")[2]
     monkeypatch.setenv("RANK", "1")
-    assert run(capsys, "prepare", "demo", "--output", "data") == (2, "", "")
+    assert run(capsys, "prepare", "demo", "--output", "data") == (0, "", "")
     prepare.assert_not_called()
 
 

@@ -14,7 +14,7 @@ from peerlm.errors import UserError
 from peerlm.serve import Engine, QueueFull, Request, SamplingParams
 
 from ..models import build
-from .conftest import MODELS, Gate, alone, greedy, make, tokens_of
+from .conftest import MODELS, Gate, Letters, alone, greedy, make, tokens_of
 
 New = Callable[..., Engine]
 
@@ -285,6 +285,37 @@ def test_end_of_text_tokens_and_stop_tokens_end_a_text(engine: New) -> None:
     longer = tokens_of(served.submit(greedy((5, 9), 12, min_tokens=10)))
     assert len(longer) >= 10
     assert end not in longer[:9]
+
+
+def test_stop_strings_end_a_text_once_enough_is_written(engine: New) -> None:
+    model = make("llama")
+    text = Letters().decode(alone(model, (5, 9), 12))
+    stop = text[4:6]
+    place = text.index(stop)
+    served = engine(model)
+    events = list(served.submit(greedy((5, 9), 12, stop=(stop,))))
+    assert "".join(event.text for event in events) == text[:place]
+    assert (len(tokens_of(events)), events[-1].finish_reason, events[-1].stop) == (place + 2, "stop", stop)
+    events = list(served.submit(greedy((5, 9), 12, stop=tuple(set(text)), min_tokens=8)))
+    assert "".join(event.text for event in events) == text[:7]
+    assert (len(tokens_of(events)), events[-1].stop) == (8, text[7])
+
+
+def test_traces_are_those_of_the_token_before(engine: New) -> None:
+    model = make("peer")
+    events = list(engine(model).submit(greedy((5, 9, 7), 4, trace=True)))
+    index = model.get_submodule("model.layers.1.ffw.product_keys")
+    seen: list[Tensor] = []
+    with index.register_forward_hook(lambda *call: seen.extend(call[2])), torch.no_grad():
+        model(torch.tensor([[5, 9, 7, *tokens_of(events)]]))
+    weights, ids = (each[0] for each in seen)
+    for place, event in enumerate(events, start=2):
+        assert event.experts is not None
+        used = dict(event.experts["model.layers.1.ffw.product_keys"])
+        assert set(used) == set(ids[place].flatten().tolist())
+        best = int(ids[place].flatten()[0])
+        total = weights[place].flatten()[ids[place].flatten() == best].sum().item()
+        assert used[best] == pytest.approx(total, abs=1e-5)
 
 
 def test_traced_requests_say_which_experts_were_used(engine: New) -> None:

@@ -99,7 +99,7 @@ def _require_one_process(arguments: Sequence[str]) -> None:
     if count == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or not arguments or arguments[0] == "train":
         return
     if int(os.environ.get("RANK", 0)) > 0:
-        sys.exit(2)  # the first process says why
+        sys.exit(0)  # the first process says why; torchrun would end it before, were this one to fail
     command = typer.main.get_command(app).commands.get(arguments[0])  # type: ignore[attr-defined]
     shares = command is not None and any("--shard" in parameter.opts for parameter in command.params)
     fix = f", and give each process a share of its rows, as in --shard 1/{count}" if shares else ""

@@ -38,6 +38,7 @@ def prepare(
     seed: Annotated[int, typer.Option(help="Chooses the documents that are held out.")] = 0,
     text_field: Annotated[str, typer.Option(help="Field of JSONL, parquet or data sets that is the text.")] = "text",
     document_start: DocumentStart = "auto",
+    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize; the result does not depend on it.")] = 1,
     json_file: Json = None,
 ) -> None:
     """Turn text into tokens: train a tokenizer, hold out documents, write shards and their hashes.
@@ -58,6 +59,7 @@ def prepare(
         seed=seed,
         text_field=text_field,
         document_start=document_start,
+        workers=workers,
         progress=json_file != STDOUT,
     )
     if manifest.document_start:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import heapq
+import json
 import logging
+import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from rich.progress import Progress
 
-from peerlm.data.encoder import TextEncoder, warn_of_loss
+from peerlm.data.encoder import warn_of_loss
 from peerlm.data.manifest import (
     FORMAT,
     SPLITS,
@@ -25,7 +30,7 @@ from peerlm.data.manifest import (
     SplitRecord,
     file_sha256,
 )
-from peerlm.data.output import existing, whole_or_not_at_all
+from peerlm.data.output import PROGRESS_FILE, RESUME, existing, resumable
 from peerlm.data.progress import progress_bar
 from peerlm.data.request import request_of
 from peerlm.data.sources import HubDataset, Survey, read_documents, survey
@@ -40,14 +45,17 @@ from peerlm.data.tokenizer import (
     tokenizer_file,
     train_tokenizer,
 )
+from peerlm.data.workers import Encoded, LostWorkerError, Texts, batch_encoder
 from peerlm.data.writer import SplitWriter
 from peerlm.errors import UserError
+from peerlm.files import write_json
 from peerlm.marks import AUTO, NONE, Marks, document_marks, marks_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _BATCH_CHARACTERS = 2**21
+_SECONDS_UNTIL_SAVED = 10.0
 
 Documents = Callable[[], Iterator[str]]
 """Begins to read the documents, each time from the start."""
@@ -69,6 +77,7 @@ def prepare(
     shard_tokens: int = 2**26,
     tokenizer_bytes: int = 2**26,
     document_start: str = AUTO,
+    workers: int = 1,
     progress: bool = True,
 ) -> Manifest:
     """Turn text into a folder of token shards with a tokenizer, a held-out split and a manifest.
@@ -80,7 +89,7 @@ def prepare(
 
     The folder appears under its name when it is complete. When it is there already, made from the same sources
     with the same arguments, it is left as it is and its manifest returned. A process killed halfway leaves a
-    folder OUTPUT.partial-..., which may be deleted.
+    folder OUTPUT.partial-..., from which the same request resumes; it may be deleted.
 
     Args:
         sources: see `read_documents`.
@@ -97,15 +106,20 @@ def prepare(
         document_start: what stands before each document, "auto", "none" or a token (see `peerlm.marks`), and begins
             every window; nothing where it is the token that ends documents. Where it differs from what the tokenizer
             and its model say, the tokenizer saved with the shards gets it as its template. So later readers follow it.
+        workers: processes that tokenize, at least 1. The folder does not depend on it. With 1 the tokenizer's own
+            threads use all cores, but all the rest is done by one.
         progress: show progress, speed and time left on stderr.
 
     Raises:
         UserError: a source or tokenizer cannot be read, or holds no text (with file and line); a single document is too
-            short to hold out its end; an argument is out of range; `output` exists and is something else.
+            short to hold out its end; an argument is out of range; `output` exists and is something else, or another
+            process makes it; a process that tokenizes was killed.
 
     Warns:
         PeerlmWarning: part of the text does not come back from its tokens; the manifest has the shares.
     """
+    if workers < 1:
+        raise UserError(f"workers is {workers}: it must be at least 1")
     _check_ranges(vocab_size if tokenizer is None else None, holdout, seed, shard_tokens, tokenizer_bytes)
     given = None if tokenizer is None else open_tokenizer(tokenizer)
     if given is None and document_start != AUTO:
@@ -132,42 +146,51 @@ def prepare(
         return found
     _say_passed_over(surveyed)
 
-    with whole_or_not_at_all(output) as folder, progress_bar(progress) as bar:
-        sample_bytes = 0 if given else tokenizer_bytes
-        scan = _scan(sources, text_field, seed, sample_bytes, _bytes_on_disk(surveyed.found), bar)
+    with resumable(output, request) as folder, progress_bar(progress) as bar:
         documents: Documents = partial(read_documents, sources, text_field=text_field)
-        distinct = len(np.unique(np.asarray(scan.keys)))
-        copies = len(scan.keys) - distinct
-        heldout: frozenset[int] = frozenset()
-        share = 0.0 if holdout is None else max(holdout, min(heldout_bytes / sum(scan.sizes), TAIL_SHARE))
-        if holdout is not None and distinct == 1:
-            documents = partial(_halves, documents, share)
-            scan = _scan_documents(documents(), seed, sample_bytes)
-            heldout = frozenset(scan.keys[1:])
-            _say_cut(scan, copies)
-            copies = 0
-        elif holdout is not None:
-            heldout = choose_heldout(scan.keys, scan.sizes, share, order=scan.order)
-            _say_split(scan, heldout, holdout, copies)
-        used = given or _learn(scan, heldout, vocab_size, tokenizer_bytes, bar)
+        layout = _Layout.read(folder / RESUME)
+        if layout is not None:
+            used = given or open_tokenizer(folder / TOKENIZER_FOLDER)
+        else:
+            sample_bytes = 0 if given else tokenizer_bytes
+            scan = _scan(sources, text_field, seed, sample_bytes, _bytes_on_disk(surveyed.found), bar)
+            distinct = len(np.unique(np.asarray(scan.keys)))
+            copies = len(scan.keys) - distinct
+            heldout: frozenset[int] = frozenset()
+            share = 0.0 if holdout is None else max(holdout, min(heldout_bytes / sum(scan.sizes), TAIL_SHARE))
+            cut = share if holdout is not None and distinct == 1 else None
+            if cut is not None:
+                scan = _scan_documents(_halves(documents, cut), seed, sample_bytes)
+                heldout = frozenset(scan.keys[1:])
+                _say_cut(scan, copies)
+                copies = 0
+            elif holdout is not None:
+                heldout = choose_heldout(scan.keys, scan.sizes, share, order=scan.order)
+                _say_split(scan, heldout, holdout, copies)
+            used = given or _learn(scan, heldout, vocab_size, tokenizer_bytes, bar)
+            layout = _Layout(np.array([key in heldout for key in scan.keys]), sum(scan.sizes), copies, cut)
+            layout.write(folder / RESUME)
+            used.save_pretrained(folder / TOKENIZER_FOLDER)
         marks = marks or document_marks(used)
-        used.save_pretrained(folder / TOKENIZER_FOLDER)
         largest_id = max(used.get_vocab().values())
         dtype = TOKEN_DTYPES[0] if largest_id < 2**16 else TOKEN_DTYPES[1]
+        reading = documents() if layout.cut is None else _halves(documents, layout.cut)
+        progress_file = folder / RESUME / PROGRESS_FILE
+        done = _Done.read(progress_file)
         with ExitStack() as open_files:
             writers = {
-                split: open_files.enter_context(SplitWriter(folder, split, dtype, shard_tokens)) for split in SPLITS
+                split: open_files.enter_context(
+                    SplitWriter(folder, split, dtype, shard_tokens, done.positions.get(split))
+                )
+                for split in SPLITS
             }
-            lost = _encode(
-                _pieces(documents(), seed, heldout),
-                used,
-                marks,
-                writers,
-                scan,
-                bar,
+            encode = open_files.enter_context(batch_encoder(used, workers))
+            _encode(
+                _pieces(reading, layout.heldout), encode, marks, writers, layout.total_bytes, done, progress_file, bar
             )
             splits = {split: writer.finish() for split, writer in writers.items()}
-        _check_unchanged(splits, scan, heldout, lost)
+        lost = done.loss
+        _check_unchanged(splits, layout, lost)
         manifest = Manifest(
             format=FORMAT,
             request=request,
@@ -180,7 +203,7 @@ def prepare(
             document_end=marks.end,
             lost=lost.shares,
             files={"read": dict(surveyed.read), "passed_over": dict(surveyed.passed_over)},
-            copies=copies,
+            copies=layout.copies,
         )
         manifest.write(folder)
     warn_of_loss(lost, "the text")
@@ -328,6 +351,59 @@ def _learn(
 
 
 @dataclass(frozen=True)
+class _Layout:
+    """What the first pass decided."""
+
+    heldout: npt.NDArray[np.bool_]
+    """Whether each document is held out."""
+    total_bytes: int
+    """UTF-8 bytes of all documents."""
+    copies: int
+    """As `Manifest.copies`."""
+    cut: float | None
+    """Share of the only document that is held out, its end; None where there are several."""
+
+    def write(self, folder: Path) -> None:
+        np.save(folder / "heldout.npy", self.heldout)
+        write_json(folder / "layout.json", {"total_bytes": self.total_bytes, "copies": self.copies, "cut": self.cut})
+
+    @classmethod
+    def read(cls, folder: Path) -> _Layout | None:
+        """None where nothing was tokenized before."""
+        if not (folder / PROGRESS_FILE).is_file():
+            return None
+        return cls(np.load(folder / "heldout.npy"), **json.loads((folder / "layout.json").read_text("utf-8")))
+
+
+@dataclass
+class _Done:
+    """How far the second pass is."""
+
+    batches: int = 0
+    bytes: int = 0
+    """UTF-8 bytes of the documents that are written whole."""
+    dropped: int = 0
+    """Bytes that were dropped of the document that is not whole yet."""
+    positions: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Of each split's writer."""
+    loss: TextLoss = field(default_factory=TextLoss)
+
+    def write(self, path: Path) -> None:
+        write_json(path, {**vars(self), "loss": vars(self.loss)})
+
+    @classmethod
+    def read(cls, path: Path) -> _Done:
+        """From a progress file; nothing done without one."""
+        if not path.is_file():
+            return cls()
+        values = json.loads(path.read_text("utf-8"))
+        examples = {kind: Counter(found) for kind, found in values["loss"].pop("examples").items()}
+        done = cls(**{**values, "loss": TextLoss(**values["loss"], examples=examples)})
+        log.warning("Resuming: %s bytes of the text are tokenized already.", f"{done.bytes:,}")
+        return done
+
+
+@dataclass(frozen=True)
 class _Piece:
     """Part of a document."""
 
@@ -339,44 +415,58 @@ class _Piece:
     """UTF-8 bytes of the whole document, in its last piece alone."""
 
 
-def _pieces(documents: Iterator[str], seed: int, heldout: frozenset[int]) -> Iterator[_Piece]:
-    for text in documents:
-        data = text.encode()
-        split = "heldout" if copy_key(text, seed) in heldout else "train"
+def _pieces(documents: Iterator[str], heldout: npt.NDArray[np.bool_]) -> Iterator[_Piece]:
+    for document, text in enumerate(documents):
+        split = "heldout" if document < len(heldout) and heldout[document] else "train"
         *others, last = pieces(text)
         for number, other in enumerate(others):
             yield _Piece(split, other, number == 0, None)
-        yield _Piece(split, last, not others, len(data))
+        yield _Piece(split, last, not others, len(text.encode()))
 
 
 def _encode(
     stream: Iterator[_Piece],
-    tokenizer: PreTrainedTokenizerFast,
+    encode: Callable[[Iterable[Texts]], Iterator[Encoded]],
     marks: Marks,
     writers: dict[str, SplitWriter],
-    scan: _Scan,
+    total_bytes: int,
+    done: _Done,
+    progress_file: Path,
     bar: Progress,
-) -> TextLoss:
-    """Tokenize on all cores, by the tokenizer's own parallelism, and write, with marks; returns what was lost."""
-    task = bar.add_task("tokenizing", total=sum(scan.sizes))
-    encoder = TextEncoder(tokenizer)
+) -> None:
+    """Tokenize and write, with marks, what is not done yet; now and then say in `progress_file` what is."""
+    task = bar.add_task("tokenizing", total=total_bytes, completed=done.bytes)
     start, end = (np.array(mark, np.int64) for mark in (marks.window_start, marks.end))
-    document_dropped = 0
-    for batch in _batched(stream):
-        texts, continues = [piece.text for piece in batch], [not piece.first for piece in batch]
-        ids = encoder.encode(texts, continues)
-        for piece, tokens, dropped in zip(batch, ids, encoder.account(texts, ids, continues), strict=True):
-            writer = writers[piece.split]
-            if piece.first:
-                writer.append(start)
-            writer.append(np.array(tokens, np.int64))
-            document_dropped += dropped
-            if piece.document_bytes is not None:
-                writer.append(end)
-                writer.end_document(piece.document_bytes - document_dropped)
-                document_dropped = 0
-                bar.advance(task, piece.document_bytes)
-    return encoder.loss
+    batches, waiting = tee(islice(_batched(stream), done.batches, None))
+    encoded = encode(([piece.text for piece in batch], [not piece.first for piece in batch]) for batch in batches)
+
+    def save() -> None:
+        done.positions = {split: writer.save() for split, writer in writers.items()}
+        done.write(progress_file)
+
+    saved = time.monotonic()
+    try:
+        for batch, found in zip(waiting, encoded, strict=True):
+            for piece, tokens, dropped in zip(batch, found.ids, found.dropped, strict=True):
+                writer = writers[piece.split]
+                if piece.first:
+                    writer.append(start)
+                writer.append(tokens)
+                done.dropped += dropped
+                if piece.document_bytes is not None:
+                    writer.append(end)
+                    writer.end_document(piece.document_bytes - done.dropped)
+                    done.dropped = 0
+                    done.bytes += piece.document_bytes
+                    bar.advance(task, piece.document_bytes)
+            done.loss.merge(found.loss)
+            done.batches += 1
+            if time.monotonic() - saved >= _SECONDS_UNTIL_SAVED:
+                save()
+                saved = time.monotonic()
+    except LostWorkerError:  # before the next batch was begun
+        save()
+        raise
 
 
 def _batched(stream: Iterator[_Piece]) -> Iterator[list[_Piece]]:
@@ -392,13 +482,11 @@ def _batched(stream: Iterator[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _check_unchanged(splits: dict[str, SplitRecord], scan: _Scan, heldout: frozenset[int], lost: TextLoss) -> None:
+def _check_unchanged(splits: dict[str, SplitRecord], layout: _Layout, lost: TextLoss) -> None:
     documents = sum(split.documents for split in splits.values())
     num_bytes = sum(split.bytes or 0 for split in splits.values()) + lost.dropped
-    if (documents, num_bytes) != (len(scan.sizes), sum(scan.sizes)) or bool(heldout) != bool(
-        splits["heldout"].documents
-    ):
+    if (documents, num_bytes) != (len(layout.heldout), layout.total_bytes):
         raise UserError(
-            f"the sources changed while they were read, from {len(scan.sizes)} documents of "
-            f"{sum(scan.sizes)} bytes to {documents} of {num_bytes}: prepare them again when they no longer change"
+            f"the sources changed while they were read, from {len(layout.heldout)} documents of "
+            f"{layout.total_bytes} bytes to {documents} of {num_bytes}: prepare them again when they no longer change"
         )

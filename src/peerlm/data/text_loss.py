@@ -67,6 +67,13 @@ class TextLoss:
                     dropped += num_bytes if kind == "dropped" else 0
         return dropped
 
+    def merge(self, other: TextLoss) -> None:
+        """Add what another one counted, of text that comes later."""
+        for name in ("read", *KINDS):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for kind, found in other.examples.items():
+            self.examples.setdefault(kind, Counter()).update(found)
+
     @property
     def shares(self) -> dict[str, float]:
         """Lost bytes over those read, by reason; reasons without any are left out."""

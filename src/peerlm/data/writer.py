@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -22,14 +23,26 @@ class SplitWriter:
         split: `"train"` or `"heldout"`, the start of the file names.
         dtype: numpy name of the tokens' type.
         shard_tokens: most tokens in one shard; a document runs on into the next.
+        position: where to resume, as `save` returned it; what was written after that is cut off.
     """
 
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, split: str, dtype: str, shard_tokens: int, position: Mapping[str, int] | None = None
+    ) -> None:
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._files = ExitStack()
-        self._ends = self._open(f"{split}-ends.bin", END_DTYPE)
+        at = position or {"documents": 0, "tokens": 0, "bytes": 0}
+        self._tokens, self._bytes = at["tokens"], at["bytes"]
+        self._ends = self._open(f"{split}-ends.bin", END_DTYPE, at["documents"])
         self._shards: list[_ArrayFile] = []
-        self._tokens = self._bytes = 0
+        for start in range(0, self._tokens, shard_tokens):
+            self._add_shard(min(shard_tokens, self._tokens - start))
+
+    def save(self) -> dict[str, int]:
+        """Put on disk what was written, and say where to resume."""
+        for file in (self._ends, *self._shards[-1:]):  # full ones were put there when the next began
+            file.sync()
+        return {"documents": self._ends.items, "tokens": self._tokens, "bytes": self._bytes}
 
     def append(self, tokens: npt.NDArray[np.integer]) -> None:
         """Add tokens, (num_tokens,) of any integer type, to the document being written."""
@@ -37,7 +50,9 @@ class SplitWriter:
         while start < len(tokens):
             filled = self._tokens % self._shard_tokens
             if filled == 0:
-                self._shards.append(self._open(f"{self._split}-{len(self._shards):05d}.bin", self._dtype))
+                if self._shards:
+                    self._shards[-1].sync()
+                self._add_shard(0)
             part = tokens[start : start + self._shard_tokens - filled]
             self._shards[-1].append(part)
             self._tokens += len(part)
@@ -59,8 +74,11 @@ class SplitWriter:
             ends=self._ends.record(),
         )
 
-    def _open(self, name: str, dtype: str) -> _ArrayFile:
-        return self._files.enter_context(_ArrayFile(self._folder / name, dtype))
+    def _add_shard(self, items: int) -> None:
+        self._shards.append(self._open(f"{self._split}-{len(self._shards):05d}.bin", self._dtype, items))
+
+    def _open(self, name: str, dtype: str, items: int) -> _ArrayFile:
+        return self._files.enter_context(_ArrayFile(self._folder / name, dtype, items))
 
     def __enter__(self) -> SplitWriter:
         return self
@@ -72,13 +90,22 @@ class SplitWriter:
 
 
 class _ArrayFile:
-    """An array on disk that grows at its end."""
+    """An array on disk that grows at its end; of one that is there, the first `items` are kept."""
 
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.items = 0
+    def __init__(self, path: Path, dtype: str, items: int = 0) -> None:
+        self.items = items
         self._path, self._dtype = path, dtype
         self._digest = hashlib.sha256()
-        self._file = path.open("wb")
+        self._file = path.open("r+b" if items else "wb")
+        left = self._file.truncate(items * np.dtype(dtype).itemsize)
+        while left:
+            block = self._file.read(min(left, 1 << 20))
+            self._digest.update(block)
+            left -= len(block)
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def append(self, values: npt.NDArray[np.integer]) -> None:
         data = values.astype(self._dtype).tobytes()
@@ -96,5 +123,4 @@ class _ArrayFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self.sync()

@@ -13,7 +13,7 @@ from peerlm.layers.one_call import where
 from peerlm.layers.query_norm import QueryBatchNorm
 from peerlm.ops import api
 from peerlm.ops.functions import WEIGHTINGS
-from peerlm.ops.tensors import has_values
+from peerlm.ops.tensors import has_values, number_in
 
 _KEY_LENGTH = 3**-0.5
 """Root mean square of a sub-key's length at the start."""
@@ -183,7 +183,10 @@ class ProductKeys(nn.Module):
         """Queries (T, heads, 2 C) and sub-keys (2, heads or 1, n, C) as they are compared, the opening counted in."""
         sub_keys = self.compared(self.sub_keys)
         if self.opening is not None and self.grown_from is not None:
-            return _partly_open(query_THX, sub_keys, math.isqrt(self.grown_from), self.opening.item())
+            old = math.isqrt(self.grown_from)
+            if torch.compiler.is_compiling():
+                return _partly_open(query_THX, sub_keys, old, self.opening.item())
+            return _partly_open(query_THX, sub_keys, old, number_in(self.opening))
         return query_THX, sub_keys
 
     def one_call(self) -> tuple[tuple[object, ...], tuple[nn.Module, ...]] | None:

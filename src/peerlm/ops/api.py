@@ -81,7 +81,7 @@ def check_backend(backend: str) -> None:
     if backend not in _BACKENDS:
         raise ValueError(f"backend is {backend!r}; choose one of {', '.join(('auto', *_BACKENDS))}")
     if reason := _backend(backend).unavailable():
-        raise ValueError(f"backend is {backend!r}, but {reason}; choose 'auto' or install peerlm again")
+        raise ValueError(f"backend is {backend!r}, but {reason}; or choose 'auto'")
 
 
 def check_activation(activation: str) -> None:

@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NUMBERS = WeakTensorKeyDictionary()
+"""What was read of tensors, and which version of each it was."""
 
 
 def not_plain(*maybe_tensors: Tensor | None) -> str:
@@ -32,6 +35,20 @@ def not_plain(*maybe_tensors: Tensor | None) -> str:
 def read_at_once(device: torch.device) -> bool:
     """Whether numbers on this device can be looked at without waiting: other devices compute while Python runs on."""
     return device.type == "cpu"
+
+
+def number_in(tensor: Tensor) -> float:
+    """The one number in a tensor, which is rarely changed: a device is waited for only after a change.
+
+    Changes by way of `.data` are not seen.
+    """
+    if not has_values(tensor) or read_at_once(tensor.device) or tensor.is_inference():
+        return tensor.item()
+    version, number = _NUMBERS.get(tensor, (None, 0.0))
+    if version != tensor._version:
+        version, number = tensor._version, tensor.item()
+        _NUMBERS[tensor] = version, number
+    return number
 
 
 def has_values(tensor: Tensor) -> bool:

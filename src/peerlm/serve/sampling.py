@@ -93,7 +93,6 @@ class Sampler:
             candidates = min(wanted, len(scaled_V))
         keep_K = probability_K.cumsum(dim=0) - probability_K < params.top_p
         keep_K &= probability_K >= params.min_p * probability_K[0]
-        keep_K[0] = True
         return int(ids_K[_drawn(probability_K * keep_K, place)])
 
 

@@ -56,6 +56,7 @@ def prepare_data(config: DataConfig, *, progress: bool) -> None:
             config.folder,
             vocab_size=config.vocab_size,
             holdout=config.holdout,
+            workers=config.prepare_workers,
             progress=progress,
         )
 

@@ -56,6 +56,8 @@ class DataConfig:
     gradients."""
     workers: int = 0
     """Processes that load data, per rank; 0: the training process itself."""
+    prepare_workers: int = added(1)
+    """Processes that tokenize `sources`; the tokens do not depend on it."""
 
     def __post_init__(self) -> None:
         _require(self, "data.", "folder", bool, "name the folder that `peerlm prepare` wrote")
@@ -66,7 +68,7 @@ class DataConfig:
             lambda value: value >= 2,
             "must be at least 2, a token and its successor",
         )
-        _require(self, "data.", "batch_size micro_batch_size", _at_least_1, "must be at least 1")
+        _require(self, "data.", "batch_size micro_batch_size prepare_workers", _at_least_1, "must be at least 1")
         _require(self, "data.", "workers", _at_least_0, "must be 0 or more")
         _require(self, "data.", "holdout", lambda value: 0 < value < 1, "must lie between 0 and 1")
 
@@ -329,5 +331,16 @@ class TrainConfig:
         _require(self, "", "seed", lambda value: 0 <= value < 2**64, "must be 0 or more and below 2**64")
 
 
-UNBOUND_KEYS = ("run", "eval", "checkpoint", "log", "parallel", "tables", "data.workers", "graph", "watchdog_minutes")
+UNBOUND_KEYS = (
+    "run",
+    "eval",
+    "checkpoint",
+    "log",
+    "parallel",
+    "tables",
+    "data.workers",
+    "data.prepare_workers",
+    "graph",
+    "watchdog_minutes",
+)
 """Keys, or sections, that a resumed run may change: the weights do not depend on them."""

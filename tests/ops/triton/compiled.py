@@ -5,7 +5,7 @@ python tests/ops/triton/compiled.py LAUNCHES TARGET RESULTS
 TARGET is a name in `TARGETS`, or backend:architecture:threads of a warp, as cuda:90:32.
 
 Run without TRITON_INTERPRET, with whichever Triton is imported. A result per launch: spilled bytes, shared memory,
-widths of loads and stores of global memory, float atomics.
+widths of loads and stores of global memory, float atomics, barriers that the kernel asks for.
 """
 
 import importlib
@@ -34,10 +34,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-
-
-FEW_BYTES = 8
-"""Of a thread's stack. So much ptxas gives up by itself where one program more then fits a multiprocessor."""
 
 
 class _Pointer:
@@ -98,7 +94,7 @@ def facts(kernel: Any, target: GPUTarget) -> dict[str, Any]:
             "stores": _dwords("store", text),
             "float_atomics": re.findall(r"(?:global|flat|buffer)_atomic_\w*f(?:16|32|64)\w*", text),
         }
-    return {**found, "spills": found["spilled"] > FEW_BYTES, "shared": kernel.metadata.shared}
+    return {**found, "barriers": len(re.findall(r"\bbarrier\b", kernel.asm["ttir"])), "shared": kernel.metadata.shared}
 
 
 def _stack(cubin: bytes) -> int:

@@ -142,6 +142,8 @@ if "triton" in api.BACKENDS:
         "retrieval, k = 8": partial(retrieval, dtype=BFLOAT16, k=8),
         "retrieval, 4096 sub-keys": partial(retrieval, dtype=BFLOAT16, n=4096),
         "retrieval, wide keys": partial(retrieval, dtype=BFLOAT16, half=128),
+        "retrieval, k = 64": partial(retrieval, dtype=BFLOAT16, k=64),
+        "retrieval, wide keys, k = 64": partial(retrieval, dtype=BFLOAT16, k=64, half=128),
         **{
             f"retrieval, {weighting}, shells": partial(retrieval, dtype=BFLOAT16, weighting=weighting, pairing="shells")
             for weighting in ("softmax", "sigmoid", "relu", "none")
@@ -153,6 +155,8 @@ if "triton" in api.BACKENDS:
         "experts, gated": partial(experts, dtype=BFLOAT16, parts=3),
         "experts, width 256": partial(experts, dtype=BFLOAT16, dim=256),
         "experts, width 512": partial(experts, dtype=FLOAT32, dim=512),
+        "experts, bfloat16, width 512": partial(experts, dtype=BFLOAT16, dim=512),
+        "experts, width 2048": partial(experts, dtype=BFLOAT16, dim=2048),
         **{f"experts, {name}": partial(experts, dtype=BFLOAT16, activation=name) for name in ACTIVATIONS},
         "values": partial(values, dtype=BFLOAT16),
         "values, float32": partial(values, dtype=FLOAT32),

@@ -97,12 +97,21 @@ def test_no_kernel_adds_floats_in_any_order(kernels: list[dict[str, Any]]) -> No
     assert offenders(kernels, lambda kernel: kernel["float_atomics"]) == []
 
 
+def test_what_every_warp_reads_is_written_after_a_barrier(kernels: list[dict[str, Any]]) -> None:
+    """A row's step and its one moment: a warp that is ahead must not change them before others have read them."""
+    updating = [kernel for kernel in kernels if kernel["kernel"] in ("_update_rows", "_fused_update")]
+    assert {kernel["kernel"] for kernel in updating} == {"_update_rows", "_fused_update"}
+    for kernel in updating:
+        one_moment = bool(kernel["arguments"]["ROW_WISE"]["value"])
+        assert kernel["barriers"] == 1 + one_moment, kernel["workload"]
+
+
 def test_shared_memory_is_enough(kernels: list[dict[str, Any]]) -> None:
     assert offenders(kernels, too_much_shared) == []
 
 
 def spilled(kernel: dict[str, Any]) -> str:
-    return f"{kernel['spilled']} bytes" if kernel["spills"] else ""
+    return f"{kernel['spilled']} bytes" if kernel["spilled"] else ""
 
 
 def narrow(kernel: dict[str, Any]) -> str:

@@ -21,24 +21,10 @@ from peerlm.optim.catch_up import RateHistory, catch_up_rules
 from peerlm.testing import assert_within_budget
 
 from ...row_tables import KINDS, NOW, assert_alike, copy_of, random_table, step_of, tensors, twins, units_apart
-from .guards import assert_guards_kept, between_poison
+from .placed_tables import placed_on, read_back
 
 EXACT_KINDS = [kind for kind in KINDS if kind != "lazy"]
 SHAPES = [(1,), (2, 31)]
-
-
-def placed_on(device: torch.device, table: RowState) -> RowState:
-    """A copy on the kernels' device, each tensor in the middle of poisoned memory."""
-    copies = {name: between_poison(value.to(device)) for name, value in tensors(table).items()}
-    return RowState(**{name: copies.get(name) for name in vars(table)})
-
-
-def read_back(table: RowState) -> RowState:
-    """A copy on the CPU of what `placed_on` has placed, beside which nothing was written."""
-    for tensor in tensors(table).values():
-        assert_guards_kept(tensor)
-    copies = {name: value.cpu() for name, value in tensors(table).items()}
-    return RowState(**{name: copies.get(name) for name in vars(table)})
 
 
 def rules_for(table: RowState) -> CatchUpRules:
@@ -450,7 +436,7 @@ def test_a_learning_rate_in_a_tensor_is_not_asked_for(monkeypatch: pytest.Monkey
         raise AssertionError("a host waits for a device")
 
     monkeypatch.setattr("peerlm.optim.row_adamw._kernels", lambda table: row_steps)
-    monkeypatch.setattr("peerlm.optim.row_adamw._is_on_device", lambda rate: isinstance(rate, Tensor))
+    monkeypatch.setattr("peerlm.optim.group_checks._is_on_device", lambda rate: isinstance(rate, Tensor))
     start = torch.randn(6, 3)
     tables = [torch.nn.Parameter(start.to(device, copy=True)) for _ in range(2)]
     ids = torch.tensor([[1, 4, 1]], device=device)

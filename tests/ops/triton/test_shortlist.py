@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,6 +72,32 @@ def test_every_kind_of_values_has_the_bits_of_the_exhaustive_search(kind: str) -
         assert_the_same_bits(query, draw_keys(generator, 2, sets, 37, 7) * keys_size, 3)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU adds in an order of its own")
+def test_scores_have_the_same_bits_in_whatever_order_a_gpu_sums_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As threads that hand numbers to each other do: the first half of the numbers, added to the second half."""
+    from triton.runtime import interpreter
+
+    def by_halves(self: Any, numbers: Any) -> Any:
+        data = np.moveaxis(numbers.handle.data, self.axis, 0)
+        while len(data) > 1 and len(data) % 2 == 0:
+            data = data[: len(data) // 2] + data[len(data) // 2 :]
+        total = np.sum(data, axis=0)
+        return self.to_tensor(np.expand_dims(total, self.axis) if self.keep_dims else total, numbers.dtype)
+
+    query, sub_keys = torch.randn(4, 2, 12), torch.randn(2, 1, 20, 6)
+    query[..., :4] *= 1e3
+    sub_keys[..., 3, :] = sub_keys[..., 7, :]
+
+    def scores(tile: tiles.Shortlist | None) -> Tensor:
+        with shortlists(tile):
+            return retrieval._best_of_halves(query.to(DEVICE), sub_keys.to(DEVICE), 4)[0]
+
+    expected = scores(None)
+    assert torch.equal(scores(SMALL), expected)
+    monkeypatch.setattr(interpreter.ReduceOps, "sum", by_halves)
+    assert torch.equal(scores(SMALL), expected)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
 @pytest.mark.parametrize("where", ["query", "sub_keys"])
 def test_values_that_bfloat16_cannot_tell_apart_from_infinity_change_nothing(where: str, bad: float) -> None:
@@ -122,6 +149,8 @@ def test_few_tokens_few_sub_keys_and_large_ones_go_without_lists() -> None:
     assert tiles.shortlist(4096, 1024, 64, 16) is not None
     assert tiles.shortlist(8, 1024, 64, 16) is None
     assert tiles.shortlist(4096, 128, 64, 16) is None
+    assert tiles.shortlist(4096, 1024, 128, 32) is not None
+    assert tiles.shortlist(4096, 1024, 128, 64) is None
     assert tiles.shortlist(4096, 1024, 256, 16) is None
     assert tiles.shortlist(4096, 1024, 64, 100) is None
     assert retrieval.num_missed(torch.zeros(8, 1, 4, device=DEVICE), torch.zeros(2, 1, 9, 2, device=DEVICE), 2) is None

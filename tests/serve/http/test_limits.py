@@ -82,6 +82,7 @@ HOSTILE = {
     "deep objects": b'{"prompt":' * 50_000 + b"1" + b"}" * 50_000,
     "deep lists in a field": b'{"model":"toy","prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "NaN": b'{"model":"toy","prompt":"a","temperature":NaN}',
+    "NaN where anything may stand": b'{"model":"toy","prompt":"a","metadata":{"a":NaN}}',
     "infinity": b'{"model":"toy","prompt":"a","temperature":Infinity}',
     "a number too large": b'{"model":"toy","prompt":"a","temperature":1e999}',
     "many digits": b'{"model":"toy","prompt":"a","seed":' + b"9" * 5000 + b"}",

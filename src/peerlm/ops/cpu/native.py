@@ -16,7 +16,10 @@ try:
     _reason = ""
 except ImportError as error:  # pure-Python installation, or a machine other than the one it was built for
     module = None
-    _reason = f"the native kernels were not built when peerlm was installed ({error}); it takes a C++17 compiler"
+    _reason = (
+        f"the native kernels were not built when peerlm was installed ({error}): install it again, "
+        "which takes a C++17 compiler"
+    )
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot look into the extension

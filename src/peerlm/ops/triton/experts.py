@@ -27,8 +27,6 @@ _BLOCK = 1024
 _FEW_TOKENS = 128
 """About as many as a GPU has multiprocessors: with one program each they would wait for rows most of the time."""
 _MOST_GROUPS = 16
-_NUMBERS_PER_WARP = 512
-"""Of one part that a program gathers at a time, at most: with more, registers spilled on sm_90 with triton 3.7."""
 
 
 @triton.jit
@@ -154,7 +152,6 @@ def mix_experts(
         return sum_rows(weighted[..., None], ids, rows, scales, first=1, step=parts), hidden
     y, hidden = torch.empty_like(x), x.new_zeros(tokens, per_token, parts - 1)
     tile, block_d, warps = tile_of_entries(rows)
-    warps = max(warps, tile * block_d // _NUMBERS_PER_WARP)  # whether split or not: bits may depend on it
     group = max(16, 2 * tile, tile * triton.cdiv(per_token, tile * _MOST_GROUPS))
     groups = triton.cdiv(per_token, group)
     split = tokens <= _FEW_TOKENS and groups > 1

@@ -25,8 +25,8 @@ from peerlm.ops.triton.row_gradients import segment_gradient, sum_later_chunks, 
 from peerlm.ops.triton.segments import segments
 
 _ELEMENTS_PER_WARP = 256
-_OF_A_ROW_WISE_STEP = 128
-"""The same where the second moment is one of the row: the gradient is summed twice, which takes more registers."""
+_MOST_OF_A_ROW_WISE_STEP = 256
+"""At once, where the second moment is one of the row: the gradient is summed twice, which takes more registers."""
 
 
 def update_by_gradients(
@@ -52,6 +52,7 @@ def update_by_gradients(
         grad_y, coefficients = grad_y.detach().contiguous(), coefficients.detach().contiguous()
         tile, block_d = tile_of_entries(dim)
         row_wise = table.exp_avg_sq.ndim == 1
+        block_d = min(block_d, _MOST_OF_A_ROW_WISE_STEP) if row_wise else block_d
         _fused_update[(most_segments,)](
             table.rows,
             table.exp_avg,
@@ -73,7 +74,7 @@ def update_by_gradients(
             BLOCK_D=block_d,
             ROW_WISE=row_wise,
             RANDOM=step.seed is not None,
-            num_warps=max(1, block_d // (_OF_A_ROW_WISE_STEP if row_wise else _ELEMENTS_PER_WARP)),
+            num_warps=max(1, block_d // _ELEMENTS_PER_WARP),
             **PRECISE,
         )
 

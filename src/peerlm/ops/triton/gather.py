@@ -13,6 +13,8 @@ WIDEST = 4096
 """Of the vectors that a program holds whole."""
 _NUMBERS = 4096
 """Of one part that a program gathers at a time: u and v in bfloat16 are 16 KB, while as much is under way."""
+_NUMBERS_PER_WARP = 512
+"""Of these, where rows are wide. With more registers spilled on sm_90, with fewer for narrow rows on sm_80."""
 
 
 def is_held_whole(dim: int) -> bool:
@@ -24,12 +26,14 @@ def tile_of_entries(rows: Tensor) -> tuple[int, int, int]:
     """How a program gathers vectors of rows (N, R, D): TILE of entries, BLOCK_D of numbers, and how many warps it has.
 
     Half as many entries where they have more than 4 bytes for each place of a vector, or are of 8 bits, which take
-    registers to be unpacked: these are scarce.
+    registers to be unpacked: these are scarce. The number of warps does not depend on how many tokens there are: the
+    order of sums, and so their bits, may follow from it.
     """
     _, parts, dim = rows.shape
     block_d = min(triton.next_power_of_2(dim), WIDEST)
     numbers = _NUMBERS if rows.element_size() > 1 and parts * rows.element_size() <= 4 else _NUMBERS // 2
-    return max(2, min(16, numbers // block_d)), block_d, 8 if block_d > 1024 else 4
+    tile = max(2, min(16, numbers // block_d))
+    return tile, block_d, max(4, tile * block_d // _NUMBERS_PER_WARP) if block_d >= 1024 else 4
 
 
 @triton.jit

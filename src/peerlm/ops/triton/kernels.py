@@ -22,6 +22,7 @@ from peerlm.ops.triton.runtime import (
     description,
     no_float8,
     on_another_device,
+    too_old,
     unavailable,
 )
 
@@ -60,7 +61,7 @@ def unsupported(
 ) -> str:
     """Why these arguments cannot be computed here; empty where they can."""
     tensors = (*inputs, ids, rows, scales)
-    if reason := on_another_device(*tensors):
+    if reason := on_another_device(*tensors) or too_old():
         return reason
     if op == "linear":
         return ""
@@ -82,7 +83,7 @@ def unsupported(
 
 def updates_rows_on(device: torch.device) -> bool:
     """Whether there are kernels for tables on this device; interpreted ones are called by tests alone."""
-    return device.type == DEVICE_TYPE and automatic and not unavailable()
+    return device.type == DEVICE_TYPE and automatic and not unavailable() and not too_old()
 
 
 def row_kernels(table: RowState) -> ModuleType | None:

@@ -192,7 +192,8 @@ def age_of_moments(moments_step, row, numbers):
 
 @triton.jit
 def mark_updated(moments_step, weights_step, row, numbers):
-    """Note that a row is right up to this step."""
+    """Note that a row is right up to this step, once no warp of the program still has to read what is written here."""
+    tl.debug_barrier()
     now = tl.load(numbers + STEP).to(tl.int32)
     if moments_step is not None:
         tl.store(moments_step + row, now)
@@ -205,6 +206,7 @@ def second_of_row(exp_avg_sq, row, sum_of_squares, shared, LEN: tl.constexpr):
     """The new second moment of a whole row, stored and returned."""
     _, decay2, _, fresh2, _, _, _, _ = shared
     second = tl.load(exp_avg_sq + row) * decay2 + tl.div_rn(sum_of_squares, LEN * 1.0) * fresh2
+    tl.debug_barrier()  # one thread stores it, and every thread has to have read the old one
     tl.store(exp_avg_sq + row, second)
     return second
 

@@ -14,7 +14,11 @@ from torch import Tensor
 from peerlm.ops.triton.order import LOWEST, place_of
 
 LANES = tl.constexpr(4)
-"""A float64 score is four sums, of the products at c = 0, 4, 8 ..., at 1, 5, 9 ..., and so on; then they are added."""
+"""A float64 score is four sums, of the products at c = 0, 4, 8 ..., at 1, 5, 9 ..., and so on; then they are added.
+
+In this order in all kernels, so that a score has the same bits wherever it is computed; a product of two float32 is
+exact in float64.
+"""
 
 _TOO_LARGE = tl.constexpr(2.0**120)
 """Norms and their products below it keep bfloat16 scores and all their partial sums finite."""
@@ -169,11 +173,14 @@ def best_of_listed(
         feature = tl.load(query + row[:, None] * HALF_DIM + c, mask=inside, other=0.0).to(tl.float64)
         of_key = tl.load(sub_keys + key[:, None] + c, mask=inside, other=0.0).to(tl.float64)
         sums += feature * of_key
-    by_score = tl.where(valid, place_of(tl.sum(sums, axis=1)), LOWEST)
+    score = tl.sum(tl.where(lane == 0, sums, 0.0), axis=1)
+    for each in tl.static_range(1, LANES):  # zeros change nothing: `tl.sum` of all would choose an order
+        score += tl.sum(tl.where(lane == each, sums, 0.0), axis=1)
+    by_score = tl.where(valid, place_of(score), LOWEST)
     ranks = _ranks(tl.reshape(by_score, [BLOCK_ROWS, S]), S)
     rank = tl.reshape(ranks, [BLOCK_ROWS * S])
     best = valid & (rank < K)
-    tl.store(scores + row * K + rank, tl.sum(sums, axis=1), mask=best)
+    tl.store(scores + row * K + rank, score, mask=best)
     tl.store(indices + row * K + rank, index, mask=best)
 
 

@@ -11,6 +11,10 @@ PROGRAMS_FOR_MISSED = 1024
 """Of `exhaustive.best_of_all_for_missed`, which take rows by turns: most end at once, as few rows are missed."""
 
 
+_MOST_OF_SUB_KEYS = 16384
+"""Numbers in bfloat16 that a program scores at once: two such tiles fit the shared memory of AMD's GPUs, of 64 KB."""
+
+
 class Tile(NamedTuple):
     """What a program computes at once."""
 
@@ -73,13 +77,14 @@ class Shortlist(NamedTuple):
 def shortlist(tokens: int, n: int, half_dim: int, k: int) -> Shortlist | None:
     """The tiles of the kernels in `shortlist`; None where it is quicker to score all sub-keys in float64 at once."""
     groups = max(128, 4 * triton.next_power_of_2(k))
-    if tokens < 128 or n < 2 * groups or half_dim > 128 or k > 64:
+    features = max(16, triton.next_power_of_2(half_dim))
+    if tokens < 128 or n < 2 * groups or k > 64 or groups * features > _MOST_OF_SUB_KEYS:
         return None
     places = max(32, 2 * triton.next_power_of_2(k))
     return Shortlist(
-        tokens=4096 // groups,  # two programs fit a multiprocessor
+        tokens=min(4096 // groups, max(16, 2048 // features)),  # two programs fit a multiprocessor
         groups=groups,
-        features=max(16, triton.next_power_of_2(half_dim)),
+        features=features,
         warps=8,
         stages=2,
         places=places,
