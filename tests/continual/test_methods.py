@@ -98,7 +98,7 @@ def test_lora_is_merged(configure: Callable[..., LearnConfig], texts: Path) -> N
     assert torch.equal(after["model.layers.0.ffw.experts.rows"], old["model.layers.0.ffw.experts.rows"])
 
 
-@pytest.mark.parametrize("method", ["grow", "pack", "sparse"])
+@pytest.mark.parametrize("method", ["grow", "sparse"])
 def test_methods_of_experts_refuse_a_model_without(
     method: str, configure: Callable[..., LearnConfig], texts: Path
 ) -> None:

@@ -113,5 +113,5 @@ def test_layers_that_share_a_table_train_what_any_of_them_chooses(tmp_path: Path
         usage[name].retrievals_N[expert] = 1
     rows = model.model.layers[0].ffw.experts.rows
     rows.grad = torch.ones_like(rows)
-    Sparse(experts=1).restrict(model, Stage(name="a", folder=tmp_path, seed=0, earlier=None), usage)
+    Sparse(experts=1).restrict(model, Stage(name="a", folder=tmp_path, seed=0, earlier=None, new=[]), usage, 0)
     assert rows.grad.flatten(1).any(1).nonzero().flatten().tolist() == [3, 7]

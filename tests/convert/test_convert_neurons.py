@@ -176,6 +176,18 @@ def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         loss = held_out_loss(load_model(folder / model)[0], windows[-1:], batch_size=8)
         assert row[name] == pytest.approx(math.exp(loss))
     assert row["perplexity_after"] != row["perplexity_before"]
+    assert list(row["layer_errors"]) == [f"model.layers.{number}.mlp.peer" for number in range(3)]
+    dense, fitted = (load_model(folder / name)[0] for name in ("llama", "out"))
+    hidden = torch.randn(64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for number, error in enumerate(row["layer_errors"].values()):
+        whole, part = (model.get_submodule(f"model.layers.{number}.mlp") for model in (dense, fitted))
+        with torch.no_grad():
+            found = (part(hidden) - whole(hidden)).norm() / whole(hidden).norm()
+        assert 0.3 < error / found.item() < 3  # on other inputs
+    card = (folder / "out" / "README.md").read_text()
+    assert f"{row['perplexity_before']:.2f} before, {row['perplexity_after']:.2f} after" in card
+    assert f"| `model.layers.2.mlp.peer` | {row['layer_errors']['model.layers.2.mlp.peer']:.3f} |" in card
+    assert "PEER has to be trained" not in card
     assert run("generate", folder / "out", "w3 w4", "--tokens", "3") == 0
     assert run("convert", folder / "llama", folder / "again", *arguments) == 2
     assert "on the command line --text FILE" in capfd.readouterr().err

@@ -432,3 +432,13 @@ def test_a_memory_and_packs_are_kept_in_files_as_in_memory(place: RowPlace) -> N
     assert torch.equal(layer.values.read(), plain.values.read())
     like = layer.values.like(torch.zeros(3, 16), trained=True)
     assert not isinstance(like, MappedTable)
+
+
+def test_rows_of_another_table_are_shared_and_others_copied(place: RowPlace) -> None:
+    first, second = mapped(place), mapped(place)
+    second.experts.rows = first.experts.rows
+    assert second.experts.rows is first.experts.rows
+    loaded = torch.nn.Parameter(torch.ones_like(first.experts.rows))
+    first.experts.rows = loaded
+    assert first.experts.rows is not loaded
+    assert torch.equal(first.experts.rows, loaded)

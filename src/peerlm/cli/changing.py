@@ -191,6 +191,8 @@ def perplexity(windows: "Tensor", model: "nn.Module") -> float:
 
 def _show_change(output: Path, row: dict[str, Any], json_file: Path | None) -> None:
     shown = {**row, "layers": "\n".join(row["layers"])}
+    if errors := shown.pop("layer_errors", None):
+        shown["layer errors"] = "\n".join(f"{error:.3f}" for error in errors.values())  # in the order of layers
     show(row, json_file, partial(print_table, str(output), {VALUE: shown}))
 
 

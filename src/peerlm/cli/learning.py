@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from peerlm.terminal import print_table
         "peerlm learn runs/a --text law=laws/ --text docs.txt --method grow -o runs/b",
         "peerlm learn runs/a --text code.txt --background book.txt --kl 1 -o runs/b",
         "peerlm learn runs/a --text code.txt --method lora --set rank=8 -o runs/b",
+        "peerlm learn my-model --text docs/ --method pack -o runs/docs",
         "peerlm learn runs/a --text code.txt --output runs/learned --resume",
     ]
 )
@@ -31,8 +32,8 @@ def learn(
         str,
         typer.Option(
             help="full: all weights; lora: low-rank matrices, merged after each stage; grow: new experts, the old ones "
-            "frozen; pack: a folder of experts for each text, the model frozen; sparse: in each step the experts that "
-            "its text uses more than the background does."
+            "frozen; pack: a folder of experts for each text, beside any model, which is frozen; sparse: in each step "
+            "the experts that its text uses more than the background does."
         ),
     ] = "full",
     settings: Annotated[
@@ -58,7 +59,10 @@ def learn(
     remember: Annotated[
         int, typer.Option(help="Windows of each finished stage that join the background for --kl and --replay.")
     ] = 256,
-    tokens: Annotated[int | None, typer.Option(help="New tokens of each stage; default 120,000.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="New tokens of each stage; default 120,000; of packs beside plain models, each text twice."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Or steps of each stage.")] = None,
     flops: Annotated[float | None, typer.Option(help="Or training FLOPs of each stage.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
@@ -112,5 +116,16 @@ def learn(
     rows = learn(config, resume=read_resume(resume), progress=json_file != STDOUT)
     if begins := rows[0].get("document_start"):
         typer.echo(f"note: each document and window begins with {begins}", err=True)
+    show(rows, json_file, partial(_print, output, rows))
+
+
+def _print(output: Path, rows: list[dict[str, Any]]) -> None:
+    """Perplexities after each stage; the loss of each text before and after all; where packs are."""
+    from peerlm.continual.stream import before_and_after
+
     stages = {f"after {row['stage'] or 'nothing'}": row["perplexity"] for row in rows}
-    show(rows, json_file, partial(print_table, str(output), stages, rows=True))
+    print_table(str(output), stages, rows=True)
+    print_table("loss on held-out text, nats per token", before_and_after(rows), rows=True)
+    for folder in sorted(output.glob("stages/*/pack")):
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        typer.echo(f"{folder}: {size / 1e6:.1f} MB; load it with --pack {folder}")

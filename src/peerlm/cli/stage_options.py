@@ -11,8 +11,6 @@ from peerlm.continual.stream import BACKGROUND
 from peerlm.errors import UserError, listed
 from peerlm.train.recipe import from_dict
 
-DEFAULT_BUDGET = {"tokens": 120_000}
-
 
 def learn_config(
     *,
@@ -53,7 +51,7 @@ def learn_config(
             **values,
             "stages": [{"name": name, "text": [file], "heldout": measured.get(name)} for name, file in files],
             "settings": read_settings(settings),
-            "budget": given or DEFAULT_BUDGET,
+            **({"budget": given} if given else {}),
             "memory": {**memory, "heldout": measured.get(BACKGROUND)},
         },
     )

@@ -70,8 +70,8 @@ class LearnConfig:
     """Of the method; see its class."""
     memory: RetentionConfig = field(default_factory=RetentionConfig)
     """Section [memory]."""
-    budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(tokens=120_000))
-    """Section [budget], of each stage; tokens are those of new text."""
+    budget: BudgetConfig | None = None
+    """Section [budget], of each stage; tokens are those of new text. null: the method's, 120,000 tokens of most."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Section [optim]."""
     data: str | None = None

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class LowerBlocks:
     """
 
     def __init__(self, model: PreTrainedModel, count: int, folder: Path, windows: int):
-        self.blocks = list(blocks_of(model)[:count])
+        self.blocks = _blocks(model)[1][:count]
         self.path = folder / FILE
         self.windows = windows
         self.places: dict[bytes, int] = {}
@@ -146,14 +147,17 @@ def forget_lower_blocks(model: nn.Module) -> None:
     remove_hooks(model, (_Before, _After))
 
 
-def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of a model's blocks.
+def lower_blocks_of(model: PreTrainedModel, paths: Sequence[str]) -> int:
+    """How many blocks lie below all modules of these paths; 0 where that is not known."""
+    name, _ = _blocks(model)
+    places = [path.removeprefix(f"{name}.").partition(".")[0] for path in paths]
+    return min((int(place) if place.isdigit() else 0 for place in places), default=0)
 
-    Raises:
-        ValueError: there is none as long as its configuration says.
-    """
+
+def _blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
+    """The path and the items of the list of blocks: the one that is as long as the configuration says."""
     number = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == number:
-            return module
-    raise ValueError(f"{type(model).__name__} has no list of its {number} blocks")
+            return name, list(module)
+    return "", []

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.continual.retention import ReplayBuffer
 from peerlm.errors import UserError
+from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.loading import load_model
 from peerlm.files import atomic_folder
 from peerlm.layers import PEER
@@ -33,6 +35,26 @@ class Stage:
     """Of what is random."""
     earlier: ReplayBuffer | None
     """Text that must not be forgotten; None where there is none."""
+    new: Windows
+    """Windows of the text that is learned."""
+    progress: bool = False
+    """Whether to show how far work before the first step is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What holds for settings of a stream that are not given."""
+
+    epochs: float | None = None
+    """Budget of a stage: how often its text is read; None: 120,000 tokens, whatever the text."""
+    context: int | None = None
+    """Tokens in a window at the most, of a model that no run has trained; None: what the model reads."""
+    background: tuple[str, ...] = ()
+    """Text like that which the model was trained on."""
+    heldout_windows: int | None = None
+    """Windows of each held-out text that are read at the most."""
+    micro_batch_size: int | None = None
+    """Windows in a forward pass of training; None: those of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +74,10 @@ class Method:
     def load(self, base: Path, earlier: list[Path]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The model that a stage starts from, given the folders of the stages before it."""
         return load_model(earlier[-1] / MODEL if earlier else base)
+
+    def defaults(self, model: nn.Module) -> Defaults:
+        """What holds for settings of a stream from this model that are not given."""
+        return Defaults()
 
     def check(self, model: nn.Module, source: str) -> None:
         """Raise UserError where this method cannot work on the model."""
@@ -78,8 +104,12 @@ class Method:
         """The context of the forward passes over new text."""
         yield {}
 
-    def restrict(self, model: nn.Module, stage: Stage, usage: Mapping[str, ExpertUsage]) -> None:
-        """Drop gradients of what the method freezes in this step; `usage` is what `watching` gave."""
+    def restrict(self, model: nn.Module, stage: Stage, usage: Mapping[str, ExpertUsage], step: int) -> None:
+        """Drop gradients of what the method freezes in this step, or add some; `usage` is what `watching` gave."""
+
+    def found(self, model: nn.Module, stage: Stage) -> dict[str, Any]:
+        """What `prepare` found out, for the row of the stage."""
+        return {}
 
     def finish(self, model: nn.Module) -> PreTrainedModel:
         """The model after a stage."""

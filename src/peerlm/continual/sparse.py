@@ -136,7 +136,7 @@ class Sparse(Method):
         with record_usage(model) as usage:
             yield usage
 
-    def restrict(self, model: nn.Module, stage: Stage, usage: Mapping[str, ExpertUsage]) -> None:
+    def restrict(self, model: nn.Module, stage: Stage, usage: Mapping[str, ExpertUsage], step: int) -> None:
         """Keep the gradients of the chosen experts."""
         path = stage.folder / BACKGROUND_FILE
         background = _read_counts(path, path.stat().st_mtime_ns, device_of(model))

@@ -57,7 +57,7 @@ class ByMethod(Hook):
 
     def after_backward(self, training: Training, state: TrainState, seen: Any) -> dict[str, Any]:
         """Drop gradients of what the method freezes in this step."""
-        self.method.restrict(training.model, self.stage, seen)
+        self.method.restrict(training.model, self.stage, seen, state.step)
         return {}
 
 

@@ -23,11 +23,11 @@ from peerlm.errors import UserError, shortened
 from peerlm.evaluate import held_out_loss
 from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.likelihood import check_context, device_of
-from peerlm.evaluate.loading import default_context, model_folder
+from peerlm.evaluate.loading import default_context, model_folder, trained_context
 from peerlm.files import is_partial, remove_partials, write_bytes, write_json
 from peerlm.marks import Marks, marked, marks_in
 from peerlm.ranks import Ranks
-from peerlm.train.config import CheckpointConfig, DataConfig, TrainConfig
+from peerlm.train.config import BudgetConfig, CheckpointConfig, DataConfig, TrainConfig
 from peerlm.train.recipe import plain_values
 from peerlm.train.run_folder import Resume
 
@@ -96,7 +96,10 @@ class _Stream:
         self.method.check(model, config.model)
         for stage in self.stages:
             self.method.check_name(stage.name)
-        self.context = default_context(config.model, model) if config.context is None else config.context
+        self.defaults = defaults = self.method.defaults(model)
+        self.context = config.context or trained_context(config.model) or default_context(config.model, model)
+        if config.context is None and trained_context(config.model) is None and defaults.context is not None:
+            self.context = min(self.context, defaults.context)
         check_context(model, self.context)
         retention = config.memory
         if (retention.kl or retention.replay) and not retention.background:
@@ -124,6 +127,7 @@ class _Stream:
             done.append(folder)
         write_json(self.folder / "rows.json", {"rows": rows})
         write_bytes(self.folder / "table.md", markdown_matrix(rows).encode())
+        write_json(self.folder / "report.json", before_and_after(rows))
         return rows
 
     def _learn(self, number: int, stage: StageConfig, folder: Path, done: list[Path]) -> dict[str, Any]:
@@ -136,10 +140,17 @@ class _Stream:
         before = None
         if config.memory.kl:
             before, _ = self.method.load(self.base, done)
-        where = Stage(name=stage.name, folder=folder, seed=config.seed + number, earlier=self._earlier(number))
+        where = Stage(
+            name=stage.name,
+            folder=folder,
+            seed=config.seed + number,
+            earlier=self._earlier(number),
+            new=self.texts[stage.name].train,
+            progress=self.progress,
+        )
         torch.manual_seed(where.seed)
         lesson = Lesson(
-            config=self._train_config(folder),
+            config=self._train_config(folder, len(self.texts[stage.name].train)),
             retention=config.memory,
             method=self.method,
             stage=where,
@@ -147,23 +158,33 @@ class _Stream:
             before=before,
             text=self.texts[stage.name],
         )
+        found = self.method.found(lesson.model, where)
         took = learn_stage(lesson, self.ranks, progress=self.progress)
         model = self.method.finish(lesson.model)
         model.eval()
         self.method.save(model, tokenizer, where)
-        return {"stage": stage.name, **self._measure(model), **took}
+        return {"stage": stage.name, **self._measure(model), **took, **found}
 
     def _marks(self) -> Marks:
         """What begins and ends a document of the texts."""
         return marks_in(self.base, self.tokenizer, self.config.document_start)
 
-    def _train_config(self, folder: Path) -> TrainConfig:
-        config = self.config
+    def _train_config(self, folder: Path, windows: int) -> TrainConfig:
+        config, defaults = self.config, self.defaults
+        tokens = 120_000
+        if defaults.epochs is not None:
+            steps = max(1, round(defaults.epochs * windows / config.batch_size))
+            tokens = steps * config.batch_size * self.context
         optim = replace(config.optim, tables="lazy") if self.method.lazy else config.optim
         return TrainConfig(
             run=str(folder),
-            data=DataConfig(folder=str(folder), context=self.context, batch_size=config.batch_size),
-            budget=config.budget,
+            data=DataConfig(
+                folder=str(folder),
+                context=self.context,
+                batch_size=config.batch_size,
+                micro_batch_size=defaults.micro_batch_size,
+            ),
+            budget=config.budget or BudgetConfig(tokens=tokens),
             optim=optim,
             checkpoint=CheckpointConfig(every=config.checkpoint_every, minutes=config.checkpoint_minutes, keep=1),
             seed=config.seed,
@@ -173,7 +194,7 @@ class _Stream:
         """The background, and what is remembered of the stages before this one."""
         retention = self.config.memory
         texts: list[tuple[Windows, int | None]] = []
-        if retention.background:
+        if BACKGROUND in self.texts:
             texts.append((self.texts[BACKGROUND].train, None))
         if retention.remember:
             texts += [(self.texts[stage.name].train, retention.remember) for stage in self.stages[:number]]
@@ -182,8 +203,8 @@ class _Stream:
     def _read_texts(self) -> dict[str, Text]:
         retention = self.config.memory
         sources = {stage.name: (stage.text, stage.heldout) for stage in self.stages}
-        if retention.background:
-            sources = {BACKGROUND: (retention.background, retention.heldout), **sources}
+        if background := retention.background or self.defaults.background:
+            sources = {BACKGROUND: (background, retention.heldout), **sources}
         data = Path(self.config.data) if self.config.data else self.folder / "data"
         texts = {
             name: read_text(
@@ -203,8 +224,10 @@ class _Stream:
         return texts
 
     def _measure(self, model: PreTrainedModel) -> dict[str, Any]:
+        limits = [each for each in (self.config.heldout_windows, self.defaults.heldout_windows) if each is not None]
+        per_pass = self.defaults.micro_batch_size or WINDOWS_PER_PASS
         losses = {
-            name: held_out_loss(model, text.heldout, batch_size=WINDOWS_PER_PASS, limit=self.config.heldout_windows)
+            name: held_out_loss(model, text.heldout, batch_size=per_pass, limit=min(limits, default=None))
             for name, text in self.texts.items()
         }
         figures = {"loss": losses, "perplexity": {name: math.exp(loss) for name, loss in losses.items()}}
@@ -216,6 +239,15 @@ class _Stream:
             write_json(path, make())
         row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return row
+
+
+def before_and_after(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """By text, its held-out loss in nats per token before the first and after the last stage, and the change in %."""
+    first, last = rows[0]["loss"], rows[-1]["loss"]
+    return {
+        text: {"before": first[text], "after": last[text], "change_percent": 100 * (last[text] / first[text] - 1)}
+        for text in first
+    }
 
 
 def markdown_matrix(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """The model card of a converted model: what it is, and how to open it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ _CARD = """---
 
 {layers}
 
-Initialisation: {init}. Settings: {settings}. PEER has to be trained before it adds to the model.
-
+Initialisation: {init}. Settings: {settings}. {training}
+{cost}
 ## Use
 
 Import peerlm before you load the model. transformers alone does not know its experts, and refuses it; with
@@ -33,10 +34,16 @@ from {package} import {architecture}
 model = {architecture}.from_pretrained("{name}")
 ```
 """
+_TRAINING = {
+    "random": "PEER has to be trained before it adds to the model.",
+    "neurons": "Experts are the layers' own neurons, of which each token retrieves a share.",
+}
 _PLACES = {"beside": "beside", "replace": "in place of"}
 
 
-def conversion_card(model: PreTrainedModel, record: ConversionConfig, *, name: str, source: Path) -> ModelCard:
+def conversion_card(
+    model: PreTrainedModel, record: ConversionConfig, *, name: str, source: Path, measured: Mapping[str, Any]
+) -> ModelCard:
     """The card, in the form of model hubs: metadata as YAML, then text.
 
     Args:
@@ -44,6 +51,7 @@ def conversion_card(model: PreTrainedModel, record: ConversionConfig, *, name: s
         record: what was done to it.
         name: what it is called.
         source: the folder of the model that it was made from; licence and languages are those of its card.
+        measured: "perplexity_before" and "perplexity_after", "layer_errors" by path, as far as they were measured.
     """
     sites = record.read_sites()
     data = ModelCardData(
@@ -60,9 +68,23 @@ def conversion_card(model: PreTrainedModel, record: ConversionConfig, *, name: s
             count=len(sites),
             layers="\n".join(f"- `{site.path}`" for site in sites),
             init=record.init,
+            training=_TRAINING[record.init],
+            cost=_cost(measured),
             settings=", ".join(f"{key} = {value}" for key, value in record.settings.items()) or "PEER's own",
         )
     )
+
+
+def _cost(measured: Mapping[str, Any]) -> str:
+    lines = []
+    if "perplexity_after" in measured:
+        before, after = measured["perplexity_before"], measured["perplexity_after"]
+        lines.append(f"\nPerplexity on text that was held out: {before:.2f} before, {after:.2f} after.\n")
+    if errors := measured.get("layer_errors"):
+        lines.append("\nError of each layer's output, relative to the dense layer's, on the text it learned from:\n\n")
+        lines.append("| layer | error |\n|---|---|\n")
+        lines += [f"| `{path}` | {error:.3f} |\n" for path, error in errors.items()]
+    return "\n## What it costs\n" + "".join(lines) if lines else ""
 
 
 def _terms_of(card: Path) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def convert(
         inputs: keyword arguments of a forward pass that finds the layers; needed by few models (`find_ffws`).
         samples: of init="neurons": keyword arguments of forward passes on text like that which the model is for, such
             as {"input_ids": ...}; a few ten thousand tokens in all.
-        fit: how the index is learned, keyword arguments of `fit_neurons`: steps, max_tokens, seed, report.
+        fit: how the index is learned, keyword arguments of `fit_neurons`: steps, max_tokens, seed, report,
+            learned.
         settings: PEER's own, such as num_experts=128**2, the rest as PEER has it; of init="neurons" those of
             `NeuronLayer`, such as share=0.35, and pool=True for one table that all layers share.
 

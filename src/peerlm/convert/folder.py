@@ -39,8 +39,9 @@ def convert_folder(
         measure: the perplexity of a model, on text that `samples` do not hold; called before and after.
 
     Returns:
-        "layers" (paths of the feed-forward layers), "mode", "init", "parameters_before", "parameters_after", and with
-        `measure` "perplexity_before", "perplexity_after".
+        "layers" (paths of the feed-forward layers), "mode", "init", "parameters_before", "parameters_after"; with
+        `measure` "perplexity_before", "perplexity_after"; with samples "layer_errors" (`IndexFit.error` by the path of
+        the new layer). The card of a converted model states perplexities and errors too.
 
     Raises:
         UserError: the output exists, the model cannot be read, or `convert` refuses it.
@@ -58,12 +59,13 @@ def convert_folder(
     before = count_parameters(model)
     perplexity = {} if measure is None else {"perplexity_before": measure(model)}
     torch.manual_seed(seed)
+    errors: dict[str, float] = {}
     try:
         if undo:
             record = conversion_of(model)
             unconvert(model)
         else:
-            fit = {"seed": seed, "report": report}
+            fit = {"seed": seed, "report": report, "learned": lambda path, fit: errors.update({path: fit.error})}
             convert(model, mode=mode, layers=layers, init=init, samples=samples, fit=fit, **settings)
             record = conversion_of(model)
     except (ValueError, TypeError, FloatingPointError, RuntimeError, MemoryError) as error:  # torch's for memory too
@@ -71,12 +73,13 @@ def convert_folder(
     assert record is not None  # unconvert refuses a model without one
     if measure is not None:
         perplexity["perplexity_after"] = measure(model)
-    save_changed(model, source, output)
+    measured: dict[str, Any] = {**perplexity, **({"layer_errors": errors} if errors else {})}
+    save_changed(model, source, output, measured=measured)
     return {
         "layers": [site.path for site in record.read_sites()],
         "mode": record.mode,
         "init": record.init,
         "parameters_before": before,
         "parameters_after": count_parameters(model),
-        **perplexity,
+        **measured,
     }

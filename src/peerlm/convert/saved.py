@@ -1,7 +1,7 @@
 """Models as `save_pretrained` writes them: read by the class that they name, written to another folder."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -69,16 +69,20 @@ def load_saved(folder: Path) -> PreTrainedModel:
     return cast("PreTrainedModel", model)
 
 
-def save_changed(model: PreTrainedModel, source: Path, output: Path) -> None:
+def save_changed(
+    model: PreTrainedModel, source: Path, output: Path, *, measured: Mapping[str, Any] | None = None
+) -> None:
     """Write a model that was loaded from `source` to the folder `output`, whole or not at all, with its tokenizer.
 
-    A converted model gets a card, with the licence and the languages of the card in `source`.
+    A converted model gets a card, with the licence and the languages of the card in `source`, and with what was
+    `measured` (`peerlm.convert.card`).
     """
     record = conversion_of(model)
     with atomic_folder(output) as folder:
         model.save_pretrained(folder)
         if record is not None:
-            conversion_card(model, record, name=output.name, source=source).save(folder / "README.md")
+            card = conversion_card(model, record, name=output.name, source=source, measured=measured or {})
+            card.save(folder / "README.md")
         for path in sorted(path for pattern in _COMPANIONS for path in source.glob(pattern)):
             if path.is_file():
                 copy = folder / path.relative_to(source)

@@ -6,8 +6,18 @@ from peerlm.packs.api import (
     loaded_packs,
     new_pack,
     pack_parameters,
+    print_trainable_parameters,
     save_pack,
     unload_pack,
 )
 
-__all__ = ["choose_packs", "load_pack", "loaded_packs", "new_pack", "pack_parameters", "save_pack", "unload_pack"]
+__all__ = [
+    "choose_packs",
+    "load_pack",
+    "loaded_packs",
+    "new_pack",
+    "pack_parameters",
+    "print_trainable_parameters",
+    "save_pack",
+    "unload_pack",
+]

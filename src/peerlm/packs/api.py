@@ -127,6 +127,16 @@ def pack_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     return [parameter for pack in _packs(model, name).values() for parameter in pack.parameters()]
 
 
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters are trained, of how many, as peft's models do."""
+    every = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in every if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in every)
+    print(  # noqa: T201
+        f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / max(total, 1):.4f}"
+    )
+
+
 @torch.no_grad()
 def save_pack(
     model: nn.Module,

@@ -28,11 +28,18 @@ class PackBeside(nn.Module):
     Args:
         dim: width of the hidden states.
         settings: of `peerlm.layers.PEER`.
+
+    Attributes:
+        ffw_power: mean square of what the feed-forward layer writes, where the pack was made; otherwise 1.
+        foreign: what the layer reads of foreign tokens that open the gate, (tokens, dim), in the process that fitted
+            it; otherwise None.
     """
 
     def __init__(self, dim: int, settings: Mapping[str, Any]):
         super().__init__()
         self.settings = {name: value for name, value in settings.items() if name != "num_experts"}
+        self.ffw_power = 1.0
+        self.foreign: Tensor | None = None
         self.gate = Gate(dim)
         self.peer = PEER(dim, **settings)
 

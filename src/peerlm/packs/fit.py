@@ -9,10 +9,15 @@ from torch import Tensor, nn
 from peerlm.layers.modes import evaluating
 from peerlm.packs.beside import PacksBeside
 from peerlm.packs.choice import chosen_at
+from peerlm.packs.gate import Gate
 from peerlm.packs.plain import holders
 
 TOKENS = 24_576
 """Tokens of each text that a gate is fitted on."""
+SAMPLES = 2048
+"""Foreign tokens that open a gate and are kept for `foreign_power`."""
+AT_ONCE = 256
+"""Of these, how many a step reads."""
 _BYTES = 2**29
 """Memory for what they read, of all layers together; of larger models fewer tokens are taken."""
 
@@ -66,8 +71,39 @@ def fit_gates(
         unseen = torch.arange(len(other_TD), device=other_TD.device) % 3 == 2
         gate.fit(own_TD, other_TD[~unseen], keep=keep)
         shares.append([(gate(each) > 0).float().mean().item() for each in (own_TD, other_TD[unseen])])
+        holder.by_name()[name].foreign = _open(gate, other_TD)
     means = torch.tensor(shares).mean(dim=0).tolist()
     return dict(zip(("own_open", "other_open"), means, strict=True))
+
+
+def _open(gate: Gate, x_TD: Tensor) -> Tensor:
+    """Up to `SAMPLES` of the tokens for which a gate is open, float32."""
+    found = x_TD[gate(x_TD) > 0]
+    every = max(1, -(-len(found) // SAMPLES))
+    return found[::every].float()
+
+
+def foreign_power(model: nn.Module, name: str, step: int) -> Tensor:
+    """What a pack still writes for foreign tokens that open its gates, as a term of its loss, ().
+
+    The mean square of that, over the mean square of what the feed-forward layer writes; the mean over its layers.
+    Tokens are those that `fit_gates` saw, `AT_ONCE` of them in a step.
+
+    Args:
+        model, name: a pack whose gates were fitted in this process.
+        step: of the training.
+    """
+    ratios = []
+    for holder in holders(model).values():
+        pack = holder.by_name().get(name)
+        if pack is None or pack.foreign is None or not len(pack.foreign):
+            continue
+        x_TD = pack.foreign
+        places = (torch.arange(min(AT_ONCE, len(x_TD)), device=x_TD.device) + step * AT_ONCE) % len(x_TD)
+        y_TD = pack(x_TD[places], None)
+        assert y_TD is not None  # these tokens open the gate
+        ratios.append(y_TD.square().mean() / pack.ffw_power)
+    return torch.stack(ratios).mean() if ratios else torch.zeros((), requires_grad=True)
 
 
 def _what_layers_read(

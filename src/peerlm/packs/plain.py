@@ -53,8 +53,38 @@ def make(
             except TypeError as error:
                 raise ValueError(f"a setting of the pack is none of PEER's: {error}") from error
             pack.peer.experts.fill_new(0, generator)
+            pack.ffw_power = max(ffw.sample_output.float().square().mean().item(), 1e-12)
             made[ffw.path] = pack.to(ffw.sample_input.device), FFWSite.of(ffw).first
     return made
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise a ValueError where a model has no feed-forward layers that a pack can lie beside."""
+    _ffws(model)
+
+
+def experts_within(model: nn.Module, layers: Sequence[str] | None, megabytes: float) -> int:
+    """The most experts of each layer, a square number, with which a pack of float32 numbers has so many megabytes.
+
+    Raises:
+        ValueError: as `make`; or not even 4 experts fit.
+    """
+    ffws = _chosen(_ffws(model), layers)
+    n = 1
+    while _numbers(ffws, n + 1) * 4 <= megabytes * 1e6:
+        n += 1
+    if n < 2:
+        raise ValueError(
+            f"{megabytes:g} MB have no room for 4 experts in each of {len(ffws)} layers: allow more, or fewer layers"
+        )
+    return n * n
+
+
+def _numbers(ffws: Sequence[FFW], n: int) -> int:
+    """Of a pack with n * n experts in each layer and the default settings."""
+    query = DEFAULTS["heads"] * DEFAULTS["key_dim"]
+    keys = DEFAULTS["key_dim"] * n + 2 * DEFAULTS["key_dim"]
+    return sum(2 * n * n * ffw.dim + query * ffw.dim + keys + ffw.dim + 1 for ffw in ffws)
 
 
 def _ffws(model: nn.Module) -> list[FFW]:

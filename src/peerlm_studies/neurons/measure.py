@@ -11,6 +11,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from peerlm.accounting import model_cost
+from peerlm.convert.neurons.index import relative_error
 from peerlm.convert.neurons.layer import NeuronLayer, neuron_layer
 from peerlm.convert.neurons.weights import Neurons, neurons_of
 from peerlm.evaluate import held_out_loss
@@ -169,7 +170,7 @@ def _measure(
                 layer.index = ImportantNeurons(layer.neurons(), layer.index.retrieved)  # type: ignore[assignment]
             layer.center(inputs[path][:CENTER_TOKENS])
             layers[path] = layer
-        errors = {path: _relative_error(layers[path], setup.layers[path], held_out_inputs[path]) for path in layers}
+        errors = {path: relative_error(layers[path], setup.layers[path], held_out_inputs[path]) for path in layers}
         with replaced(setup.model, layers):
             loss = loss_of()
             cost = model_cost(setup.model, setup.context)
@@ -188,14 +189,3 @@ def _measure(
             **provenance(),
         }
         bar.advance(task)
-
-
-@torch.no_grad()
-def _relative_error(layer: NeuronLayer, dense: nn.Module, x_TD: Tensor) -> float:
-    """|y - y_dense| over |y_dense|, Frobenius norms over all tokens."""
-    difference = norm = 0.0
-    for batch_TD in x_TD.split(4096):
-        exact = dense(batch_TD)
-        difference += (layer(batch_TD) - exact).double().square().sum().item()
-        norm += exact.double().square().sum().item()
-    return math.sqrt(difference / norm) if norm else 0.0

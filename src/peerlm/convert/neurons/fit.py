@@ -21,6 +21,7 @@ def fit_neurons(
     steps: int = 300,
     seed: int = 0,
     report: Callable[[str, int, int], object] | None = None,
+    learned: Callable[[str, IndexFit], object] | None = None,
 ) -> dict[str, IndexFit]:
     """Learn each `NeuronLayer`'s index from what it reads while the model reads samples with all neurons at work.
 
@@ -34,6 +35,7 @@ def fit_neurons(
         max_tokens: samples are read until each layer has read so many.
         steps, seed: as of `fit_index`.
         report: called with a layer's path, batches done, and all.
+        learned: called with a layer's path, and how its index was learned.
 
     Returns:
         By path, how each index was learned.
@@ -51,6 +53,8 @@ def fit_neurons(
     for path, layer in layers.items():
         tell = None if report is None else partial(report, path)
         fits[path] = fit_index(layer, inputs[path], steps=steps, seed=seed, report=tell)
+        if learned is not None:
+            learned(path, fits[path])
     return fits
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from peerlm.convert.neurons.keys import NeuronKeys
 from peerlm.convert.neurons.layer import NeuronLayer
@@ -22,6 +22,8 @@ SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
 INITIAL_SPREAD = 3.0
 """Standard deviation of scores, which are log-odds, before training."""
 WARMUP_STEPS = 20
+ERROR_TOKENS = 1024
+"""Tokens on which a layer's error is measured; up to twice as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class IndexFit:
     """Loss of the first batch, weighted nats per neuron and share."""
     last_loss: float
     """Mean loss of the last tenth of the batches."""
+    error: float
+    """|y - y_dense| / |y_dense| of the layer's output with its share of neurons, on inputs that it learned from."""
 
 
 def fit_index(
@@ -92,7 +96,25 @@ def fit_index(
     _load_index(layer.index, *grid_means(vectors_NE[order_N] * scale, heads, n))
     first_loss, last_loss = _train(layer, inputs_TD, steps, batch_size, learning_rate, generator, report)
     layer.center(_moved(inputs_TD[:: max(1, len(inputs_TD) // 32768)], layer))
-    return IndexFit(misfit=misfit(spread_NE[order_N], heads, n), first_loss=first_loss, last_loss=last_loss)
+    return IndexFit(
+        misfit=misfit(spread_NE[order_N], heads, n),
+        first_loss=first_loss,
+        last_loss=last_loss,
+        error=relative_error(
+            layer, layer.neurons(), _moved(inputs_TD[:: max(1, len(inputs_TD) // ERROR_TOKENS)], layer)
+        ),
+    )
+
+
+@torch.no_grad()
+def relative_error(layer: nn.Module, dense: Callable[[Tensor], Tensor], inputs_TD: Tensor) -> float:
+    """|y - y_dense| over |y_dense|, Frobenius norms over all tokens; 0 where the dense layer has no output."""
+    difference = norm = 0.0
+    for x_TD in inputs_TD.split(4096):
+        exact_TD = dense(x_TD)
+        difference += (layer(x_TD) - exact_TD).double().square().sum().item()
+        norm += exact_TD.double().square().sum().item()
+    return math.sqrt(difference / norm) if norm else 0.0
 
 
 @torch.no_grad()

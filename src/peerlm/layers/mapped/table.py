@@ -11,7 +11,7 @@ from peerlm.layers.mapped.place import RowPlace
 from peerlm.layers.mapped.store import RowStore, blocks
 from peerlm.layers.row_memory import chosen_rows, longer_rows
 from peerlm.layers.table import Replaced, Table, plain_kind
-from peerlm.ops.row_keeping import keep_at, rows_change, rows_stay
+from peerlm.ops.row_keeping import keep_at, keeper_of, rows_change, rows_stay
 from peerlm.ops.row_updates import is_watched
 from peerlm.ops.tensors import has_values
 
@@ -37,9 +37,9 @@ class MappedTable(Table):
         return self._store.new(name, shape, dtype or torch.get_default_dtype())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of `Table`; rows that are set from outside, as loaded ones are, are copied to the file."""
+        """As of `Table`; rows from outside, as loaded ones are, are copied to the file; another table's are shared."""
         store = self._store
-        if name == "rows" and param is not None and store is not None and not param.is_meta:
+        if name == "rows" and param is not None and store is not None and not param.is_meta and not keeper_of(param):
             if not store.holds("rows", param):
                 loaded = getattr(param, "_is_hf_initialized", False)
                 with torch.no_grad():
@@ -92,7 +92,9 @@ class MappedTable(Table):
         def carry(tensors: list[Tensor], value: float) -> list[Tensor]:
             (tensor,) = tensors
             name = store.name_of(tensor)
-            return [longer_rows(tensor, num_rows, value) if name is None else store.lengthen(name, num_rows, value)]
+            longer = longer_rows(tensor, num_rows, value) if name is None else store.lengthen(name, num_rows, value)
+            tensor.data = tensor.data.new_empty(0)  # as of a table in memory: it must not be used again
+            return [longer]
 
         return Replaced(old=[old], new=[new], carry=carry)
 
