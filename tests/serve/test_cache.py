@@ -21,7 +21,7 @@ def written(number: int, length: int) -> Tensor:
 def step(cache: SlotCache, numbers: list[int]) -> None:
     """A pass that writes one token of each row."""
     cache.prepare()
-    cache.rows = slice(0, len(numbers))
+    cache.part = slice(0, len(numbers))
     new = torch.cat([written(number, cache.lengths[row] + 1)[:, :, -1:] for row, number in enumerate(numbers)])
     keys, values = cache.layers[0].update(new, -new)
     mask = cache.mask(torch.device("cpu")).bool()

@@ -36,8 +36,8 @@ class SlotLayer(DynamicLayer):
             assert stored is not None
             if new.shape[2] != 1:
                 raise RuntimeError(f"the cache of running sequences got {new.shape[2]} tokens in a step, not one")
-            stored[cache.rows, :, cache.end] = new[:, :, 0].to(stored.dtype)
-            found.append(stored[cache.rows, :, cache.begin : cache.end + 1])
+            stored[cache.part, :, cache.end] = new[:, :, 0].to(stored.dtype)
+            found.append(stored[cache.part, :, cache.begin : cache.end + 1])
         return found[0], found[1]
 
     def get_seq_length(self) -> int:
@@ -57,7 +57,7 @@ class SlotCache(Cache):
 
     Attributes:
         lengths: tokens of each row that is in use.
-        rows: those that the next forward pass is for.
+        part: rows that the next forward pass is for.
         begin, end: the columns in use, [begin, end).
     """
 
@@ -66,7 +66,7 @@ class SlotCache(Cache):
         self.slots = slots
         self.most_columns = context + max(MIN_SPARE, context // 8)
         self.lengths: list[int] = []
-        self.rows = slice(0, 0)
+        self.part = slice(0, 0)
         self.end = 0
         self._room = (0, 0)
 
@@ -140,7 +140,7 @@ class SlotCache(Cache):
     def mask(self, device: torch.device) -> Tensor:
         """(rows, L + 1) int64: 1 where a row has a token, the new one included."""
         begin = self.begin
-        starts = torch.tensor([self.end - length for length in self.lengths[self.rows]])
+        starts = torch.tensor([self.end - length for length in self.lengths[self.part]])
         return (torch.arange(begin, self.end + 1)[None] >= starts[:, None]).long().to(device)
 
     def advance(self) -> None:

@@ -499,7 +499,7 @@ class Engine:
     def _decode(self, rows: slice) -> Tensor:
         """Logits (rows, vocabulary) of some of the running requests."""
         entries = self._running[rows]
-        self._cache.rows = rows
+        self._cache.part = rows
         trace = any(entry.request.trace for entry in entries)
         with self._watch.watching(trace=trace) as watched, self._additions.chosen([each.choice for each in entries]):
             logits = self._forward.decode([entry.tokens[-1] for entry in entries], self._cache)

@@ -73,8 +73,8 @@ class Forward:
         return logits, cache, mask[:, past:].bool()
 
     def decode(self, tokens: Sequence[int], cache: SlotCache) -> Tensor:
-        """Logits (rows, vocabulary) after one token more for each of `cache.rows`; the cache is not advanced."""
-        lengths = cache.lengths[cache.rows]
+        """Logits (rows, vocabulary) after one token more for each of `cache.part`; the cache is not advanced."""
+        lengths = cache.lengths[cache.part]
         positions = torch.tensor(lengths)[:, None]
         logits = self._run(torch.tensor(tokens)[:, None], cache.mask(torch.device("cpu")), positions, cache, False)
         return logits[:, -1]
@@ -118,7 +118,7 @@ class Forward:
         self.bytes_per_token = bytes_per_token(together)
         for row, tokens in enumerate((first, second)):
             slots.join(together, row, len(tokens) - 1)
-        slots.rows = slice(0, 2)
+        slots.part = slice(0, 2)
         slots.prepare()
         found = self.decode([first[-1], second[-1]], slots)
         expected = torch.stack(alone).double()
