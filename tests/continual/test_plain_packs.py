@@ -138,7 +138,7 @@ def test_the_commands_learn_evaluate_and_generate(
     out = capfd.readouterr().out
     assert "change percent" in out
     pack = output / "stages" / "1-docs" / "pack"
-    assert f"{pack}: 0.0 MB; load it with --pack {pack}" in out
+    assert f"0.0 MB: load it with --pack {pack}" in out
     assert run("eval", llama, texts / "code.txt", "--pack", pack, "--context", CONTEXT, "--limit", 300) == 0
     assert run("generate", llama, "def", "--pack", pack, "--tokens", 4) == 0
 

@@ -10,6 +10,7 @@ from peerlm.cli import main
 from peerlm.cli.stage_options import learn_config
 from peerlm.continual import LearnConfig, StageConfig
 from peerlm.errors import UserError
+from peerlm.train import BudgetConfig
 
 
 def config_of(**changes: Any) -> LearnConfig:
@@ -33,8 +34,8 @@ def test_texts_are_named_by_their_files_unless_told() -> None:
     )
     assert config.memory.heldout == "b.txt"
     assert config.settings == {"sub_keys": 4}
-    assert config.budget.tokens == 120_000
-    assert config_of(budget={"tokens": None, "steps": 7}).budget.steps == 7
+    assert config.budget is None
+    assert config_of(budget={"tokens": None, "steps": 7}).budget == BudgetConfig(steps=7)
 
 
 def test_a_path_with_an_equals_sign_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,6 +316,19 @@ def test_another_dtype_is_another_file_and_a_gpu_is_refused(place: RowPlace) -> 
         layer.experts._apply(lambda tensor: _Elsewhere(tensor.shape, tensor.dtype))  # type: ignore[arg-type, return-value]
 
 
+def test_another_dtype_with_sparse_gradients_of_rows(place: RowPlace) -> None:
+    layer = mapped(place)
+    rows = layer.experts.rows
+    rows.grad = torch.sparse_coo_tensor(
+        torch.tensor([[3]]), torch.ones(1, *rows.shape[1:]), rows.shape, check_invariants=True
+    )
+    layer.to(torch.float64)
+    gradient = layer.experts.rows.grad
+    assert gradient is not None
+    assert gradient.dtype == torch.float64
+    assert gradient.to_dense()[3].eq(1).all()
+
+
 class _Elsewhere:
     """A tensor on a GPU, as far as it is asked."""
 

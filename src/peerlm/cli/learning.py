@@ -128,4 +128,4 @@ def _print(output: Path, rows: list[dict[str, Any]]) -> None:
     print_table("loss on held-out text, nats per token", before_and_after(rows), rows=True)
     for folder in sorted(output.glob("stages/*/pack")):
         size = sum(path.stat().st_size for path in folder.iterdir())
-        typer.echo(f"{folder}: {size / 1e6:.1f} MB; load it with --pack {folder}")
+        typer.echo(f"{size / 1e6:.1f} MB: load it with --pack {folder}")

@@ -33,6 +33,8 @@ from peerlm.train.run_folder import Resume
 
 BACKGROUND = "background"
 """What tables call the text that the model was trained on."""
+DEFAULT_BUDGET = BudgetConfig(tokens=120_000)
+"""Of a stage, where neither the configuration nor the method has one."""
 WINDOWS_PER_PASS = 8
 _BEFORE = "before.json"
 FREE = ("run", "data", "checkpoint_every", "checkpoint_minutes")
@@ -96,10 +98,8 @@ class _Stream:
         self.method.check(model, config.model)
         for stage in self.stages:
             self.method.check_name(stage.name)
-        self.defaults = defaults = self.method.defaults(model)
-        self.context = config.context or trained_context(config.model) or default_context(config.model, model)
-        if config.context is None and trained_context(config.model) is None and defaults.context is not None:
-            self.context = min(self.context, defaults.context)
+        self.defaults = self.method.defaults(model)
+        self.context = config.context if config.context is not None else self._default_context(model)
         check_context(model, self.context)
         retention = config.memory
         if (retention.kl or retention.replay) and not retention.background:
@@ -165,16 +165,23 @@ class _Stream:
         self.method.save(model, tokenizer, where)
         return {"stage": stage.name, **self._measure(model), **took, **found}
 
+    def _default_context(self, model: PreTrainedModel) -> int:
+        trained = trained_context(self.config.model)
+        if trained is not None:
+            return trained
+        found = default_context(self.config.model, model)
+        return found if self.defaults.context is None else min(found, self.defaults.context)
+
     def _marks(self) -> Marks:
         """What begins and ends a document of the texts."""
         return marks_in(self.base, self.tokenizer, self.config.document_start)
 
     def _train_config(self, folder: Path, windows: int) -> TrainConfig:
         config, defaults = self.config, self.defaults
-        tokens = 120_000
-        if defaults.epochs is not None:
+        budget = config.budget or DEFAULT_BUDGET
+        if config.budget is None and defaults.epochs is not None:
             steps = max(1, round(defaults.epochs * windows / config.batch_size))
-            tokens = steps * config.batch_size * self.context
+            budget = BudgetConfig(tokens=steps * config.batch_size * self.context)
         optim = replace(config.optim, tables="lazy") if self.method.lazy else config.optim
         return TrainConfig(
             run=str(folder),
@@ -184,7 +191,7 @@ class _Stream:
                 batch_size=config.batch_size,
                 micro_batch_size=defaults.micro_batch_size,
             ),
-            budget=config.budget or BudgetConfig(tokens=tokens),
+            budget=budget,
             optim=optim,
             checkpoint=CheckpointConfig(every=config.checkpoint_every, minutes=config.checkpoint_minutes, keep=1),
             seed=config.seed,
