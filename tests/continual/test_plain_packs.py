@@ -61,7 +61,7 @@ def taught(configure: Callable[..., LearnConfig], llama: Path, texts: Path) -> C
             "model": str(llama),
             "method": "pack",
             "memory": {"background": [str(texts / "known.txt")], "kl": 0.0, "replay": 0.0},
-            "settings": {"experts": 64, "epochs": 4, "keep": 0.9},
+            "settings": {"experts": 64, "epochs": 4, "keep": 0.9, "rate": 1},
             "budget": None,
             "context": CONTEXT,
             "optim": {"learning_rate": 3e-2},
@@ -160,6 +160,7 @@ def test_the_embedded_corpus_is_the_background_where_none_is_given(
         ({"layers": ["model.layers.9.mlp"]}, "the feed-forward layers are"),
         ({"keep": 0}, "must be above 0, at most 1"),
         ({"epochs": -1}, "must be above 0"),
+        ({"rate": 0}, "pack.rate = 0.0: must be above 0"),
     ],
 )
 def test_impossible_settings_are_said(

@@ -55,6 +55,8 @@ class Defaults:
     """Windows of each held-out text that are read at the most."""
     micro_batch_size: int | None = None
     """Windows in a forward pass of training; None: those of a step."""
+    table_rate: float = 1.0
+    """Factor of `optim.table_lr_multiplier`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,12 +47,13 @@ class PackPerStage(Method):
     """Beside feed-forward layers: how often the text is read, where no budget is given."""
     keep: float = 0.97
     """Beside feed-forward layers: share of the new text's tokens that open the gates at the most."""
-
+    rate: float = 10.0
+    """Beside feed-forward layers: learning rate of experts over that of the rest, times `optim.table_lr_multiplier`."""
     quiet: float = 1.0
     """Beside feed-forward layers: weight of what the pack writes for foreign tokens that open its gates."""
 
     def __post_init__(self) -> None:
-        for name in ("megabytes", "epochs"):
+        for name in ("megabytes", "epochs", "rate"):
             if not getattr(self, name) > 0:
                 raise UserError(f"pack.{name} = {getattr(self, name)}: must be above 0")
         if not 0 < self.keep <= 1:
@@ -62,7 +63,14 @@ class PackPerStage(Method):
         """Of a model without experts: the text is read twice, the embedded corpus is the background."""
         if own_peer_layers(model):
             return Defaults()
-        return Defaults(epochs=self.epochs, context=512, background=("demo",), heldout_windows=24, micro_batch_size=1)
+        return Defaults(
+            epochs=self.epochs,
+            context=512,
+            background=("demo",),
+            heldout_windows=24,
+            micro_batch_size=1,
+            table_rate=self.rate,
+        )
 
     def load(self, base: Path, earlier: list[Path]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The base with the packs of the stages before."""

@@ -182,7 +182,9 @@ class _Stream:
         if config.budget is None and defaults.epochs is not None:
             steps = max(1, round(defaults.epochs * windows / config.batch_size))
             budget = BudgetConfig(tokens=steps * config.batch_size * self.context)
-        optim = replace(config.optim, tables="lazy") if self.method.lazy else config.optim
+        optim = replace(config.optim, table_lr_multiplier=config.optim.table_lr_multiplier * defaults.table_rate)
+        if self.method.lazy:
+            optim = replace(optim, tables="lazy")
         return TrainConfig(
             run=str(folder),
             data=DataConfig(
