@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from peerlm_studies.comparison import make_rows
 from peerlm_studies.comparison.plan import CompareConfig, PlannedRun
 from peerlm_studies.isoflop.plan import IsoflopPlan, load_isoflop
 
@@ -110,3 +111,17 @@ def study(tmp_path: Path) -> Study:
     path = tmp_path / "isoflop.toml"
     path.write_text(RECIPE.format(folder=tmp_path))
     return Study(path)
+
+
+@pytest.fixture
+def made(study: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The runs that are made, by label and seed; each row is what the study's law says."""
+    labels: list[str] = []
+
+    def make(run: Any, compare: Any, *others: object) -> dict[str, Any]:
+        labels.append(f"{run.label} {run.seed}")
+        return study.row_of(run, compare)
+
+    monkeypatch.setattr(make_rows, "_make_row", make)
+    monkeypatch.setattr(make_rows, "prepare_data", lambda data, progress: None)
+    return labels

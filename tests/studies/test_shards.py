@@ -8,7 +8,6 @@ import pytest
 
 from peerlm import UserError
 from peerlm.cli import main
-from peerlm_studies.comparison import make_rows
 from peerlm_studies.comparison.compare import compare
 from peerlm_studies.isoflop.study import isoflop
 from peerlm_studies.lifelong import study as streams
@@ -65,20 +64,6 @@ def test_files_of_shards_are_read_after_the_study_s_own(tmp_path: Path) -> None:
     (tmp_path / "rows.1-of-8.jsonl").write_text("no row\n\n")
     with pytest.raises(UserError, match=r"rows.1-of-8.jsonl, line 1"):
         read_study(tmp_path)
-
-
-@pytest.fixture
-def made(study: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The runs that are made; each row is what the study's law says."""
-    labels: list[str] = []
-
-    def make(run: Any, compare: Any, *others: object) -> dict[str, Any]:
-        labels.append(f"{run.label} {run.seed}")
-        return study.row_of(run, compare)
-
-    monkeypatch.setattr(make_rows, "_make_row", make)
-    monkeypatch.setattr(make_rows, "prepare_data", lambda data, progress: None)
-    return labels
 
 
 def test_shards_of_curves_make_each_run_once_and_merge(

@@ -66,7 +66,10 @@ def learn(
     steps: Annotated[int | None, typer.Option(help="Or steps of each stage.")] = None,
     flops: Annotated[float | None, typer.Option(help="Or training FLOPs of each stage.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    table_lr_multiplier: Annotated[float, typer.Option(help="Learning rate of experts over that of the rest.")] = 1.0,
+    table_lr_multiplier: Annotated[
+        float,
+        typer.Option(help="Learning rate of experts over that of the rest; of some packs, times the setting `rate`."),
+    ] = 1.0,
     keys_lr_multiplier: Annotated[float, typer.Option(help="Learning rate of sub-keys over that of the rest.")] = 1.0,
     context: Annotated[int | None, typer.Option(help="Tokens in a window; default: as trained.")] = None,
     document_start: DocumentStart = "auto",

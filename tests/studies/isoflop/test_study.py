@@ -9,7 +9,6 @@ import pytest
 
 from peerlm import UserError
 from peerlm.cli import main
-from peerlm_studies.comparison import make_rows
 from peerlm_studies.comparison.plan import load_plan
 from peerlm_studies.isoflop.curves import curves_of, equal_loss_table, equal_seconds_table, optima_table
 from peerlm_studies.isoflop.figures import plot_costs
@@ -18,20 +17,6 @@ from peerlm_studies.isoflop.seconds import comparable_seconds, seconds_at_speeds
 from peerlm_studies.isoflop.study import isoflop
 from peerlm_studies.isoflop.tables import equal_loss_markdown, equal_seconds_markdown, optima_markdown
 from peerlm_studies.rows import read_rows
-
-
-@pytest.fixture
-def made(study: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The runs that are made, by label and seed; each row is what the study's law says."""
-    labels: list[str] = []
-
-    def make(run: Any, compare: Any, *others: object) -> dict[str, Any]:
-        labels.append(f"{run.label} {run.seed}")
-        return study.row_of(run, compare)
-
-    monkeypatch.setattr(make_rows, "_make_row", make)
-    monkeypatch.setattr(make_rows, "prepare_data", lambda data, progress: None)
-    return labels
 
 
 def test_all_runs_are_made_then_more_seeds_at_the_optimum(study: Any, made: list[str]) -> None:
