@@ -1,16 +1,29 @@
 """The installed package: what importing it costs, its public names, version, and embedded corpus."""
 
+import ast
 import hashlib
 import importlib.metadata
 import importlib.resources
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import peerlm
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REPOSITORY = Path(__file__).parent.parent
+FOLDERS = ["src", "tests", "benchmarks", "examples", "docs"]
+COMES_WITH = {"pydantic-core": "pydantic"}
+"""Packages that another one, which is declared, always brings at the version that it needs."""
 
 
 def modules_after(code: str) -> set[str]:
@@ -59,3 +72,37 @@ def test_corpus_is_in_the_package_with_the_hash_that_its_readme_states() -> None
 
 def test_package_declares_its_types() -> None:
     assert (importlib.resources.files("peerlm") / "py.typed").is_file()
+
+
+def imported(folder: str) -> Iterator[tuple[str, str]]:
+    """Each import of a folder's sources that is not of this repository: the file and the top-level package."""
+    own = {path.stem for kept in FOLDERS for path in (REPOSITORY / kept).rglob("*.py")} | {"peerlm", "peerlm_studies"}
+    for path in (REPOSITORY / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [str(node.module)]
+            for name in names:
+                package = name.partition(".")[0]
+                if package not in own and package not in sys.stdlib_module_names:
+                    yield str(path.relative_to(REPOSITORY)), package
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_what_is_imported_is_declared_and_does_not_come_by_chance(folder: str) -> None:
+    def plain(requirement: str) -> str:
+        return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=;! ]", requirement)[0]).lower()
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = {plain(line) for lines in [project["dependencies"], *extras.values()] for line in lines}
+    distributions = importlib.metadata.packages_distributions()
+    missing = {
+        (path, package)
+        for path, package in imported(folder)
+        if not {plain(name) for name in distributions.get(package, [package])}
+        & {*declared, *(brought for brought, by in COMES_WITH.items() if by in declared)}
+    }
+    assert not missing

@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -58,13 +58,13 @@ def test_a_stop_lets_running_requests_end_and_refuses_new_ones(start):
     with pytest.raises(openai.InternalServerError, match="the server stops") as caught:
         slow.openai.completions.create(**LONG)
     assert caught.value.status_code == 503
-    assert httpx.get(f"{slow.url}/health").status_code == 503
+    assert httpx2.get(f"{slow.url}/health").status_code == 503
     texts = [chunk.choices[0].finish_reason for chunk in stream]
     assert texts[-1] == "length"
     assert len(texts) > 30
     wait_for(lambda: not slow.is_alive)
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{slow.url}/health")
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{slow.url}/health")
 
 
 def test_a_stop_while_a_request_is_read_is_503(start, monkeypatch):
