@@ -145,8 +145,8 @@ def received_per_token(tables: Tables, shape: Shape) -> dict[str, float]:
     entering = tables.vectors - 1
     width = (4 if entering else 2) * tables.dim
     id_bytes = 4 if tables.num_rows < 2**31 else 8
-    copies = {"replica": (shape.replica - 1) * (_looked_up_rows(tables, shape) * _row_gradient(tables, shape) + 8)}
-    copies["replica"] /= tables.tokens
+    of_step = _looked_up_rows(tables, shape) * _row_gradient(tables, shape) + 8
+    copies = {"replica": (shape.replica - 1) * of_step / tables.tokens}
     if shape.cols == 1:
         own = width * tables.activation_bytes + (id_bytes + 2 * FLOAT32) * tables.entries
         return {**copies, "cols": 0.0, "rows": float((shape.rows - 1) * own)}
