@@ -20,6 +20,7 @@ from peerlm import UserError
 from peerlm.cli import main
 from peerlm.cli.root import app
 from peerlm.errors import PeerlmWarning, TrainingStopped
+from peerlm.ranks import ALONE
 
 from .shown import commands
 
@@ -209,7 +210,7 @@ def test_compare_passes_the_recipe_and_its_settings(
     monkeypatch.setattr(module, "compare", compare)
     code, out, _ = run(capsys, "compare", "r.toml", "--set", "seed=1", "--output", "runs/c", "--json=-")
     assert code == 0
-    compare.assert_called_once_with(Path("r.toml"), ["seed=1", 'run="runs/c"'], progress=False, shard=None)
+    compare.assert_called_once_with(Path("r.toml"), ["seed=1", 'run="runs/c"'], progress=False, shard=None, ranks=ALONE)
     assert json.loads(out) == [{"method": "peer"}]
 
 
