@@ -66,7 +66,7 @@ MODELS = {
 }
 
 
-def compare(name: str, folder: Path) -> tuple[int, int]:
+def compare(folder: Path) -> tuple[int, int]:
     """How many of the prompts are continued as by `generate`, and how many different tokens there were."""
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
@@ -87,9 +87,8 @@ def compare(name: str, folder: Path) -> tuple[int, int]:
     found = [list(output.outputs[0].token_ids) for output in outputs]
     del engine
     gc.collect()
-    return sum(a == b for a, b in zip(found, expected, strict=True)), len(
-        {token for text in expected for token in text}
-    )
+    same = sum(a == b for a, b in zip(found, expected, strict=True))
+    return same, len({token for text in expected for token in text})
 
 
 def refused() -> bool:
@@ -111,7 +110,8 @@ def main() -> int:
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
             MODELS[name]().save_pretrained(folder)
-            same, _different = compare(name, Path(folder))
+            same, different = compare(Path(folder))
+        print(f"{name}: {same} of {len(LENGTHS)} texts are those of generate, with {different} different tokens")
         wrong += same < len(LENGTHS)
     if not sys.argv[1:]:
         known = refused()
