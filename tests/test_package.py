@@ -23,7 +23,7 @@ else:
 
 REPOSITORY = Path(__file__).parent.parent
 FOLDERS = ["src", "tests", "benchmarks", "examples", "docs"]
-COMES_WITH = {"pydantic-core": "pydantic"}
+COMES_WITH = {"h11": "uvicorn", "pydantic-core": "pydantic"}
 """Packages that another one, which is declared, always brings at the version that it needs."""
 
 
