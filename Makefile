@@ -15,8 +15,9 @@ setup: $(VENV)/.package  ## an environment in .venv with peerlm and its tools
 demo: setup  ## compare PEER with its baselines on the embedded corpus: table, plots, a sample of text
 	$(BIN)/peerlm compare recipes/demo.toml
 
+# Each core begins with files of its own, so that few fixtures of a module are made twice; who is done takes from others.
 test: setup  ## every test, on all cores, against the installed package
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # What may know nothing of how a table keeps its rows.
 test-tables: setup  ## tests of layers, packs, growth, interpretation and optimizer with tables in two pieces, then in files
