@@ -18,6 +18,7 @@ DEFAULTS: dict[str, Any] = {
     "key_dim": 8,
     "activation": "gelu",
     "query_norm": "layer",
+    "weight_scale": 4.0,
 }
 """Settings of the PEER layers of a pack, where others are not given."""
 
