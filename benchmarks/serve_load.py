@@ -115,8 +115,8 @@ class Client:
         reader, writer = await asyncio.open_connection(self.host, self.port)
         try:
             key = f"authorization: Bearer {TOKEN}\r\n" if admin else ""
-            head = f"POST {path} HTTP/1.1\r\nhost: load\r\n{key}content-type: application/json\r\nconnection: close\r\n"
-            writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json"
+            writer.write(f"{head}\r\n{key}content-length: {len(body)}\r\n\r\n".encode() + body)
             await writer.drain()
             content, pieces = b"", 0
             while pieces < read and (piece := await reader.read(65536)):

@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import Any
 
-from peerlm.names import MODEL_TYPE
+from peerlm.names import CONVERTED, CONVERTED_EARLIER, MODEL_TYPE
 
 ARCHITECTURE = "PeerForCausalLM"
 """The name in a saved model's config.json."""
@@ -18,6 +18,24 @@ def register() -> None:
 
     load_backends()
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}:PeerForVllm")
+    _refuse_converted()
+
+
+def _refuse_converted() -> None:
+    """Have vLLM say what a converted model is: it reads the record of a conversion as a way to quantise weights."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    class Converted(QuantizationConfig):
+        """Asked of every model whose configuration has such a record."""
+
+        @classmethod
+        def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: Any, hf_config: Any = None) -> None:
+            """None for models of others. Raises ValueError for converted ones."""
+            if (hf_quant_cfg or {}).get("quant_method") in (CONVERTED, CONVERTED_EARLIER):
+                raise ValueError("vLLM cannot serve a model that peerlm has converted: use `peerlm serve`")
+
+    register_quantization_config(CONVERTED)(Converted)
 
 
 def unsupported(config: Any) -> list[str]:
