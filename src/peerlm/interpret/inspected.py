@@ -126,9 +126,11 @@ def find_inspected_layers(model: nn.Module) -> list[InspectedLayer]:
     numbers = [int(match[1]) for match in blocks if match]
     if len(set(numbers)) < len(found):
         numbers = list(range(len(found)))
-    packs = {module.peer: module for module in model.modules() if isinstance(module, PackBeside)}
+    packs: dict[nn.Module, PackBeside] = {
+        module.peer: module for module in model.modules() if isinstance(module, PackBeside)
+    }
     return [
-        InspectedLayer(number=number, name=layer.name, module=layer.module, pack=packs.get(layer.module))  # type: ignore[call-overload]
+        InspectedLayer(number=number, name=layer.name, module=layer.module, pack=packs.get(layer.module))
         for number, layer in zip(numbers, found, strict=True)
     ]
 
