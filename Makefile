@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-tables test-targets lint docs bench gpu gpu-wheels gpu-compile sanitize foreign-tests foreign-transformers foreign-peft clean
+.PHONY: help setup demo test test-tables test-targets lint docs bench gpu gpu-wheels gpu-compile sanitize foreign-tests foreign-transformers foreign-peft foreign-vllm clean
 .DELETE_ON_ERROR:
 
 help:  ## these lines
@@ -76,6 +76,9 @@ foreign-transformers: setup  ## transformers' tests of models; with CHECKOUT=fol
 
 foreign-peft: setup  ## peft's tests of custom and of decoder models
 	$(BIN)/python foreign/run.py peft
+
+foreign-vllm:  ## our models in vLLM itself, without a GPU, against generate; needs PyTorch for CPUs, and 4 GB on the disk
+	$(PYTHON) foreign/vllm/run.py
 
 clean:  ## remove the environment and all caches; runs and prepared data stay
 	rm -rf $(VENV) build dist site docs/index.md .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -39,25 +39,24 @@ SIZES: dict[str, Any] = {
 
 
 def ours(**changes: Any) -> PeerForCausalLM:
-    """A model of ours whose random weights write varied text."""
+    """A model of ours whose random weights write varied text; what is saved beside weights is not as at the start."""
     model = PeerForCausalLM(PeerConfig(**SIZES, tie_word_embeddings=False, **changes))
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(4)
         model.lm_head.weight.mul_(4)
+        weights = dict(model.named_parameters())
+        for name, tensor in model.state_dict().items():
+            if name not in weights and tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5)
     return model
 
 
 MODELS = {
     "dense": lambda: ours(ffw_layers="swiglu"),
     "PEER": lambda: ours(ffw_layers=["dense", "peer", "swiglu"], peer=EXPERTS),
-    "PEER with options": lambda: ours(
-        ffw_layers=["peer", "dense+peer", "peer"],
-        peer=EXPERTS,
-        qk_norm=True,
-        num_key_value_heads=2,
-        share_tables=True,
-        ffw_output_gate="token",
-    ),
+    "dense beside PEER": lambda: ours(ffw_layers=["dense+peer", "peer", "swiglu+peer"], peer=EXPERTS),
+    "options of attention": lambda: ours(ffw_layers="peer", peer=EXPERTS, qk_norm=True, num_key_value_heads=2),
+    "shared tables": lambda: ours(ffw_layers="peer", peer=EXPERTS, share_tables=True),
     "memory and mixtures": lambda: ours(
         ffw_layers=["pkm", "token_choice", "fine_grained_moe"],
         pkm={"num_values": 256, "heads": 2, "values_per_head": 8, "key_dim": 16},

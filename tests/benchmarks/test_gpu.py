@@ -415,3 +415,12 @@ def test_a_package_that_is_missing_or_too_old_ends_the_run_with_one_sentence(
     assert done.stderr == f"run.py: {said}\n"
     assert done.stdout == ""
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_driver_that_hangs_ends_the_run_with_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import machine
+
+    monkeypatch.setattr(machine, "_MOST_SECONDS", 0.01)
+    with pytest.raises(RuntimeError, match=r"torch did not say within 0.01 s which card there is: see if nvidia-smi"):
+        machine.description({})

@@ -67,7 +67,13 @@ def test_the_architecture_is_registered_by_a_name_that_leads_to_the_class(regist
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"kv_shift": True}, "kv_shift"), ({"attention_sink": True}, "attention_sink")],
+    [
+        ({"kv_shift": True}, "kv_shift"),
+        ({"attention_sink": True}, "attention_sink"),
+        ({"ffw_output_gate": "token"}, "ffw_output_gate"),
+        ({"peer": {"row_format": "int8"}}, "peer rows in int8"),
+        ({"peer": {"row_format": "float8_e4m3fn"}}, "peer rows in float8_e4m3fn"),
+    ],
 )
 def test_a_model_that_would_be_wrong_is_refused(registered, changes, says):
     with pytest.raises(ValueError, match=f"has {says}: use `peerlm serve`"):

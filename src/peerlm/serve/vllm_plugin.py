@@ -3,6 +3,7 @@
 from functools import lru_cache
 from typing import Any
 
+from peerlm.model.configuration_peer import CONFIGURABLE_KINDS
 from peerlm.names import CONVERTED, CONVERTED_EARLIER, MODEL_TYPE
 
 ARCHITECTURE = "PeerForCausalLM"
@@ -39,9 +40,18 @@ def _refuse_converted() -> None:
 
 
 def unsupported(config: Any) -> list[str]:
-    """What a configuration of ours has that vLLM's attention and cache cannot do, in words."""
+    """What a configuration of ours has that vLLM would compute wrongly, in words.
+
+    Its attention and cache know no shift and no sink, and its batches no layer that reads ids or whole batches. It
+    replaces the gate by a plain linear layer, and stores rows of all formats as floats.
+    """
     parts = " ".join(config.ffw_layers) if isinstance(config.ffw_layers, (list, tuple)) else str(config.ffw_layers)
-    found = [name for name in ("kv_shift", "attention_sink") if getattr(config, name, False)]
+    options = ("kv_shift", "attention_sink", "ffw_output_gate")
+    found = [name for name in options if getattr(config, name, False)]
+    for kind in CONFIGURABLE_KINDS:
+        row_format = (getattr(config, kind, None) or {}).get("row_format", "float32")
+        if row_format not in ("float32", "bfloat16"):
+            found.append(f"{kind} rows in {row_format}")
     return found + [f"{kind} layers" for kind in ("hashed_ngrams", "expert_choice") if kind in parts]
 
 
