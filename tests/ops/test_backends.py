@@ -218,3 +218,12 @@ def test_numbers_of_other_targets(target: str, tmp_path: Path) -> None:
 def run_tests(target: str, *arguments: str) -> None:
     assert native.module.target() == target
     sys.exit(pytest.main(list(arguments)))
+
+
+def test_where_no_backend_is_left_auto_says_why_and_names_no_other_choice() -> None:
+    x, weights = torch.ones(1, 4, device="meta"), torch.ones(1, 2, device="meta")
+    rows = torch.ones(3, 2, 4, dtype=torch.int8, device="meta")
+    ids, scales = torch.ones(1, 2, dtype=torch.int64, device="meta"), torch.ones(3, 2, device="meta")
+    message = "^no backend computes this: the definition does not train rows of 8 bits; convert the tensors$"
+    with pytest.raises(ValueError, match=message):
+        api.mix_experts(x, weights, ids, rows, scales, row_gradients=True)

@@ -64,7 +64,7 @@ class Table(nn.Module):
         row_shape: X: (D,) for vectors, (2, D) or (3, D) for the vectors u, v and, if gated, g of single neurons.
         backend: a name in `peerlm.ops.api.BACKENDS`.
         row_format: "float32" (torch's default dtype where that is another), "bfloat16", or, with a scale for each
-            vector, "int8" or "float8_e4m3fn"; rows with scales are not trained.
+            vector, "int8" or "float8_e4m3fn"; rows with scales are trained in place alone (`train_in_place`).
 
     Rows are not initialised: see `fill`.
 
