@@ -57,7 +57,7 @@ def test_of_ten_packs_the_one_of_the_text_speaks_on_mixed_text() -> None:
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(3 + 6 * each, 9 + 6 * each, (25, 16), generator=generator) for each in range(10)]
     for number, own in enumerate(texts):
-        add_pack(model, f"pack{number}")
+        add_pack(model, f"pack{number}", layers=["model.layers.2.mlp"])
         other = torch.cat([text[:24] for text in texts if text is not own])
         fit_gates(model, f"pack{number}", [own[:24]], [other], keep=0.99)
     (holder,) = holders(model).values()
