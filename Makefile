@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-tables test-targets lint docs bench gpu gpu-wheels gpu-compile sanitize foreign-tests foreign-transformers foreign-peft clean
+.PHONY: help setup demo test test-tables test-targets lint docs bench gpu gpu-wheels gpu-compile sanitize foreign-tests foreign-transformers foreign-peft foreign-vllm clean
 .DELETE_ON_ERROR:
 
 help:  ## these lines
@@ -15,8 +15,9 @@ setup: $(VENV)/.package  ## an environment in .venv with peerlm and its tools
 demo: setup  ## compare PEER with its baselines on the embedded corpus: table, plots, a sample of text
 	$(BIN)/peerlm compare recipes/demo.toml
 
+# Each core begins with files of its own, so that few fixtures of a module are made twice; who is done takes from others.
 test: setup  ## every test, on all cores, against the installed package
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # What may know nothing of how a table keeps its rows.
 test-tables: setup  ## tests of layers, packs, growth, interpretation and optimizer with tables in two pieces, then in files
@@ -75,6 +76,9 @@ foreign-transformers: setup  ## transformers' tests of models; with CHECKOUT=fol
 
 foreign-peft: setup  ## peft's tests of custom and of decoder models
 	$(BIN)/python foreign/run.py peft
+
+foreign-vllm:  ## our models in vLLM itself, without a GPU, against generate; needs PyTorch for CPUs, and 4 GB on the disk
+	$(PYTHON) foreign/vllm/run.py
 
 clean:  ## remove the environment and all caches; runs and prepared data stay
 	rm -rf $(VENV) build dist site docs/index.md .hypothesis .mypy_cache .pytest_cache .ruff_cache

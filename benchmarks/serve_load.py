@@ -4,7 +4,11 @@ Every client knows what its greedy text must be, as the idle server wrote it bef
 documented error; anything else is a fault, and the exit code is 1. Packs are loaded and unloaded meanwhile, memory is
 watched, and at the end SIGTERM must let the server end with code 0.
 
-    python benchmarks/serve_load.py [--seconds 600] [--clients 1000] [--folder FOLDER] [--json FILE]
+    python benchmarks/serve_load.py [--seconds 600] [--clients 1000] [--kill] [--folder FOLDER] [--json FILE]
+
+With --kill the server gets SIGKILL at half time, and is started again on its port by the same command. What clients had
+sent by then may be lost; afterwards they must get their own texts again. No file may be left behind, the packs of the
+command must be there, and a pack that was loaded over HTTP alone must not.
 
 Without --folder it serves a small random model, so that the server, not the arithmetic, is what is tested. Latencies
 are of clients that never pause: with more clients than slots they are times in a queue.
@@ -22,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +107,45 @@ class Results:
             self.faults.append(what)
 
 
+class Server:
+    """The process that is tested, which may be killed and started again."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.files = folder / "temporary"
+        self.files.mkdir()
+        self.command = [sys.executable, "-m", "peerlm", "serve", str(folder / "model"), "--name", "load"]
+        self.command += ["--slots", str(options.slots), "--queue", str(options.queue), "--no-log"]
+        self.command += ["--pack-folder", str(folder / "packs"), "--admin-token", TOKEN]
+        for name in PACKS:
+            self.command += ["--pack", f"{name}={folder / 'packs' / name}"]
+        self.port = 0
+        self.killed = self.back = float("inf")
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it listens; on the port that it had, if it had one."""
+        environment = os.environ | {"TMPDIR": str(self.files)}
+        command = [*self.command, "--port", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline().split()[3].rpartition(":")[2])
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.killed = time.monotonic()
+        self.process.kill()
+        self.process.wait()
+
+    def was_down(self, since: float) -> bool:
+        """Whether it was killed after a time, or had not come back by then."""
+        return self.killed <= time.monotonic() and since <= self.back
+
+    def models(self) -> list[str]:
+        """The names that it lists."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/v1/models") as answer:
+            return [model["id"] for model in json.load(answer)["data"]]
+
+
 class Client:
     """Requests over connections of their own, with nothing between them and the bytes."""
 
@@ -115,8 +159,8 @@ class Client:
         reader, writer = await asyncio.open_connection(self.host, self.port)
         try:
             key = f"authorization: Bearer {TOKEN}\r\n" if admin else ""
-            head = f"POST {path} HTTP/1.1\r\nhost: load\r\n{key}content-type: application/json\r\nconnection: close\r\n"
-            writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json"
+            writer.write(f"{head}\r\n{key}content-length: {len(body)}\r\n\r\n".encode() + body)
             await writer.drain()
             content, pieces = b"", 0
             while pieces < read and (piece := await reader.read(65536)):
@@ -173,7 +217,12 @@ def request(case: tuple[str, str, int], stream: bool = False) -> bytes:
 
 
 async def one_client(
-    client: Client, number: int, until: float, expected: dict[tuple[str, str, int], str], results: Results
+    client: Client,
+    server: Server,
+    number: int,
+    until: float,
+    expected: dict[tuple[str, str, int], str],
+    results: Results,
 ) -> None:
     """One of the thousand: asks again and again until the time is over."""
     draw = random.Random(number)
@@ -181,6 +230,7 @@ async def one_client(
         kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
         of_packs = [case for case in expected if (":" in case[0]) == (kind == "pack")]
         case = draw.choice(of_packs)
+        started = time.monotonic()
         try:
             if kind == "malformed":
                 answer = await client.post("/v1/completions", draw.choice(MALFORMED))
@@ -197,8 +247,11 @@ async def one_client(
                 if answer.status in DOCUMENTED:
                     await asyncio.sleep(1 + draw.random())
         except (OSError, ValueError, KeyError, IndexError, asyncio.IncompleteReadError) as error:
-            results.fault(f"{kind}: {type(error).__name__}: {error}")
-            await asyncio.sleep(0.1)
+            if server.was_down(started):
+                results.counts["lost by the kill"] += 1
+            else:
+                results.fault(f"{kind}: {type(error).__name__}: {error}")
+            await asyncio.sleep(0.1 + draw.random())
 
 
 def judge(kind: str, case: tuple[str, str, int], answer: Answer, expected: str, results: Results) -> None:
@@ -217,16 +270,19 @@ def judge(kind: str, case: tuple[str, str, int], answer: Answer, expected: str, 
         results.fault(f"{kind} {case} got {answer.status}")
 
 
-async def change_packs(client: Client, until: float, results: Results) -> None:
+async def change_packs(client: Client, server: Server, until: float, results: Results) -> None:
     """Load and unload packs while others use them."""
     draw = random.Random(0)
     while time.monotonic() < until:
         name = draw.choice(PACKS)
         for action, body in (("unload", {"lora_name": name}), ("load", {"lora_name": name, "lora_path": name})):
+            started = time.monotonic()
             try:
                 answer = await client.post(f"/v1/{action}_lora_adapter", json.dumps(body).encode(), admin=True)
-            except (OSError, ValueError) as error:
-                results.fault(f"{action}: {error}")
+            except (OSError, ValueError, IndexError) as error:
+                if not server.was_down(started):
+                    results.fault(f"{action}: {error}")
+                await asyncio.sleep(0.5)
                 continue
             results.counts[f"{action} {answer.status}"] += 1
             if answer.status not in (200, 409) and not (action == "load" and answer.status == 400):
@@ -234,12 +290,13 @@ async def change_packs(client: Client, until: float, results: Results) -> None:
             await asyncio.sleep(0.5)
 
 
-async def watch_memory(pid: int, until: float, results: Results) -> None:
+async def watch_memory(server: Server, until: float, results: Results) -> None:
     """The server's resident memory, every two seconds."""
     while time.monotonic() < until:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                results.memory_mib.append(int(line.split()[1]) / 1024)
+        if not server.killed <= time.monotonic() < server.back:
+            for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines():
+                if line.startswith("VmRSS:"):
+                    results.memory_mib.append(int(line.split()[1]) / 1024)
         await asyncio.sleep(2)
 
 
@@ -257,13 +314,35 @@ async def expectations(client: Client) -> dict[tuple[str, str, int], str]:
     return found
 
 
-async def load(options: argparse.Namespace, process: subprocess.Popen[str], port: int) -> Results:
+async def kill_and_restart(client: Client, server: Server, seconds: float, results: Results) -> None:
+    """SIGKILL after some seconds, in the middle of everything, and a start by the same command."""
+    await asyncio.sleep(seconds)
+    body = json.dumps({"lora_name": "by-http", "lora_path": PACKS[0]}).encode()
+    answer = await client.post("/v1/load_lora_adapter", body, admin=True)
+    if answer.status != 200 or "load:by-http" not in await asyncio.to_thread(server.models):
+        results.fault(f"a pack could not be loaded before the kill: {answer.status}")
+    server.kill()
+    left = sorted(path.name for path in server.files.iterdir())
+    if left:
+        results.fault(f"the killed server has left {left}")
+    await asyncio.to_thread(server.start)
+    server.back = time.monotonic()
+    results.counts["seconds until it was back"] = round(server.back - server.killed)
+    names = await asyncio.to_thread(server.models)
+    if "load" not in names or "load:by-http" in names:
+        results.fault("the pack that was loaded over HTTP came back, or the model did not")
+
+
+async def load(options: argparse.Namespace, server: Server) -> Results:
     """All clients, for the asked time."""
-    client, results = Client("127.0.0.1", port), Results()
+    client, results = Client("127.0.0.1", server.port), Results()
     expected = await expectations(client)
     until = time.monotonic() + options.seconds
-    work = [one_client(client, number, until, expected, results) for number in range(options.clients)]
-    await asyncio.gather(*work, change_packs(client, until, results), watch_memory(process.pid, until, results))
+    work = [one_client(client, server, number, until, expected, results) for number in range(options.clients)]
+    work += [change_packs(client, server, until, results), watch_memory(server, until, results)]
+    if options.kill:
+        work.append(kill_and_restart(client, server, options.seconds / 2, results))
+    await asyncio.gather(*work)
     return results
 
 
@@ -277,6 +356,7 @@ def summary(results: Results, options: argparse.Namespace, exit_code: int) -> di
     third = max(len(results.memory_mib) // 3, 1)
     return {
         "clients": options.clients,
+        "killed": options.kill,
         "seconds": options.seconds,
         "cores": os.cpu_count(),
         "counts": dict(sorted(results.counts.items())),
@@ -299,6 +379,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--queue", type=int, default=1024)
+    parser.add_argument("--kill", action="store_true", help="SIGKILL at half time, and a start on the same port")
     parser.add_argument("--folder", type=Path, help="has model/ and packs/one, packs/two; default: a small random one")
     parser.add_argument("--json", type=Path, help="file that the report is added to, one line")
     options = parser.parse_args()
@@ -306,20 +387,13 @@ def main() -> None:
         folder = options.folder or Path(scratch)
         if options.folder is None:
             small_model(folder)
-        command = [sys.executable, "-m", "peerlm", "serve", str(folder / "model"), "--name", "load", "--port", "0"]
-        command += ["--slots", str(options.slots), "--queue", str(options.queue), "--no-log"]
-        command += ["--pack-folder", str(folder / "packs"), "--admin-token", TOKEN]
-        for name in PACKS:
-            command += ["--pack", f"{name}={folder / 'packs' / name}"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        server = Server(options, folder)
         try:
-            assert process.stdout is not None
-            port = int(process.stdout.readline().split()[3].rpartition(":")[2])
-            results = asyncio.run(load(options, process, port))
-            process.send_signal(signal.SIGTERM)
-            exit_code = process.wait(timeout=120)
+            results = asyncio.run(load(options, server))
+            server.process.send_signal(signal.SIGTERM)
+            exit_code = server.process.wait(timeout=120)
         finally:
-            process.kill()
+            server.process.kill()
     report = summary(results, options, exit_code)
     print(json.dumps(report, indent=2))
     if options.json is not None:

@@ -6,6 +6,9 @@
 Every count of processes trains the same language model on the same batches of the embedded corpus, by `peerlm.train`'s
 own steps and exact RowAdamW. Peaks are those that Linux keeps (VmHWM), Python and PyTorch included. What all processes
 need together is the largest sum of their proportional shares (PSS), sampled: pages of libraries count once.
+
+Processes start as torchrun's do, each with Python and PyTorch of its own. With --start forkserver they are forked from
+one that has imported all, which counts as well, so that they share what none of them writes to.
 """
 
 # ruff: noqa: T201, a table on the terminal is what this is for
@@ -13,6 +16,7 @@ need together is the largest sum of their proportional shares (PSS), sampled: pa
 import argparse
 import datetime
 import json
+import multiprocessing.forkserver
 import platform
 import tempfile
 import time
@@ -20,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
+import torch.multiprocessing
 
 MIB = 2**20
+PRELOADED = ["peerlm.data", "peerlm.train.build", "peerlm.train.feed", "peerlm.train.loop", "torch.distributed.fsdp"]
 
 
 def memory_bytes(field: str) -> int:
@@ -126,15 +131,22 @@ def measured(world: int, options: argparse.Namespace, folder: Path) -> dict[str,
     values = recipe(options.experts, options.dim, options.tokens, folder, parallel)
     out = folder / f"out{world}"
     out.mkdir()
-    context = multiprocessing.spawn(
-        train, (world, str(out / "store"), values, options.steps, out), nprocs=world, join=False
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    context: Any = torch.multiprocessing.start_processes(
+        train,
+        (world, str(out / "store"), values, options.steps, out),
+        nprocs=world,
+        join=False,
+        start_method=options.start,
     )
+    server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     together, started = 0, time.perf_counter()
     while not context.join(timeout=0.2):
-        together = max(together, shared_out([each.pid for each in context.processes if each.pid]))
+        together = max(together, shared_out([*(each.pid for each in context.processes), *([server] if server else [])]))
     ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
     return {
         "processes": world,
+        "start": options.start,
         "mesh": f"{parallel['cols']} x {parallel['rows']}",
         "experts": options.experts,
         "dim": options.dim,
@@ -160,6 +172,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of a step, over all processes")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--processes", type=int, nargs="+", default=(1, 4))
+    parser.add_argument("--start", choices=("spawn", "forkserver"), default="spawn")
     parser.add_argument("--rows", type=int, help="cut rows over so many of the processes, and columns over the others")
     parser.add_argument("--json", type=Path, help="append rows to this file")
     options = parser.parse_args()
@@ -169,7 +182,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        prepared = multiprocessing.get_context("spawn").Process(target=prepare, args=(options, Path(folder)))
+        prepared = torch.multiprocessing.get_context("spawn").Process(target=prepare, args=(options, Path(folder)))
         prepared.start()
         prepared.join()
         for world in options.processes:

@@ -19,6 +19,9 @@ set -euo pipefail
 nodes=${SLURM_JOB_NUM_NODES:-1}
 processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+port=$((20000 + SLURM_JOB_ID % 10000)) # of its own, for several jobs may have one first node
+# srun does not take the job's --cpus-per-task over by itself since SLURM 22.05: all processes would share one core.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
 # A process that fails ends all of them; torchrun starts them again, at most 3 times. With --resume=auto the same command
 # begins the run, or continues it from its newest checkpoint. --shutdown-timeout leaves time to save.
@@ -29,7 +32,7 @@ srun --kill-on-bad-exit=1 torchrun \
     --shutdown-timeout 600 \
     --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
     --rdzv-backend c10d \
-    --rdzv-endpoint "${hosts[0]}:29500" \
+    --rdzv-endpoint "${hosts[0]}:$port" \
     -m peerlm train "$@" --resume=auto &
 job=$!
 

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import gc
 import importlib.util
 import json
 import random
@@ -32,6 +33,7 @@ if not torch.cuda.is_available():
 
 import peerlm.testing
 
+from .disk import check_descriptor
 from .models import Build, build
 
 torch.set_num_threads(1)
@@ -61,6 +63,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and item.module in numerical:
             item.add_marker("numerical")
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays to the end: whoever looks for garbage need not look through a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def _of_gpus(path: Path) -> bool:
@@ -136,6 +144,13 @@ def own_heap() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in ("peerlm.cli", "peerlm_studies.script"):
             patch.setattr(f"{module}.keep_freed_memory", lambda: False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", check_descriptor)
         yield
 
 

@@ -11,17 +11,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from .disk import check_descriptor
+
 PRELOADED = [
     "peerlm.cli",
+    "peerlm.growth",
+    "peerlm.parallel",
     "peerlm.testing",
     "peerlm.train",
-    "pydantic",
+    "pydantic.type_adapter",
     "torch.distributed.checkpoint",
     "torch.profiler",
 ]
@@ -64,6 +68,13 @@ def ranks(count: int, folder: Path, function: Callable[..., object], *arguments:
             process.join()
 
 
+def server() -> ForkServerContext:
+    """Of this process there is one, whoever asks first: all that tests fork has been imported in it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def start(
     output: Path, environment: dict[str, str], function: Callable[..., object], *arguments: Any
 ) -> ForkServerProcess:
@@ -71,9 +82,7 @@ def start(
 
     What it writes to stdout and then to stderr goes to the file `output`, its environment is ours but for these values.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_run, args=(os.environ | environment, Path.cwd(), output, function, arguments))
+    process = server().Process(target=_run, args=(os.environ | environment, Path.cwd(), output, function, arguments))
     process.start()
     return process
 
@@ -105,4 +114,5 @@ def _run(
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.fsync = check_descriptor
     function(*arguments)

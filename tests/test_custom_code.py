@@ -4,8 +4,6 @@ import copy
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from peerlm.hf import PeerAdapterConfig
 from peerlm.layers import PEER
 from peerlm.packs.api import new_pack, save_pack
 
+from . import fresh
 from .models import PEER_SETTINGS, batch, build, contents, logits
 
 OLD = Path(__file__).parent / "convert" / "saved"
@@ -87,9 +86,7 @@ def folder(models: dict[str, PreTrainedModel], tmp_path_factory: pytest.TempPath
 
 def python(code: str, folder: Path) -> str:
     """What a process prints that has not imported peerlm."""
-    outcome = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    outcome = fresh.python(code, folder)
     assert outcome.returncode == 0, outcome.stderr
     return outcome.stdout
 

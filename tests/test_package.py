@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,11 @@ else:
 
 REPOSITORY = Path(__file__).parent.parent
 FOLDERS = ["src", "tests", "benchmarks", "examples", "docs"]
-COMES_WITH = {"pydantic-core": "pydantic"}
+COMES_WITH = {"h11": "uvicorn", "pydantic-core": "pydantic"}
 """Packages that another one, which is declared, always brings at the version that it needs."""
 
 
+@cache
 def modules_after(code: str) -> set[str]:
     """Names of the top-level packages that a fresh interpreter has imported after running `code`."""
     code += "; import sys; print(*{name.partition('.')[0] for name in sys.modules})"

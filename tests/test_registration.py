@@ -1,7 +1,5 @@
 """`import peerlm` alone lets transformers and peft open what they are given, whichever import comes first."""
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -11,6 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peerlm.convert.folder import convert_folder
 from peerlm.hf import PeerAdapterConfig, PeerConfig, PeerForCausalLM
+
+from .fresh import python
 
 PEER = {"num_experts": 16, "heads": 2, "experts_per_head": 2, "key_dim": 4}
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -39,11 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [

@@ -10,6 +10,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "slurm.sh"
 SRUN = """#!/bin/bash
+echo "$SRUN_CPUS_PER_TASK" > cores
 echo "$@" > started
 trap 'exit 1' TERM
 for _ in $(seq 500); do [ -e finish ] && exit $(cat finish); sleep 0.02; done
@@ -29,6 +30,7 @@ def job(tmp_path: Path) -> "subprocess.Popen[bytes]":
         "SLURM_JOB_NODELIST": "nodes",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "48",
     }
     environment = {**os.environ, **numbers, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     started = subprocess.Popen(["bash", str(SCRIPT), "my.toml", "--output", "run"], cwd=tmp_path, env=environment)
@@ -43,7 +45,8 @@ def test_every_node_runs_one_launcher_of_one_command(job: "subprocess.Popen[byte
     assert job.wait(10) == 0
     command = (tmp_path / "started").read_text()
     assert "torchrun --nnodes 2 --nproc-per-node 4" in command
-    assert "--rdzv-endpoint first:29500" in command
+    assert "--rdzv-endpoint first:20007" in command
+    assert (tmp_path / "cores").read_text() == "48\n"
     assert command.endswith("-m peerlm train my.toml --output run --resume=auto\n")
     assert not (tmp_path / "told").exists()
 

@@ -17,6 +17,9 @@ PACKAGES = ROOT / "build/gpu"
 NEEDED = {"numpy": (1,), "torch": (2, 11), "triton": (3, 6)}
 """Packages that a run needs, and their oldest versions."""
 
+_MOST_SECONDS = 90
+"""For torch to be imported and a card to be found, which a driver that hangs never does."""
+
 
 def commit() -> str:
     """The commit of this checkout, "+changes" where files differ from it; of a copy without git what was noted."""
@@ -44,10 +47,17 @@ def description(environment: Mapping[str, str]) -> dict[str, object]:
     """What every row says, found out in a process of its own, which leaves nothing on the card.
 
     Raises:
-        RuntimeError: a package is missing or too old; the message is a sentence that says which.
+        RuntimeError: a package is missing or too old, or the driver hangs; the message is a sentence that says which.
     """
     command = [sys.executable, str(Path(__file__))]
-    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    try:
+        found = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=_MOST_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(
+            f"torch did not say within {_MOST_SECONDS} s which card there is: see if nvidia-smi answers"
+        ) from error
     if found.returncode:
         raise RuntimeError((found.stderr.strip() or f"exit code {found.returncode}").splitlines()[-1])
     return json.loads(found.stdout)

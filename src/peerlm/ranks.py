@@ -20,6 +20,8 @@ from peerlm.files import PARTIAL, atomic_folder, is_disk_full
 
 _FAILED = "peerlm/failed"
 """Key of the ranks' store under which those that end early are counted."""
+MEETING = "PEERLM_MEETING"
+"""Environment variable that names what processes meet for, where some of torchrun's meet more than once."""
 _FILES_TIMEOUT = timedelta(days=1)
 """How long ranks wait for each other where one prepares data or writes files."""
 _failures: "dist.Store | None" = None
@@ -191,6 +193,7 @@ def join_ranks(device: str, *, always: bool = False) -> Iterator[Ranks]:
             dist.destroy_process_group()
         return
     store, rank, world_size = next(iter(rendezvous("env://")))
+    store = dist.PrefixStore(os.environ.get(MEETING, "run"), store)
     _failures = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     try:
         dist.init_process_group(

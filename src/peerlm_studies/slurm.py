@@ -71,6 +71,10 @@ class Share:
         return DelayedSubmission(self)
 
 
+_CORES = '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK'
+"""Since SLURM 22.05 srun, by which submitit starts a job, does not take --cpus-per-task over by itself."""
+
+
 def submit(command: Sequence[str], config: SlurmConfig, folder: Path) -> list[Any]:
     """Submit a command once for each of N shares of its rows, as one array.
 
@@ -99,6 +103,7 @@ def submit(command: Sequence[str], config: SlurmConfig, folder: Path) -> list[An
                 raise UserError(f"--slurm: submitit knows no {name!r}, but {listed(sorted(known), most=40)}")
         parameters |= {f"slurm_{name}": value for name, value in config.parameters.items()}
         parameters.setdefault("slurm_job_name", f"peerlm-{command[0]}")
+        parameters.setdefault("slurm_setup", [_CORES])
     elif config.parameters:
         raise UserError(f"--slurm: {listed(config.parameters)} is for SLURM alone: leave it out with cluster=local")
     try:

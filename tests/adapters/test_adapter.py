@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,8 @@ from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.optim.catch_up import TOLERANCE
 from peerlm.testing import relative_error
+
+from ..fresh import python
 
 # Names that transformers 5.23 has deprecated: peft 0.21 asks by the one, and the other's successor is not in 5.20.
 pytestmark = [
@@ -392,9 +392,9 @@ def test_adapters_of_other_methods_are_refused() -> None:
         adapted().add_adapter("other", LoraConfig(target_modules=["q_proj"]))
 
 
-def test_without_peft_the_reason_is_one_sentence() -> None:
+def test_without_peft_the_reason_is_one_sentence(tmp_path: Path) -> None:
     code = "import sys; sys.modules['peft'] = None\nimport peerlm.adapters.library\nimport peerlm.adapters.config"
-    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    outcome = python(code, tmp_path)
     assert outcome.returncode == 1
     line = outcome.stderr.strip().rpartition("\n")[2]
     assert line == 'ImportError: retrieved adapters need peft: pip install "peerlm[peft]"'

@@ -20,6 +20,7 @@ from peerlm import UserError
 from peerlm.cli import main
 from peerlm.cli.root import app
 from peerlm.errors import PeerlmWarning, TrainingStopped
+from peerlm.ranks import ALONE
 
 from .shown import commands
 
@@ -209,7 +210,7 @@ def test_compare_passes_the_recipe_and_its_settings(
     monkeypatch.setattr(module, "compare", compare)
     code, out, _ = run(capsys, "compare", "r.toml", "--set", "seed=1", "--output", "runs/c", "--json=-")
     assert code == 0
-    compare.assert_called_once_with(Path("r.toml"), ["seed=1", 'run="runs/c"'], progress=False, shard=None)
+    compare.assert_called_once_with(Path("r.toml"), ["seed=1", 'run="runs/c"'], progress=False, shard=None, ranks=ALONE)
     assert json.loads(out) == [{"method": "peer"}]
 
 
@@ -445,10 +446,14 @@ def test_what_torchrun_starts_several_times_over_is_refused_once(
 ) -> None:
     for name, value in {"WORLD_SIZE": "4", "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}.items():
         monkeypatch.setenv(name, value)
-    code, _, err = run(capsys, "compare", "r.toml")
+    code, _, err = run(capsys, "lifelong", "r.toml")
     assert code == 2
     assert err.endswith("start it without torchrun, and give each process a share of its rows, as in --shard 1/4\n")
-    assert "peerlm learn does not run over the 4 processes" in run(capsys, "learn", "runs/a")[2]
+    said = run(capsys, "learn", "runs/a")[2]
+    assert "peerlm learn does not run over the 4 processes" in said
+    assert "each with a GPU of its own" in said
+    assert "peerlm compare --slurm does not run over" in run(capsys, "compare", "r.toml", "--slurm=shards=2")[2]
+    assert "peerlm isoflop --dry-run does not run over" in run(capsys, "isoflop", "r.toml", "--dry-run")[2]
     monkeypatch.setenv("RANK", "1")
     assert run(capsys, "prepare", "demo", "--output", "data") == (0, "", "")
     prepare.assert_not_called()

@@ -4,8 +4,6 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from peerlm.cli import main
 from peerlm.cli.root import overrides
 from peerlm_studies.scaling.law_file import DEFAULT_LAW, read_law
 
+from ..fresh import python
 from .shown import DOCUMENTS, OURS, ROOT, Shown, copy, options_of, parse, provide_text, shown_commands
 
 SHOWN = shown_commands()
@@ -258,14 +257,14 @@ def test_a_shown_command_runs(
         assert [line for line in out.splitlines() if len(line) > 80] == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [["generate", "peer", "One", "--tokens", "1"], ["shrink", "peer", "out", "--text", "book.txt"]]
 )
 def test_a_command_needs_nothing_that_another_one_imported(world: Path, tmp_path: Path, words: list[str]) -> None:
     """Tests share a process, where whatever registers models with transformers has been imported."""
     there = [str(world / word) if (world / word).exists() else word for word in words]
-    done = subprocess.run([sys.executable, "-m", "peerlm", *there], capture_output=True, text=True, cwd=tmp_path)
+    module = "import runpy; runpy.run_module('peerlm', run_name='__main__', alter_sys=True)"
+    done = python(module, tmp_path, *there)
     assert done.returncode == 0, done.stderr
 
 

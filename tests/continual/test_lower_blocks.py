@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peerlm.continual.lower_blocks import FILE, forget_lower_blocks, lower_blocks_of, remember_lower_blocks
+from peerlm.convert.ffws import find_ffws
 from peerlm.packs.api import new_pack, pack_parameters
 
 from ..models import build
@@ -19,7 +20,7 @@ WINDOWS = torch.randint(1, 64, (3, 4, 12), generator=torch.Generator().manual_se
 def taught(family: str) -> tuple[PreTrainedModel, list[int]]:
     """A frozen model with a pack beside its last layer, and how often each block has run."""
     model = build(family).requires_grad_(False)
-    paths = new_pack(model, "law", 16)
+    paths = new_pack(model, "law", 16, layers=[find_ffws(model)[-1].path])
     for parameter in pack_parameters(model, "law"):
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     assert lower_blocks_of(model, paths) == 2

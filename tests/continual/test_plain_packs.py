@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peerlm.continual import LearnConfig, learn
+from peerlm.continual import LearnConfig, learn, stream
 from peerlm.continual.pack_per_stage import PackPerStage
 from peerlm.data.tokenizer import train_tokenizer
 from peerlm.errors import UserError
 from peerlm.evaluate import load_model
 from peerlm.packs.api import unload_pack
+from peerlm.train.training import Training
 
 from ..models import run
 from .conftest import WORDS
@@ -61,7 +62,8 @@ def taught(configure: Callable[..., LearnConfig], llama: Path, texts: Path) -> C
             "model": str(llama),
             "method": "pack",
             "memory": {"background": [str(texts / "known.txt")], "kl": 0.0, "replay": 0.0},
-            "settings": {"experts": 64, "epochs": 4, "keep": 0.9, "rate": 1},
+            "settings": {"experts": 64, "epochs": 4, "keep": 0.9, "rate": 1, "layers": ["model.layers.3.mlp"]},
+            "precision": "fp32",
             "budget": None,
             "context": CONTEXT,
             "optim": {"learning_rate": 3e-2},
@@ -153,10 +155,33 @@ def test_the_embedded_corpus_is_the_background_where_none_is_given(
     assert set(rows[1]["loss"]) == {"code", "background"}
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", ["pack", "lora"])
+def test_products_are_bfloat16_where_the_processor_has_them_and_stay_so(
+    method: str, taught: Callable[..., LearnConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def watched(self: Training) -> Any:
+        seen.add(self.config.precision)
+        assert self.model.config._attn_implementation == "eager"
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    monkeypatch.setattr(Training, "autocast", watched)
+    monkeypatch.setattr(stream, "has_bf16_products", lambda device: True)
+    settings: dict[str, Any] = {"experts": 16} if method == "pack" else {"rank": 2}
+    config = taught(only=1, method=method, settings=settings, precision="auto", budget={"steps": 1})
+    rows = learn(config, progress=False)
+    assert rows[0]["precision"] == "bf16"
+    assert seen == {"bf16"}
+    monkeypatch.setattr(stream, "has_bf16_products", lambda device: False)
+    assert learn(config, resume=True, progress=False) == rows
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"megabytes": 0.001}, "have no room for 4 experts in each of 1 layers"),
+        ({"megabytes": 0.001}, "have no room for 4 experts in each of 4 layers"),
         ({"layers": ["model.layers.9.mlp"]}, "the feed-forward layers are"),
         ({"keep": 0}, "must be above 0, at most 1"),
         ({"epochs": -1}, "must be above 0"),

@@ -73,6 +73,14 @@ def forget_a_tensor(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def add_a_tensor(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.experts"] = weights["model.norm.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def change_shape(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
@@ -104,7 +112,8 @@ def enlarge_tokenizer(folder):
         (cut_weights, r"holds no model that can be read \(.*\); restore it"),
         (spoil_header, r"holds no model that can be read \(.*\); restore it"),
         (drop_weights, r"holds no model that can be read \(.*\); restore it"),
-        (forget_a_tensor, r"lacks 1 of the model's weights, such as model\.norm\.weight; restore it"),
+        (forget_a_tensor, r"lacks weights, such as model\.norm\.weight; restore it"),
+        (add_a_tensor, r"has unknown weights, such as model\.layers\.0\.experts; restore it"),
         (change_shape, r"holds no model that can be read \(.*\); restore it"),
         (change_kind, r"holds no model that can be read \(.*pear.*\); restore it"),
         (spoil_a_size, r"holds no model that can be read \(.*intermediate_size.*\); restore it"),

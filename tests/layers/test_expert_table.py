@@ -3,17 +3,20 @@
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from peerlm import PEER, PeerConfig, PeerForCausalLM, ProductKeyMemory
 from peerlm.layers import ExpertTable, Table
 from peerlm.layers.table import ROW_FORMATS
-from peerlm.ops.row_formats import quantise, widened
+from peerlm.ops.row_formats import movable, quantise, widened
 from peerlm.ops.row_updates import watch_rows
 from peerlm.testing import assert_within_budget, definition, gradient_of, relative_error
 
@@ -76,6 +79,43 @@ def test_conversion(before: str, after: str, gated: bool) -> None:
     again = values(experts)
     experts.convert_rows("float32")
     assert torch.equal(values(experts), again)
+
+
+class LargeResults(TorchDispatchMode):
+    """Collects the sizes in bytes of new memory that operators give out, beginning with some size."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least = least
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        found = func(*args, **(kwargs or {}))
+        for each in tree_leaves(found):
+            if isinstance(each, Tensor) and each.untyped_storage()._cdata not in before:
+                size = each.untyped_storage().nbytes()
+                self.sizes += [size] if size >= self.least else []
+        return found
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("float32", "int8"), ("float32", "int4"), ("int4", "float32"), ("int8", "bfloat16")]
+)
+def test_conversion_takes_memory_for_the_new_rows_and_for_a_few_wide_ones(
+    before: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = ExpertTable(2048, DIM, row_format=before)
+    kept = copy.deepcopy(experts)
+    kept.convert_rows(after)  # at once
+    monkeypatch.setattr("peerlm.layers.table._WIDE_BYTES", 16384)
+    with LargeResults(least=33_000) as large:
+        experts.convert_rows(after)
+    new = [tensor.nbytes for tensor in (experts.rows, experts.scales) if tensor is not None and tensor.nbytes >= 33_000]
+    assert large.sizes == new
+    assert new
+    for ours, theirs in zip(experts.state_dict().values(), kept.state_dict().values(), strict=True):
+        assert torch.equal(movable(ours), movable(theirs))
 
 
 def test_conversion_to_the_same_format_keeps_the_parameter() -> None:

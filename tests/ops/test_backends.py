@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from peerlm.ops import api
 from peerlm.ops.cpu import native
 from peerlm.testing import MixInputs, mix_inputs
 
+from ..fresh import python
 from ..processes import run
 from ..targets import targets
 
@@ -126,14 +126,14 @@ def test_without_kernels_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["backends"] == available
 
 
-def test_a_missing_extension_is_found_at_import() -> None:
+def test_a_missing_extension_is_found_at_import(tmp_path: Path) -> None:
     code = """
 import sys
 sys.modules["peerlm.ops.cpu._native"] = None
 from peerlm.ops import api
 print(api.available_backends()["cpu"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = python(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("not available: the native kernels were not built when peerlm was installed")
     assert "C++17 compiler" in done.stdout
@@ -218,3 +218,12 @@ def test_numbers_of_other_targets(target: str, tmp_path: Path) -> None:
 def run_tests(target: str, *arguments: str) -> None:
     assert native.module.target() == target
     sys.exit(pytest.main(list(arguments)))
+
+
+def test_where_no_backend_is_left_auto_says_why_and_names_no_other_choice() -> None:
+    x, weights = torch.ones(1, 4, device="meta"), torch.ones(1, 2, device="meta")
+    rows = torch.ones(3, 2, 4, dtype=torch.int8, device="meta")
+    ids, scales = torch.ones(1, 2, dtype=torch.int64, device="meta"), torch.ones(3, 2, device="meta")
+    message = "^no backend computes this: the definition does not train rows of 8 bits; convert the tensors$"
+    with pytest.raises(ValueError, match=message):
+        api.mix_experts(x, weights, ids, rows, scales, row_gradients=True)

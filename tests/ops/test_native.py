@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +5,8 @@ import torch
 
 from peerlm.ops.api import dot_values
 from peerlm.ops.cpu import native
+
+from ..fresh import python
 
 pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable())
 
@@ -60,10 +60,10 @@ print(kept, resident() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
-def test_memory_that_nobody_wants_goes_back_to_the_system() -> None:
+def test_memory_that_nobody_wants_goes_back_to_the_system(tmp_path: Path) -> None:
     code = UNWANTED.format(rows=ROWS)
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    kept, left = map(int, output.split())
+    done = python(code, tmp_path)
+    kept, left = map(int, done.stdout.split())
     assert kept > 200 * 2**20
     assert left < 100 * 2**20
 

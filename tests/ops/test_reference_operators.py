@@ -1,7 +1,5 @@
 """The operators in eager PyTorch: the definition's values and gradients, and those of the native kernels."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ from peerlm.ops.pairing import PAIRINGS
 from peerlm.ops.reference_operators import KERNELS
 from peerlm.ops.row_formats import quantise
 from peerlm.testing import assert_within_budget, definition, mix_inputs
+
+from ..fresh import python
 
 NEEDS_KERNELS = pytest.mark.skipif(bool(native._reason), reason=native._reason)
 
@@ -127,7 +127,7 @@ program = torch.export.load({str(tmp_path / "peer.pt2")!r}).module()
 torch.save(program(x).detach(), {str(tmp_path / "y.pt")!r})
 print(torch._C._dispatch_has_kernel_for_dispatch_key("peerlm::retrieve", "CPU"))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = python(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{kernels and not native._reason}\n"
     assert_within_budget(torch.load(tmp_path / "y.pt"), peer(x), definition(peer)(x.double()))

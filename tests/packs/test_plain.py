@@ -64,7 +64,7 @@ def test_unloading_gives_back_every_bit_and_every_module(family: str, tmp_path: 
 def test_a_new_pack_changes_nothing_and_trains_alone() -> None:
     model = build("llama").requires_grad_(False)
     before = logits(model)
-    assert new_pack(model, "law", 16) == ["model.layers.2.mlp"]
+    assert new_pack(model, "law", 16) == [f"model.layers.{block}.mlp" for block in range(3)]
     assert torch.equal(logits(model), before)
     model(IDS, labels=IDS).loss.backward()
     assert {parameter for parameter in model.parameters() if parameter.requires_grad} == set(
@@ -176,6 +176,31 @@ def test_a_second_pack_finds_the_same_layers_as_the_first() -> None:
     assert new_pack(model, "medicine", 16) == list(holders(model))
 
 
+def test_a_gate_opens_for_the_same_tokens_at_any_precision() -> None:
+    torch.manual_seed(0)
+    own, other = torch.randn(600, 16) + 0.1, torch.randn(600, 16)
+    gates = [Gate(16), Gate(16)]
+    for gate, bf16 in zip(gates, (False, True), strict=True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            gate.fit(own, other)
+            found = gate(other)
+        assert torch.equal(found, gates[0](other))
+
+
+def test_a_loss_has_a_graph_where_all_gates_are_closed() -> None:
+    model = build("llama").requires_grad_(False).eval()
+    new_pack(model, "law", 16)
+    for holder in holders(model).values():
+        holder.by_name()["law"].gate.bias.fill_(-1)
+        holder.train()
+    before = model(IDS, labels=IDS).loss
+    before.backward()
+    rows = [holder.by_name()["law"].table.rows for holder in holders(model).values()]
+    assert all(each.grad is not None and not each.grad.any() for each in rows)
+    with choose_packs(model, [[]]):
+        assert torch.equal(model(IDS, labels=IDS).loss, before)
+
+
 def test_a_closed_gate_leaves_every_bit_and_an_open_one_multiplies() -> None:
     gate = Gate(4)
     gate.weight.copy_(torch.tensor([1.0, 0, 0, 0]))
@@ -192,7 +217,7 @@ def test_a_closed_gate_leaves_every_bit_and_an_open_one_multiplies() -> None:
 
 def test_a_fitted_gate_opens_for_its_own_text_and_not_for_other() -> None:
     model = build("llama")
-    add_pack(model, "law")
+    add_pack(model, "law", layers=["model.layers.2.mlp"])
     generator = torch.Generator().manual_seed(0)
     low, high = (torch.randint(a, b, (24, 16), generator=generator) for a, b in ((1, 32), (32, 64)))
     shares = fit_gates(model, "law", low[:16].split(4), high[:16].split(4), keep=0.9)

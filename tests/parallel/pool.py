@@ -1,6 +1,5 @@
 """Processes that stand for ranks: started once, joined anew by gloo for each piece of work."""
 
-import multiprocessing
 import multiprocessing.connection
 import os
 import sys
@@ -10,6 +9,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from ..processes import server
 
 MOST = 4
 _SECONDS = 120
@@ -44,8 +45,7 @@ class Pool:
     """Up to four ranks."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["peerlm.model", "peerlm.parallel", "peerlm.optim", "peerlm.growth"])
+        self._context = server()
         self._ranks: list[tuple[Any, multiprocessing.connection.Connection]] = []
 
     def run(self, function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:

@@ -5,17 +5,23 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from peerlm.cli import main
 from peerlm.errors import UserError
+from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.parallel import mesh, parallelize, sharded_tables
 from peerlm.parallel.cost import GPUS, Shape, Tables, memory, received_per_token, seconds, step_bytes
 from peerlm.parallel.plans import plan_meshes, tables_of, what_would_fit
 
 from .pool import Pool
 from .test_exchange import LAYERS, TOKENS, peer
+from .test_exchange import memory as value_memory
 
 SMALL = Tables(num_rows=49, dim=8, heads=2, per_head=3, key_dim=8, activation_bytes=4)
+MANY = 300
+"""Tokens that together look up each of four rows."""
 GROUPS = {"experts": 2, "gated experts": 3, "values": 1}
 
 
@@ -26,15 +32,22 @@ def counted(rank: int, world: int, rows: int, cols: int) -> dict[str, float]:
     found = {}
     ranks = mesh(rows=rows, cols=cols)
     for kind, (layer, dtype) in made.items():
-        parallelize(layer, ranks, dense="replicate")
-        (table,) = sharded_tables(layer).values()
-        for name, parameter in layer.named_parameters():
-            if "keys" in name:
-                parameter.requires_grad_(False)  # so that none is averaged
-        before = table.place.traffic.received
-        layer(torch.randn(TOKENS, 8, dtype=dtype).requires_grad_()).sum().backward()
-        found[kind] = (table.place.traffic.received - before) / TOKENS
+        found[kind] = received(layer, ranks, dtype)
     return found
+
+
+def received(layer: nn.Module, ranks: DeviceMesh, dtype: torch.dtype, tokens: int = TOKENS) -> float:
+    """Bytes received per token of a layer's passes, over a mesh."""
+    for name, parameter in layer.named_parameters():
+        if "keys" in name:
+            parameter.requires_grad_(False)  # so that none is averaged
+    parallelize(layer, ranks, dense="replicate")
+    (table,) = sharded_tables(layer).values()
+    optimizer = RowAdamW(parameter_groups(layer), lr=0.0, lazy=True)  # gradients are of the rows that are looked up
+    before = table.place.traffic.received
+    layer(torch.randn(tokens, 8, dtype=dtype).requires_grad_()).sum().backward()
+    assert optimizer.param_groups
+    return (table.place.traffic.received - before) / tokens
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(2, 1), (1, 2), (2, 2)])
@@ -47,9 +60,44 @@ def test_ranks_receive_what_is_planned(pool: Pool, rows: int, cols: int) -> None
     assert pool.run(counted, rows * cols, rows, cols) == [expected] * (rows * cols)
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(2, 1), (1, 2)])
+def test_copies_receive_the_gradients_of_rows_that_are_planned(pool: Pool, rows: int, cols: int) -> None:
+    for found in pool.run(counted_of_copies, 4, rows, cols):
+        for (kind, num_rows), bytes_ in found.items():
+            tables = Tables(
+                **{**vars(SMALL), "num_rows": num_rows, "vectors": GROUPS[kind], "per_head": 2, "tokens": MANY}
+            )
+            planned = received_per_token(tables, Shape(replica=2, cols=cols, rows=rows))
+            assert planned["replica"] > 0
+            if num_rows == 4:  # so many tokens look all of them up
+                assert bytes_ == pytest.approx(sum(planned.values()), rel=1e-12)
+            else:
+                assert planned["cols"] + planned["rows"] < bytes_ <= sum(planned.values())
+
+
+def counted_of_copies(rank: int, world: int, rows: int, cols: int) -> dict[tuple[str, int], float]:
+    """Bytes received per token of layers with four rows and with more, where there are two copies."""
+    found = {}
+    ranks = mesh(rows=rows, cols=cols, replica=2)
+    torch.manual_seed(rank)
+    for num_rows in (4, 10_000):
+        made = {
+            "experts": peer(num_experts=num_rows, experts_per_head=2),
+            "gated experts": peer(num_experts=num_rows, experts_per_head=2, gated=True),
+            "values": value_memory(num_values=num_rows, values_per_head=2),
+        }
+        for kind, layer in made.items():
+            found[kind, num_rows] = received(layer, ranks, torch.float32, MANY)
+    return found
+
+
 def test_bytes_of_the_grid_of_256_are_those_of_the_design() -> None:
     found = received_per_token(Tables(num_rows=31623**2, dim=4096, activation_bytes=2), Shape(cols=32, rows=8))
-    assert found == {"cols": 4 * 4096 * 4 * 31 / 32 + 20 * 128 * 31, "rows": 7 * (4 * 4096 * 4 + 20 * 128 * 32)}
+    assert found == {
+        "replica": 0,
+        "cols": 4 * 4096 * 4 * 31 / 32 + 20 * 128 * 31,
+        "rows": 7 * (4 * 4096 * 4 + 20 * 128 * 32),
+    }
 
 
 def test_what_a_node_has_comes_by_nvlink() -> None:
@@ -104,7 +152,8 @@ def test_plans_are_in_order_and_what_would_fit_fits() -> None:
     assert plan_meshes(Tables(num_rows=side**2, dim=4096), 64, GPUS["h200"])[0].fits
     assert not plan_meshes(Tables(num_rows=(side + 1) ** 2, dim=4096), 64, GPUS["h200"])[0].fits
     fitting = plan_meshes(tables_of(1e6, dim=256), 16, GPUS["h100"])
-    assert len(fitting) == 5
+    assert len(fitting) == 15
+    assert {plan.shape.replica for plan in fitting} == {1, 2, 4, 8, 16}
     assert all(sum(a.seconds.values()) <= sum(b.seconds.values()) for a, b in pairwise(fitting))
 
 
@@ -115,6 +164,18 @@ def test_numbers_of_rows_are_a_limit_of_their_own() -> None:
     tables = tables_of(3e9, dim=1, heads=1, per_head=1, key_dim=2, tokens=1)
     assert plan_meshes(tables, 1, GPUS["b200"])[0].obstacle == "2^31 rows or more on a GPU"
     assert plan_meshes(tables, 2, GPUS["b200"])[0].fits
+
+
+def test_copies_pay_where_a_table_is_small_and_are_not_planned_for_fused_ones() -> None:
+    few, many = tables_of(1e4, dim=256), tables_of(1e8, dim=256)
+    assert plan_meshes(few, 16, GPUS["h100"])[0].shape.replica > 1
+    assert plan_meshes(many, 16, GPUS["h100"])[0].shape.replica == 1
+    assert {plan.shape.replica for plan in plan_meshes(tables_of(1e4, dim=256, fused=True), 16, GPUS["h100"])} == {1}
+    whole = memory(few, Shape(replica=4, cols=1, rows=1))
+    assert whole["rows"] == memory(few, Shape(cols=1, rows=1))["rows"]
+    assert whole["gradients"] > memory(few, Shape(cols=1, rows=4))["gradients"]
+    network = [step_bytes(few, Shape(replica=2, cols=1, rows=8, per_node=each))["network"] for each in (8, 16)]
+    assert network[0] > network[1] == 0
 
 
 def test_bfloat16_columns_keep_whole_blocks_of_moments() -> None:
@@ -145,7 +206,7 @@ def test_the_command_prints_meshes_parts_and_assumptions(
     figures = json.loads(capsys.readouterr().out)
     assert figures["num_experts"] == 31623**2
     assert figures["would_fit"]
-    assert {mesh["cols"] * mesh["rows"] for mesh in figures["meshes"]} == {64}
+    assert {mesh["replica"] * mesh["cols"] * mesh["rows"] for mesh in figures["meshes"]} == {64}
 
 
 @pytest.mark.parametrize(

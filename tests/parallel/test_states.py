@@ -1,5 +1,7 @@
 """What is saved over one mesh is loaded over any other, bit for bit, and exported with no table whole in a process."""
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from peerlm import files as files_module
+from peerlm.errors import PeerlmWarning
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.optim import RowAdamW, parameter_groups
 from peerlm.parallel import build, cut, from_pretrained, mesh, save_pretrained
@@ -173,6 +176,24 @@ def test_large_tables_are_saved_in_several_files_and_only_where_there_is_room(po
     names = {path.name for path in checkpoint_folder(tmp_path, 3).iterdir()}
     assert {"rank-00000.safetensors", "rank-00000-2.safetensors"} <= names
     assert not (tmp_path / "out").exists()
+
+
+def export_a_large_table(rank: int, world: int, folder: Path) -> list[str]:
+    """What is said of a table whose file is larger than those of a checkpoint."""
+    cut.MOST_BYTES = 1000
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            save_pretrained(build(config(), mesh(rows=world)), folder / "out")
+    finally:
+        cut.MOST_BYTES = 50 * 10**9
+    return [str(each.message) for each in said if each.category is PeerlmWarning]
+
+
+def test_a_table_that_one_file_must_hold_is_named_once(pool: Pool, tmp_path: Path) -> None:
+    (told,), others = pool.run(export_a_large_table, 2, tmp_path)
+    assert others == []
+    assert re.fullmatch(r"model\..*\.rows takes .* GB in one file, model-00002-of-00002\.safetensors, for .*", told)
 
 
 def load_exported(rank: int, world: int, shape: tuple[int, int], folder: Path, again: Path) -> None:

@@ -3,6 +3,7 @@
 import lzma
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peerlm.errors import UserError
 from peerlm.parallel import sharded_tables, since_last
 from peerlm.ranks import Ranks
 from peerlm.train import TrainConfig
+from peerlm.train.build import _spread as spread
 from peerlm.train.build import build_training, open_data
 from peerlm.train.checkpoint import TrainState
 from peerlm.train.config import ParallelConfig
@@ -180,6 +182,39 @@ def test_each_way_to_train_is_that_of_one_process(
 def test_copies_of_tables_that_are_not_cut_are_refused() -> None:
     with pytest.raises(UserError, match=r"parallel.replica = 2 is of tables that are cut: set parallel.rows"):
         ParallelConfig(replica=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"peer": {"row_format": "int8"}}, "parallel": {"cols": 2}}, r"row_format = 'int8' .* cols = 2"),
+        ({"model": {"peer": {"row_format": "int8"}}, "parallel": {"rows": 2, "replica": 2}}, r"'int8', .*replica = 2"),
+        ({"optim": {"tables": "fused"}, "parallel": {"rows": 2, "replica": 2}}, r"'fused' .* parallel\.replica = 2"),
+        ({"optim": {"table_row_wise": True}, "parallel": {"cols": 2}}, r"table_moment_columns = 128 in its place"),
+        ({"optim": {"tables": "dense"}, "parallel": {"rows": 2}}, r"leave it out, or set it to 'exact'"),
+        ({"optim": {"matrices": "muon"}, "parallel": {"rows": 2}}, r"set parallel\.dense = 'replicate'"),
+    ],
+)
+def test_what_a_cut_table_cannot_be_trained_by_is_refused_with_the_recipe(
+    recipe: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        from_dict(TrainConfig, {**recipe, **changes})
+
+
+def cut_of_what_is_left(rank: int, world: int, values: dict[str, Any]) -> str:
+    config = from_dict(TrainConfig, values)
+    try:
+        spread(partial(pytest.fail, "a model was made"), config)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_columns_that_rows_leave_are_refused_before_a_model_is_made(pool: Pool, recipe: dict[str, Any]) -> None:
+    values = {**recipe, "model": {"peer": {"row_format": "float8_e4m3fn"}}, "parallel": {"rows": 1}}
+    for said in pool.run(cut_of_what_is_left, 2, values):
+        assert "row_format = 'float8_e4m3fn' has scales of whole vectors, which cols = 2 would cut" in said
 
 
 @pytest.mark.parametrize("row_format", ["int8", "float8_e4m3fn"])

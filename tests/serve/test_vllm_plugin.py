@@ -1,19 +1,29 @@
-"""The plugin for vLLM, with a stand-in for vLLM; nothing here shows that vLLM itself runs the model."""
+"""The plugin for vLLM, with a stand-in for vLLM; `foreign/vllm/run.py` shows that vLLM itself runs the model."""
 
+import ast
 import importlib
+import inspect
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.model.attention import PeerAttention
+from peerlm.names import CONVERTED, CONVERTED_EARLIER
 from peerlm.serve import vllm_plugin
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+def kept(found, name):
+    """A decorator of classes."""
+    return lambda decorated: found.setdefault(name, decorated)
 
 
 @pytest.fixture
@@ -28,6 +38,9 @@ def registered(monkeypatch):
     for name, content in (
         ("vllm", {"ModelRegistry": SimpleNamespace(register_model=found.__setitem__)}),
         ("vllm.model_executor", {}),
+        ("vllm.model_executor.layers", {}),
+        ("vllm.model_executor.layers.quantization", {"register_quantization_config": lambda name: kept(found, name)}),
+        ("vllm.model_executor.layers.quantization.base_config", {"QuantizationConfig": object}),
         ("vllm.model_executor.models", {}),
         ("vllm.model_executor.models.transformers", {"TransformersForCausalLM": TransformersForCausalLM}),
     ):
@@ -46,7 +59,7 @@ def configured(**changes):
 
 def test_the_architecture_is_registered_by_a_name_that_leads_to_the_class(registered):
     vllm_plugin.register()
-    assert list(registered) == [PeerForCausalLM.__name__]
+    assert list(registered) == [PeerForCausalLM.__name__, CONVERTED]
     module, _, name = registered["PeerForCausalLM"].partition(":")
     config = configured(ffw_layers="dense")
     assert getattr(sys.modules[module], name)(vllm_config=config, prefix="p").built == (config, "p")
@@ -54,11 +67,44 @@ def test_the_architecture_is_registered_by_a_name_that_leads_to_the_class(regist
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"kv_shift": True}, "kv_shift"), ({"attention_sink": True}, "attention_sink")],
+    [
+        ({"kv_shift": True}, "kv_shift"),
+        ({"attention_sink": True}, "attention_sink"),
+        ({"ffw_output_gate": "token"}, "ffw_output_gate"),
+        ({"peer": {"row_format": "int8"}}, "peer rows in int8"),
+        ({"peer": {"row_format": "float8_e4m3fn"}}, "peer rows in float8_e4m3fn"),
+    ],
 )
 def test_a_model_that_would_be_wrong_is_refused(registered, changes, says):
     with pytest.raises(ValueError, match=f"has {says}: use `peerlm serve`"):
         vllm_plugin.PeerForVllm(vllm_config=configured(ffw_layers="dense", **changes))
+
+
+def test_a_converted_model_is_refused_by_what_it_is(registered):
+    vllm_plugin.register()
+    check = registered[CONVERTED].override_quantization_method
+    for method in (CONVERTED, CONVERTED_EARLIER):
+        with pytest.raises(ValueError, match="converted: use `peerlm serve`"):
+            check({"quant_method": method}, None)
+    assert check({"quant_method": "fp8"}, None, hf_config=None) is None
+    assert check(None, None) is None
+
+
+def test_attention_is_called_as_vllm_looks_for_it():
+    """By the source: a name gets what ALL_ATTENTION_FUNCTIONS gives, and is called once, with the scale."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(PeerAttention.forward)))
+    looked_up = [
+        node.targets[0].id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS.get_interface(")
+    ]
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in looked_up
+    ]
+    (call,) = calls
+    assert ast.unparse(next(each.value for each in call.keywords if each.arg == "scaling")) == "self.scaling"
 
 
 def test_layers_that_read_tokens_or_whole_batches_are_refused():

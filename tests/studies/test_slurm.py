@@ -55,6 +55,7 @@ def test_a_study_is_one_array_with_a_share_for_each_job(
     assert options["array"].startswith("0-2")
     assert options["job-name"] == "peerlm-isoflop"
     assert str(study.plan.output / "slurm") in script
+    assert script.index("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK") < script.index("\nsrun ")
 
 
 def test_each_job_runs_its_share_and_is_requeued_with_it(

@@ -153,6 +153,31 @@ def test_all_ranks_stop_with_one_message(
     assert last_step(tmp_path / "run") == step
 
 
+def flip_a_byte(shard: Path) -> None:
+    with shard.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        (last,) = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+
+
+def test_a_shard_that_is_damaged_ends_all_ranks_that_resume_and_names_it(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
+    with train(nothing, budget={"steps": 4}) as processes:
+        assert processes.wait() == [0, 0], processes.said()
+    (tmp_path / "run" / "summary.json").unlink()
+    older, newest = list_checkpoints(tmp_path / "run")
+    for damage in (flip_a_byte, Path.unlink):
+        damage(newest / "rank-00001.safetensors")
+        with train(nothing, budget={"steps": 4}) as processes:
+            assert processes.wait() == [2, 2], processes.said()
+        (told,) = lines(processes)
+        assert told.startswith("error: ")
+        assert "rank-00001.safetensors" in told
+        assert older.name in told  # which one to resume from
+
+
 def test_a_bug_on_one_rank_shows_its_traceback_alone(train: Callable[..., Any], tmp_path: Path) -> None:
     with train(fail) as processes:
         assert processes.wait() == [75, 1], processes.said()

@@ -28,7 +28,7 @@ from peerlm.train.recipe import to_dict
 from ..processes import Processes, ranks
 
 KILLS = int(os.environ.get("PEERLM_KILLS", "2"))
-STEPS_PER_KILL = 30
+STEPS_PER_KILL = 18
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "alone": (1, {}),
@@ -109,7 +109,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 ) -> None:
     count, settings = LAYOUTS[layout]
     # A checkpoint every second step, so that kills at random fall into the writing of one, too.
-    changes = {"data": {"micro_batch_size": None}, "log": {"every": 3}, "eval": {"every": 50}}
+    changes = {"data": {"micro_batch_size": None}, "log": {"every": 3}, "eval": {"every": 20}}
     config = configure(
         **{"budget": {"steps": STEPS_PER_KILL * KILLS}, "checkpoint": {"every": 2}, **changes, **settings}
     )

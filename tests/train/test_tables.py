@@ -20,7 +20,7 @@ from peerlm.optim import RowAdamW
 from peerlm.optim.catch_up import TOLERANCE
 from peerlm.ranks import Ranks
 from peerlm.train import TrainConfig, TrainingStopped, loop, train
-from peerlm.train.build import _prepare_muon, build_model, build_optimizer
+from peerlm.train.build import build_model, build_optimizer
 from peerlm.train.checkpoint import list_checkpoints
 
 Configure = Callable[..., TrainConfig]
@@ -196,6 +196,3 @@ def test_muon_trains_matrices_whatever_trains_tables(
     assert groups["muon"]["momentum"] == 0.9
     assert groups["table"]["rows"] == (tables == "exact")
     assert "AdamW trains the output head and matrices of one row: 299x16" in caplog.text
-    sharded = {"parallel": {"rows": 2}}
-    with pytest.raises(UserError, match=r"needs whole matrices: set parallel.dense = 'replicate'"):
-        _prepare_muon(optimizer.param_groups, configure(model=MANY, optim=optim, **sharded))

@@ -17,7 +17,7 @@ import typer
 
 from peerlm.cli.extras import offer_studies
 from peerlm.cli.root import app
-from peerlm.errors import PeerlmWarning, TrainingStopped, UserError
+from peerlm.errors import PeerlmWarning, TrainingStopped, UserError, listed
 from peerlm.files import is_disk_full
 from peerlm.malloc import keep_freed_memory
 
@@ -25,6 +25,11 @@ from peerlm.malloc import keep_freed_memory
 from peerlm.cli import training, changing, learning, looking, serving, studies  # noqa: F401  isort: skip
 
 offer_studies(app, studies.__name__)
+
+_OVER_RANKS = ("train", "compare", "isoflop")
+"""Commands that several processes of torchrun run together."""
+_ALONE = ("--slurm", "--dry-run")
+"""Options with which these train nothing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -96,16 +101,23 @@ def _require_utf8(arguments: Sequence[str]) -> None:
 def _require_one_process(arguments: Sequence[str]) -> None:
     """Raise UserError where torchrun has started several processes of a command that each would run as a whole."""
     count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or not arguments or arguments[0] == "train":
+    if count == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or not arguments:
+        return
+    name, given = arguments[0], {argument.partition("=")[0] for argument in arguments}
+    alone = next((option for option in _ALONE if option in given), "")
+    if name in _OVER_RANKS and not alone:
         return
     if int(os.environ.get("RANK", 0)) > 0:
         sys.exit(0)  # the first process says why; torchrun would end it before, were this one to fail
-    command = typer.main.get_command(app).commands.get(arguments[0])  # type: ignore[attr-defined]
-    shares = command is not None and any("--shard" in parameter.opts for parameter in command.params)
-    fix = f", and give each process a share of its rows, as in --shard 1/{count}" if shares else ""
+    command = typer.main.get_command(app).commands.get(name)  # type: ignore[attr-defined]
+    fix = ""
+    if command is not None and any("--shard" in parameter.opts for parameter in command.params) and not alone:
+        fix = f", and give each process a share of its rows, as in --shard 1/{count}"
+    elif name == "learn":
+        fix = "; methods and streams that are compared can run side by side, each with a GPU of its own"
     raise UserError(
-        f"peerlm {arguments[0]} does not run over the {count} processes that torchrun has started, as peerlm train "
-        f"does: start it without torchrun{fix}"
+        f"peerlm {' '.join(filter(None, (name, alone)))} does not run over the {count} processes that torchrun has "
+        f"started, as {listed(_OVER_RANKS)} do: start it without torchrun{fix}"
     )
 
 

@@ -61,7 +61,9 @@ def learn(
     ] = 256,
     tokens: Annotated[
         int | None,
-        typer.Option(help="New tokens of each stage; default 120,000; of packs beside plain models, each text twice."),
+        typer.Option(
+            help="New tokens of each stage; default 120,000; of lora and pack beside plain models, each text once."
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Or steps of each stage.")] = None,
     flops: Annotated[float | None, typer.Option(help="Or training FLOPs of each stage.")] = None,
@@ -76,6 +78,13 @@ def learn(
     batch_size: Annotated[int, typer.Option(help="Windows of new text in a step.")] = 8,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: none by steps.")] = 0,
     checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints; 0: none by time.")] = 5.0,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="Of matrix products in training: fp32, bf16, or auto, which is bf16 for lora and pack of a model "
+            "without experts, on a processor that has it."
+        ),
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of the order of the text and of new weights.")] = 0,
     resume: Resume = None,
     json_file: Json = None,
@@ -114,11 +123,16 @@ def learn(
         batch_size=batch_size,
         checkpoint_every=checkpoint_every,
         checkpoint_minutes=checkpoint_minutes,
+        precision=precision,
         seed=seed,
     )
     rows = learn(config, resume=read_resume(resume), progress=json_file != STDOUT)
     if begins := rows[0].get("document_start"):
         typer.echo(f"note: each document and window begins with {begins}", err=True)
+    if precision == "auto" and rows[0].get("precision") == "bf16":
+        typer.echo(
+            "note: training multiplied matrices in bfloat16; --precision fp32 does not, and takes longer", err=True
+        )
     show(rows, json_file, partial(_print, output, rows))
 
 

@@ -59,12 +59,12 @@ def show_mesh_plan(
     def tables_shown() -> None:
         if best.fits:
             shape = best.shape
-            typer.echo(f"Best mesh: replica = 1, cols = {shape.cols}, rows = {shape.rows}")
+            typer.echo(f"Best mesh: replica = {shape.replica}, cols = {shape.cols}, rows = {shape.rows}")
         else:
             typer.echo(f"No mesh of {gpus} GPUs fits: {best.obstacle}.")
         shown = {_mesh(each): _quantities(each) for each in plans[:MOST_MESHES]}
         left = f", first {MOST_MESHES} of {len(plans)}" if len(plans) > MOST_MESHES else ""
-        print_table(f"cols x rows{left}; received per token", shown, rows=True)
+        print_table(f"replica x cols x rows{left}; received per token", shown, rows=True)
         parts = {f"{name}, GB": f"{size / 1e9:.3g}" for name, size in best.memory.items()}
         parts |= {f"{name}, ms per step": f"{1e3 * each:.3g}" for name, each in best.seconds.items()}
         print_table(f"{_mesh(best)}, of one GPU", {VALUE: parts})
@@ -89,7 +89,7 @@ def show_mesh_plan(
 
 def _mesh(plan: Any) -> str:
     shape = plan.shape
-    return f"{shape.cols} x {shape.rows}"
+    return f"{shape.replica} x {shape.cols} x {shape.rows}"
 
 
 def _quantities(plan: Any) -> dict[str, str]:
@@ -124,6 +124,6 @@ def _assumptions(tables: Any, name: str, gpu: Any, per_node: int) -> list[str]:
         f"The rest of the model: query maps and {rest}, in float32 and cut by FSDP2. It takes 6 FLOPs for each number "
         "and token. Heads share sub-keys. Buffers are an estimate. Activations outside of the tables' exchange and "
         "scores of retrieval are left out.",
-        "replica = 1: each table is there once. R copies would send the gradients of their rows besides, at most "
-        "(R - 1) P (4 V D + 8 C) bytes per token, for P rows of V vectors of D numbers, with columns cut C times.",
+        "replica: copies of each table, which average the gradients of their rows. All rows that tokens look up count "
+        "as different ones. With --fused there is one copy.",
     ]

@@ -54,6 +54,13 @@ def serve(
     allow_origin: Annotated[
         list[str], typer.Option(help="A web site whose pages may use this server, as https://a.b; repeatable.")
     ] = [],  # noqa: B006
+    allow_host: Annotated[
+        list[str],
+        typer.Option(
+            help="A name by which clients reach this server, as in http://NAME; repeatable. Without --host, others "
+            "than localhost are refused."
+        ),
+    ] = [],  # noqa: B006
     document_start: DocumentStart = "auto",
     log: Annotated[bool, typer.Option("--log/--no-log", help="Write a line of JSON per request to stderr.")] = True,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Put prompts into the log.")] = False,
@@ -88,6 +95,7 @@ def serve(
     options = ServeOptions(
         host=host,
         port=port,
+        allow_hosts=tuple(allow_host),
         packs=dict(map(_named, pack)),
         context=context,
         slots=slots,

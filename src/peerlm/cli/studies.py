@@ -28,6 +28,7 @@ SlurmOf = Annotated[
     examples=[
         "peerlm compare recipes/demo.toml",
         "peerlm compare recipes/demo.toml --set budget.flops=1e12 --output runs/quick",
+        "torchrun --nproc-per-node 2 -m peerlm compare recipes/demo.toml --set parallel.rows=2",
     ]
 )
 def compare(
@@ -38,8 +39,12 @@ def compare(
     slurm: SlurmOf = None,
     json_file: Json = None,
 ) -> None:
-    """Train PEER and its baselines on the same data for the same FLOPs: table, plots, a sample of text."""
+    """Train PEER and its baselines on the same data for the same FLOPs: table, plots, a sample of text.
+
+    Under torchrun its processes train each run together; memory in the table is that of the first one.
+    """
     from peerlm_studies.comparison.compare import compare
+    from peerlm_studies.processes import over_ranks
     from peerlm_studies.shards import Shard
 
     if slurm is not None:
@@ -50,8 +55,14 @@ def compare(
         words = _words("compare", recipe, settings, output)
         _submit(words, slurm, shard, plan.output, json_file, partial(prepare_texts, plan.runs))
         return
-    rows = compare(recipe, overrides(settings, output), progress=json_file != STDOUT, shard=Shard.read(shard))
-    show(rows, json_file, tables=_nothing)  # they were shown when they were made
+    shown = json_file != STDOUT
+    of_all = Shard.read(shard)
+    rows = over_ranks(
+        lambda ranks: compare(recipe, overrides(settings, output), progress=shown, shard=of_all, ranks=ranks),
+        shown=shown,
+    )
+    if rows is not None:
+        show(rows, json_file, tables=_nothing)  # they were shown when they were made
 
 
 @app.command(
@@ -76,8 +87,12 @@ def isoflop(
     slurm: SlurmOf = None,
     json_file: Json = None,
 ) -> None:
-    """Train every method at several sizes for the same FLOPs: the curves, and each one's best size."""
+    """Train every method at several sizes for the same FLOPs: the curves, and each one's best size.
+
+    Under torchrun its processes train each run together.
+    """
     from peerlm_studies.isoflop.study import isoflop
+    from peerlm_studies.processes import over_ranks
     from peerlm_studies.shards import Shard
 
     of_all = Shard.read(shard)
@@ -103,8 +118,11 @@ def isoflop(
         rows = dry_run(load_isoflop(recipe, changes), gpu_tflops=gpu_tflops, utilisation=utilisation, **part)
         show(rows, json_file, partial(print_markdown, dry_run_markdown(rows)))
     else:
-        rows = isoflop(recipe, changes, **part, seeds=seed or None, progress=json_file != STDOUT, shard=of_all)
-        show(rows, json_file, tables=_nothing)
+        shown = json_file != STDOUT
+        options = {**part, "seeds": seed or None, "progress": shown, "shard": of_all}
+        made = over_ranks(lambda ranks: isoflop(recipe, changes, **options, ranks=ranks), shown=shown)
+        if made is not None:
+            show(made, json_file, tables=_nothing)
 
 
 @app.command(examples=["peerlm frontier runs/frontier/rows.jsonl --output runs/frontier"])
@@ -297,6 +315,7 @@ def plan(
         "peerlm neurons runs/dense --text book.txt --output runs/neurons",
         "peerlm neurons runs/dense --data data/demo --output runs/neurons",
         "peerlm neurons runs/dense --data data/demo --output runs/b --finetune 0.2",
+        "peerlm neurons my-llama --text book.txt --output out --context 512 --windows 16 --share 0.4 --share 0.5",
     ]
 )
 def neurons(
@@ -307,6 +326,13 @@ def neurons(
     heads: Annotated[int, typer.Option(help="Heads of each index.")] = 8,
     key_dim: Annotated[int, typer.Option(help="Size of a head's query.")] = 16,
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows to measure on.")] = 128,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window; default: as trained.")] = None,
+    share: Annotated[
+        list[float] | None, typer.Option(help="Share of neurons to measure, above 0, at most 1; repeatable.")
+    ] = None,
+    fit_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens to learn from; each takes width x 4 bytes of memory a layer.")
+    ] = 65536,
     fit_steps: Annotated[int, typer.Option(min=0, help="Batches from which each index is learned.")] = 300,
     finetune: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Finetune with this share of the neurons, not the report.")
@@ -324,6 +350,8 @@ def neurons(
         "data": data,
         "settings": {"heads": heads, "key_dim": key_dim},
         "windows": windows,
+        "context": context,
+        "fit_tokens": fit_tokens,
         "fit_steps": fit_steps,
         "progress": json_file != STDOUT,
     }
@@ -333,7 +361,7 @@ def neurons(
         shown = ["perplexity", "train_tokens", "total_parameters", "seconds"]
         result: object = rows
     else:
-        report = measure_neurons(run, output, **options)
+        report = measure_neurons(run, output, **(options | ({"shares": share} if share else {})))
         columns = {f"{row['retrieval']} {row['share']:.0%}": row for row in report["rows"]}
         shown = ["perplexity", "dense_perplexity", "flops_per_token"]
         result = report

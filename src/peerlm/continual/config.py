@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peerlm.errors import UserError
-from peerlm.train.config import BudgetConfig, OptimConfig
+from peerlm.train.config import BudgetConfig, OptimConfig, added
 
 
 def _require(holds: bool, key: str, value: object, fix: str) -> None:
@@ -90,6 +90,8 @@ class LearnConfig:
     """Minutes after which there is one at the latest; 0: none by time. No weight depends on it."""
     seed: int = 0
     """Of the order of the text and of new weights."""
+    precision: Literal["auto", "fp32", "bf16"] = added("auto")
+    """Of matrix products in training; "auto": what the method prefers, see `peerlm.continual.method.Defaults`."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")

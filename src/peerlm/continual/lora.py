@@ -6,8 +6,9 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from peerlm.continual.method import Method, Stage
+from peerlm.continual.method import PRETRAINED, Defaults, Method, Stage
 from peerlm.errors import UserError
+from peerlm.packs.base_hash import own_peer_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,10 @@ class Lora(Method):
     """Of the scale alpha / rank; null: the rank."""
     target_modules: tuple[str, ...] = ()
     """Names of layers, as peft matches them; empty: all linear layers but the output matrix."""
+
+    def defaults(self, model: nn.Module) -> Defaults:
+        """Of a model without experts those of packs, so that both can be compared."""
+        return Defaults() if own_peer_layers(model) else PRETRAINED
 
     def prepare(self, model: PreTrainedModel, stage: Stage) -> nn.Module:
         """Freeze the model and put LoRA beside its linear layers."""

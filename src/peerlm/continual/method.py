@@ -37,6 +37,8 @@ class Stage:
     """Text that must not be forgotten; None where there is none."""
     new: Windows
     """Windows of the text that is learned."""
+    bf16: bool = False
+    """Whether matrix products of its training are bfloat16."""
     progress: bool = False
     """Whether to show how far work before the first step is."""
 
@@ -57,6 +59,12 @@ class Defaults:
     """Windows in a forward pass of training; None: those of a step."""
     table_rate: float = 1.0
     """Factor of `optim.table_lr_multiplier`."""
+    bf16: bool = False
+    """Whether matrix products of training are bfloat16 where the processor has such instructions."""
+
+
+PRETRAINED = Defaults(epochs=1.0, context=512, background=("demo",), heldout_windows=24, micro_batch_size=2, bf16=True)
+"""Of a model without experts that is frozen: methods with these are measured on the same windows of the same texts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.continual.lower_blocks import forget_lower_blocks, lower_blocks_of, remember_lower_blocks
-from peerlm.continual.method import Defaults, Method, Stage, freeze, peer_layers
+from peerlm.continual.method import PRETRAINED, Defaults, Method, Stage, freeze, peer_layers
 from peerlm.errors import UserError
 from peerlm.evaluate.loading import load_model
 from peerlm.evaluate.progress import progress_bar
@@ -33,19 +34,19 @@ class PackPerStage(Method):
     """Train a new pack (`peerlm.packs.api`) in each stage, with those of the stages before it loaded and frozen.
 
     The model never changes; a stage leaves its pack alone, named as the domain. In a model with PEER layers the pack's
-    experts join the layers' own. In any other model it lies beside the upper feed-forward layers, behind gates that are
+    experts join the layers' own. In any other model it lies beside the feed-forward layers, behind gates that are
     fitted on the new text, the background and earlier stages' text; the blocks below are computed once per window.
     """
 
     experts: int | None = None
     """Experts of the pack in each layer, a square number; null: 64^2 in PEER layers, otherwise as `megabytes` says."""
     layers: tuple[str, ...] = ()
-    """Paths of the layers; empty: all PEER layers, or the upper quarter of the feed-forward layers."""
+    """Paths of the layers; empty: all PEER layers, or all feed-forward layers."""
     megabytes: float = 19.0
     """Beside feed-forward layers: size of the pack at the most, where `experts` is not given."""
-    epochs: float = 2.0
+    epochs: float = 1.0
     """Beside feed-forward layers: how often the text is read, where no budget is given."""
-    keep: float = 0.97
+    keep: float = 0.99
     """Beside feed-forward layers: share of the new text's tokens that open the gates at the most."""
     rate: float = 10.0
     """Beside feed-forward layers: learning rate of experts over that of the rest, times `optim.table_lr_multiplier`."""
@@ -60,17 +61,10 @@ class PackPerStage(Method):
             raise UserError(f"pack.keep = {self.keep}: must be above 0, at most 1")
 
     def defaults(self, model: nn.Module) -> Defaults:
-        """Of a model without experts: the text is read twice, the embedded corpus is the background."""
+        """Of a model without experts: the text is read once, the embedded corpus is the background."""
         if own_peer_layers(model):
             return Defaults()
-        return Defaults(
-            epochs=self.epochs,
-            context=512,
-            background=("demo",),
-            heldout_windows=24,
-            micro_batch_size=1,
-            table_rate=self.rate,
-        )
+        return replace(PRETRAINED, epochs=self.epochs, table_rate=self.rate)
 
     def load(self, base: Path, earlier: list[Path]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The base with the packs of the stages before."""
@@ -114,7 +108,8 @@ class PackPerStage(Method):
         step = max(1, len(stage.new) // windows)
         own = [stage.new[place][None].to(model.device) for place in range(0, len(stage.new), step)][:windows]
         other = [stage.earlier.draw(place, place + 1).to(model.device) for place in range(windows * 3 // 2)]
-        with progress_bar(shown=stage.progress) as bar:
+        autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=stage.bf16)
+        with progress_bar(shown=stage.progress) as bar, autocast:
             task = bar.add_task("fitting the gates", total=len(own) + len(other))
             shares = fit_gates(
                 model, stage.name, own, other, keep=self.keep, advance=lambda: bar.update(task, advance=1)

@@ -1,7 +1,7 @@
 """One stage of a stream: the training loop on its text, with the method and what preserves earlier knowledge."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from peerlm.train.build import build_optimizer
 from peerlm.train.checkpoint import TrainState
 from peerlm.train.config import TrainConfig
 from peerlm.train.loop import fit, last_state
+from peerlm.train.precision import attention_by_products
 from peerlm.train.training import Hook, Training
 from peerlm.usage import ExpertUsage
 
@@ -71,7 +72,11 @@ def learn_stage(lesson: Lesson, ranks: Ranks, *, progress: bool) -> dict[str, An
     training = _training(lesson, ranks)
     training.check_space(progress=progress)
     state = last_state(training)
-    with training.reporting(state, progress=progress):
+    bf16 = lesson.config.precision == "bf16"
+    with (
+        training.reporting(state, progress=progress),
+        attention_by_products(training.model) if bf16 else nullcontext(),
+    ):
         state = fit(training, state)
     if isinstance(training.optimizer, RowAdamW):
         training.optimizer.catch_up()

@@ -28,6 +28,7 @@ from peerlm.files import is_partial, remove_partials, write_bytes, write_json
 from peerlm.marks import Marks, marked, marks_in
 from peerlm.ranks import Ranks
 from peerlm.train.config import BudgetConfig, CheckpointConfig, DataConfig, TrainConfig
+from peerlm.train.precision import has_bf16_products
 from peerlm.train.recipe import plain_values
 from peerlm.train.run_folder import Resume
 
@@ -63,8 +64,8 @@ def learn(
 
     Returns:
         The rows: that of the model before ("stage" is None; "document_start" is what begins each document and window,
-        or None), then one for each stage. A row has "perplexity" by domain, and what the stage took: "steps", "tokens"
-        (of new text), "flops", "seconds", "trained_parameters".
+        or None; "precision" that of matrix products in training), then one for each stage. A row has "perplexity" by
+        domain, and what the stage took: "steps", "tokens" (of new text), "flops", "seconds", "trained_parameters".
 
     Raises:
         UserError: a setting, text, model or folder that cannot be used; a new folder is removed where no stage has
@@ -110,10 +111,12 @@ class _Stream:
         remove_partials(self.folder)
         write_json(self.folder / "config.json", asdict(config))
         self.texts = self._read_texts()
-        begins = marked(self._marks().window_start, self.tokenizer)
-        self.first = self._read_or_make(
-            self.folder / _BEFORE, lambda: {"stage": None, "document_start": begins, **self._measure(model)}
-        )
+        given = {
+            "stage": None,
+            "document_start": marked(self._marks().window_start, self.tokenizer),
+            "precision": self._precision(),
+        }
+        self.first = self._read_or_make(self.folder / _BEFORE, lambda: {**given, **self._measure(model)})
 
     def run(self) -> list[dict[str, Any]]:
         """All stages; see `learn`."""
@@ -146,6 +149,7 @@ class _Stream:
             seed=config.seed + number,
             earlier=self._earlier(number),
             new=self.texts[stage.name].train,
+            bf16=self.first.get("precision") == "bf16",
             progress=self.progress,
         )
         torch.manual_seed(where.seed)
@@ -172,6 +176,11 @@ class _Stream:
         found = default_context(self.config.model, model)
         return found if self.defaults.context is None else min(found, self.defaults.context)
 
+    def _precision(self) -> str:
+        if self.config.precision != "auto":
+            return self.config.precision
+        return "bf16" if self.defaults.bf16 and has_bf16_products(self.device) else "fp32"
+
     def _marks(self) -> Marks:
         """What begins and ends a document of the texts."""
         return marks_in(self.base, self.tokenizer, self.config.document_start)
@@ -195,6 +204,7 @@ class _Stream:
             ),
             budget=budget,
             optim=optim,
+            precision=self.first.get("precision", "fp32"),  # as it began, on whatever processor it is resumed
             checkpoint=CheckpointConfig(every=config.checkpoint_every, minutes=config.checkpoint_minutes, keep=1),
             seed=config.seed,
         )

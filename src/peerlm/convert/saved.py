@@ -63,10 +63,20 @@ def load_saved(folder: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         loaded: Any = _class_of(config, folder).from_pretrained(folder, output_loading_info=True)
         model, report = loaded
+    check_weights(folder, report)
+    return cast("PreTrainedModel", model)
+
+
+def check_weights(folder: Path, report: Mapping[str, Any]) -> None:
+    """Raise UserError where a folder has other weights than its configuration says.
+
+    Args:
+        folder: as it was given.
+        report: what `from_pretrained` returns with `output_loading_info`.
+    """
     for keys, what in ((report["missing_keys"], "lacks"), (report["unexpected_keys"], "has unknown")):
         if keys:
             raise UserError(f"{folder} {what} weights, such as {min(keys)}; restore it")
-    return cast("PreTrainedModel", model)
 
 
 def save_changed(

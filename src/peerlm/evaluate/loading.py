@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from peerlm.convert.saved import reading
+from peerlm.convert.saved import check_weights, reading
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
 from peerlm.layers.mapped.advice import read_rows_alone
@@ -29,7 +29,7 @@ def load_model(path: str | Path, packs: Sequence[str | Path] = ()) -> tuple[PreT
         packs: folders of packs (`peerlm.packs.api`) to load into it.
 
     Raises:
-        UserError: no such folder, no model or tokenizer in it, damaged or missing weights, or a tokenizer
+        UserError: no such folder, no model or tokenizer in it, damaged, missing or unknown weights, or a tokenizer
             with more tokens than the model knows; or a pack that is not the model's.
     """
     folder = model_folder(path)
@@ -54,9 +54,7 @@ def load_model(path: str | Path, packs: Sequence[str | Path] = ()) -> tuple[PreT
 def _of_files(folder: Path) -> PreTrainedModel:
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise UserError(f"{folder} lacks {len(missing)} of the model's weights, such as {missing[0]}; restore it")
+    check_weights(folder, report)
     return cast(PreTrainedModel, model)
 
 

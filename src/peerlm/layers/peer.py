@@ -47,7 +47,8 @@ class PEER(RetrievalLayer):
         gated: give experts a gate vector: (u . x) * act(g . x) * v.
         dropout: share of retrieved experts dropped per token in training; the others' weights are scaled up.
         backend: a name in `peerlm.ops.api.BACKENDS`.
-        row_format: how experts are stored: "float32", "bfloat16", or "int8" or "float8_e4m3fn", which are not trained.
+        row_format: how experts are stored: "float32", "bfloat16", or "int8" or "float8_e4m3fn", which are
+            trained by `experts.train_in_place()` alone.
         weight_scale: what weights are multiplied by; 1 is the paper's. Vectors v start smaller by as much, so that
             the output scale at the start is the same; steps of AdamW, whose size is the learning rate, then change
             the output more.

@@ -1,5 +1,7 @@
 """Memory of rows: in huge pages where the system grants them, given back while rows move elsewhere."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,14 @@ def chosen_rows(rows: Tensor, ids: Tensor) -> Tensor:
     out = empty_rows(len(ids), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
     torch.index_select(movable(rows), 0, ids.to(rows.device), out=movable(out))
     return out
+
+
+def blocks(count: int, size: int, row_bytes: int, multiple: int = 1) -> Iterator[slice]:
+    """Ranges of about `size` bytes of `count` rows; all but the last, which is no smaller, a multiple of rows."""
+    at_once = max(1, size // max(1, row_bytes))
+    at_once = -(-at_once // multiple) * multiple
+    start = 0
+    while start < count:
+        stop = count if count - start < 2 * at_once else start + at_once
+        yield slice(start, stop)
+        start = stop

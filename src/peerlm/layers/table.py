@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peerlm.layers.row_memory import chosen_rows, empty_rows, longer_rows
+from peerlm.layers.row_memory import blocks, chosen_rows, empty_rows, longer_rows
 from peerlm.ops import api
 from peerlm.ops.row_formats import (
     INT4,
@@ -31,6 +31,8 @@ from peerlm.ops.row_updates import keep_rows, look_up, outside_graphs, prepare_r
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_WIDE_BYTES = 1 << 25
+"""How much of a table is widened at once while it changes its format."""
 ROW_FORMATS = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -62,7 +64,7 @@ class Table(nn.Module):
         row_shape: X: (D,) for vectors, (2, D) or (3, D) for the vectors u, v and, if gated, g of single neurons.
         backend: a name in `peerlm.ops.api.BACKENDS`.
         row_format: "float32" (torch's default dtype where that is another), "bfloat16", or, with a scale for each
-            vector, "int8" or "float8_e4m3fn"; rows with scales are not trained.
+            vector, "int8" or "float8_e4m3fn"; rows with scales are trained in place alone (`train_in_place`).
 
     Rows are not initialised: see `fill`.
 
@@ -387,22 +389,34 @@ class Table(nn.Module):
 
     @torch.no_grad()
     def convert_rows(self, row_format: str) -> None:
-        """Store the rows in another format from now on; a table in training then needs a new optimizer."""
+        """Store the rows in another format from now on; a table in training then needs a new optimizer.
+
+        Both formats are in memory until all rows are converted, and besides them some rows in float32.
+        """
         dtype = _row_dtype(row_format)
         if dtype == self.dtype:
             return
-        wide = self._held().float()
+        self.catch_up()
+        shape = self._held_shape()
+        rows = self._empty("rows", *stored_shape(shape, dtype), dtype=dtype, device=self.device)
         scales = None
         if dtype in SCALED_DTYPES:
-            wide, scales = quantise(wide, dtype)
-        rows = self._empty("rows", *wide.shape, dtype=dtype, device=wide.device)
-        rows.copy_(wide)
+            scales = self._empty("scales", *scales_shape(shape, dtype), dtype=torch.float32, device=self.device)
+        for part in blocks(shape[0], _WIDE_BYTES, 4 * math.prod(shape[1:])):
+            wide = self._held(part).float()
+            if scales is not None:
+                wide, scales[part] = quantise(wide, dtype)
+            rows[part].copy_(wide)
         self._keep(rows)
         self.scales = scales
 
-    def _held(self) -> Tensor:
-        """The rows that are held here, as `read` gives them."""
-        return self.read()
+    def _held_shape(self) -> tuple[int, ...]:
+        """The shape (N, *X) of the rows that are held here, as numbers."""
+        return (self.num_rows, *self.row_shape)
+
+    def _held(self, part: slice) -> Tensor:
+        """Some of the rows that are held here, as `read` gives them."""
+        return self.read(part.start, part.stop - part.start)
 
     def like(self, rows: Tensor, *, trained: bool) -> "Table":
         """A table of this kind with these float rows (N', *X), which it takes as they are; trained or frozen."""

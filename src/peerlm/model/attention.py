@@ -173,7 +173,8 @@ class PeerAttention(LlamaAttention):
                 key, value, attention_mask = _with_sink_as_token(query, key, value, attention_mask, self.sinks)
             else:
                 kwargs["s_aux"] = self.sinks
-        attended, weights = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)(
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # a name of its own: vLLM looks for such a call
+        attended, weights = attend(
             self,
             query,
             key,

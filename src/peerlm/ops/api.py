@@ -177,6 +177,8 @@ def _choose(
             return first if hasattr(first, op) else next(m for m in map(_module, _BACKENDS[name][1:]) if hasattr(m, op))
         if getattr(first, "device_type", "") == inputs[0].device.type:
             of_device = f"backend {name!r} has kernels for this device, but {reason}"
+    if backend == "auto":
+        raise ValueError(f"no backend computes this: {of_device or reason}; convert the tensors")
     raise ValueError(f"backend is {backend!r}, but {reason}; choose 'auto', or convert the tensors")
 
 

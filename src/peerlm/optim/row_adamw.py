@@ -340,7 +340,7 @@ class RowAdamW(torch.optim.Optimizer):
             if not hasattr(_kernels(self._table(table)), "place_step"):
                 raise RuntimeError(
                     f"a step of a table {tuple(table.shape)} in {table.dtype} on {table.device} cannot be captured: "
-                    "only the Triton kernels for tables in float32 or bfloat16 can be replayed with other numbers"
+                    "only the Triton kernels for tables in float32, bfloat16 or 8 bits can be replayed with others"
                 )
         self._place_next_step()
         kept = ("step", "history_start", "learning_rates", "log_keep")

@@ -70,7 +70,7 @@ def new_pack(
         name: letters, digits, _ and -.
         num_experts: of each layer, a square number; it need not be as large as experts_per_head of the model's layers.
         layers: paths of PEER layers, such as "model.layers.1.ffw", None for all; or of feed-forward layers, None for
-            the upper quarter.
+            all.
         keys, usage, queries, noise: what sub-keys start as, as in `peerlm.growth.grow`; of PEER layers alone.
         row_format: "float32" (torch's default dtype where that is another), or "bfloat16".
         settings: of the pack's own PEER layers, beside feed-forward layers alone; what is left out is as in

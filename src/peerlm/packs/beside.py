@@ -15,7 +15,7 @@ CHILD = "packs"
 DEFAULTS: dict[str, Any] = {
     "heads": 4,
     "experts_per_head": 8,
-    "key_dim": 32,
+    "key_dim": 8,
     "activation": "gelu",
     "query_norm": "layer",
 }
@@ -67,7 +67,9 @@ class PackBeside(nn.Module):
             return torch.where(gate_T[:, None] > 0, gate_T[:, None] * self.peer(x_TD), 0.0)
         (tokens,) = gate_T.nonzero(as_tuple=True)
         if not len(tokens):
-            return None
+            if not (self.training and torch.is_grad_enabled()):
+                return None
+            tokens = torch.zeros(1, dtype=torch.long, device=x_TD.device)  # a loss needs a graph; the gate is 0 there
         if len(tokens) == len(x_TD):
             return gate_T[:, None] * self.peer(x_TD)
         added = gate_T[tokens, None] * self.peer(x_TD[tokens])

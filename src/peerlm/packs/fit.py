@@ -18,7 +18,7 @@ SAMPLES = 2048
 """Foreign tokens that open a gate and are kept for `foreign_power`."""
 AT_ONCE = 256
 """Of these, how many a step reads."""
-_BYTES = 2**29
+_BYTES = 2**30
 """Memory for what they read, of all layers together; of larger models fewer tokens are taken."""
 
 

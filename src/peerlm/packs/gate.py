@@ -34,7 +34,8 @@ class Gate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """X (T, dim) -> (T,) float32 in [0, 1], 0 where the pack is silent."""
-        share_T = torch.sigmoid(x_TD.float() @ self.weight + self.bias)
+        with torch.autocast(x_TD.device.type, enabled=False):  # it must open for the same tokens at any precision
+            share_T = torch.sigmoid(x_TD.float() @ self.weight + self.bias)
         return share_T.masked_fill(share_T <= 0.5, 0.0)
 
     @torch.no_grad()
@@ -47,7 +48,10 @@ class Gate(nn.Module):
             keep: share of the own tokens for which the pack speaks at the most; the least certain ones are given up, so
                 that foreign text opens the gate less often. Where regression alone opens it for fewer, that holds.
         """
-        own, other = own_TD.float(), other_TD.float()
+        with torch.autocast(own_TD.device.type, enabled=False):
+            self._fit(own_TD.float(), other_TD.float(), keep)
+
+    def _fit(self, own: Tensor, other: Tensor, keep: float) -> None:
         mean = (own.mean(dim=0) + other.mean(dim=0)) / 2
         spread = ((own - mean).square().mean(dim=0) + (other - mean).square().mean(dim=0)).div(2).sqrt()
         spread = spread.clamp_min(1e-6)

@@ -16,8 +16,6 @@ from peerlm.packs.beside import CHILD, DEFAULTS, PackBeside, PacksBeside
 from peerlm.packs.choice import chosen_at
 from peerlm.packs.files import PackManifest
 
-UPPER = 0.25
-"""Share of the feed-forward layers that get experts where none are named: the uppermost ones."""
 Made = dict[str, tuple[PackBeside, str | None]]
 """Parts of a pack by the paths of their layers, with `FFWSite.first` of these."""
 
@@ -99,11 +97,9 @@ def _ffws(model: nn.Module) -> list[FFW]:
 
 def _chosen(ffws: Sequence[FFW], paths: Sequence[str] | None) -> list[FFW]:
     if paths is None:
-        return list(ffws[-max(1, round(UPPER * len(ffws))) :])
+        return list(ffws)
     if isinstance(paths, str) or not paths:
-        raise ValueError(
-            f"layers is {paths!r}; give a list of paths of feed-forward layers, or None for the upper ones"
-        )
+        raise ValueError(f"layers is {paths!r}; give a list of paths of feed-forward layers, or None for all")
     known = {ffw.path: ffw for ffw in ffws}
     for path in paths:
         if path not in known:

@@ -1,12 +1,14 @@
 """What sharded tables cost on a mesh: memory, bytes on the way, seconds; formulas of numbers alone.
 
 Suffixes as in `exchange` and `columns`: t tokens of a GPU, T = t rows cols; P entries per token; V vectors per row.
+With copies of the tables each has rows x cols GPUs, which exchange tokens; copies average gradients of rows.
 Every GPU has tokens of its own, and every layer a table of its own. GPUs of a node are neighbours in the order of
 ranks. What a GPU receives of one in its node comes by NVLink, and by the network otherwise.
 """
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 FLOAT32 = 4
 COUNTERS = 8
@@ -93,46 +95,65 @@ class Tables:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A mesh of GPUs: how many along "cols" and "rows", and in a node."""
+    """A mesh of GPUs: how many along "replica", "cols" and "rows", and in a node."""
 
+    replica: int = 1
     cols: int
     rows: int
     per_node: int = 8
 
     @property
+    def of_copy(self) -> int:
+        """GPUs that hold one copy of the tables."""
+        return self.cols * self.rows
+
+    @property
     def gpus(self) -> int:
         """Of the whole mesh."""
-        return self.cols * self.rows
+        return self.replica * self.of_copy
 
     def neighbours(self, size: int, stride: int) -> int:
         """Of the others along an axis, how many are in a GPU's own node, for the GPU that has fewest.
 
         Ranks along the axis are `stride` apart.
         """
-        return min(self._neighbours(rank, size, stride) for rank in range(self.gpus))
+        return _fewest_neighbours(self.gpus, self.per_node, size, stride)
 
-    def _neighbours(self, rank: int, size: int, stride: int) -> int:
-        base = rank - rank // stride % size * stride
-        begin = rank // self.per_node * self.per_node
-        first = max(0, -(-(begin - base) // stride))
-        last = min(size - 1, (begin + self.per_node - 1 - base) // stride)
-        return last - first
+
+@lru_cache
+def _fewest_neighbours(gpus: int, per_node: int, size: int, stride: int) -> int:
+    if stride >= per_node:
+        return 0
+    repeats = math.lcm(per_node, size * stride)
+    return min(_neighbours(rank, per_node, size, stride) for rank in range(min(gpus, repeats)))
+
+
+def _neighbours(rank: int, per_node: int, size: int, stride: int) -> int:
+    base = rank - rank // stride % size * stride
+    begin = rank // per_node * per_node
+    first = max(0, -(-(begin - base) // stride))
+    last = min(size - 1, (begin + per_node - 1 - base) // stride)
+    return last - first
 
 
 def received_per_token(tables: Tables, shape: Shape) -> dict[str, float]:
-    """Bytes that a GPU receives for a layer's pass and backward pass, over its tokens, along "cols" and "rows".
+    """Bytes that a GPU receives for a layer's pass and backward pass, over its tokens, along each axis of the mesh.
 
-    Gradients of what is not a table are not among them; see `step_bytes`.
+    Along "replica" these are the gradients of as many rows as tokens can have looked up at one GPU, and a count. What
+    is not a table is not among them; see `step_bytes`.
     """
     entering = tables.vectors - 1
     width = (4 if entering else 2) * tables.dim
     id_bytes = 4 if tables.num_rows < 2**31 else 8
+    of_step = _looked_up_rows(tables, shape) * _row_gradient(tables, shape) + 8
+    copies = {"replica": (shape.replica - 1) * of_step / tables.tokens}
     if shape.cols == 1:
         own = width * tables.activation_bytes + (id_bytes + 2 * FLOAT32) * tables.entries
-        return {"cols": 0.0, "rows": float((shape.rows - 1) * own)}
+        return {**copies, "cols": 0.0, "rows": float((shape.rows - 1) * own)}
     activations = width * FLOAT32  # columns are exchanged in float32
     numbers = (id_bytes + 2 * FLOAT32 * (1 + entering)) * tables.entries
     return {
+        **copies,
         "cols": activations * (shape.cols - 1) / shape.cols + (shape.cols - 1) * numbers,
         "rows": float((shape.rows - 1) * (activations + shape.cols * numbers)),
     }
@@ -149,7 +170,8 @@ def step_bytes(tables: Tables, shape: Shape) -> dict[str, float]:
             found["network"] += received - near
 
     of_token = received_per_token(tables, shape)
-    for axis, size, stride in (("rows", shape.rows, 1), ("cols", shape.cols, shape.rows)):
+    axes = (("rows", shape.rows, 1), ("cols", shape.cols, shape.rows), ("replica", shape.replica, shape.of_copy))
+    for axis, size, stride in axes:
         add(tables.layers * tables.tokens * of_token[axis], size, stride)
     others = (shape.gpus - 1) / shape.gpus
     cut = 3 * FLOAT32 * tables.cut_parameters  # gathered in both passes, and gradients
@@ -162,7 +184,8 @@ def memory(tables: Tables, shape: Shape) -> dict[str, float]:
     """Bytes of the fullest GPU by part.
 
     "gradients" are of rows that are all different, looked up evenly: at most all that a GPU has. "buffers" are an
-    estimate: what the exchange keeps for the backward pass of all layers, and what it holds in one. "gathered" is the
+    estimate: what the exchange keeps for the backward pass of all layers, and what it holds in one, or what averaging a
+    table's gradients over copies takes. "gathered" is the
     rest of one layer, whole. The parts are held at once in the backward pass of that. Activations of the
     rest of the model and scores of retrieval are left out.
     """
@@ -172,8 +195,8 @@ def memory(tables: Tables, shape: Shape) -> dict[str, float]:
     size = ROW_BYTES[tables.row_format]
     exact = tables.row_format == "float32"
     moments = 2 * numbers if exact else numbers / MOMENT_COLUMNS
-    hit = min(local, _looked_up(tables, shape))
-    row_gradients = 0 if tables.fused else hit * (tables.vectors * columns * FLOAT32 + 8)
+    hit = min(local, shape.replica * _looked_up(tables, shape))
+    row_gradients = 0 if tables.fused else hit * _row_gradient(tables, shape)
     whole = tables.key_parameters
     cut = tables.cut_parameters / shape.gpus
     block = tables.dense_parameters / tables.layers + tables.query_parameters
@@ -191,17 +214,30 @@ def memory(tables: Tables, shape: Shape) -> dict[str, float]:
 
 
 def _looked_up(tables: Tables, shape: Shape) -> int:
-    """Entries of all tokens in the rows of a GPU, where all ranks have equally many."""
+    """Entries of a copy's tokens in the rows of a GPU, where all ranks have equally many."""
     return shape.cols * tables.tokens * tables.entries
+
+
+def _looked_up_rows(tables: Tables, shape: Shape) -> int:
+    """Rows of a GPU that its copy's tokens look up, all different: at most all that it has."""
+    return min(-(-tables.num_rows // shape.rows), _looked_up(tables, shape))
+
+
+def _row_gradient(tables: Tables, shape: Shape) -> int:
+    """Bytes of the gradient of a GPU's part of a row, and of its number."""
+    return tables.vectors * tables.dim // shape.cols * FLOAT32 + 8
 
 
 def _buffers(tables: Tables, shape: Shape) -> tuple[float, float]:
     """Bytes that the exchange of a layer keeps, and those that it holds besides while it works."""
-    tokens, entries = shape.gpus * tables.tokens, shape.gpus * tables.tokens * tables.entries
+    tokens, entries = shape.of_copy * tables.tokens, shape.of_copy * tables.tokens * tables.entries
     numbers = tokens * tables.dim // shape.cols
     size = tables.activation_bytes if shape.cols == 1 else FLOAT32
     entering = tables.vectors > 1
-    return numbers * size * entering + entries * (8 + FLOAT32), 2 * numbers * size + 2 * entries * 8
+    exchanged = 2 * numbers * size + 2 * entries * 8
+    averaged = 2 * shape.replica * _looked_up_rows(tables, shape) * _row_gradient(tables, shape)  # received, and joined
+    working = max(exchanged, averaged if shape.replica > 1 else 0)
+    return numbers * size * entering + entries * (8 + FLOAT32), working
 
 
 UTILISATION = 0.4
@@ -221,7 +257,7 @@ def seconds(tables: Tables, shape: Shape, gpu: Gpu) -> dict[str, float]:
     looked_up = _looked_up(tables, shape)
     state = (parts["rows"] + parts["moments"] + parts["counters"]) / local
     gathered = tables.layers * 2 * looked_up * of_row
-    updated = 2 * min(looked_up, local) * state
+    updated = 2 * min(shape.replica * looked_up, local) * state
     products = tables.cut_parameters + tables.layers * tables.heads * math.isqrt(tables.num_rows) * tables.key_dim
     products += tables.layers * tables.entries * tables.vectors * tables.dim
     return {

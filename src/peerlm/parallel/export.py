@@ -1,11 +1,12 @@
 """Folders for Hugging Face's `from_pretrained` of models over a mesh, written and read without a whole table anywhere.
 
 Each sharded table has a file of its own, into which every rank writes its rows where they belong. All else is in the
-first file.
+first file. transformers reads a tensor from one file, so that a table has one, however large it is.
 """
 
 import json
 import os
+import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from peerlm.errors import PeerlmWarning
 from peerlm.files import require_space, sync, write_json
 from peerlm.layers.mapped.table import MappedTable, mapped_tables
 from peerlm.model import PeerConfig, PeerForCausalLM
@@ -24,6 +26,7 @@ from peerlm.ops.row_keeping import rows_stay_in_files
 from peerlm.ops.tensor_files import head_of
 from peerlm.ops.watched import raw
 from peerlm.optim.saved import STALE
+from peerlm.parallel import cut
 from peerlm.parallel.models import build
 from peerlm.parallel.states import model_entries
 from peerlm.parallel.storage import INDEX, SafetensorsReader, num_bytes, read_shards
@@ -107,6 +110,15 @@ def _file_names(names: Collection[str]) -> dict[str, str]:
 
 def _index(folder: Path, files: dict[str, str]) -> None:
     """Let a folder with a model but for these tensors say where all are."""
+    for name, file_name in files.items():
+        size = (folder / file_name).stat().st_size
+        if size > cut.MOST_BYTES:
+            warnings.warn(
+                f"{name} takes {size / 1e9:,.3g} GB in one file, {file_name}, for transformers reads a tensor from "
+                f"one; files of a checkpoint in shards have at most {cut.MOST_BYTES / 1e9:.3g} GB",
+                PeerlmWarning,
+                stacklevel=3,
+            )
     first = f"model-00001-of-{1 + len(files):05d}.safetensors"
     (folder / _SINGLE).rename(folder / first)
     with safe_open(folder / first, framework="pt") as file:

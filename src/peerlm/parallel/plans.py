@@ -35,9 +35,9 @@ class MeshPlan:
         return not self.obstacle
 
     def row(self) -> dict[str, Any]:
-        """Ready for JSON; `replica` is always 1."""
+        """Ready for JSON."""
         return {
-            "replica": 1,
+            "replica": self.shape.replica,
             "cols": self.shape.cols,
             "rows": self.shape.rows,
             "fits": self.fits,
@@ -83,7 +83,7 @@ def gpu_named(name: str) -> Gpu:
 
 
 def plan_meshes(tables: Tables, gpus: int, gpu: Gpu, *, per_node: int = 8) -> list[MeshPlan]:
-    """What each mesh ("replica" = 1, "cols", "rows") of the GPUs takes: those that fit first, then the fastest.
+    """What each mesh ("replica", "cols", "rows") of the GPUs takes: those that fit first, then the fastest.
 
     Raises:
         UserError: a number of GPUs out of range.
@@ -144,11 +144,20 @@ def _obstacle(tables: Tables, shape: Shape, gpu: Gpu) -> str:
 
 
 def _shapes(tables: Tables, gpus: int, per_node: int) -> Iterator[Shape]:
-    """The meshes that training takes: columns are cut evenly, and each GPU has whole blocks of second moments."""
+    """The meshes that training takes.
+
+    Columns are cut evenly, each GPU has whole blocks of second moments, and what is `fused` has one copy.
+    """
     block = MOMENT_COLUMNS if tables.row_format == "bfloat16" else 1
-    for cols in range(1, gpus + 1):
-        if gpus % cols == 0 and tables.dim % cols == 0 and tables.dim // cols % block == 0:
-            yield Shape(cols=cols, rows=gpus // cols, per_node=per_node)
+    for replica in (1,) if tables.fused else _divisors(gpus):
+        of_copy = gpus // replica
+        for cols in _divisors(of_copy):
+            if tables.dim % cols == 0 and tables.dim // cols % block == 0:
+                yield Shape(replica=replica, cols=cols, rows=of_copy // cols, per_node=per_node)
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
 
 
 def _plan(tables: Tables, shape: Shape, gpu: Gpu) -> MeshPlan:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peerlm.layers.table import ROW_FORMATS, Index, Replaced, Table, plain_kind
-from peerlm.ops.row_formats import SCALED_DTYPES, quantise, widened
+from peerlm.ops.row_formats import SCALED_DTYPES, quantise, widened, width
 from peerlm.ops.row_shards import RowShard, hold_shard
 from peerlm.ops.tensors import has_values
 from peerlm.parallel.columns import mix_columns
@@ -271,9 +271,13 @@ class ShardedTable(Table):
         """Refused: rows would move between ranks."""
         raise ValueError("rows of a sharded table cannot be renumbered or removed: do that before it is sharded")
 
-    def _held(self) -> Tensor:
-        rows = self.rows.detach()
-        return rows if self.scales is None else widened(rows, self.scales)
+    def _held_shape(self) -> tuple[int, ...]:
+        rows = self.rows
+        return (*rows.shape[:-1], width(rows))
+
+    def _held(self, part: slice) -> Tensor:
+        rows = self.rows.detach()[part]
+        return rows if self.scales is None else widened(rows, self.scales[part])
 
     @torch.no_grad()
     def convert_rows(self, row_format: str) -> None:

@@ -3,7 +3,8 @@
 from functools import lru_cache
 from typing import Any
 
-from peerlm.names import MODEL_TYPE
+from peerlm.model.configuration_peer import CONFIGURABLE_KINDS
+from peerlm.names import CONVERTED, CONVERTED_EARLIER, MODEL_TYPE
 
 ARCHITECTURE = "PeerForCausalLM"
 """The name in a saved model's config.json."""
@@ -18,12 +19,39 @@ def register() -> None:
 
     load_backends()
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}:PeerForVllm")
+    _refuse_converted()
+
+
+def _refuse_converted() -> None:
+    """Have vLLM say what a converted model is: it reads the record of a conversion as a way to quantise weights."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    class Converted(QuantizationConfig):
+        """Asked of every model whose configuration has such a record."""
+
+        @classmethod
+        def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: Any, hf_config: Any = None) -> None:
+            """None for models of others. Raises ValueError for converted ones."""
+            if (hf_quant_cfg or {}).get("quant_method") in (CONVERTED, CONVERTED_EARLIER):
+                raise ValueError("vLLM cannot serve a model that peerlm has converted: use `peerlm serve`")
+
+    register_quantization_config(CONVERTED)(Converted)
 
 
 def unsupported(config: Any) -> list[str]:
-    """What a configuration of ours has that vLLM's attention and cache cannot do, in words."""
+    """What a configuration of ours has that vLLM would compute wrongly, in words.
+
+    Its attention and cache know no shift and no sink, and its batches no layer that reads ids or whole batches. It
+    replaces the gate by a plain linear layer, and stores rows of all formats as floats.
+    """
     parts = " ".join(config.ffw_layers) if isinstance(config.ffw_layers, (list, tuple)) else str(config.ffw_layers)
-    found = [name for name in ("kv_shift", "attention_sink") if getattr(config, name, False)]
+    options = ("kv_shift", "attention_sink", "ffw_output_gate")
+    found = [name for name in options if getattr(config, name, False)]
+    for kind in CONFIGURABLE_KINDS:
+        row_format = (getattr(config, kind, None) or {}).get("row_format", "float32")
+        if row_format not in ("float32", "bfloat16"):
+            found.append(f"{kind} rows in {row_format}")
     return found + [f"{kind} layers" for kind in ("hashed_ngrams", "expert_choice") if kind in parts]
 
 

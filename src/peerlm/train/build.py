@@ -217,6 +217,8 @@ def _spread(make: Callable[[], PeerForCausalLM], config: TrainConfig) -> PeerFor
         return make()
     try:
         ranks = mesh(rows=parallel.rows, cols=parallel.cols, replica=parallel.replica)
+        replica, cols, _ = ranks.shape
+        config.check_cut(cols=cols, replica=replica)  # again: the recipe need not say what is left for columns
         return build_from(make, ranks, dense=parallel.dense)
     except ValueError as error:
         raise UserError(f"tables cannot be sharded as [parallel] says: {error}") from error
@@ -254,8 +256,6 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
         )
     if scaled:
         tables = _tables_in_place(tables, scaled[0].row_format)
-    if config.parallel.sharded and tables == "dense":
-        raise UserError("optim.tables = 'dense' cannot be combined with [parallel]: leave it out, or set it to 'exact'")
     if tables == "auto" and config.parallel.sharded:
         tables = "exact"
     elif tables == "auto":
@@ -297,8 +297,6 @@ def _tables_in_place(tables: str, row_format: str) -> str:
 
 def _prepare_muon(groups: list[dict[str, Any]], config: TrainConfig) -> None:
     """Give Muon's group its momentum; say which matrices AdamW trains. Raises UserError where there can be no Muon."""
-    if config.parallel.sharded and config.parallel.dense == "shard":
-        raise UserError("optim.matrices = 'muon' needs whole matrices: set parallel.dense = 'replicate'")
     named = {group["name"]: group for group in groups}
     if GROUP not in named:
         raise UserError("optim.matrices = 'muon': the model has no matrix that Muon takes; set it to 'adamw'")

@@ -329,6 +329,45 @@ class TrainConfig:
         _require(self, "", "run", bool, "name the folder to write the run to")
         _require(self, "", "watchdog_minutes", lambda value: 0 <= value < math.inf, "must be 0 or more, and finite")
         _require(self, "", "seed", lambda value: 0 <= value < 2**64, "must be 0 or more and below 2**64")
+        if self.parallel.sharded:
+            self.check_cut(cols=self.parallel.cols or 1, replica=self.parallel.replica)
+
+    def check_cut(self, *, cols: int, replica: int) -> None:
+        """Raise UserError where tables that are cut over a mesh of this shape cannot be trained as is configured."""
+        optim, formats = self.optim, _scaled_formats(self.model)
+        if optim.tables == "dense":
+            raise UserError(
+                "optim.tables = 'dense' cannot be combined with [parallel]: leave it out, or set it to 'exact'"
+            )
+        if optim.matrices == "muon" and self.parallel.dense == "shard":
+            raise UserError("optim.matrices = 'muon' needs whole matrices: set parallel.dense = 'replicate'")
+        if cols > 1 and formats:
+            raise UserError(
+                f"row_format = {formats[0]!r} has scales of whole vectors, which cols = {cols} would cut: set "
+                "parallel.cols = 1, and cut rows alone"
+            )
+        if cols > 1 and optim.table_row_wise and not optim.table_moment_columns:
+            raise UserError(
+                f"optim.table_row_wise = true needs all columns of a row, which cols = {cols} cuts: set "
+                "optim.table_moment_columns = 128 in its place"
+            )
+        if replica > 1 and (optim.tables == "fused" or formats):
+            what = f"row_format = {formats[0]!r}, which is trained by it," if formats else "It"
+            raise UserError(
+                f"optim.tables = 'fused' updates rows before copies average their gradients. {what} cannot be combined "
+                f"with parallel.replica = {replica}: set that to 1"
+            )
+
+
+def _scaled_formats(model: dict[str, Any]) -> list[str]:
+    """Those of a recipe's formats of rows that have scales."""
+    named = [layer["row_format"] for layer in model.values() if isinstance(layer, dict) and "row_format" in layer]
+    if not named:
+        return []
+    from peerlm.layers.table import ROW_FORMATS
+    from peerlm.ops.row_formats import SCALED_DTYPES
+
+    return [name for name in named if ROW_FORMATS.get(name) in SCALED_DTYPES]
 
 
 UNBOUND_KEYS = (

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from peerlm.evaluate import load_model, sample_text
 from peerlm.files import write_bytes, write_json
+from peerlm.ranks import ALONE, Ranks
 from peerlm_studies.comparison.figures import plot_losses
 from peerlm_studies.comparison.make_rows import lacks_rows, make_rows, rows_of
 from peerlm_studies.comparison.plan import ComparePlan, load_plan
@@ -17,7 +18,12 @@ from peerlm_studies.shards import Shard, read_study, say_incomplete
 
 
 def compare(
-    recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool = True, shard: Shard | None = None
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    progress: bool = True,
+    shard: Shard | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """Train and evaluate every run of a comparison's recipe (see `load_plan`), then write its table, plots and sample.
 
@@ -30,6 +36,7 @@ def compare(
         overrides: `section.key=value`, as for `peerlm train`.
         progress: whether to show progress, the table and the sample.
         shard: make only this share of the rows. Where others' are not there, rows are all that is written.
+        ranks: those that train each run together, as `peerlm_studies.processes.over_ranks` gives them.
 
     Returns:
         One row per method and swept setting, over seeds, as in table.json; of a shard, over the rows that are there.
@@ -40,7 +47,7 @@ def compare(
     """
     plan = load_plan(recipe, overrides)
     console = Console(quiet=not progress)
-    make_rows(plan.runs, plan.compare, plan.output, console, shown=progress, shard=shard)
+    make_rows(plan.runs, plan.compare, plan.output, console, shown=progress, shard=shard, ranks=ranks)
     rows = rows_of(plan.runs, plan.compare, read_study(plan.output))
     table = summarise(rows)
     if shard is not None and (lacking := lacks_rows(plan.runs, plan.compare, plan.output)):

@@ -1,7 +1,7 @@
 """Planned training runs become rows: each is trained and evaluated in processes of its own, unless its row is there."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from shutil import rmtree
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from peerlm.errors import TrainingStopped, UserError
 from peerlm.files import write_json
+from peerlm.ranks import ALONE, Ranks
 from peerlm.train.build import prepare_data
 from peerlm.train.recipe import to_dict
 from peerlm_studies.comparison.plan import CompareConfig, PlannedRun
@@ -30,6 +31,7 @@ def make_rows(
     *,
     shown: bool,
     shard: Shard | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train and evaluate every run that OUTPUT's rows lack, `compare.jobs` at a time, and append its row.
 
@@ -40,6 +42,7 @@ def make_rows(
         console: for a line about each run.
         shown: whether the progress of runs is shown too.
         shard: of the runs only this share, to a file of its own; see `peerlm_studies.shards`.
+        ranks: those that train each run together; this is the first one, and the others are in `over_ranks`.
 
     Raises:
         UserError: a file to evaluate does not exist, or the data cannot be prepared.
@@ -55,7 +58,7 @@ def make_rows(
     done = {row["key"] for row in read_study(output)}
     missing = [run for run in runs if run.key(compare) not in done]
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} done before", highlight=False, soft_wrap=True)
-    with ThreadPoolExecutor(compare.jobs) as pool, Processes(jobs=compare.jobs, shown=shown) as processes:
+    with ThreadPoolExecutor(compare.jobs) as pool, Processes(jobs=compare.jobs, shown=shown, ranks=ranks) as processes:
         coming = {pool.submit(_make_row, run, compare, output, processes, console): run for run in missing}
         try:
             for row in as_completed(coming):
@@ -103,12 +106,12 @@ def _make_row(
     config = output / "recipes" / f"{folder.name}.json"
     config.parent.mkdir(parents=True, exist_ok=True)
     write_json(config, to_dict(run.train))
-    _peerlm(run, processes, "train", str(config), "--resume=auto")
+    _run(run, processes.on_all_ranks, "train", str(config), "--resume=auto")
     evaluation = {}
     if files := compare.evaluate:
         results = folder / "evaluation.json"
         limit = [] if compare.evaluate_limit is None else ["--limit", str(compare.evaluate_limit)]
-        _peerlm(run, processes, "eval", str(folder), *files, "--json", str(results), *limit)
+        _run(run, processes.peerlm, "eval", str(folder), *files, "--json", str(results), *limit)
         evaluation = {Path(file).stem: row for file, row in json.loads(results.read_text(encoding="utf-8")).items()}
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     console.print(
@@ -135,8 +138,8 @@ def _make_row(
     }
 
 
-def _peerlm(run: PlannedRun, processes: Processes, *arguments: str) -> None:
-    exit_code, reason = processes.peerlm(*arguments)
+def _run(run: PlannedRun, peerlm: Callable[..., tuple[int, str]], *arguments: str) -> None:
+    exit_code, reason = peerlm(*arguments)
     if exit_code:
         raise TrainingStopped(
             f"peerlm {arguments[0]} of {run.label}, seed {run.seed}, ended with exit code {exit_code}"

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from peerlm.errors import UserError
 from peerlm.files import write_bytes, write_json
+from peerlm.ranks import ALONE, Ranks
 from peerlm.terminal import print_markdown
 from peerlm_studies.comparison.make_rows import lacks_rows, make_rows, rows_of
 from peerlm_studies.comparison.plan import PlannedRun
@@ -32,6 +33,7 @@ def isoflop(
     seeds: Sequence[int] | None = None,
     progress: bool = True,
     shard: Shard | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """Train and evaluate the runs of an isoFLOP recipe (see `load_isoflop`), then write its tables and plots.
 
@@ -47,6 +49,7 @@ def isoflop(
             are all that is written.
         progress: whether to show progress and the tables.
         shard: make only this share of the rows; as of a part, rows are all that is written where others' are missing.
+        ranks: those that train each run together, as `peerlm_studies.processes.over_ranks` gives them.
 
     Returns:
         One row per method and budget, as `optima_table` makes them; of a part, one per run, as `compare` returns them.
@@ -60,11 +63,11 @@ def isoflop(
     part = [run.planned for run in plan.runs(seeds, methods=methods, budgets=budgets, sizes=sizes)]
     if not part:
         raise UserError(f"no run of {recipe} has that budget and that size: see its [isoflop.budgets]")
-    make_rows(part, plan.compare, plan.output, console, shown=progress, shard=shard)
+    make_rows(part, plan.compare, plan.output, console, shown=progress, shard=shard, ranks=ranks)
     lacking = lacks_rows(part, plan.compare, plan.output) if shard is not None else 0
     if not (lacking or methods or budgets or sizes or seeds is not None):
         part = _at_optima(plan)
-        make_rows(part, plan.compare, plan.output, console, shown=progress, shard=shard)
+        make_rows(part, plan.compare, plan.output, console, shown=progress, shard=shard, ranks=ranks)
         lacking = lacks_rows(part, plan.compare, plan.output) if shard is not None else 0
     if lacking or methods or budgets or sizes or seeds is not None:
         table = summarise(rows_of(part, plan.compare, read_study(plan.output)))

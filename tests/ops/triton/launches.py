@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks/gpu")]
 
 import moves
 
+from peerlm.layers import ExpertTable
 from peerlm.ops import api
 from peerlm.ops.functions import ACTIVATIONS
 from peerlm.ops.row_updates import prepare_rows
@@ -98,8 +99,7 @@ def values(*, dtype: torch.dtype, dim: int = 1024) -> None:
 
 def updates(*, dtype: torch.dtype, dim: int = 1024, **settings: Any) -> None:
     """Steps of the optimizer by rows; rows that are read late catch up. Fused ones are taken by the backward pass."""
-    row_steps = importlib.import_module("peerlm.ops.triton.row_steps")
-    api.row_kernels = lambda table: row_steps  # on a CPU the native ones come first
+    _take_the_kernels_of_steps()
     rows = torch.nn.Parameter(torch.zeros(ROWS, 2, dim, dtype=dtype))
     optimizer = RowAdamW([{"params": [rows], "name": "table"}], lr=1e-3, **settings)
     if settings.get("fused"):
@@ -119,6 +119,24 @@ def updates(*, dtype: torch.dtype, dim: int = 1024, **settings: Any) -> None:
         optimizer.step()
 
 
+def _take_the_kernels_of_steps() -> None:
+    row_steps = importlib.import_module("peerlm.ops.triton.row_steps")
+    api.row_kernels = lambda table: row_steps  # on a CPU the native ones come first
+
+
+def scaled_updates(*, row_format: str, dim: int = 1024, gated: bool = False, **settings: Any) -> None:
+    """Steps of rows of 8 bits, which the backward pass takes; stale ones decay."""
+    _take_the_kernels_of_steps()
+    table = ExpertTable(ROWS, dim, row_format=row_format, gated=gated, backend="triton")
+    table.train_in_place()
+    options = {"betas": (0.0, 0.95), "row_wise": True, **settings}
+    optimizer = RowAdamW([{"params": table.row_parameters(), "name": "table"}], lr=1e-3, fused=True, **options)
+    for _ in range(2):
+        ids = torch.zeros(TOKENS, 128, dtype=torch.int64)
+        table.mix(torch.zeros(TOKENS, 128), ids, torch.zeros(TOKENS, dim, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+
+
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 Workload = Callable[[], None]
 WORKLOADS: dict[str, Workload] = {"ceilings": ceilings}
@@ -132,6 +150,7 @@ if "triton" in api.BACKENDS:
         "updates": partial(updates, dtype=BFLOAT16, lazy=True),
         "exact updates": partial(updates, dtype=FLOAT32),
         "fused updates": partial(updates, dtype=BFLOAT16, lazy=True, fused=True),
+        "updates, int8": partial(scaled_updates, row_format="int8"),
     }
     IN_THE_SUITE = list(WORKLOADS)
     WORKLOADS |= {
@@ -169,6 +188,11 @@ if "triton" in api.BACKENDS:
         ),
         "updates, no first moment": partial(updates, dtype=FLOAT32, betas=(0.0, 0.95)),
         "updates, width 256": partial(updates, dtype=BFLOAT16, dim=256, lazy=True),
+        "updates, float8": partial(scaled_updates, row_format="float8_e4m3fn"),
+        "updates, int8, gated, width 256": partial(scaled_updates, row_format="int8", dim=256, gated=True),
+        "updates, int8, a moment for each weight": partial(
+            scaled_updates, row_format="int8", lazy=True, betas=(0.9, 0.95), row_wise=False
+        ),
     }
 
 

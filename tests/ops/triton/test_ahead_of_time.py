@@ -98,12 +98,13 @@ def test_no_kernel_adds_floats_in_any_order(kernels: list[dict[str, Any]]) -> No
 
 
 def test_what_every_warp_reads_is_written_after_a_barrier(kernels: list[dict[str, Any]]) -> None:
-    """A row's step and its one moment: a warp that is ahead must not change them before others have read them."""
+    """A row's step, its one moment, its scales: no warp must change them before all others have read them."""
     updating = [kernel for kernel in kernels if kernel["kernel"] in ("_update_rows", "_fused_update")]
     assert {kernel["kernel"] for kernel in updating} == {"_update_rows", "_fused_update"}
     for kernel in updating:
         one_moment = bool(kernel["arguments"]["ROW_WISE"]["value"])
-        assert kernel["barriers"] == 1 + one_moment, kernel["workload"]
+        scales = kernel["arguments"]["PARTS"]["value"] if "tensor" in kernel["arguments"].get("scales", {}) else 0
+        assert kernel["barriers"] == 1 + one_moment + scales, kernel["workload"]
 
 
 def test_shared_memory_is_enough(kernels: list[dict[str, Any]]) -> None:

@@ -16,10 +16,8 @@ def send(running, body):
     """A connection that has sent a request."""
     content = json.dumps(body).encode()
     connection = socket.create_connection(running.listener.getsockname(), timeout=5)
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
-    )
-    connection.sendall(f"{head}\r\n\r\n".encode() + content)
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json"
+    connection.sendall(f"{head}\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content)
     return connection
 
 

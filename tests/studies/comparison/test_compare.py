@@ -52,13 +52,18 @@ peer = {{ num_experts = 16, heads = 2, experts_per_head = 2, key_dim = 4 }}
 """
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    (tmp_path / "books").mkdir()
+def write_books(folder: Path) -> None:
+    """What `RECIPE` reads."""
+    (folder / "books").mkdir()
     for book in range(10):
         lines = [f"Line {line} of book {book} tells of {line * book} ships at sea." for line in range(60)]
-        (tmp_path / "books" / f"{book}.txt").write_text("\n".join(lines))
-    (tmp_path / "other.txt").write_text("Another book tells of a ship. " * 20)
+        (folder / "books" / f"{book}.txt").write_text("\n".join(lines))
+    (folder / "other.txt").write_text("Another book tells of a ship. " * 20)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    write_books(tmp_path)
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE.format(folder=tmp_path))
     return path
@@ -82,10 +87,14 @@ class Forked:
         return None, said
 
 
+def forking() -> SimpleNamespace:
+    """In place of the module subprocess."""
+    return SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE)
+
+
 @pytest.fixture
 def forked_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE)
-    monkeypatch.setattr("peerlm_studies.processes.subprocess", module)
+    monkeypatch.setattr("peerlm_studies.processes.subprocess", forking())
 
 
 @pytest.mark.slow

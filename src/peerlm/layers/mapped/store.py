@@ -1,7 +1,7 @@
 """The files of one table: its rows, what an optimizer keeps of each, and the logs by which changes are taken back."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from peerlm.errors import UserError
 from peerlm.files import sync
 from peerlm.layers.mapped.file import MappedFile
 from peerlm.layers.mapped.undo import UndoLog, read_undo
+from peerlm.layers.row_memory import blocks
 from peerlm.ops.tensor_files import DTYPES, num_bytes
 
 if TYPE_CHECKING:
@@ -227,14 +228,3 @@ class RowStore:
 
     def _log_numbers(self) -> list[int]:
         return [int(path.stem.removeprefix("undo-")) for path in self.folder.glob("undo-*.log")]
-
-
-def blocks(count: int, size: int, row_bytes: int, multiple: int = 1) -> Iterator[slice]:
-    """Ranges of about `size` bytes of `count` rows; all but the last, which is no smaller, a multiple of rows."""
-    at_once = max(1, size // max(1, row_bytes))
-    at_once = -(-at_once // multiple) * multiple
-    start = 0
-    while start < count:
-        stop = count if count - start < 2 * at_once else start + at_once
-        yield slice(start, stop)
-        start = stop

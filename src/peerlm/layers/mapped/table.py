@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from peerlm.layers.mapped.place import RowPlace
-from peerlm.layers.mapped.store import RowStore, blocks
-from peerlm.layers.row_memory import chosen_rows, longer_rows
+from peerlm.layers.mapped.store import RowStore
+from peerlm.layers.row_memory import blocks, chosen_rows, longer_rows
 from peerlm.layers.table import Replaced, Table, plain_kind
 from peerlm.ops.row_keeping import keep_at, keeper_of, rows_change, rows_stay
 from peerlm.ops.row_updates import is_watched

@@ -13,20 +13,26 @@ from peerlm.ops.triton.row_arithmetic import (
     PRECISE,
     UPDATE_KEY,
     age_of_moments,
+    load_weights,
     mark_updated,
     numbers_of,
+    random_words,
     row_key,
     second_of_row,
+    stepped,
     supports,
     update_elements,
     update_numbers,
 )
 from peerlm.ops.triton.row_gradients import segment_gradient, sum_later_chunks, tile_of_entries, vectors_of
+from peerlm.ops.triton.scaled_rows import codes_of, following_scale, size_of
 from peerlm.ops.triton.segments import segments
 
 _ELEMENTS_PER_WARP = 256
 _MOST_OF_A_ROW_WISE_STEP = 256
 """At once, where the second moment is one of the row: the gradient is summed twice, which takes more registers."""
+_MOST_OF_A_SCALED_STEP = 128
+"""At once, of rows of 8 bits: the gradient is summed once more, and codes are packed and unpacked."""
 
 
 def update_by_gradients(
@@ -40,8 +46,9 @@ def update_by_gradients(
     num_rows, dim = len(table.rows), grad_y.shape[1]
     if not supports(table):
         raise ValueError(
-            "fused=True: the Triton kernels cannot round a part of a bfloat16 table as the whole is rounded, nor keep "
-            "one second moment for some columns; pass fused=False"
+            "fused=True: the Triton kernels cannot round a part of a table in bfloat16 or 8 bits as the whole is "
+            "rounded, nor keep one second moment for some columns; keep one for each row (row_wise=True), or, of rows "
+            "that have gradients, pass fused=False"
         )
     most_segments = min(ids.numel(), num_rows)
     if most_segments == 0 or dim == 0:
@@ -53,8 +60,10 @@ def update_by_gradients(
         tile, block_d = tile_of_entries(dim)
         row_wise = table.exp_avg_sq.ndim == 1
         block_d = min(block_d, _MOST_OF_A_ROW_WISE_STEP) if row_wise else block_d
+        block_d = block_d if table.scales is None else min(block_d, _MOST_OF_A_SCALED_STEP)
         _fused_update[(most_segments,)](
-            table.rows,
+            codes_of(table.rows),
+            table.scales,
             table.exp_avg,
             table.exp_avg_sq,
             table.moments_step,
@@ -83,8 +92,9 @@ def update_entries(table: RowState, ids: Tensor, gradient_EX: Tensor, step: RowS
     """One AdamW step of the rows that occur in ids (E,) int64, in any order, each by the sum of its gradients.
 
     So the gradients of several backward passes are added up, and no host learns how many rows there are. gradient_EX:
-    (E, *row_shape), float32 or bfloat16, of which the sums are in float32.
+    (E, *row_shape), float32 or bfloat16, of which the sums are in float32. The table has no rows of 8 bits.
     """
+    assert table.scales is None
     gradient = gradient_EX.detach().flatten(1)
     ones = torch.ones(len(ids), 1, 1, device=ids.device)
     update_by_gradients(table, step, None, gradient, ids[:, None], ones)
@@ -93,6 +103,7 @@ def update_entries(table: RowState, ids: Tensor, gradient_EX: Tensor, step: RowS
 @triton.jit
 def _fused_update(
     rows,
+    scales,
     exp_avg,
     exp_avg_sq,
     moments_step,
@@ -113,7 +124,11 @@ def _fused_update(
     ROW_WISE: tl.constexpr,
     RANDOM: tl.constexpr,
 ):
-    """One program for each segment. A row-wise second moment sums the gradient twice, the second time from caches."""
+    """One program for each segment.
+
+    A row-wise second moment, and a scale that follows its vector, need the whole gradient before the step: it is summed
+    once more for each, the later times from caches.
+    """
     segment = tl.program_id(0)
     row = tl.load(ids + segment)
     if row >= 0:
@@ -133,6 +148,36 @@ def _fused_update(
             second = second_of_row(exp_avg_sq, row, tl.sum(squares, 0), shared, PARTS * D)
         for part in tl.static_range(PARTS):
             vectors = vectors_of(part, x, grad_y)
+            scale = None
+            following = None
+            if scales is not None:
+                scale = tl.load(scales + row * PARTS + part)
+                largest = tl.zeros([BLOCK_D], tl.int32)
+                for first in range(0, D, BLOCK_D):
+                    d = first + tl.arange(0, BLOCK_D)
+                    gradient = segment_gradient(
+                        segment, order, starts, vectors, coefficients, later_chunks, part, d, P, PARTS, D, TILE
+                    )
+                    column = part * D + d
+                    at = row * (PARTS * D) + column
+                    weight = stepped(
+                        load_weights(rows, at, scale, d < D),
+                        exp_avg,
+                        exp_avg_sq,
+                        at,
+                        random_words(key, column),
+                        d < D,
+                        gradient,
+                        second,
+                        shared,
+                        ROW_WISE,
+                        RANDOM,
+                        False,
+                    )
+                    largest = tl.maximum(largest, tl.where(d < D, size_of(weight), 0))
+                following = following_scale(rows, scale, tl.max(largest, 0))
+                tl.debug_barrier()  # one thread stores it, and every thread has to have read the old one
+                tl.store(scales + row * PARTS + part, following)
             for first in range(0, D, BLOCK_D):
                 d = first + tl.arange(0, BLOCK_D)
                 gradient = segment_gradient(
@@ -149,6 +194,8 @@ def _fused_update(
                     second,
                     key,
                     shared,
+                    scale,
+                    following,
                     ROW_WISE,
                     RANDOM,
                 )

@@ -74,8 +74,6 @@ def unsupported(
             return f"rows have dtype {rows.dtype}, and the Triton kernels take {taken}"
         if rows.dtype == torch.float8_e4m3fn and (reason := no_float8()):
             return reason
-        if row_gradients and scales is not None:
-            return "the Triton kernels do not train rows of 8 bits"
     if op == "retrieve" and (reason := too_many_sub_keys(inputs[1])):
         return reason
     return not_plain(*tensors)

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peerlm.ops.row_formats import EIGHT_BIT_DTYPES
 from peerlm.ops.row_updates import RowState, RowStep
+from peerlm.ops.triton.scaled_rows import store_codes, widened
 
 _GOLDEN = 0x9E3779B9
 _WORD = 0xFFFFFFFF
@@ -46,13 +48,14 @@ def supports(table: RowState) -> bool:
     row_wise = table.exp_avg_sq.ndim == 1
     narrow = (torch.float32, torch.bfloat16)
     whole = table.shard is None or table.rows.dtype == table.exp_avg_sq.dtype == torch.float32  # no random numbers
+    scaled = [] if table.scales is None else [table.scales]
     return (
-        table.rows.dtype in narrow
+        table.rows.dtype in (EIGHT_BIT_DTYPES if scaled else narrow)
         and (table.by_weight or row_wise)
         and whole
         and all(tensor.dtype in narrow for tensor in moments)
         and not (row_wise and table.exp_avg_sq.dtype != torch.float32)
-        and all(tensor.is_contiguous() for tensor in (table.rows, *moments))
+        and all(tensor.is_contiguous() for tensor in (table.rows, *scaled, *moments))
         and len(table.rows) <= _MOST_ROWS
     )
 
@@ -212,6 +215,53 @@ def second_of_row(exp_avg_sq, row, sum_of_squares, shared, LEN: tl.constexpr):
 
 
 @triton.jit
+def stepped(
+    weight,
+    exp_avg,
+    exp_avg_sq,
+    at,
+    word,
+    mask,
+    gradient,
+    second,
+    shared,
+    ROW_WISE: tl.constexpr,
+    RANDOM: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """What float32 weights at `at` become; their moments are stored where KEEP.
+
+    `word` are their random words; `second` is the row's second moment if ROW_WISE.
+    """
+    decay1, decay2, fresh1, fresh2, rate, shrink, root_bias2, eps = shared
+    if not ROW_WISE:
+        before = tl.load(exp_avg_sq + at, mask=mask, other=0.0).to(tl.float32)
+        second = before * decay2 + gradient * gradient * fresh2
+        if KEEP:
+            store_rounded(exp_avg_sq + at, second, mix_bits(word ^ 0x9E3779B9) & 0xFFFF, mask, RANDOM)
+    if exp_avg is None:
+        first = gradient
+    else:
+        first = tl.load(exp_avg + at, mask=mask, other=0.0).to(tl.float32) * decay1 + gradient * fresh1
+        if KEEP:
+            store_rounded(exp_avg + at, first, word >> 16, mask, RANDOM)
+    denominator = tl.div_rn(tl.sqrt_rn(second), root_bias2) + eps
+    change = weight * shrink + tl.div_rn(rate * first, denominator)
+    return weight - change
+
+
+@triton.jit
+def load_weights(rows, at, scale, mask):
+    """Elements of a row as they count, float32; `scale` is that of their vector, None of rows that have none."""
+    weight = tl.load(rows + at, mask=mask, other=0)
+    if scale is None:  # noqa: SIM108 -- known to the compiler, which must not see the other side
+        wide = weight.to(tl.float32)
+    else:
+        wide = widened(weight) * scale
+    return wide
+
+
+@triton.jit
 def update_elements(
     rows,
     exp_avg,
@@ -223,23 +273,23 @@ def update_elements(
     second,
     key,
     shared,
+    scale,
+    following,
     ROW_WISE: tl.constexpr,
     RANDOM: tl.constexpr,
 ):
-    """One step of some elements of a row that starts at `start`; `second` is the row's second moment if ROW_WISE."""
-    decay1, decay2, fresh1, fresh2, rate, shrink, root_bias2, eps = shared
+    """One step of some elements of a row that starts at `start`; `second` is the row's second moment if ROW_WISE.
+
+    scale, following: what the elements' vector is multiplied by before and after; None of rows without scales.
+    """
     at = start + column
-    weight = tl.load(rows + at, mask=mask, other=0.0).to(tl.float32)
     word = random_words(key, column)
-    if not ROW_WISE:
-        before = tl.load(exp_avg_sq + at, mask=mask, other=0.0).to(tl.float32)
-        second = before * decay2 + gradient * gradient * fresh2
-        store_rounded(exp_avg_sq + at, second, mix_bits(word ^ 0x9E3779B9) & 0xFFFF, mask, RANDOM)
-    if exp_avg is None:
-        first = gradient
+    weight = load_weights(rows, at, scale, mask)
+    weight = stepped(weight, exp_avg, exp_avg_sq, at, word, mask, gradient, second, shared, ROW_WISE, RANDOM, True)
+    if following is None:
+        store_rounded(rows + at, weight, word & 0xFFFF, mask, RANDOM)
     else:
-        first = tl.load(exp_avg + at, mask=mask, other=0.0).to(tl.float32) * decay1 + gradient * fresh1
-        store_rounded(exp_avg + at, first, word >> 16, mask, RANDOM)
-    denominator = tl.div_rn(tl.sqrt_rn(second), root_bias2) + eps
-    change = weight * shrink + tl.div_rn(rate * first, denominator)
-    store_rounded(rows + at, weight - change, word & 0xFFFF, mask, RANDOM)
+        noise = word & 0xFFFF
+        if not RANDOM:
+            noise = noise * 0 + 0x8000
+        store_codes(rows + at, weight, following, noise, mask)

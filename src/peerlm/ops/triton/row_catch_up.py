@@ -23,6 +23,7 @@ from peerlm.ops.triton.row_arithmetic import (
     store_rounded,
     tile,
 )
+from peerlm.ops.triton.scaled_rows import codes_of
 
 _ENTRIES = 512
 """Entries that a program claims rows for."""
@@ -111,8 +112,10 @@ def catch_up_entries(table: RowState, ids: Tensor | None, rules: Tensor, step: R
             num_warps=4,
         )
         block, warps = tile(length)
+        scales = table.scales
         _catch_up[(min(most, _PROGRAMS),)](
-            table.rows,
+            codes_of(table.rows),
+            scales,
             table.exp_avg,
             table.exp_avg_sq,
             table.moments_step,
@@ -122,6 +125,7 @@ def catch_up_entries(table: RowState, ids: Tensor | None, rules: Tensor, step: R
             rules,
             numbers,
             LEN=length,
+            VECTORS=1 if scales is None else scales.shape[1:].numel(),
             BLOCK=block,
             ROW_WISE=table.exp_avg_sq.ndim == 1,
             RANDOM=step.seed is not None,
@@ -154,6 +158,7 @@ def _claim_rows(weights_step, ids, numbers, found, count, entries, num_rows, mos
 @triton.jit(do_not_specialize=["most"])
 def _catch_up(
     rows,
+    scales,
     exp_avg,
     exp_avg_sq,
     moments_step,
@@ -163,11 +168,12 @@ def _catch_up(
     rules,
     numbers,
     LEN: tl.constexpr,
+    VECTORS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROW_WISE: tl.constexpr,
     RANDOM: tl.constexpr,
 ):
-    """The rows of the list, shared among programs."""
+    """The rows of the list, shared among programs. Those of 8 bits, without momentum, decay by their scales."""
     first_step = tl.load(rules).to(tl.int32)
     first_step += (tl.load(rules + 1).to(tl.int32) << 12) + (tl.load(rules + 2).to(tl.int32) << 24)
     total = tl.load(count)
@@ -177,6 +183,11 @@ def _catch_up(
         rule = rules + (since - first_step + 1).to(tl.int64) * _WIDTH
         decay = tl.load(rule + _DECAY)
         num_nodes = 0
+        if scales is not None:
+            for vector in tl.static_range(VECTORS):
+                scale = tl.load(scales + row * VECTORS + vector)
+                tl.store(scales + row * VECTORS + vector, scale - scale * decay)
+            decay = 0.0
         if exp_avg is not None:
             moments = tl.load(moments_step + row)
             num_nodes = tl.load(rule + _NUM_NODES).to(tl.int32)

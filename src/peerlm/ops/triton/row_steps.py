@@ -42,8 +42,10 @@ __all__ = [
 def update_rows(table: RowState, ids: Tensor | None, gradient_UX: Tensor, step: RowStep) -> None:
     """As `row_step.update_rows`; ids may be padded, by numbers out of range, and the gradient by anything.
 
-    Where moments do not age, or were stored one step ago, and are not row-wise, theirs are the definition's bits.
+    Where moments do not age, or were stored one step ago, and are not row-wise, theirs are the definition's bits. Rows
+    of 8 bits have no gradient to be given: `fused_update.update_by_gradients` makes their steps.
     """
+    assert table.scales is None
     count = len(table.rows) if ids is None else len(ids)
     length = row_length(table)
     if count == 0 or length == 0:
@@ -106,6 +108,19 @@ def _update_rows(
             mask = column < LEN
             gradient = tl.load(gradients + number * LEN + column, mask=mask, other=0.0).to(tl.float32)
             update_elements(
-                rows, exp_avg, exp_avg_sq, row * LEN, column, mask, gradient, second, key, shared, ROW_WISE, RANDOM
+                rows,
+                exp_avg,
+                exp_avg_sq,
+                row * LEN,
+                column,
+                mask,
+                gradient,
+                second,
+                key,
+                shared,
+                None,
+                None,
+                ROW_WISE,
+                RANDOM,
             )
         mark_updated(moments_step, weights_step, row, numbers)

@@ -10,6 +10,7 @@ from peerlm.serve.http import chat, completions, metrics, models, page, tokens
 from peerlm.serve.http.access_log import AccessLog
 from peerlm.serve.http.figures import HttpMetrics
 from peerlm.serve.http.gates import Keys, SafeHeaders, WholeBody
+from peerlm.serve.http.heads import Heads
 from peerlm.serve.http.problems import answer_problems
 from peerlm.serve.http.served import ServedModel
 from peerlm.serve.http.settings import HttpSettings
@@ -62,6 +63,7 @@ def create_app(
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
+    app.add_middleware(Heads, hosts=settings.hosts)
     app.add_middleware(SafeHeaders)
     app.add_middleware(AccessLog, write=log, metrics=served.metrics)
     return app

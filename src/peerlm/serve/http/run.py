@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peerlm.errors import UserError
@@ -11,6 +11,7 @@ from peerlm.evaluate.loading import default_context, load_model
 from peerlm.marks import AUTO, marks_of
 from peerlm.serve.engine import Engine
 from peerlm.serve.http.app import create_app
+from peerlm.serve.http.heads import is_loopback
 from peerlm.serve.http.server import Server, address_of, bind
 from peerlm.serve.http.settings import HttpSettings
 from peerlm.serve.http.texts import Texts
@@ -22,6 +23,8 @@ class ServeOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    allow_hosts: tuple[str, ...] = ()
+    """Names that clients use for this server; without any, an address of this machine alone has those of it alone."""
     packs: Mapping[str, Path] = field(default_factory=dict)
     """Folders of packs and adapters to load first, by name."""
     context: int | None = None
@@ -71,6 +74,8 @@ def serve_model(
                     engine.load(name, folder)
                 except ValueError as error:
                     raise UserError(f"--pack {name}={folder}: {error}") from error
+            if options.allow_hosts or is_loopback(address.getsockname()[0]):
+                settings = replace(settings, hosts=(options.host, *options.allow_hosts))
             app = create_app(engine, Texts(tokenizer, marks), settings, log=log)
             lines = greeting(address_of(address), settings, tuple(options.packs))
             server = Server(

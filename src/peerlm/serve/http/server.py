@@ -5,12 +5,14 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from peerlm.errors import UserError
+from peerlm.serve.http.connection import Connection
 from peerlm.serve.http.served import ServedModel
 
 _HEADER_BYTES = 64 * 1024
@@ -34,8 +36,14 @@ class Server(uvicorn.Server):
         drain_seconds: float = 60.0,
         on_start: Callable[[], object] = lambda: None,
     ) -> None:
+        connection = partial(
+            Connection,
+            head_seconds=served.settings.body_seconds,
+            stall_seconds=served.settings.deadline_seconds,
+        )
         config = uvicorn.Config(
             app,
+            http=connection,  # type: ignore[arg-type] # it is called, no more
             log_config=None,
             access_log=False,
             server_header=False,

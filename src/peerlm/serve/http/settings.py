@@ -18,7 +18,7 @@ class HttpSettings:
     """Folder that packs and adapters are loaded from over HTTP; None: none are."""
     max_body_bytes: int = 4 * 2**20
     body_seconds: float = 30.0
-    """How long a body may take to arrive."""
+    """How long the head of a request may take to arrive, and then its body."""
     max_new_tokens: int | None = None
     """Most tokens that a request may ask for; None: as many as the context has room for."""
     max_sequences: int = 128
@@ -27,5 +27,7 @@ class HttpSettings:
     """How long a request may take, its time in the queue included."""
     allow_origins: tuple[str, ...] = ()
     """Web sites, such as https://example.org, whose pages may use this server from a browser."""
+    hosts: tuple[str, ...] | None = None
+    """Names that this server has in addresses, besides those that mean this machine to itself; None: any."""
     log_prompts: bool = False
     """Whether the log has prompts and texts."""
