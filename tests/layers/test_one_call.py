@@ -50,9 +50,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = PEER._in_one_call
 
-    def counted(self: PEER, x: Tensor) -> Tensor | None:
-        y = real(self, x)
-        seen.extend([len(x)] if y is not None else [])
+    def counted(self: PEER, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        y = real(self, x, mask)
+        seen.extend([x.numel() // self.dim] if y is not None else [])
         return y
 
     monkeypatch.setattr(PEER, "_in_one_call", counted)
@@ -117,6 +117,32 @@ def test_it_steps_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == []
     layer.float()(x)
     assert seen == [2]
+
+
+@torch.no_grad()
+def test_tokens_and_their_mask_keep_their_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, seen = layer_of(), calls(monkeypatch)
+    x, mask = torch.randn(3, 1, 64), torch.ones(3, 1, dtype=torch.bool)
+    y = layer(x, mask)
+    assert y.shape == x.shape
+    assert torch.equal(y.view(3, 64), layer(x.view(3, 64)))
+    assert layer(torch.randn(64)).shape == (64,)
+    assert layer(torch.randn(0, 64)).shape == (0, 64)
+    assert seen == [3, 3, 1]
+
+
+@torch.no_grad()
+def test_arguments_that_do_not_fit_are_refused_as_elsewhere() -> None:
+    layer = layer_of()
+    layer(torch.randn(1, 64))
+    with pytest.raises(ValueError, match="its last dimension must be the layer's dim = 64"):
+        layer(torch.randn(2, 32))
+    with pytest.raises(ValueError, match=r"mask has shape \(2,\); for this x it must be \(1, 1\)"):
+        layer(torch.randn(1, 1, 64), torch.ones(2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"x has dtype torch\.int64"):
+        layer(torch.ones(1, 64, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"x has shape \(\)"):
+        layer(torch.tensor(1.0))
 
 
 @torch.no_grad()

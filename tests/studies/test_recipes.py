@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import yaml
 
@@ -45,6 +46,13 @@ def test_the_head_of_a_task_names_its_data_and_how_to_give_them(path: Path) -> N
     head = "".join(line for line in text.splitlines() if line.startswith("#"))
     assert files in head
     assert "--task-data" in head
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "piqa", "boolq"])
+def test_questions_are_asked_as_published_figures_ask_them(name: str) -> None:
+    task = yaml.safe_load((ROOT / f"recipes/tasks/{name}.yaml").read_text(encoding="utf-8"))
+    asked = jinja2.Template(task["doc_to_text"]).render(query="Question: dresser\n")
+    assert asked == "Question: dresser\nAnswer:"  # as lm-eval's own tasks: the choice follows after a space
 
 
 @pytest.mark.parametrize("section", OF_A_RECIPE, ids=lambda section: section.title)

@@ -58,6 +58,15 @@ def test_a_method_of_a_comparison_may_have_one(tmp_path: Path) -> None:
     assert PRESETS["tuned"]["model"]["peer"]["heads"] == 1
 
 
+def test_few_experts_are_a_quarter_of_the_tuned_ones_from_a_table_four_times_as_large() -> None:
+    few, tuned = PRESETS["few-experts"]["model"]["peer"], PRESETS["tuned"]["model"]["peer"]
+    assert (few["experts_per_head"], few["num_experts"]) == (16, 512**2)
+    assert (tuned["experts_per_head"], tuned["num_experts"]) == (64, 256**2)
+    names = "experts_per_head", "num_experts"
+    assert merge(few, {name: tuned[name] for name in names}) == tuned
+    assert merge(PRESETS["few-experts"], {"model": PRESETS["tuned"]["model"]}) == PRESETS["tuned"]
+
+
 def test_presets_are_settings_of_the_layer() -> None:
     layer = PEER(8, **merge(PRESETS["tuned"]["model"]["peer"], {"num_experts": 64**2}))
     assert layer.weight_scale == 256.0
@@ -71,5 +80,5 @@ def test_a_preset_that_is_not_there_is_named(tmp_path: Path, where: str) -> None
     path = recipe(tmp_path, "" if where else 'preset = "best"')
     if where:
         path.write_text(path.read_text() + '[methods.PEER]\npreset = "best"\n')
-    with pytest.raises(UserError, match=f"^{where}preset = 'best': choose from paper, tuned$"):
+    with pytest.raises(UserError, match=f"^{where}preset = 'best': choose from paper, tuned, few-experts$"):
         load_plan(path)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from peerlm import __version__
-from peerlm.cli.root import DocumentStart, Json, Run, app
+from peerlm.cli.root import DocumentStart, Json, PackFolders, Run, app
 from peerlm.cli.show import STDOUT, show
 from peerlm.errors import UserError
 from peerlm.terminal import VALUE, print_table
@@ -19,6 +19,7 @@ from peerlm.terminal import VALUE, print_table
     examples=[
         "peerlm inspect runs/a --text book.txt --output experts.html",
         "peerlm inspect runs/a --text book.txt --knock-out 1:123 --boost 1:77=2",
+        "peerlm inspect my-model --text manual.txt --pack learned/stages/1-docs/pack --output pack.html",
     ]
 )
 def inspect(
@@ -29,6 +30,7 @@ def inspect(
     shown: Annotated[int, typer.Option(help="Tokens at the start that the page shows one by one.")] = 512,
     context: Annotated[int | None, typer.Option(help="Tokens read at once; default: as trained.")] = None,
     document_start: DocumentStart = "auto",
+    pack: PackFolders = [],  # noqa: B006
     experts: Annotated[int, typer.Option(help="Experts of each layer that the page holds, those that write most.")] = (
         16384
     ),
@@ -58,7 +60,14 @@ def inspect(
     output = output or Path("inspect.html")
     if wanted:
         figures = change_of_edits(
-            run, text, wanted, limit=limit, context=context, document_start=document_start, progress=progress
+            run,
+            text,
+            wanted,
+            limit=limit,
+            context=context,
+            document_start=document_start,
+            packs=pack,
+            progress=progress,
         )
     else:
         figures = inspect(
@@ -70,6 +79,7 @@ def inspect(
             shown=shown,
             context=context,
             document_start=document_start,
+            packs=pack,
             experts=experts,
             edits=edits,
             progress=progress,

@@ -315,6 +315,7 @@ def plan(
         "peerlm neurons runs/dense --text book.txt --output runs/neurons",
         "peerlm neurons runs/dense --data data/demo --output runs/neurons",
         "peerlm neurons runs/dense --data data/demo --output runs/b --finetune 0.2",
+        "peerlm neurons my-llama --text book.txt --output out --context 512 --windows 16 --share 0.4 --share 0.5",
     ]
 )
 def neurons(
@@ -325,6 +326,13 @@ def neurons(
     heads: Annotated[int, typer.Option(help="Heads of each index.")] = 8,
     key_dim: Annotated[int, typer.Option(help="Size of a head's query.")] = 16,
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows to measure on.")] = 128,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window; default: as trained.")] = None,
+    share: Annotated[
+        list[float] | None, typer.Option(help="Share of neurons to measure, above 0, at most 1; repeatable.")
+    ] = None,
+    fit_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens to learn from; each takes width x 4 bytes of memory a layer.")
+    ] = 65536,
     fit_steps: Annotated[int, typer.Option(min=0, help="Batches from which each index is learned.")] = 300,
     finetune: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Finetune with this share of the neurons, not the report.")
@@ -342,6 +350,8 @@ def neurons(
         "data": data,
         "settings": {"heads": heads, "key_dim": key_dim},
         "windows": windows,
+        "context": context,
+        "fit_tokens": fit_tokens,
         "fit_steps": fit_steps,
         "progress": json_file != STDOUT,
     }
@@ -351,7 +361,7 @@ def neurons(
         shown = ["perplexity", "train_tokens", "total_parameters", "seconds"]
         result: object = rows
     else:
-        report = measure_neurons(run, output, **options)
+        report = measure_neurons(run, output, **(options | ({"shares": share} if share else {})))
         columns = {f"{row['retrieval']} {row['share']:.0%}": row for row in report["rows"]}
         shown = ["perplexity", "dense_perplexity", "flops_per_token"]
         result = report

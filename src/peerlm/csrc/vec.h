@@ -178,12 +178,17 @@ PEERLM_INLINE vf sums(vf* rows) {
   return out;
 }
 #else
-// Two vectors whose halves of blocks of 2 * HALF lanes are summed become one.
+// Two vectors whose halves of blocks of 2 * HALF lanes are summed become one. Half of the lanes stay where they are: that
+// is a blend, which has more units than a permutation.
 template <int HALF>
 PEERLM_INLINE vf halves(vf a, vf b) {
-  vi low = {};
-  for (int i = 0; i < LANES; ++i) low[i] = i % (2 * HALF) < HALF ? i : LANES + i - HALF;
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + HALF);
+  vi here = {}, there = {};
+  for (int i = 0; i < LANES; ++i) {
+    const bool first = i % (2 * HALF) < HALF;
+    here[i] = first ? i : LANES + i;
+    there[i] = first ? i + HALF : LANES + i - HALF;
+  }
+  return __builtin_shuffle(a, b, here) + __builtin_shuffle(a, b, there);
 }
 
 // Element i is the sum of vector i of LANES.
@@ -202,6 +207,17 @@ PEERLM_INLINE vf sums(vf* rows) {
 #endif
 
 PEERLM_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+
+PEERLM_INLINE vf sqrt(vf v) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_sqrt_ps((__mmask16)-1, (__m512)v);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < LANES; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
 
 // Bit i is set where a[i] >= b[i].
 PEERLM_INLINE uint32_t at_least(vf a, vf b) {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peerlm.evaluate.likelihood import Report, silent
 from peerlm.interpret.contexts import TopContexts
+from peerlm.interpret.gates import watching_gates
 from peerlm.interpret.inspected import InspectedLayer
 from peerlm.interpret.lens import Readout, measuring_scale
 from peerlm.interpret.windows import read_windows, window_nats
@@ -172,14 +173,16 @@ def collect(
     ) -> None:
         x = args[0] if args else kwargs["x"]
         weights, ids = (part.reshape(-1, *part.shape[-2:]) for part in output)
-        record.add(layer, x.reshape(len(ids), -1), weights, ids, torch.arange(done, done + len(ids)))
+        tokens = opened.of(layer, len(ids))
+        weights = weights * tokens.gate.to(weights)[:, None, None]
+        record.add(layer, x.reshape(len(ids), -1), weights, ids, done + tokens.tokens)
 
     handles = [
         layer.index.register_forward_hook(partial(watch, layer, record), with_kwargs=True)
         for layer, record in zip(layers, records, strict=True)
     ]
     try:
-        with measuring_scale(readout) as scale:
+        with measuring_scale(readout) as scale, watching_gates(layers) as opened:
             for positions, logits in read_windows(model, tokens, context=context, report=report):
                 nats[positions] = window_nats(logits, tokens[positions])
                 done = int(positions[-1, -1]) + 1

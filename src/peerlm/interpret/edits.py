@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peerlm.errors import UserError
 from peerlm.evaluate.likelihood import Report, check_context, device_of, last_logits, silent
 from peerlm.evaluate.run import TOKENS_PER_PASS
+from peerlm.interpret.gates import OpenedTokens, watching_gates
 from peerlm.interpret.inspected import InspectedLayer, find_inspected_layer, find_inspected_layers
 from peerlm.interpret.windows import window_nats, windows_of
 from peerlm.layers.modes import evaluating
@@ -64,21 +65,32 @@ def edit(model: nn.Module, layer: int | str, expert: int, factor: float) -> Iter
 @contextmanager
 def _scaled(layer: InspectedLayer, expert_B: Tensor, factor_B: Tensor) -> Iterator[None]:
     """Multiply the weights of expert b by factor b in sequence b of each batch; with a single b in all sequences."""
-    handle = layer.index.register_forward_hook(partial(_scale_weights, expert_B, factor_B))
-    try:
-        yield
-    finally:
-        handle.remove()
+    with watching_gates([layer]) as opened:
+        handle = layer.index.register_forward_hook(partial(_scale_weights, layer, opened, expert_B, factor_B))
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def _scale_weights(
-    expert_B: Tensor, factor_B: Tensor, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]
+    layer: InspectedLayer,
+    opened: OpenedTokens,
+    expert_B: Tensor,
+    factor_B: Tensor,
+    module: nn.Module,
+    args: Any,
+    output: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     weights, ids = output
-    by_sequence = ids.view(len(expert_B), -1)  # tokens of a sequence follow each other, flattened or not
-    hit = by_sequence == expert_B.to(ids.device)[:, None]
-    factor = factor_B.to(weights)[:, None]
-    return torch.where(hit, weights.view_as(by_sequence) * factor, weights.view_as(by_sequence)).view_as(weights), ids
+    by_token = ids.flatten(0, -3)
+    tokens = opened.of(layer, len(by_token))
+    # Tokens of a sequence follow each other, flattened or not, and sequences are equally long.
+    sequence_T = tokens.tokens * len(expert_B) // tokens.total
+    hit = by_token == expert_B[sequence_T].to(ids.device)[:, None, None]
+    factor = factor_B[sequence_T].to(weights)[:, None, None]
+    scaled = weights.view_as(by_token)
+    return torch.where(hit, scaled * factor, scaled).view_as(weights), ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +188,7 @@ def _fired_experts(
     model: nn.Module, layers: Sequence[InspectedLayer], input_ids: Tensor
 ) -> tuple[dict[int, set[int]], Tensor]:
     """The experts that each layer retrieves in a window, by the layer's number, and the logits."""
-    fired: dict[int, set[int]] = {}
+    fired: dict[int, set[int]] = {layer.number: set() for layer in layers}  # none where a pack says nothing
 
     def keep(number: int, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
         fired[number] = set(output[1].unique().tolist())

@@ -15,6 +15,7 @@ from peerlm.growth.indexed import IndexedLayer, indexed_layers
 from peerlm.layers import PEER, ProductKeyMemory
 from peerlm.ops.functions import ACTIVATIONS
 from peerlm.ops.pairing import PAIRINGS
+from peerlm.packs.beside import PackBeside
 
 GATHERED_NUMBERS = 2**24
 """Entries of rows that are gathered at a time: 64 MiB in float32."""
@@ -25,15 +26,19 @@ class InspectedLayer(IndexedLayer):
     """One layer whose experts are looked at. An expert adds `strength * v` to the layer's output.
 
     In PEER the strength is weight * act(u . x), gated: weight * (u . x) * act(g . x); in product-key memory, whose
-    experts are its values, it is the weight. `weight_scale` is part of the weight.
+    experts are its values, it is the weight. `weight_scale` is part of the weight, and so is the gate of a pack.
     """
 
     number: int
     """By which a user names the layer; see `find_inspected_layers`."""
+    pack: PackBeside | None = None
+    """The part of a pack whose layer this is, behind a gate; otherwise None."""
 
     @property
     def kind(self) -> str:
-        """What the layer is called: "PEER" or "product-key memory"."""
+        """What the layer is called: "PEER", "PEER of a pack" or "product-key memory"."""
+        if self.pack is not None:
+            return "PEER of a pack"
         return "PEER" if isinstance(self.module, PEER) else "product-key memory"
 
     @property
@@ -98,13 +103,14 @@ def find_inspected_layers(model: nn.Module) -> list[InspectedLayer]:
     """The PEER layers and product-key memories of a model, in its order.
 
     A layer's number is the first number in its module's path, the block's; where these are missing or not distinct,
-    layers are counted from 0. Raises UserError where there are none, or values go through a gate.
+    layers are counted from 0. Packs beside feed-forward layers are such layers. Raises UserError where there are none,
+    values go through a gate, or packs are loaded into PEER layers.
     """
     found = indexed_layers(model)
     if not found:
         raise UserError(
             f"{type(model).__name__} has no PEER layer and no product-key memory, so that there are no experts to look "
-            "at; name a model that has one, or `peerlm convert` it"
+            "at; name a model that has one, a pack with --pack, or `peerlm convert` it"
         )
     for layer in found:
         if isinstance(layer.module, ProductKeyMemory) and layer.module.gated:
@@ -112,12 +118,19 @@ def find_inspected_layers(model: nn.Module) -> list[InspectedLayer]:
                 f"the values of {layer.name} go through a gate, so that what one adds depends on the token: inspect a "
                 "model of PEER or of memories with gated = false"
             )
+        if isinstance(layer.module, PEER) and layer.module.packs is not None:
+            raise UserError(
+                f"{layer.name} has packs, whose experts share its places with its own: inspect the model without them"
+            )
     blocks = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer.name) for layer in found]
     numbers = [int(match[1]) for match in blocks if match]
     if len(set(numbers)) < len(found):
         numbers = list(range(len(found)))
+    packs: dict[nn.Module, PackBeside] = {
+        module.peer: module for module in model.modules() if isinstance(module, PackBeside)
+    }
     return [
-        InspectedLayer(number=number, name=layer.name, module=layer.module)
+        InspectedLayer(number=number, name=layer.name, module=layer.module, pack=packs.get(layer.module))
         for number, layer in zip(numbers, found, strict=True)
     ]
 

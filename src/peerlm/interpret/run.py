@@ -48,6 +48,7 @@ def inspect(
     experts: int = 16384,
     edits: int = 64,
     document_start: str = AUTO,
+    packs: Sequence[str | Path] = (),
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def inspect(
         experts: how many of each layer the page holds one by one, those that write most.
         edits: experts, over all layers, that are knocked out and doubled in the shown tokens; 0 leaves that out.
         document_start: what stands before each document: "auto", "none" or a token (see `peerlm.marks`).
+        packs: folders of packs to load beside the model's feed-forward layers; their experts are looked at too.
         overwrite: whether a page that is there is replaced.
         progress: whether to show on stderr how far it is.
 
@@ -80,7 +82,7 @@ def inspect(
         raise UserError(f"{output} cannot be written: name a file in a folder that exists")
     if output is not None and Path(output).exists() and not overwrite:
         raise UserError(f"{output} exists already: name another file with --output, or replace it with --overwrite")
-    model, tokenizer, layers, tokens, context, begins = _open(path, text, context, limit, document_start)
+    model, tokenizer, layers, tokens, context, begins = _open(path, text, context, limit, document_start, packs)
     readout = find_readout(model)
     shown = min(shown, len(tokens))
     with progress_bar(shown=progress) as bar:
@@ -161,12 +163,13 @@ def change_of_edits(
     limit: int = 65536,
     context: int | None = None,
     document_start: str = AUTO,
+    packs: Sequence[str | Path] = (),
     progress: bool = True,
 ) -> dict[str, Any]:
     """What all these edits together change in a text.
 
     Args:
-        path, text, limit, context, document_start, progress: as of `inspect`.
+        path, text, limit, context, document_start, packs, progress: as of `inspect`.
         edits: experts and factors, applied at the same time.
 
     Returns:
@@ -181,7 +184,7 @@ def change_of_edits(
         raise UserError("there are no edits; name at least one expert")
     if limit < 2:
         raise UserError(f"limit is {limit}; it must be at least 2")
-    model, tokenizer, layers, tokens, context, begins = _open(path, text, context, limit, document_start)
+    model, tokenizer, layers, tokens, context, begins = _open(path, text, context, limit, document_start, packs)
     for item in edits:
         find_inspected_layer(layers, item.layer, item.expert)
     sums = torch.zeros(2, dtype=torch.float64)
@@ -241,13 +244,18 @@ def _changed_places(
 
 
 def _open(
-    path: str | Path, text: str | Path, context: int | None, limit: int, document_start: str
+    path: str | Path,
+    text: str | Path,
+    context: int | None,
+    limit: int,
+    document_start: str,
+    packs: Sequence[str | Path],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[InspectedLayer], Tensor, int, str | None]:
     """The model, its tokenizer, layers with experts, the text's first tokens, the context, what begins a document."""
     fields = fields_of(Path(text))
     if fields == PASSAGE:
         raise UserError(f"{text} holds passages and no documents; name a text, JSONL or parquet file of documents")
-    model, tokenizer = load_model(path)
+    model, tokenizer = load_model(path, packs)
     layers = find_inspected_layers(model)
     context = default_context(path, model) if context is None else context
     check_context(model, context)

@@ -11,11 +11,13 @@ FEW_TOKENS = 4
 
 
 def nobody_looks_on(*modules: nn.Module) -> bool:
-    """Whether no gradient is wanted, and no hook, tracer, mode or autocast sees or changes what these modules do."""
+    """Whether no gradient is wanted, and no hook, tracer, mode or autocast sees or changes what these modules do.
+
+    torch.compile is asked for before.
+    """
     return not (
         torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch.is_autocast_enabled("cpu")
@@ -28,7 +30,7 @@ def where(tensors: Sequence[Tensor | None]) -> list[object]:
     """Where tensors lie, and the dtype of the first; whoever casts a module casts all of them."""
     first = tensors[0]
     dtype = None if first is None else first.dtype
-    return [dtype, *(None if tensor is None else tensor.data_ptr() for tensor in tensors)]
+    return [dtype, *[None if tensor is None else tensor.data_ptr() for tensor in tensors]]
 
 
 class Prepared:

@@ -22,6 +22,11 @@ class PEER(RetrievalLayer):
     A drop-in for a transformer's feed-forward layer: y = sum over heads and retrieved experts of weight *
     act(u . x) * v. The defaults are the paper's. The paper does not state key_dim or the activation.
 
+    Small models learn more from one head of small keys: heads=1, key_dim=32, shared_keys=False, key_norm=True,
+    activation="one_plus", weight_scale=256. With these, 16 experts of 512**2 read a quarter of the bytes of 64 of
+    256**2 for about the same loss, and 32 of 512**2 have the lowest loss. docs/frontier.md says which setting for which
+    purpose, and when not to use this layer; recipes have these settings as `preset = "few-experts"` and "tuned".
+
     With a `row_dim` below `dim` experts are narrower than the model: u and v have row_dim entries, and y = W_out sum of
     weight * act(u . W_in x) * v, with two maps that all experts share. So a token reads fewer bytes, and the same
     memory holds more experts. Queries are made of x as it is.
@@ -142,18 +147,23 @@ class PEER(RetrievalLayer):
 
         Padding is mapped as well, but does not enter the statistics of a query BatchNorm.
         """
+        if (y := self._in_one_call(x, mask)) is not None:
+            return y
         x_TD, _ = flatten_tokens(x, mask, self.dim)
-        if (y := self._in_one_call(x_TD)) is not None:
-            return y.view(x.shape)
         packs = self.packs
         weights, expert_ids = self.retrieve(x, mask) if packs is None else packs(x, mask, self.product_keys)
         mix = self.experts if packs is None else partial(packs.mix, self.experts)
         y_TD = self.out_proj(mix(self.in_proj(x_TD), *self.per_token(weights, expert_ids)))
         return y_TD.to(x.dtype).view(x.shape)
 
-    def _in_one_call(self, x_TD: Tensor) -> Tensor | None:
-        """What the layer makes of a few tokens where no gradient is wanted and nothing else looks on; or None."""
-        if self.training or torch.compiler.is_compiling() or len(x_TD) > FEW_TOKENS or self.packs is not None:
+    def _in_one_call(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What the layer makes of a few tokens where no gradient is wanted and nothing else looks on; or None.
+
+        What else may be wrong with the arguments is found without it.
+        """
+        if self.training or torch.compiler.is_compiling() or x.numel() > FEW_TOKENS * self.dim:
+            return None
+        if self._modules["packs"] is not None or (mask is not None and mask.shape != x.shape[:-1]):
             return None
         experts, product_keys = self.experts, self.product_keys
         if experts.dim != self.dim:
@@ -166,7 +176,7 @@ class PEER(RetrievalLayer):
         if prepared.state != state:
             prepared.call = experts.whole_layer(weight_scale=self.weight_scale, **product_keys.of_one_call())
             prepared.state = state
-        return None if prepared.call is None else prepared.call(x_TD)
+        return None if prepared.call is None else prepared.call(x)
 
     @property
     def parameters_per_expert(self) -> int:

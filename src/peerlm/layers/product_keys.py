@@ -195,9 +195,9 @@ class ProductKeys(nn.Module):
         query_proj, norm = modules["query_proj"], modules["query_norm"]
         if type(query_proj) is not QueryMap or type(norm) not in (QueryBatchNorm, nn.LayerNorm, nn.Identity):
             return None
-        if self._buffers["opening"] is not None:
+        sub_keys = self._parameters.get("sub_keys")
+        if sub_keys is None or self._buffers["opening"] is not None:
             return None
-        sub_keys: Tensor = self.sub_keys
         query_map = query_proj._parameters["weight"]
         tensors = [sub_keys, query_map, *norm._parameters.values(), *norm._buffers.values()]
         settings = self.experts_per_head, self.weighting, self.pairing, self.key_norm

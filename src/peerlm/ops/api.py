@@ -321,7 +321,7 @@ def mix_experts(
 
 
 def whole_layer(layer: WholeLayer, *, backend: str = "auto") -> Callable[[Tensor], Tensor | None] | None:
-    """What makes of a few tokens x (T, D) the layer's output, without gradients, in one call; None where none does.
+    """What makes of a few tokens x (..., D) the layer's output, without gradients, in one call; None where none does.
 
     It is what `linear`, the norm, `retrieve` and `mix_experts` make together, but for rounding. It gives None for
     tokens that it does not take, too many among them, and reads the layer's tensors where they are now.

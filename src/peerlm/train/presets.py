@@ -6,6 +6,16 @@ from typing import Any
 
 from peerlm.errors import UserError
 
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain values with changes, section by section; neither is changed."""
+    merged = dict(base)
+    for key, value in changes.items():
+        inner = merged.get(key)
+        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # He 2024, section 3.1; where the model does not say which layers are PEER, the middle one is, as in the paper.
     "paper": {
@@ -44,6 +54,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Sections of a recipe by the preset's name."""
 
+# About the loss of "tuned", for a quarter of the bytes of rows and four times the memory (docs/frontier.md).
+PRESETS["few-experts"] = merge(PRESETS["tuned"], {"model": {"peer": {"num_experts": 512**2, "experts_per_head": 16}}})
+
 
 def with_preset(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested plain values on top of the preset that their key `preset` names; the key is gone.
@@ -57,12 +70,3 @@ def with_preset(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     if name not in PRESETS:
         raise UserError(f"{prefix}preset = {name!r}: choose from {', '.join(PRESETS)}")
     return merge(copy.deepcopy(PRESETS[name]), values)
-
-
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested plain values with changes, section by section; neither is changed."""
-    merged = dict(base)
-    for key, value in changes.items():
-        inner = merged.get(key)
-        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return merged

@@ -13,6 +13,7 @@ from rich.progress import Progress, TaskID
 from torch import nn
 
 from peerlm.accounting import model_cost
+from peerlm.convert.insertion import FFWSite, put_in_place
 from peerlm.convert.neurons.layer import NeuronLayer
 from peerlm.errors import TrainingStopped, UserError
 from peerlm.evaluate import held_out_loss
@@ -52,15 +53,17 @@ def finetune_neurons(
     fit_tokens: int = 65536,
     fit_steps: int = 300,
     windows: int = 128,
+    context: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train the whole model on for some FLOPs from each start, and measure its perplexity on held-out windows.
 
     Starts: "neurons", all dense layers as retrieved neurons under learned indices; "random", the same layers with
-    random indices and neurons, the rest of the model as it was; "dense", the model itself. Each budget is a run of its
-    own with a schedule of its own: AdamW (0.9, 0.98), weight decay 0.01, 5% warmup, cosine to 10%, clip 1, 8 windows a
-    step, which all starts see in the same order.
+    random indices and neurons, the rest of the model as it was; "dense", the model itself. Random neurons have the
+    output scale that a new model of our own has at that layer, and 1 in a model of another kind. Each budget is a run
+    of its own with a schedule of its own: AdamW (0.9, 0.98), weight decay 0.01, 5% warmup, cosine to 10%, clip 1, 8
+    windows a step, which all starts see in the same order.
 
     Each run is a row of OUTPUT/finetune.jsonl and is not made again.
 
@@ -69,7 +72,8 @@ def finetune_neurons(
         flops: budgets, in training FLOPs as `peerlm.accounting` counts them; learning the indices is not in them.
         learning_rates: peaks to try; with 0 FLOPs there is one row for all.
         starts: which of `STARTS`.
-        run, output, text, data, settings, fit_tokens, fit_steps, windows, seed, progress: as `measure_neurons`.
+        run, output, text, data, settings, fit_tokens, fit_steps, windows, context, seed, progress: as
+            `measure_neurons`.
 
     Returns:
         The rows, in the order of starts, budgets and rates.
@@ -82,7 +86,7 @@ def finetune_neurons(
     for start in starts:
         if start not in STARTS:
             raise UserError(f"there is no start {start!r}; choose from {', '.join(STARTS)}")
-    setup = load_setup(run, text=text, data=data, settings=settings)
+    setup = load_setup(run, text=text, data=data, settings=settings, context=context)
     rows_path = output / "finetune.jsonl"
     common = {"settings": settings, "fit_tokens": fit_tokens, "fit_steps": fit_steps, "windows": windows, "seed": seed}
     points = {
@@ -131,11 +135,13 @@ def _start(setup: NeuronSetup, learned: Mapping[str, NeuronLayer], start: str, s
         if isinstance(block, PeerDecoderLayer)
         for path, scale in block.ffw_scales.items()
     }
+    copies: dict[FFWSite, nn.Module] = {}
     for path, layer in learned.items():
         copy = deepcopy(layer)
         if start == "random":
-            copy.reset_parameters(output_scale=scales[path])
-        model.set_submodule(path, copy)
+            copy.reset_parameters(output_scale=scales.get(path, 1.0))
+        copies[setup.sites[path]] = copy
+    put_in_place(model, copies)
     return model
 
 

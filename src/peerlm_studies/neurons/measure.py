@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from peerlm.accounting import model_cost
 from peerlm.convert.neurons.index import relative_error
 from peerlm.convert.neurons.layer import NeuronLayer, neuron_layer
-from peerlm.convert.neurons.weights import Neurons, neurons_of
+from peerlm.convert.neurons.weights import Neurons
+from peerlm.errors import UserError
 from peerlm.evaluate import held_out_loss
 from peerlm.evaluate.progress import progress_bar
 from peerlm.files import write_json
@@ -53,6 +54,25 @@ class ImportantNeurons(nn.Module):
         return torch.ones_like(importance)[..., None, :], ids[..., None, :]
 
 
+class WholeLayer(nn.Module):
+    """A layer of retrieved neurons computed from all of them, those not retrieved times zero: equal to rounding.
+
+    For many tokens on a CPU this is several times as fast as gathering a large share of the rows for each.
+    """
+
+    def __init__(self, layer: NeuronLayer):
+        super().__init__()
+        self.layer = layer
+        self.neurons = layer.neurons()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map x (..., dim) to (..., dim)."""
+        x_TD = x.flatten(0, -2)
+        activations_TN = self.neurons.activations(x_TD) * self.layer.retrieved_mask(x_TD)
+        y_TD = activations_TN @ self.neurons.up + (self.layer.output_bias + self.layer.mean_rest).to(x.dtype)
+        return y_TD.view(x.shape)
+
+
 def measure_neurons(
     run: str | Path,
     output: Path,
@@ -64,6 +84,7 @@ def measure_neurons(
     fit_tokens: int = 65536,
     fit_steps: int = 300,
     windows: int = 128,
+    context: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -78,7 +99,7 @@ def measure_neurons(
     Each measurement is a row of OUTPUT/rows.jsonl and is not made again. OUTPUT also gets report.json and neurons.png.
 
     Args:
-        run, text, data: as `load_setup`.
+        run, text, data, context: as `load_setup`.
         output: folder to write.
         shares: shares of the neurons to retrieve.
         settings: of `NeuronLayer`, other than the share.
@@ -92,10 +113,13 @@ def measure_neurons(
         What report.json holds: dense perplexity, rows, and for each way to retrieve the smallest shares.
 
     Raises:
-        UserError: as `load_setup`, or an index that cannot be learned.
+        UserError: as `load_setup`, an impossible share, or an index that cannot be learned.
     """
+    for share in shares:
+        if not 0 < share <= 1:
+            raise UserError(f"share is {share}; it is the share of neurons that a token retrieves: 0 < share <= 1")
     settings = dict(settings or {})
-    setup = load_setup(run, text=text, data=data, settings=settings)
+    setup = load_setup(run, text=text, data=data, settings=settings, context=context)
     rows_path = output / "rows.jsonl"
     common = {"settings": settings, "fit_tokens": fit_tokens, "fit_steps": fit_steps, "windows": windows, "seed": seed}
     points = {
@@ -163,16 +187,18 @@ def _measure(
     for key, (retrieval, share) in points.items():
         layers = {}
         torch.manual_seed(seed)
-        for path, dense in setup.layers.items():
-            layer = learned[path] if retrieval == "learned" else neuron_layer(neurons_of(dense), settings)
+        for path, neurons in setup.layers.items():
+            layer = learned[path] if retrieval == "learned" else neuron_layer(neurons, settings)
             layer.share = share
             if retrieval == "oracle":
                 layer.index = ImportantNeurons(layer.neurons(), layer.index.retrieved)  # type: ignore[assignment]
             layer.center(inputs[path][:CENTER_TOKENS])
             layers[path] = layer
-        errors = {path: relative_error(layers[path], setup.layers[path], held_out_inputs[path]) for path in layers}
-        with replaced(setup.model, layers):
+        computed = {path: WholeLayer(layer) for path, layer in layers.items()}
+        errors = {path: relative_error(computed[path], setup.layers[path], held_out_inputs[path]) for path in layers}
+        with replaced(setup, computed):
             loss = loss_of()
+        with replaced(setup, layers):
             cost = model_cost(setup.model, setup.context)
         yield {
             "key": key,

@@ -14,10 +14,13 @@ from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from peerlm.convert.ffws import find_ffws
+from peerlm.convert.insertion import FFWSite, check_replaceable, put_back, put_in_place, replaced_modules
 from peerlm.convert.neurons.fit import collect_inputs
 from peerlm.convert.neurons.index import fit_index
 from peerlm.convert.neurons.layer import NeuronLayer, neuron_layer
-from peerlm.convert.neurons.weights import neurons_of
+from peerlm.convert.neurons.weights import Neurons
+from peerlm.convert.record import conversion_of
 from peerlm.data import TokenShards, TokenWindows, window_order
 from peerlm.data.manifest import file_sha256
 from peerlm.errors import UserError
@@ -26,7 +29,6 @@ from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.likelihood import check_context
 from peerlm.evaluate.loading import default_context, model_folder
 from peerlm.evaluate.windows import text_windows
-from peerlm.layers import DenseFFW
 from peerlm.marks import Marks, marks_of
 
 HELD_OUT_PART = 5
@@ -40,8 +42,12 @@ class NeuronSetup:
 
     model: PreTrainedModel
     """On its device, in evaluation mode."""
-    layers: dict[str, DenseFFW]
-    """Its dense feed-forward layers by their path."""
+    layers: dict[str, Neurons]
+    """The neurons of its dense feed-forward layers by the layers' paths; views of its weights."""
+    sites: dict[str, FFWSite]
+    """Where these layers stand."""
+    readers: dict[str, str]
+    """The path of the map in each layer that reads first: what it reads is the layer's input."""
     train: Windows
     """Windows to learn from."""
     heldout: Windows
@@ -53,35 +59,42 @@ class NeuronSetup:
 
 
 def load_setup(
-    run: str | Path, *, text: Sequence[str | Path] = (), data: str | Path | None = None, settings: Mapping[str, Any]
+    run: str | Path,
+    *,
+    text: Sequence[str | Path] = (),
+    data: str | Path | None = None,
+    settings: Mapping[str, Any],
+    context: int | None = None,
 ) -> NeuronSetup:
     """Read a model and its text.
 
     Args:
-        run: a run, or a folder of a saved model, of our own architecture.
+        run: a run, or a folder of any causal language model of transformers with dense feed-forward layers.
         text: text, JSONL or parquet files; the last fifth of their windows is held out.
         data: or a prepared folder, with its own held-out split.
         settings: of `NeuronLayer`; wrong ones are found here, before anything is measured.
+        context: tokens of a window; default: as trained.
 
     Raises:
-        UserError: no model, no dense layers in it, no text or too little, both or neither of text and data, or a
-            setting that no layer has.
+        UserError: no model, no dense layers in it or some that cannot be replaced, no text or too little, both or
+            neither of text and data, or a setting that no layer has.
     """
     if bool(text) == (data is not None):
         raise UserError("name text files or one prepared folder: exactly one of --text and --data")
     model, tokenizer = load_model(run)
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, DenseFFW)}
-    if not layers:
-        raise UserError(
-            f"{run} has no dense feed-forward layers of peerlm's own, whose neurons could be retrieved; name a run "
-            'that was trained with model.ffw_layers = "dense"'
-        )
+    if conversion_of(model) is not None:
+        raise UserError(f"{run} is converted; name the model that it was made from, whose layers are all dense")
     try:
-        for layer in layers.values():
-            neuron_layer(neurons_of(layer), settings)
+        ffws = find_ffws(model)
+        sites = {ffw.path: FFWSite.of(ffw) for ffw in ffws}
+        for site in sites.values():
+            check_replaceable(site)
+        layers = {ffw.path: ffw.neurons() for ffw in ffws}
+        for neurons in layers.values():
+            neuron_layer(neurons, settings)
     except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
-    context = default_context(run, model)
+        raise UserError(f"the neurons of {run} cannot be retrieved: {error}") from error
+    context = default_context(run, model) if context is None else context
     check_context(model, context)
     train: Windows
     heldout: Windows
@@ -102,7 +115,16 @@ def load_setup(
         "text": text_digest,
         "context": context,
     }
-    return NeuronSetup(model=model, layers=layers, train=train, heldout=heldout, context=context, identity=identity)
+    return NeuronSetup(
+        model=model,
+        layers=layers,
+        sites=sites,
+        readers={ffw.path: ffw.down.path for ffw in ffws},
+        train=train,
+        heldout=heldout,
+        context=context,
+        identity=identity,
+    )
 
 
 def _text_windows(
@@ -131,7 +153,8 @@ def draw_windows(windows: Windows, number: int, *, seed: int, start: int = 0) ->
 def layer_inputs(setup: NeuronSetup, input_ids: Tensor) -> dict[str, Tensor]:
     """What each dense layer of the model reads on windows (number, context): (tokens, dim) by path."""
     samples = ({"input_ids": batch, "use_cache": False} for batch in input_ids.split(WINDOWS_PER_PASS))
-    return collect_inputs(setup.model, setup.layers, samples, max_tokens=input_ids.numel())
+    readers = {path: setup.model.get_submodule(reader) for path, reader in setup.readers.items()}
+    return collect_inputs(setup.model, readers, samples, max_tokens=input_ids.numel())
 
 
 def fitted_layers(
@@ -149,8 +172,8 @@ def fitted_layers(
         UserError: an activation or a loss was not finite.
     """
     layers = {}
-    for path, dense in setup.layers.items():
-        layer = neuron_layer(neurons_of(dense), settings)
+    for path, neurons in setup.layers.items():
+        layer = neuron_layer(neurons, settings)
         task = bar.add_task(f"index of {path}", total=steps)
         try:
             fit_index(layer, inputs[path], steps=steps, seed=seed, report=partial(_advance, bar, task))
@@ -165,13 +188,11 @@ def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
 
 
 @contextmanager
-def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within this context these modules stand at their paths; on exit those that were there before do again."""
-    before = {path: model.get_submodule(path) for path in layers}
+def replaced(setup: NeuronSetup, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within this context these layers stand in place of the model's own at their paths; on exit those do again."""
+    before = replaced_modules(setup.model, [setup.sites[path] for path in layers])
     try:
-        for path, layer in layers.items():
-            model.set_submodule(path, layer)
+        put_in_place(setup.model, {setup.sites[path]: layer for path, layer in layers.items()})
         yield
     finally:
-        for path, layer in before.items():
-            model.set_submodule(path, layer)
+        put_back(setup.model, before)

@@ -15,16 +15,23 @@ from torch import nn
 import peerlm_studies.neurons.measure as neurons_module
 from peerlm import UserError
 from peerlm.cli import main
+from peerlm.convert import convert
+from peerlm.convert.ffws import find_ffws
+from peerlm.convert.neurons.layer import neuron_layer
+from peerlm.convert.neurons.weights import neurons_of
 from peerlm.data import TokenShards, TokenWindows, prepare
 from peerlm.data.tokenizer import load_tokenizer
 from peerlm.errors import TrainingStopped
 from peerlm.evaluate import held_out_loss
+from peerlm.layers import DenseFFW
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.testing import float64
 from peerlm_studies.neurons.finetune import finetune_neurons
-from peerlm_studies.neurons.measure import measure_neurons, smallest_shares
+from peerlm_studies.neurons.measure import WholeLayer, measure_neurons, smallest_shares
 from peerlm_studies.neurons.setup import draw_windows, layer_inputs, load_setup, replaced
 from peerlm_studies.rows import read_rows
+
+from ...models import PEER_SETTINGS, build
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -146,18 +153,52 @@ def test_inputs_are_what_the_layers_read(folder: Path) -> None:
     before = hidden - outputs  # the residual stream after attention
     torch.testing.assert_close(block.post_attention_layernorm(before).flatten(0, 1), inputs["model.layers.0.ffw"])
     assert not torch.allclose(before, embedded)
-    assert not setup.layers["model.layers.0.ffw"]._forward_pre_hooks
+    assert not any(module._forward_pre_hooks for module in setup.model.modules())
 
 
-def test_layers_are_replaced_for_a_while_also_when_something_fails() -> None:
-    model, other = nn.Sequential(nn.Identity(), nn.Sequential(nn.ReLU())), nn.Tanh()
-    before = model[1][0]
-    with replaced(model, {"1.0": other}):
-        assert model[1][0] is other
-    assert model[1][0] is before
-    with contextlib.suppress(RuntimeError), replaced(model, {"1.0": other}):
+def test_layers_are_replaced_for_a_while_also_when_something_fails(folder: Path) -> None:
+    setup = load_setup(folder / "dense", data=folder / "tokens", settings={})
+    model, other = setup.model, nn.Tanh()
+    before = model.model.layers[1].ffw
+    with replaced(setup, {"model.layers.1.ffw": other}):
+        assert model.model.layers[1].ffw.peer is other
+    assert model.model.layers[1].ffw is before
+    with contextlib.suppress(RuntimeError), replaced(setup, {"model.layers.1.ffw": other}):
         raise RuntimeError("stop")
-    assert model[1][0] is before
+    assert model.model.layers[1].ffw is before
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt"])
+def test_models_of_transformers_are_measured_by_the_same_command(name: str, folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build(name, vocab_size=300, max_position_embeddings=64).double()
+    with torch.no_grad():
+        for ffw in find_ffws(model):
+            ffw.up.module.weight.mul_(20)  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(folder / "tokens").save_pretrained(tmp_path / "model")
+    report = measure_neurons(
+        tmp_path / "model", tmp_path / "out", data=folder / "tokens", shares=(0.2, 1.0), context=CONTEXT, **OPTIONS
+    )
+    rows = {(row["retrieval"], row["share"]): row for row in report["rows"]}
+    few = {retrieval: sum(rows[retrieval, 0.2]["errors"].values()) for retrieval in ("oracle", "learned", "random")}
+    assert few["oracle"] < few["learned"] < few["random"]
+    for retrieval in few:
+        assert rows[retrieval, 1.0]["perplexity"] == pytest.approx(report["dense_perplexity"], rel=1e-9)
+        assert rows[retrieval, 0.2]["perplexity"] != pytest.approx(report["dense_perplexity"], rel=1e-5)
+
+
+def test_a_layer_computed_whole_is_the_layer_of_retrieved_neurons() -> None:
+    torch.manual_seed(0)
+    layer = neuron_layer(neurons_of(DenseFFW(16, hidden=40).double()), {**SETTINGS, "share": 0.3})
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    layer.center(x.flatten(0, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(WholeLayer(layer)(x), layer(x))
+        dense = layer.neurons()(x.flatten(0, 1))
+    # What the layer leaves out of these inputs has the mean that was measured.
+    torch.testing.assert_close(layer(x).flatten(0, 1).mean(0), dense.mean(0))
 
 
 def test_smallest_share_is_interpolated_in_the_logarithm() -> None:
@@ -237,14 +278,17 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "exactly one of --text and --data",
     ),
     "no model": (lambda f: [f"{f}/none", f"--data={f}/tokens"], "none is not a folder"),
-    "no dense layers": (lambda f: [f"{f}/peer", f"--data={f}/tokens"], "no dense feed-forward layers of peerlm's own"),
+    "no dense layers": (lambda f: [f"{f}/peer", f"--data={f}/tokens"], "has no dense feed-forward layer"),
     "setting impossible": (lambda f: [f"{f}/dense", f"--data={f}/tokens", "--key-dim=5"], "key_dim is 5"),
+    "converted": (lambda f: [f"{f}/converted", f"--data={f}/tokens", "--context=16"], "name the model that it was"),
+    "context too long": (lambda f: [f"{f}/dense", f"--data={f}/tokens", "--context=17"], "reads at most 16"),
+    "share of nothing": (lambda f: [f"{f}/dense", f"--data={f}/tokens", "--share=0"], "share is 0.0"),
     "share impossible": (lambda f: [f"{f}/dense", f"--data={f}/tokens", "--finetune=2"], "share is 2.0"),
     "text missing": (lambda f: [f"{f}/dense", f"--text={f}/none.txt"], "none.txt"),
     "text short": (lambda f: [f"{f}/dense", f"--text={f}/short.txt"], "windows of 16 tokens, less than 5"),
     "text of passages": (lambda f: [f"{f}/dense", f"--text={f}/passages.jsonl"], "holds passages"),
     "tokens of another vocabulary": (lambda f: [f"{f}/dense", f"--data={f}/other"], "the model knows 300"),
-    "weights not finite": (lambda f: [f"{f}/broken", f"--data={f}/tokens"], "index of model.layers.0.ffw cannot be"),
+    "weights not finite": (lambda f: [f"{f}/broken", f"--data={f}/tokens"], "writes NaN; restore the model's weights"),
     "budget of less than a step": (
         lambda f: [f"{f}/dense", f"--data={f}/tokens", "--finetune=0.5", "--flops=5", "--fit-steps=1"],
         "5 FLOPs are less than one step",
@@ -262,6 +306,9 @@ def mistakes(folder: Path) -> Path:
         model.model.layers[0].ffw.down_proj.weight[0, 0] = math.nan
     model.save_pretrained(folder / "broken")
     load_tokenizer(folder / "tokens").save_pretrained(folder / "broken")
+    converted = convert(build("llama", vocab_size=300), layers=0, **PEER_SETTINGS)
+    converted.save_pretrained(folder / "converted")
+    load_tokenizer(folder / "tokens").save_pretrained(folder / "converted")
     return folder
 
 

@@ -186,16 +186,21 @@ class NeuronLayer(nn.Module):
         """Move neurons: place p gets what was at place order_N[p], a permutation of all N."""
         self.table.write(self.rows()[order_N], self._first_row)
 
+    def retrieved_mask(self, x_TD: Tensor) -> Tensor:
+        """Which neurons these inputs retrieve: (T, N) bool."""
+        _, ids = self.index(x_TD)
+        retrieved_TN = torch.zeros(len(x_TD), self.num_places, dtype=torch.bool, device=x_TD.device)
+        return retrieved_TN.scatter_(1, ids.flatten(1), value=True)
+
     @torch.no_grad()
     def center(self, x_TD: Tensor, batch_size: int = 4096) -> None:
         """Measure `mean_rest`: what the neurons that these inputs do not retrieve would have added, on average."""
         neurons = self.neurons()
-        rest_D = torch.zeros(self.dim, dtype=torch.float64, device=x_TD.device)
+        rest_N = torch.zeros(self.num_places, dtype=torch.float64, device=x_TD.device)
         for batch_TD in x_TD.split(batch_size):
-            weights_TK, ids_TK = (part.flatten(1) for part in self.index(batch_TD))
-            rest = neurons(batch_TD) - self.output_bias - self.mix(batch_TD, weights_TK, ids_TK)
-            rest_D += rest.double().sum(dim=0)
-        self.mean_rest.copy_(rest_D / len(x_TD))
+            rest_TN = neurons.activations(batch_TD).masked_fill_(self.retrieved_mask(batch_TD), 0.0)
+            rest_N += rest_TN.double().sum(dim=0)
+        self.mean_rest.copy_((rest_N / len(x_TD)) @ neurons.up.double())
 
     def extra_flops_per_token(self, context: int) -> int:
         """Forward FLOPs of the retrieved neurons; the index counts itself."""

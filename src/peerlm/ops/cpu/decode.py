@@ -38,8 +38,8 @@ def whole_layer(layer: WholeLayer) -> Callable[[Tensor], Tensor | None] | None:
     dim = width(layer.rows)
 
     def call(x: Tensor) -> Tensor | None:
-        tokens, found = x.shape
-        if found != dim or not 0 < tokens <= FEW_TOKENS or x.dtype != torch.float32:
+        tokens = x.numel() // dim
+        if x.shape[-1:] != (dim,) or not 0 < tokens <= FEW_TOKENS or x.dtype != torch.float32:
             return None
         if not (x.is_cpu and x.is_contiguous() and has_values(x)):
             return None
