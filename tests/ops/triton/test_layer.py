@@ -1,13 +1,16 @@
-"""Whole layers and a language model on Triton's kernels: compiled, exported, checkpointed, loaded, generating."""
+"""Whole layers, packs, neurons and a language model on Triton: compiled, exported, checkpointed, loaded, generating."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peerlm import PEER, PeerConfig, PeerForCausalLM
+from peerlm.convert.neurons.layer import NeuronLayer
+from peerlm.packs.api import new_pack
 
 SETTINGS = {"num_experts": 9, "heads": 1, "experts_per_head": 2, "key_dim": 8, "backend": "triton"}
 
@@ -68,3 +71,38 @@ def test_a_loaded_model_generates_the_same_with_a_static_cache(device: torch.dev
     dynamic = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, cache_implementation="static", **options), dynamic)
     assert dynamic.shape == (1, 3)
+
+
+def on_each_backend(module: nn.Module, x: Tensor) -> list[list[Tensor]]:
+    """Output and gradients on the kernels, and by the definition in float64."""
+    found = output_and_gradients(module, module, x)
+    definition = copy.deepcopy(module).double()
+    for part in definition.modules():
+        if hasattr(part, "backend"):
+            part.backend = "reference"
+    return [found, output_and_gradients(definition, definition, x.double())]
+
+
+def assert_alike(found: list[list[Tensor]]) -> None:
+    for ours, right in zip(*found, strict=True):
+        ours, right = ours.to_dense(), right.to_dense()
+        torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
+
+
+def test_experts_of_packs_are_retrieved_and_mixed_with_the_layers_own(device: torch.device) -> None:
+    peer = layer(device, query_norm="none").eval()
+    for seed, (name, size) in enumerate({"law": 4, "code": 9}.items()):
+        new_pack(peer, name, size, seed=seed)
+        peer.packs.by_name()[name].table.fill(nn.init.normal_)
+    x = torch.randn(3, 16, device=device)
+    without = layer(device, query_norm="none").eval()
+    assert not torch.equal(peer(x), without(x))
+    assert_alike(on_each_backend(peer, x))
+
+
+def test_neurons_of_a_dense_layer_are_retrieved(device: torch.device) -> None:
+    torch.manual_seed(0)
+    neurons = NeuronLayer(16, 9, share=0.4, heads=2, key_dim=4, gated=True, activation="silu", backend="triton").to(
+        device
+    )
+    assert_alike(on_each_backend(neurons, torch.randn(3, 16, device=device)))
