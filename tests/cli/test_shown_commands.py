@@ -164,6 +164,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(["convert", f"{folder}/gpt2", f"{folder}/gpt2-peer", *small])
     texts = [word for name in ("law", "code") for word in ("--text", f"{name}={folder}/book.txt")]
     run(["learn", f"{folder}/peer", *texts, *LEARN, "--output", f"{folder}/learned"])
+    texts = ["--text", f"docs={folder}/book.txt", "--background", f"{folder}/book.txt", "--context", "32"]
+    run(["learn", f"{folder}/gpt2", *texts, *LEARN, "--output", f"{folder}/learned-beside"])
     return folder
 
 
@@ -184,7 +186,13 @@ def run(words: Sequence[str]) -> None:
     assert end.value.code in (0, None)
 
 
-MODELS = {"gpt2": "gpt2", "SmolLM2-135M-Instruct": "gpt2", "gpt2-peer": "gpt2-peer", "dense": "dense"}
+MODELS = {
+    "gpt2": "gpt2",
+    "my-model": "gpt2",
+    "SmolLM2-135M-Instruct": "gpt2",
+    "gpt2-peer": "gpt2-peer",
+    "dense": "dense",
+}
 """Names of folders that are no run of PEER in what is shown."""
 TEXTS = ("files", "text", "background", "sources", "prompt_file")
 
@@ -210,7 +218,9 @@ def provide(parameters: dict[str, Any], world: Path) -> None:
             provide_text(Path(str(text).rpartition("=")[2]))
     for pack in [*parameters.get("pack", []), *([parameters["folder"]] if "folder" in parameters else [])]:
         name = "law" if pack.name == "pack" else pack.name  # as a stage of `peerlm learn` calls it
-        copy(next(world.glob(f"learned/stages/*-{name}/pack")), pack)
+        model = parameters.get("run") or parameters.get("model")
+        beside = isinstance(model, Path) and MODELS.get(model.name) == "gpt2"
+        copy(next(world.glob("learned-beside/stages/*/pack" if beside else f"learned/stages/*-{name}/pack")), pack)
     if (law := parameters.get("law")) is not None:
         law.parent.mkdir(parents=True, exist_ok=True)
         whole = read_law(DEFAULT_LAW)

@@ -19,7 +19,7 @@ from peerlm.terminal import VALUE, print_table
     examples=[
         "peerlm inspect runs/a --text book.txt --output experts.html",
         "peerlm inspect runs/a --text book.txt --knock-out 1:123 --boost 1:77=2",
-        "peerlm inspect my-model --text manual.txt --pack learned/stages/1-docs/pack --output pack.html",
+        "peerlm inspect my-model --text a.txt --pack learned/stages/1-docs/pack",
     ]
 )
 def inspect(

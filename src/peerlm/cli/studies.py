@@ -315,7 +315,7 @@ def plan(
         "peerlm neurons runs/dense --text book.txt --output runs/neurons",
         "peerlm neurons runs/dense --data data/demo --output runs/neurons",
         "peerlm neurons runs/dense --data data/demo --output runs/b --finetune 0.2",
-        "peerlm neurons my-llama --text book.txt --output out --context 512 --windows 16 --share 0.4 --share 0.5",
+        "peerlm neurons my-llama --text book.txt --output out --share 0.4 --share 0.5",
     ]
 )
 def neurons(

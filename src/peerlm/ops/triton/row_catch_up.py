@@ -23,7 +23,6 @@ from peerlm.ops.triton.row_arithmetic import (
     store_rounded,
     tile,
 )
-from peerlm.ops.triton.scaled_rows import codes_of
 
 _ENTRIES = 512
 """Entries that a program claims rows for."""
@@ -114,7 +113,7 @@ def catch_up_entries(table: RowState, ids: Tensor | None, rules: Tensor, step: R
         block, warps = tile(length)
         scales = table.scales
         _catch_up[(min(most, _PROGRAMS),)](
-            codes_of(table.rows),
+            None if scales is not None else table.rows,
             scales,
             table.exp_avg,
             table.exp_avg_sq,
@@ -173,7 +172,7 @@ def _catch_up(
     ROW_WISE: tl.constexpr,
     RANDOM: tl.constexpr,
 ):
-    """The rows of the list, shared among programs. Those of 8 bits, without momentum, decay by their scales."""
+    """The rows of the list, shared among programs. Those of 8 bits, without momentum, decay by their scales alone."""
     first_step = tl.load(rules).to(tl.int32)
     first_step += (tl.load(rules + 1).to(tl.int32) << 12) + (tl.load(rules + 2).to(tl.int32) << 24)
     total = tl.load(count)
@@ -182,37 +181,37 @@ def _catch_up(
         since = tl.load(found + most.to(tl.int64) + place)
         rule = rules + (since - first_step + 1).to(tl.int64) * _WIDTH
         decay = tl.load(rule + _DECAY)
-        num_nodes = 0
         if scales is not None:
             for vector in tl.static_range(VECTORS):
                 scale = tl.load(scales + row * VECTORS + vector)
                 tl.store(scales + row * VECTORS + vector, scale - scale * decay)
-            decay = 0.0
-        if exp_avg is not None:
-            moments = tl.load(moments_step + row)
-            num_nodes = tl.load(rule + _NUM_NODES).to(tl.int32)
-            num_nodes = tl.where(moments == 0, 0, num_nodes)
-            decay1 = decay_since(numbers, BETA1, LOG_BETA1, since - moments)
-            decay2 = decay_since(numbers, BETA2, LOG_BETA2, since - moments)
-        if (num_nodes > 0) | (decay != 0.0):
-            key = row_key(numbers, CATCH_UP_KEY, row)
-            for first in range(0, LEN, BLOCK):
-                column = first + tl.arange(0, BLOCK)
-                mask = column < LEN
-                at = row * LEN + column
-                weight = tl.load(rows + at, mask=mask, other=0.0).to(tl.float32)
-                change = weight * decay
-                if exp_avg is not None:  # noqa: SIM102 -- known to the compiler, which leaves out what follows
-                    if num_nodes > 0:
-                        momentum = tl.load(exp_avg + at, mask=mask, other=0.0).to(tl.float32) * decay1
-                        if ROW_WISE:
-                            second = tl.zeros([BLOCK], tl.float32) + tl.load(exp_avg_sq + row)
-                        else:
-                            second = tl.load(exp_avg_sq + at, mask=mask, other=0.0).to(tl.float32)
-                        root = tl.sqrt_rn(second * decay2)
-                        factor = tl.zeros([BLOCK], tl.float32)
-                        for node in range(num_nodes):
-                            factor += tl.div_rn(tl.load(rule + node), root + tl.load(rule + _NODES + node))
-                        change += momentum * factor
-                noise = random_words(key, column) & 0xFFFF
-                store_rounded(rows + at, weight - change, noise, mask, RANDOM)
+        else:
+            num_nodes = 0
+            if exp_avg is not None:
+                moments = tl.load(moments_step + row)
+                num_nodes = tl.load(rule + _NUM_NODES).to(tl.int32)
+                num_nodes = tl.where(moments == 0, 0, num_nodes)
+                decay1 = decay_since(numbers, BETA1, LOG_BETA1, since - moments)
+                decay2 = decay_since(numbers, BETA2, LOG_BETA2, since - moments)
+            if (num_nodes > 0) | (decay != 0.0):
+                key = row_key(numbers, CATCH_UP_KEY, row)
+                for first in range(0, LEN, BLOCK):
+                    column = first + tl.arange(0, BLOCK)
+                    mask = column < LEN
+                    at = row * LEN + column
+                    weight = tl.load(rows + at, mask=mask, other=0.0).to(tl.float32)
+                    change = weight * decay
+                    if exp_avg is not None:  # noqa: SIM102 -- known to the compiler, which leaves out what follows
+                        if num_nodes > 0:
+                            momentum = tl.load(exp_avg + at, mask=mask, other=0.0).to(tl.float32) * decay1
+                            if ROW_WISE:
+                                second = tl.zeros([BLOCK], tl.float32) + tl.load(exp_avg_sq + row)
+                            else:
+                                second = tl.load(exp_avg_sq + at, mask=mask, other=0.0).to(tl.float32)
+                            root = tl.sqrt_rn(second * decay2)
+                            factor = tl.zeros([BLOCK], tl.float32)
+                            for node in range(num_nodes):
+                                factor += tl.div_rn(tl.load(rule + node), root + tl.load(rule + _NODES + node))
+                            change += momentum * factor
+                    noise = random_words(key, column) & 0xFFFF
+                    store_rounded(rows + at, weight - change, noise, mask, RANDOM)
