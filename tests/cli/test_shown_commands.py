@@ -237,9 +237,11 @@ def test_a_shown_command_runs(
     What it prints fits a terminal of 80 columns, but for the text of a model.
     """
     import peerlm.continual.stream
+    import peerlm.data.sources
     import peerlm.train
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(peerlm.data.sources, "_demo_corpus", lambda: world / "book.txt")
     monkeypatch.setenv("COLUMNS", "80")
     for folder in OURS:
         Path(folder.rstrip("/")).symlink_to(ROOT / folder)
