@@ -107,6 +107,7 @@ TEXT = "\n<|endoftext|>\n".join(SENTENCE.format(n=number) * 2 for number in rang
 
 def provide_text(path: Path) -> None:
     """A file of text, passages or choices, by its name, or a folder of one."""
+    assert not path.resolve().is_relative_to(ROOT), f"{path} would be written into the repository"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.suffix:
         path.mkdir(exist_ok=True)

@@ -244,7 +244,8 @@ def test_a_shown_command_runs(
     monkeypatch.setattr(peerlm.data.sources, "_demo_corpus", lambda: world / "book.txt")
     monkeypatch.setenv("COLUMNS", "80")
     for folder in OURS:
-        Path(folder.rstrip("/")).symlink_to(ROOT / folder)
+        if folder != "docs/":  # which is a reader's own in what is shown
+            Path(folder.rstrip("/")).symlink_to(ROOT / folder)
     train, load = peerlm.train.train, peerlm.train.load_recipe
     changes = [f"{key}={value}" for key, value in TINY.items()]
     changes += [f"data.folder={world}/data", "data.sources=[]"]
