@@ -35,7 +35,8 @@ class PackPerStage(Method):
 
     The model never changes; a stage leaves its pack alone, named as the domain. In a model with PEER layers the pack's
     experts join the layers' own. In any other model it lies beside the feed-forward layers, behind gates that are
-    fitted on the new text, the background and earlier stages' text; the blocks below are computed once per window.
+    fitted on the new text, the background and earlier stages' text; blocks below the lowest of these
+    layers are computed once per window.
     """
 
     experts: int | None = None
