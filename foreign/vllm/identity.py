@@ -56,6 +56,8 @@ MODELS = {
     "PEER": lambda: ours(ffw_layers=["dense", "peer", "swiglu"], peer=EXPERTS),
     "dense beside PEER": lambda: ours(ffw_layers=["dense+peer", "peer", "swiglu+peer"], peer=EXPERTS),
     "options of attention": lambda: ours(ffw_layers="peer", peer=EXPERTS, qk_norm=True, num_key_value_heads=2),
+    "output gates": lambda: ours(ffw_layers="peer", peer=EXPERTS, ffw_output_gate="feature"),
+    "an output gate per token": lambda: ours(ffw_layers="dense", ffw_output_gate="token"),
     "shared tables": lambda: ours(ffw_layers="peer", peer=EXPERTS, share_tables=True),
     "memory and mixtures": lambda: ours(
         ffw_layers=["pkm", "token_choice", "fine_grained_moe"],

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.model.attention import PeerAttention
@@ -19,6 +20,10 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+PEER = {"num_experts": 16, "heads": 2, "experts_per_head": 2, "key_dim": 8}
+MEMORY = {"num_values": 16, "heads": 2, "values_per_head": 2, "key_dim": 8}
 
 
 def kept(found, name):
@@ -70,7 +75,6 @@ def test_the_architecture_is_registered_by_a_name_that_leads_to_the_class(regist
     [
         ({"kv_shift": True}, "kv_shift"),
         ({"attention_sink": True}, "attention_sink"),
-        ({"ffw_output_gate": "token"}, "ffw_output_gate"),
         ({"peer": {"row_format": "int8"}}, "peer rows in int8"),
         ({"peer": {"row_format": "float8_e4m3fn"}}, "peer rows in float8_e4m3fn"),
     ],
@@ -78,6 +82,38 @@ def test_the_architecture_is_registered_by_a_name_that_leads_to_the_class(regist
 def test_a_model_that_would_be_wrong_is_refused(registered, changes, says):
     with pytest.raises(ValueError, match=f"has {says}: use `peerlm serve`"):
         vllm_plugin.PeerForVllm(vllm_config=configured(ffw_layers="dense", **changes))
+
+
+KINDS = {
+    "dense": {"ffw_layers": ["dense", "swiglu"]},
+    "narrow PEER": {"ffw_layers": "peer", "peer": PEER | {"row_dim": 8}},
+    "gated memory": {"ffw_layers": "pkm", "pkm": MEMORY | {"gated": True}},
+    "mixtures": {"ffw_layers": ["token_choice", "fine_grained_moe"], "token_choice": {"num_experts": 2, "hidden": 8}},
+    "a gate per token": {"ffw_layers": "dense", "ffw_output_gate": "token"},
+    "a gate per feature": {"ffw_layers": "dense+peer", "peer": PEER, "ffw_output_gate": "feature"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_layers_can_be_replaced_by_plain_ones_as_vllm_does(kind):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = PeerConfig(**sizes, **KINDS[kind])
+    assert not vllm_plugin.unsupported(config)
+    model, ids = PeerForCausalLM(config).eval(), torch.randint(32, (2, 9))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)  # gates are not those of the start
+        expected, replaced = model(ids).logits, 0
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.Linear):
+                    plain = torch.nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+                    plain.load_state_dict(child.state_dict())
+                    setattr(module, name, plain)
+                    replaced += 1
+        assert replaced > 2
+        torch.testing.assert_close(model(ids).logits, expected)
 
 
 def test_a_converted_model_is_refused_by_what_it_is(registered):

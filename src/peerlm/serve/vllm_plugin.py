@@ -43,10 +43,10 @@ def unsupported(config: Any) -> list[str]:
     """What a configuration of ours has that vLLM would compute wrongly, in words.
 
     Its attention and cache know no shift and no sink, and its batches no layer that reads ids or whole batches. It
-    replaces the gate by a plain linear layer, and stores rows of all formats as floats.
+    stores rows of all formats as floats.
     """
     parts = " ".join(config.ffw_layers) if isinstance(config.ffw_layers, (list, tuple)) else str(config.ffw_layers)
-    options = ("kv_shift", "attention_sink", "ffw_output_gate")
+    options = ("kv_shift", "attention_sink")
     found = [name for name in options if getattr(config, name, False)]
     for kind in CONFIGURABLE_KINDS:
         row_format = (getattr(config, kind, None) or {}).get("row_format", "float32")
