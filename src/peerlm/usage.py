@@ -87,8 +87,9 @@ class ExpertUsage:
     def unevenness(self) -> float:
         """KL divergence to uniform use in nats, 0 to log N; log N, too, when no weight was recorded."""
         total = self._sum(self.weight_N.sum())
-        z_N = self.weight_N / torch.where(total == 0, torch.ones_like(total), total)
-        return math.log(self.num_experts) + self._sum(torch.xlogy(z_N, z_N).sum()).item()
+        used = self.weight_N[self.weight_N != 0]  # of millions of experts a step uses few
+        z = used / torch.where(total == 0, torch.ones_like(total), total)
+        return math.log(self.num_experts) + self._sum(torch.xlogy(z, z).sum()).item()
 
 
 class Owners(Protocol):

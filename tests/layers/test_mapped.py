@@ -227,9 +227,19 @@ def test_rows_are_drawn_in_parts_as_at_once(dtype: str, place: RowPlace, monkeyp
         return table
 
     plain = made()
+    told: list[int] = []
+
+    def begins_drawing(size: int) -> Any:
+        told.append(-size)
+        return told.append
+
+    place.begins_drawing = begins_drawing
     with tables_as(mapped_in(place)):
         table = made()
     assert len(list(table._parts_to_draw())) > 3
+    assert len(told) > 4
+    assert told[0] == -201 * table.row_bytes
+    assert sum(told) == 0
     following = torch.randn(3)
     assert torch.equal(plain.read(), table.read())
     made()
@@ -395,24 +405,40 @@ def test_an_optimizer_that_changes_rows_unseen_is_refused_at_a_checkpoint(place:
 
 def test_pages_not_used_lately_are_given_back_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mapped_store, "_WORTH_WATCHING", 0)
-    monkeypatch.setattr(mapped_file, "REGION", 1 << 18)
-    monkeypatch.setattr("peerlm.layers.mapped.place.REGION", 1 << 18)
-    place = RowPlace(tmp_path / "rows", cache=1 << 19)
+    monkeypatch.setattr(mapped_file, "REGION", 1 << 21)  # the system may keep so much together
+    monkeypatch.setattr("peerlm.layers.mapped.place.REGION", 1 << 21)
+    place = RowPlace(tmp_path / "rows", cache=1 << 21)
     with tables_as(mapped_in(place)):
-        table = Table(1 << 13, 64)  # 2 MiB
+        table = Table(1 << 15, 64)  # 8 MiB
     table.fill_normal(1.0)
-    assert place.resident_bytes() <= 1 << 20
-    plain = Table(1 << 13, 64)
+    assert place.resident_bytes() <= 1 << 22
+    plain = Table(1 << 15, 64)
     torch.manual_seed(3)
     plain.fill_normal(1.0)
     torch.manual_seed(3)
     table.fill_normal(1.0)
     for number in range(20):
-        ids = torch.randint(1 << 13, (64, 4), generator=torch.Generator().manual_seed(number))
+        ids = torch.randint(1 << 15, (256, 4), generator=torch.Generator().manual_seed(number))
         assert torch.equal(table.gather(ids), plain.gather(ids))
-    assert place.resident_bytes() <= 1 << 20
+        assert place.resident_bytes() <= 1 << 22
     assert torch.equal(table.read(), plain.read())
     place.close()
+
+
+def test_pages_that_were_written_together_are_given_back_together(tmp_path: Path) -> None:
+    file = MappedFile.create(tmp_path / "rows.safetensors", (1 << 12, 256), torch.float32)  # 4 MiB
+    values = torch.randn(1 << 12, 256)
+    file.write(0, values)
+    some = torch.arange(0, 1 << 12, 64)
+    file.use(some)
+    file.give_back(0)
+    assert file.resident_bytes() == 0
+    file.use(some)
+    file.give_back(0)
+    assert file.resident_bytes() > 0
+    file.give_back(0)
+    assert file.resident_bytes() == 0
+    assert torch.equal(file.tensor, values)
 
 
 def test_processes_share_a_saved_table_through_the_page_cache(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
-"""The beginning of a safetensors file that has one tensor."""
+"""Safetensors files that have one tensor: what they begin with, and numbers written in their place."""
 
 import json
+import os
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,3 +36,11 @@ def head_of(name: str, shape: Sequence[int], dtype: torch.dtype, *, length: int 
     text = text.ljust(length - 8)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def write_at(descriptor: int, values: Tensor, offset: int) -> None:
+    """Write the bytes of a tensor from an offset of a file on. Raises OSError where the disk is full."""
+    content = memoryview(values.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written

@@ -5,7 +5,6 @@ first file. transformers reads a tensor from one file, so that a table has one, 
 """
 
 import json
-import os
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from peerlm.files import require_space, sync, write_json
 from peerlm.layers.mapped.table import MappedTable, mapped_tables
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops.row_keeping import rows_stay_in_files
-from peerlm.ops.tensor_files import head_of
+from peerlm.ops.tensor_files import head_of, write_at
 from peerlm.ops.watched import raw
 from peerlm.optim.saved import STALE
 from peerlm.parallel import cut
@@ -213,7 +212,7 @@ def _fill(path: Path, table: ShardedTable, local: Tensor, *, ranks: Ranks) -> No
         for offset, rows in blocks:  # to its end, for other ranks wait for this one's columns
             try:
                 if failure is None:
-                    _write_at(file.fileno(), rows, begin + offset)
+                    write_at(file.fileno(), rows, begin + offset)
             except OSError as error:
                 failure = error
     with ranks.together():
@@ -243,10 +242,3 @@ def _blocks(table: ShardedTable, local: Tensor) -> Iterator[tuple[int, Tensor]]:
             turn += 1
             if len(rows):
                 yield (piece.first + start) * row_bytes, rows
-
-
-def _write_at(descriptor: int, values: Tensor, offset: int) -> None:
-    content = memoryview(values.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    while content:
-        written = os.pwrite(descriptor, content, offset)
-        content, offset = content[written:], offset + written

@@ -106,14 +106,18 @@ def open_data(config: DataConfig, ranks: Ranks, *, progress: bool) -> tuple[Toke
     return train, heldout
 
 
-def build_training(config: TrainConfig, ranks: Ranks, windows: TokenWindows, *hooks: Hook) -> Training:
+def build_training(
+    config: TrainConfig, ranks: Ranks, windows: TokenWindows, *hooks: Hook, progress: bool = False
+) -> Training:
     """A new model and all that trains it by a recipe on these windows, growth included; `hooks` come last.
+
+    With `progress` it shows on stderr how far large tables in files are drawn.
 
     Raises:
         UserError: a setting that cannot be used.
     """
     context = config.data.context
-    model = build_model(config, windows.shards, ranks.device)
+    model = build_model(config, windows.shards, ranks.device, progress=progress)
     growths = read_growths(config.grow)
     if growths:
         check_growths(model, growths)
@@ -173,7 +177,9 @@ def new_model(
         raise UserError(f"no model can be built from the recipe's [model]: {reason}") from error
 
 
-def build_model(config: TrainConfig, shards: TokenShards, device: torch.device) -> PreTrainedModel:
+def build_model(
+    config: TrainConfig, shards: TokenShards, device: torch.device, *, progress: bool = False
+) -> PreTrainedModel:
     """A new model with weights from `config.seed`, for the vocabulary of `shards`.
 
     Raises UserError where the recipe's [model] is none that can be built.
@@ -191,6 +197,7 @@ def build_model(config: TrainConfig, shards: TokenShards, device: torch.device) 
         device_type=device.type,
         world_size=dist.get_world_size() if dist.is_initialized() else 1,
         resume=bool(list_checkpoints(Path(config.run))),
+        progress=progress,
     ):
         model = _spread(make, config)
     if config.data.context > model.config.max_position_embeddings:

@@ -1,13 +1,14 @@
 """A run whose tables are in files: where these are, what that excludes, and how checkpoints name a state of them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from peerlm.data.progress import progress_bar
 from peerlm.errors import UserError
 from peerlm.files import write_json
 from peerlm.layers.mapped.place import RowPlace
@@ -16,10 +17,17 @@ from peerlm.layers.table import tables_as
 from peerlm.optim.saved import TABLES
 from peerlm.train.config import TrainConfig
 
+_WORTH_SHOWING = 1 << 30
+"""Bytes of initial rows that take long enough to show how many are drawn."""
+
 
 @contextmanager
-def tables_by(config: TrainConfig, *, device_type: str, world_size: int, resume: bool) -> Iterator[None]:
+def tables_by(
+    config: TrainConfig, *, device_type: str, world_size: int, resume: bool, progress: bool = False
+) -> Iterator[None]:
     """Within this context new tables are where [tables] says; with `resume` as the run's last steps left them.
+
+    With `progress` it shows how many of the initial rows of large tables are drawn.
 
     Raises UserError where that cannot be.
     """
@@ -30,18 +38,27 @@ def tables_by(config: TrainConfig, *, device_type: str, world_size: int, resume:
         return
     for obstacle in _obstacles(config, device_type, world_size):
         raise UserError(f"tables.folder = {config.tables.folder!r} cannot be combined with {obstacle}")
-    place = RowPlace(
-        config.tables.folder,
-        cache=config.tables.cache_bytes,
-        owner=str(Path(config.run).absolute()),
-        resume=resume,
-    )
-    try:
-        with tables_as(mapped_in(place)):
-            yield
-    except BaseException:
-        place.close()
-        raise
+    with progress_bar(progress) as bar:
+
+        def begins_drawing(size: int) -> Callable[[int], object]:
+            if size < _WORTH_SHOWING:
+                return lambda drawn: None
+            task = bar.add_task("initial rows", total=size)
+            return lambda drawn: bar.advance(task, drawn)
+
+        place = RowPlace(
+            config.tables.folder,
+            cache=config.tables.cache_bytes,
+            owner=str(Path(config.run).absolute()),
+            resume=resume,
+            begins_drawing=begins_drawing,
+        )
+        try:
+            with tables_as(mapped_in(place)):
+                yield
+        except BaseException:
+            place.close()
+            raise
 
 
 def _obstacles(config: TrainConfig, device_type: str, world_size: int) -> Iterator[str]:

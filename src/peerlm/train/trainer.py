@@ -62,7 +62,7 @@ def train(config: TrainConfig, *, resume: Resume = False, progress: bool = True)
                 return TrainResult(run=run, summary=json.loads((run / "summary.json").read_text()))
             windows, heldout = open_data(config.data, ranks, progress=progress)
             evaluation = Evaluation(heldout, config.eval)
-            training = build_training(config, ranks, windows, evaluation)
+            training = build_training(config, ranks, windows, evaluation, progress=progress)
             try:
                 summary = _run(training, evaluation, progress=progress)
             finally:

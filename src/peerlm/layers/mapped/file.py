@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peerlm.errors import UserError
 from peerlm.files import sync
-from peerlm.ops.tensor_files import head_of, num_bytes
+from peerlm.ops.tensor_files import head_of, num_bytes, write_at
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 HEAD = 4096
@@ -70,6 +70,8 @@ class MappedFile:
         else:
             self.bytes = torch.empty(count, 0, dtype=torch.uint8, device="cpu")
             self.tensor = torch.empty(self.shape, dtype=dtype, device="cpu")
+        self._in_large_pieces: set[int] = set()
+        """Regions that `write` has written: the system keeps and drops their pages many at a time."""
         self.recent = torch.zeros(-(-(HEAD + self.num_bytes) // PAGE), dtype=torch.bool, device="cpu")
 
     @classmethod
@@ -135,6 +137,16 @@ class MappedFile:
             list(_readers().map(lambda part: int(flat[part].sum()), places.chunk(_READERS)))
         return len(new) * PAGE
 
+    def write(self, first: int, values: Tensor) -> None:
+        """Let rows first, first + 1, ... be these (count, ...) of the file's dtype, without reading what was there.
+
+        The disk then writes them in order; through the map it would get a page at a time. Raises OSError where it is
+        full.
+        """
+        begin = HEAD + first * self.row_bytes
+        write_at(self._descriptor, values, begin)
+        self._in_large_pieces.update(range(begin // REGION * REGION, begin + values.nbytes, REGION))
+
     def expect(self, first: int, count: int) -> None:
         """Have the disk begin to read rows first, first + 1, ..., which are read in order next."""
         begin = (HEAD + first * self.row_bytes) // PAGE * PAGE
@@ -156,10 +168,17 @@ class MappedFile:
         return found & 1
 
     def give_back(self, begin: int) -> int:
-        """Write a region's changes, and free its pages that were not used since it was last asked; the bytes freed."""
+        """Write a region's changes, and free its pages that were not used since it was last asked; the bytes freed.
+
+        All of its pages, used or not, where they can only be freed together.
+        """
         length = min(REGION, len(self._map) - begin)
         part = slice(begin // PAGE, begin // PAGE + -(-length // PAGE))
-        idle = self._resident(begin, length).bool() & ~self.recent[part]
+        idle = self._resident(begin, length).bool()
+        if begin in self._in_large_pieces:
+            self._in_large_pieces.remove(begin)
+        else:
+            idle &= ~self.recent[part]
         self.recent[part] = False
         if not idle.any():
             return 0

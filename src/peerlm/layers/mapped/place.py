@@ -7,6 +7,7 @@ import secrets
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class RowPlace:
         owner: who trains the tables, such as a run's folder.
         resume: whether tables are opened as they are, for `restore` to bring them to a checkpoint.
         temporary: whether each table's files go with it.
+        begins_drawing: told how many bytes the initial rows of a table take, before they are drawn; returns what is
+            told of each part that was.
 
     Raises:
         UserError: another process has the folder, it belongs to something else, or there is nothing to resume.
@@ -46,9 +49,10 @@ class RowPlace:
         owner: str = "",
         resume: bool = False,
         temporary: bool = False,
+        begins_drawing: Callable[[int], Callable[[int], object]] = lambda size: lambda drawn: None,
     ) -> None:
         self.folder, self.cache, self.temporary = Path(folder), cache, temporary
-        self.resuming = resume
+        self.resuming, self.begins_drawing = resume, begins_drawing
         self._stores: list[weakref.ref[RowStore]] = []
         self._used, self._hand = 0, 0
         if resume and not (self.folder / _PLACE).is_file():

@@ -77,9 +77,13 @@ class RowStore:
         target = self.new(name, (len(source), *probe.shape[1:]), probe.dtype)
         if not self.place.resuming:
             for part in blocks(len(source), _BYTES_AT_ONCE, source[:1].nbytes):
-                target[part].copy_(change(source[part]))
-                self.place.used(target[part].nbytes)
+                self.write(name, part.start, change(source[part]))
         return target
+
+    def write(self, name: str, first: int, values: Tensor) -> None:
+        """Let rows first, first + 1, ... of the tensor of this name be these, in its dtype."""
+        self.files[name].write(first, values)
+        self.place.used(values.nbytes)
 
     def lengthen(self, name: str, count: int, value: float = 0.0) -> Tensor:
         """The tensor of this name with `count` rows, new ones filled with a number; the old one is not used again."""
@@ -98,8 +102,8 @@ class RowStore:
         after = self.new(name, (len(ids), *before.shape[1:]), before.dtype)
         file = self.files[name]
         for part in blocks(len(ids), _BYTES_AT_ONCE, before.row_bytes):
-            torch.index_select(before.bytes, 0, ids[part], out=file.bytes[part])
-            self.place.used(file.bytes[part].nbytes)
+            file.write(part.start, before.bytes[ids[part]])
+            self.place.used((part.stop - part.start) * before.row_bytes)
         return after
 
     def name_of(self, tensor: Tensor) -> str | None:
@@ -206,8 +210,9 @@ class RowStore:
             for ids, rows in read_undo(self._log_path(number)):
                 for name, values in rows.items():
                     if name in record:
-                        here = ids < self.files[name].shape[0]
-                        self.files[name].bytes[ids[here]] = values[here]
+                        file, here = self.files[name], ids < self.files[name].shape[0]
+                        self.place.used(file.use(ids[here]))
+                        file.bytes[ids[here]] = values[here]
         for file in self.files.values():
             file.flush()
         for path in self.folder.glob("*.safetensors"):

@@ -66,13 +66,26 @@ class MappedTable(Table):
         if self._store is not None and self.place.resuming:
             raise RuntimeError("a table that is opened to be resumed is written before it is restored")
         rows_change(self.rows, torch.arange(first, first + len(values)))
-        super()._overwrite(first, vector, values)
+        store = self._in_files("rows")
+        if store is None or vector is not None:
+            super()._overwrite(first, vector, values)
+        else:
+            store.write("rows", first, values.to(self.dtype))
+
+    def _fill(self, draw: Callable[[Tensor], object]) -> None:
+        if self.place.resuming:  # a checkpoint has the rows
+            return
+        drawn = self.place.begins_drawing(self.num_rows * self.row_bytes)
+        for part in self._parts_to_draw():
+            rows = torch.empty(
+                part.stop - part.start, *self.row_shape, dtype=self.dtype if self.scales is None else None
+            )
+            draw(rows)
+            self.write(rows, part.start)
+            drawn((part.stop - part.start) * self.row_bytes)
 
     def _parts_to_draw(self) -> Iterator[slice]:
-        if not self.place.resuming:  # or a checkpoint has them
-            for part in blocks(self.num_rows, 4 * _ELEMENTS_AT_ONCE, self.row_bytes, multiple=16):
-                yield part
-                self.place.used((part.stop - part.start) * self.row_bytes)
+        return blocks(self.num_rows, 4 * _ELEMENTS_AT_ONCE, self.row_bytes, multiple=16)
 
     @torch.no_grad()
     def resize(self, num_rows: int) -> Replaced:
