@@ -22,6 +22,7 @@ from peerlm.layers.mapped.place import RowPlace
 from peerlm.layers.mapped.table import MappedTable, mapped_in
 from peerlm.layers.mapped.undo import MAGIC, UndoLog, read_undo
 from peerlm.layers.table import tables_as
+from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops.row_keeping import rows_stay_in_files
 from peerlm.ops.row_updates import rows_as_they_are
 from peerlm.optim import RowAdamW
@@ -423,6 +424,28 @@ def test_pages_not_used_lately_are_given_back_and_read_again(tmp_path: Path, mon
         assert place.resident_bytes() <= 1 << 22
     assert torch.equal(table.read(), plain.read())
     place.close()
+
+
+def test_a_model_writes_the_initial_rows_once(place: RowPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_experts": 64, "heads": 1, "experts_per_head": 2, "key_dim": 8}
+
+    def made() -> PeerForCausalLM:
+        torch.manual_seed(0)
+        return PeerForCausalLM(PeerConfig(**sizes, ffw_layers=["peer", "dense"], peer=experts))
+
+    plain, written, write = made(), [], MappedFile.write
+
+    def watched(file: MappedFile, first: int, values: torch.Tensor) -> None:
+        written.append(values.nbytes)
+        write(file, first, values)
+
+    monkeypatch.setattr(MappedFile, "write", watched)
+    with tables_as(mapped_in(place)):
+        model = made()
+    assert sum(written) == 64 * 2 * 16 * 4
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_pages_that_were_written_together_are_given_back_together(tmp_path: Path) -> None:

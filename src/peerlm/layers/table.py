@@ -563,6 +563,27 @@ def tables_as(implementation: type[Table]) -> Iterator[None]:
         _implementation.reset(token)
 
 
+_drawn_again: ContextVar[bool] = ContextVar("initial rows are drawn again", default=False)
+
+
+@contextmanager
+def rows_drawn_again() -> Iterator[None]:
+    """Within this context initial rows of new tables need not be kept, for they are drawn again before they are read.
+
+    Numbers are drawn all the same, so that what follows does not depend on where tables are kept.
+    """
+    token = _drawn_again.set(True)
+    try:
+        yield
+    finally:
+        _drawn_again.reset(token)
+
+
+def are_rows_drawn_again() -> bool:
+    """Whether this is within `rows_drawn_again`."""
+    return _drawn_again.get()
+
+
 _classes: dict[tuple[type, type], type[Table]] = {}
 
 

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from peerlm.layers import DenseFFW, OutputGate, ParallelFFW, TokenChoiceMoE
 from peerlm.layers.retrieval_layer import RetrievalLayer
+from peerlm.layers.table import rows_drawn_again
 from peerlm.model.attention import KeyValueShift, PeerAttention, previous_tokens
 from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig, parts_of
 from peerlm.model.token_history import preceding_tokens
@@ -72,7 +73,8 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = PeerAttention(config, layer_idx)
         assert config.ffw_layers is not None  # filled in by PeerConfig
-        self.ffw = build_ffw(config, config.ffw_layers[layer_idx])
+        with rows_drawn_again():  # by reset_ffw
+            self.ffw = build_ffw(config, config.ffw_layers[layer_idx])
         scales = config.ffw_output_scales(layer_idx)
         self.ffw_scales = {"ffw" if len(scales) == 1 else f"ffw.{part}": scale for part, scale in scales.items()}
         self.ffw_gate = (

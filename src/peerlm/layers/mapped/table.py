@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peerlm.layers.mapped.place import RowPlace
 from peerlm.layers.mapped.store import RowStore
 from peerlm.layers.row_memory import blocks, chosen_rows, longer_rows
-from peerlm.layers.table import Replaced, Table, plain_kind
+from peerlm.layers.table import Replaced, Table, are_rows_drawn_again, plain_kind
 from peerlm.ops.row_keeping import keep_at, keeper_of, rows_change, rows_stay
 from peerlm.ops.row_updates import is_watched
 from peerlm.ops.tensors import has_values
@@ -81,7 +81,8 @@ class MappedTable(Table):
                 part.stop - part.start, *self.row_shape, dtype=self.dtype if self.scales is None else None
             )
             draw(rows)
-            self.write(rows, part.start)
+            if not are_rows_drawn_again():
+                self.write(rows, part.start)
             drawn((part.stop - part.start) * self.row_bytes)
 
     def _parts_to_draw(self) -> Iterator[slice]:
