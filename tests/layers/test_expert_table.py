@@ -118,6 +118,40 @@ def test_conversion_takes_memory_for_the_new_rows_and_for_a_few_wide_ones(
         assert torch.equal(movable(ours), movable(theirs))
 
 
+@pytest.mark.parametrize(("saved", "loaded"), [("float32", "int8"), ("int8", "float32"), ("int4", "bfloat16")])
+def test_loading_another_format_widens_a_few_rows_at_a_time(
+    saved: str, loaded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, experts = ExpertTable(2048, DIM, row_format=saved).state_dict(), ExpertTable(2048, DIM, row_format=loaded)
+    kept = copy.deepcopy(experts)
+    kept.load_state_dict(state)  # at once
+    monkeypatch.setattr("peerlm.layers.table._WIDE_BYTES", 16384)
+    with LargeResults(least=33_000) as large:
+        experts.load_state_dict(state)
+    assert large.sizes == []
+    for ours, theirs in zip(experts.state_dict().values(), kept.state_dict().values(), strict=True):
+        assert torch.equal(movable(ours), movable(theirs))
+
+
+@pytest.mark.parametrize("row_format", ["int8", "int4"])
+def test_rows_of_16_bits_are_stored_with_scales_of_32(row_format: str) -> None:
+    rows, experts = torch.randn(9, 2, DIM).bfloat16(), ExpertTable(9, DIM, row_format=row_format)
+    experts.write(rows)
+    found = values(experts)
+    experts.write(rows.float())
+    assert torch.equal(found, values(experts))
+
+
+def test_appended_rows_are_widened_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (ExpertTable(2048, DIM, row_format="int8") for _ in range(2))
+    expected = torch.cat([values(first), values(second)])
+    monkeypatch.setattr("peerlm.layers.table._WIDE_BYTES", 16384)
+    with LargeResults(least=33_000) as large:
+        first.append([second])
+    assert max(large.sizes) == first.rows.nbytes
+    torch.testing.assert_close(values(first), expected, rtol=0, atol=1e-6)
+
+
 def test_conversion_to_the_same_format_keeps_the_parameter() -> None:
     experts = table("float32")
     kept = experts.row_parameters()

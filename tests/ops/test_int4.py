@@ -98,5 +98,10 @@ def test_a_model_is_converted_saved_and_mapped(tmp_path: Path) -> None:
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert 0 < relative_error(narrow(ids).logits, model(ids).logits) < 0.5
+    assert run("convert-rows", output, tmp_path / "same", "--row-format=int4") == 0
+    for name, value in load_saved(tmp_path / "same").state_dict().items():
+        assert torch.equal(value, narrow.state_dict()[name]), name
+    assert run("convert-rows", output, tmp_path / "back", "--row-format=float32") == 0
+    assert torch.equal(load_saved(tmp_path / "back").state_dict()["model.layers.0.ffw.experts.rows"], table.read())
     assert run("convert-rows", source, output, "--row-format=int4") == 2
     assert run("convert-rows", source, tmp_path / "other", "--row-format=int5") == 2

@@ -1,7 +1,7 @@
 """Models as `save_pretrained` writes them: read by the class that they name, written to another folder."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -80,16 +80,21 @@ def check_weights(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def save_changed(
-    model: PreTrainedModel, source: Path, output: Path, *, measured: Mapping[str, Any] | None = None
+    model: PreTrainedModel,
+    source: Path,
+    output: Path,
+    *,
+    measured: Mapping[str, Any] | None = None,
+    write: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a model that was loaded from `source` to the folder `output`, whole or not at all, with its tokenizer.
 
     A converted model gets a card, with the licence and the languages of the card in `source`, and with what was
-    `measured` (`peerlm.convert.card`).
+    `measured` (`peerlm.convert.card`). `write` takes the place of the model's `save_pretrained`.
     """
     record = conversion_of(model)
     with atomic_folder(output) as folder:
-        model.save_pretrained(folder)
+        (write or model.save_pretrained)(folder)
         if record is not None:
             card = conversion_card(model, record, name=output.name, source=source, measured=measured or {})
             card.save(folder / "README.md")

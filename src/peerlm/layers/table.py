@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peerlm.layers.row_memory import blocks, chosen_rows, empty_rows, longer_rows
 from peerlm.ops import api
 from peerlm.ops.row_formats import (
+    GROUP,
     INT4,
     SCALED_DTYPES,
     movable,
@@ -94,7 +95,7 @@ class Table(nn.Module):
     def __init__(self, num_rows: int, *row_shape: int, backend: str = "auto", row_format: str = "float32"):
         super().__init__()
         api.check_backend(backend)
-        dtype = _row_dtype(row_format)
+        dtype = row_dtype(row_format)
         self.num_rows = num_rows
         self.row_shape = row_shape
         self.backend = backend
@@ -384,7 +385,8 @@ class Table(nn.Module):
         self.resize(first + sum(table.num_rows for table in tables))
         for table in tables:
             if table.device.type != "meta":
-                self.write(table.read(), first)
+                for part in table._wide_parts(table.num_rows):
+                    self.write(table.read(part.start, part.stop - part.start), first + part.start)
             first += table.num_rows
 
     @torch.no_grad()
@@ -393,7 +395,7 @@ class Table(nn.Module):
 
         Both formats are in memory until all rows are converted, and besides them some rows in float32.
         """
-        dtype = _row_dtype(row_format)
+        dtype = row_dtype(row_format)
         if dtype == self.dtype:
             return
         self.catch_up()
@@ -402,13 +404,31 @@ class Table(nn.Module):
         scales = None
         if dtype in SCALED_DTYPES:
             scales = self._empty("scales", *scales_shape(shape, dtype), dtype=torch.float32, device=self.device)
-        for part in blocks(shape[0], _WIDE_BYTES, 4 * math.prod(shape[1:])):
-            wide = self._held(part).float()
+        for part, stored, own_scales in self.rows_in(row_format):
+            rows[part].copy_(stored)
             if scales is not None:
-                wide, scales[part] = quantise(wide, dtype)
-            rows[part].copy_(wide)
+                assert own_scales is not None
+                scales[part] = own_scales
         self._keep(rows)
         self.scales = scales
+
+    @torch.no_grad()
+    def rows_in(self, row_format: str) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """The rows that are held here in another format, with their scales where it has some, a few at a time."""
+        dtype = row_dtype(row_format)
+        stored_shape(self.row_shape, dtype)
+        for part in self._wide_parts(self._held_shape()[0]):
+            wide = self._held(part).float()
+            if dtype == self.dtype and self.scales is not None:  # the same bits
+                yield part, self.rows[part], self.scales[part]
+            elif dtype in SCALED_DTYPES:
+                yield part, *quantise(wide, dtype)
+            else:
+                yield part, wide.to(dtype), None
+
+    def _wide_parts(self, count: int) -> Iterator[slice]:
+        """Ranges of `count` rows that are in float32 at once."""
+        return blocks(count, _WIDE_BYTES, 4 * math.prod(self.row_shape))
 
     def _held_shape(self) -> tuple[int, ...]:
         """The shape (N, *X) of the rows that are held here, as numbers."""
@@ -517,16 +537,32 @@ class Table(nn.Module):
         self.catch_up()
         rows, scales = state_dict.get(prefix + "rows"), state_dict.get(prefix + "scales")
         if rows is not None and rows.dtype != self.dtype:
-            if rows.dtype in SCALED_DTYPES:
-                rows = None if scales is None else widened(rows, state_dict.pop(prefix + "scales"))
-            if rows is None:
+            scaled = rows.dtype in SCALED_DTYPES
+            if scaled and scales is None:
                 missing_keys.append(prefix + "scales")
                 del state_dict[prefix + "rows"]
-            elif self.scales is not None:
-                state_dict[prefix + "rows"], state_dict[prefix + "scales"] = quantise(rows.float(), self.dtype)
+            elif self._takes(rows) and not local_metadata.get("assign_to_params_buffers"):
+                del state_dict[prefix + "rows"]
+                self.write_saved(rows, state_dict.pop(prefix + "scales") if scaled else None)
+                missing_keys = []  # these rows are not
             else:
-                state_dict[prefix + "rows"] = rows
+                wide = widened(rows, state_dict.pop(prefix + "scales")) if scaled else rows
+                if self.scales is not None:
+                    wide, state_dict[prefix + "scales"] = quantise(wide.float(), self.dtype)
+                state_dict[prefix + "rows"] = wide
         self._load_rows(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
+
+    def _takes(self, rows: Tensor) -> bool:
+        """Whether saved rows have the shape of this table's, as they would be stored, and it has memory for them."""
+        if any(each.is_meta for each in self.row_parameters()) or (rows.dtype == INT4 and self.row_shape[-1] % GROUP):
+            return False
+        return tuple(rows.shape) == (self.num_rows, *stored_shape(self.row_shape, rows.dtype))
+
+    @torch.no_grad()
+    def write_saved(self, rows: Tensor, scales: Tensor | None) -> None:
+        """Let all rows be these, in any format, a few at a time: (N, *X) as stored, and their scales or None."""
+        for part in self._wide_parts(len(rows)):
+            self.write(rows[part] if scales is None else widened(rows[part], scales[part]), part.start)
 
     def _load_rows(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Load rows (N, *X) in a format of this kind; arguments as of `nn.Module._load_from_state_dict`."""
@@ -609,7 +645,8 @@ def _unpickled(implementation: type[Table], kind: type[Table] = Table) -> Table:
     return object.__new__(class_of(implementation, kind))
 
 
-def _row_dtype(row_format: str) -> torch.dtype:
+def row_dtype(row_format: str) -> torch.dtype:
+    """In which rows of this format are stored; raises ValueError where there is no such format."""
     if row_format not in ROW_FORMATS:
         raise ValueError(f"row_format is {row_format!r}; choose one of {', '.join(ROW_FORMATS)}")
     return ROW_FORMATS[row_format]

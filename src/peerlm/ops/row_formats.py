@@ -41,11 +41,12 @@ def largest_number(dtype: torch.dtype) -> float:
 
 
 def quantise(rows: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """Rows in one of `SCALED_DTYPES` and their scales, of float rows (..., D), float32 or float64.
+    """Rows in one of `SCALED_DTYPES` and their scales, of float rows (..., D); scales in float32 or float64.
 
     Each vector's largest entry becomes the largest number of the dtype: 127 of int8, 448 of float8_e4m3fn. Of int4 each
     group's largest becomes -8, -7.5 or -7, whichever leaves the least error.
     """
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # a scale of 16 bits would be off by 1 in 256
     if dtype == INT4:
         return _quantise_groups(rows)
     scales = rows.abs().amax(dim=-1) / largest_number(dtype)

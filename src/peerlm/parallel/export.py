@@ -6,21 +6,21 @@ first file. transformers reads a tensor from one file, so that a table has one, 
 
 import json
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from peerlm.errors import PeerlmWarning
-from peerlm.files import require_space, sync, write_json
+from peerlm.files import require_space, sync
 from peerlm.layers.mapped.table import MappedTable, mapped_tables
 from peerlm.model import PeerConfig, PeerForCausalLM
+from peerlm.model.table_files import INDEX_FILE, SINGLE, file_names, write_index
 from peerlm.ops.row_keeping import rows_stay_in_files
 from peerlm.ops.tensor_files import head_of, write_at
 from peerlm.ops.watched import raw
@@ -32,8 +32,6 @@ from peerlm.parallel.storage import INDEX, SafetensorsReader, num_bytes, read_sh
 from peerlm.parallel.table import ShardedTable, sharded_tables
 from peerlm.ranks import ALONE, Ranks
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _BYTES_AT_ONCE = 1 << 26
 
 
@@ -69,7 +67,7 @@ def write_pretrained(model: Any, folder: Path, *, ranks: Ranks) -> None:
             whole: Any = entry.full_tensor() if hasattr(entry, "full_tensor") else entry
             if ranks.is_main:
                 rest[name] = whole.cpu()
-    files = _file_names(parts)
+    files = file_names(parts)
     with ranks.together():
         if ranks.is_main:
             model.save_pretrained(folder, state_dict=rest, max_shard_size="1000TB")
@@ -92,7 +90,7 @@ def write_mapped(model: Any, folder: Path) -> None:
         parts[f"{path}.rows"] = (table, "rows", raw(table.rows))
         if table.scales is not None:
             parts[f"{path}.scales"] = (table, "scales", table.scales)
-    files = _file_names(parts)
+    files = file_names(parts)
     with rows_stay_in_files():
         model.save_pretrained(folder, max_shard_size="1000TB")
     for name, (table, kind, tensor) in parts.items():
@@ -101,14 +99,8 @@ def write_mapped(model: Any, folder: Path) -> None:
     _index(folder, files)
 
 
-def _file_names(names: Collection[str]) -> dict[str, str]:
-    """A file for each of these tensors, beside the one with all others."""
-    count = 1 + len(names)
-    return {name: f"model-{number:05d}-of-{count:05d}.safetensors" for number, name in enumerate(names, start=2)}
-
-
 def _index(folder: Path, files: dict[str, str]) -> None:
-    """Let a folder with a model but for these tensors say where all are."""
+    """As `write_index`; says which files are larger than those of a checkpoint in shards."""
     for name, file_name in files.items():
         size = (folder / file_name).stat().st_size
         if size > cut.MOST_BYTES:
@@ -118,13 +110,7 @@ def _index(folder: Path, files: dict[str, str]) -> None:
                 PeerlmWarning,
                 stacklevel=3,
             )
-    first = f"model-00001-of-{1 + len(files):05d}.safetensors"
-    (folder / _SINGLE).rename(folder / first)
-    with safe_open(folder / first, framework="pt") as file:
-        saved = list(file.keys())
-    size = sum((folder / name).stat().st_size for name in (first, *files.values()))
-    weights = dict.fromkeys(saved, first) | files
-    write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weights})
+    write_index(folder, files)
 
 
 def from_pretrained(folder: str | Path, mesh: DeviceMesh, *, dense: str = "shard") -> PeerForCausalLM:
@@ -160,9 +146,9 @@ def load_pretrained(model: Any, folder: Path) -> None:
 
     Raises ValueError where the folder has weights that the model does not have, or lacks some.
     """
-    files = [folder / _SINGLE]
-    if (folder / _INDEX).is_file():
-        names = json.loads((folder / _INDEX).read_bytes())["weight_map"].values()
+    files = [folder / SINGLE]
+    if (folder / INDEX_FILE).is_file():
+        names = json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values()
         files = [folder / name for name in sorted(set(names))]
     reader, entries = SafetensorsReader.of_files(*files), model_entries(model)
     if unknown := sorted(reader.tensors.keys() - entries.keys()):

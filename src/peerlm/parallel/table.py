@@ -324,7 +324,7 @@ class ShardedTable(Table):
                 )
                 return
             scales = state_dict.pop(prefix + "scales", None)
-            self.write(whole if scales is None else widened(whole, scales))
+            self.write_saved(whole, scales)
             return
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 

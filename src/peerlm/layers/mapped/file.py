@@ -71,7 +71,7 @@ class MappedFile:
             self.bytes = torch.empty(count, 0, dtype=torch.uint8, device="cpu")
             self.tensor = torch.empty(self.shape, dtype=dtype, device="cpu")
         self._in_large_pieces: set[int] = set()
-        """Regions that `write` has written: the system keeps and drops their pages many at a time."""
+        """Regions that `write` has written: the system keeps, writes and drops their pages many at a time."""
         self.recent = torch.zeros(-(-(HEAD + self.num_bytes) // PAGE), dtype=torch.bool, device="cpu")
 
     @classmethod
@@ -126,6 +126,8 @@ class MappedFile:
 
     def use(self, ids: Tensor) -> int:
         """Have the rows `ids` (int64, any shape) in memory, read from the disk by several threads; the bytes read."""
+        for begin in sorted(self._in_large_pieces):  # or a change of a row would write megabytes
+            self.give_back(begin)
         first = (ids.reshape(-1) * self.row_bytes + HEAD) // PAGE
         last = (ids.reshape(-1) * self.row_bytes + (HEAD + self.row_bytes - 1)) // PAGE
         pages = torch.cat([first, last[last != first]])
