@@ -4,7 +4,6 @@ The device is the CPU, on which all is done as on a GPU.
 """
 
 import copy
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from peerlm import PEER, UserError
-from peerlm.layers import ProductKeyMemory, Table
+from peerlm import PEER
 from peerlm.layers.mapped import cache as mapped_cache
-from peerlm.layers.mapped.cached import CachedTable, cache_tables
+from peerlm.layers.mapped.cached import cache_tables
 from peerlm.layers.mapped.place import RowPlace
-from peerlm.layers.mapped.table import mapped_in
-from peerlm.layers.table import tables_as
 from peerlm.ops.row_keeping import rows_stay_in_files
 from peerlm.ops.row_updates import rows_as_they_are
-from peerlm.optim import RowAdamW, clip_gradients, parameter_groups
-from peerlm.testing import state_of
+from peerlm.optim import RowAdamW
 
 from .test_mapped import MODES, assert_same, mapped, peer, reopened, step, trainer
 
