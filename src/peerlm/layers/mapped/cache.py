@@ -47,10 +47,10 @@ class Home(Protocol):
 
 @dataclass(eq=False)
 class _Held:
-    """Rows that a backward pass will read."""
+    """Rows that a backward pass will read, and where they are."""
 
+    ids: Tensor
     places: Tensor
-    since: int
     done: bool = False
 
 
@@ -83,7 +83,6 @@ class RowCache:
         self._used = torch.full((self.places + 1,), -1, dtype=torch.int64, device=device)
         self._changed = torch.zeros(self.places + 1, dtype=torch.bool, device=device)
         self._now = 0
-        self._newest_left = -1
         self._held: weakref.WeakSet[_Held] = weakref.WeakSet()
         self._stream = stream_for(device)
 
@@ -156,7 +155,6 @@ class RowCache:
                 f"{self.places:,}: let tables.device_rows be {needed:,} or more, or take fewer tokens at once"
             )
         oldest_U = torch.argsort(self._used[:-1], stable=True)[: len(ids_U)]
-        self._newest_left = max(self._newest_left, int(self._used[oldest_U].amax()))
         at_once = self._rows_at_once()
         for places, ids in zip(oldest_U.split(at_once), ids_U.split(at_once), strict=True):
             leaving = self._leave(places[self._changed[places]])
@@ -202,16 +200,16 @@ class RowCache:
     def _rows_at_once(self) -> int:
         return max(1, _BYTES_AT_ONCE // max(1, sum(tensor[:1].nbytes for tensor in self.tensors.values())))
 
-    def hold(self, places: Tensor, result: Tensor) -> None:
+    def hold(self, ids: Tensor, places: Tensor, result: Tensor) -> None:
         """Let rows stay until the backward pass of `result`, which was made of them, has read them."""
-        held = _Held(places, self._now)
+        held = _Held(ids, places)
         self._held.add(held)
 
         def before_backward(_: Tensor) -> None:
-            if held.done and held.since <= self._newest_left:
+            if held.done and not torch.equal(self.names[held.places], held.ids):
                 raise RuntimeError(
-                    "rows of this forward pass may have left the device since its first backward pass: repeat the "
-                    "forward pass, or allow more rows (tables.device_rows)"
+                    "rows of this forward pass have left the device since its first backward pass: repeat the forward "
+                    "pass, or allow more rows (tables.device_rows)"
                 )
             held.done = not torch.is_grad_enabled()  # a graph of the backward pass reads them again
 

@@ -20,6 +20,7 @@ from peerlm.ops.tensors import has_values, never_compiled
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_NO_GRADIENTS = "rows that a device caches are mixed with gradients, and read without"
 _REASON = "the host fetches the rows that a device does not have"
 
 
@@ -94,7 +95,9 @@ class CachedTable(Table):
         return self._in_places(ids_TP, lambda places: dot(x_TD, places))
 
     def gather(self, ids: Tensor, vector: int | None = None) -> Tensor:
-        """As of `Table`."""
+        """As of `Table`, without gradients."""
+        if torch.is_grad_enabled() and self.requires_grad:
+            raise ValueError(f"{_NO_GRADIENTS}: call gather within torch.no_grad()")
         gather = super().gather
         return self._in_places(ids, lambda places: gather(places, vector))
 
@@ -108,7 +111,7 @@ class CachedTable(Table):
         places = self._cache.bring(ids, training=self.requires_grad)
         found = compute(places)
         if found.requires_grad:
-            self._cache.hold(places, found)
+            self._cache.hold(ids, places, found)
         return found
 
     def _looked_up(self, ids: Tensor | None, compute: Callable[[Tensor, bool], Tensor]) -> Tensor:
@@ -121,7 +124,7 @@ class CachedTable(Table):
         if self._cache is None:
             return super().read(first, count)
         if torch.is_grad_enabled() and self.requires_grad:
-            raise ValueError("rows at home on the host are read without gradients: call read within torch.no_grad()")
+            raise ValueError(f"{_NO_GRADIENTS}: call read within torch.no_grad()")
         self.catch_up()
         device = self.device
         with self._at_home(changes=False):
