@@ -49,13 +49,16 @@ class PackPerStage(Method):
     """Beside feed-forward layers: how often the text is read, where no budget is given."""
     keep: float = 0.99
     """Beside feed-forward layers: share of the new text's tokens that open the gates at the most."""
+    gate_tokens: int = TOKENS
+    """Beside feed-forward layers: tokens of the new text that the gates are fitted on at the most; half as many again
+    of other text, of which a third only tells how well they fit."""
     rate: float = 10.0
     """Beside feed-forward layers: learning rate of experts over that of the rest, times `optim.table_lr_multiplier`."""
     quiet: float = 1.0
     """Beside feed-forward layers: weight of what the pack writes for foreign tokens that open its gates."""
 
     def __post_init__(self) -> None:
-        for name in ("megabytes", "epochs", "rate"):
+        for name in ("megabytes", "epochs", "rate", "gate_tokens"):
             if not getattr(self, name) > 0:
                 raise UserError(f"pack.{name} = {getattr(self, name)}: must be above 0")
         if not 0 < self.keep <= 1:
@@ -105,7 +108,7 @@ class PackPerStage(Method):
         if lower := lower_blocks_of(model, list(holders(model))):
             remember_lower_blocks(model, lower, stage.folder, len(stage.new))
         assert stage.earlier is not None  # the embedded corpus at least
-        windows = max(2, TOKENS // len(stage.new[0]))
+        windows = max(2, self.gate_tokens // len(stage.new[0]))
         step = max(1, len(stage.new) // windows)
         own = [stage.new[place][None].to(model.device) for place in range(0, len(stage.new), step)][:windows]
         other = [stage.earlier.draw(place, place + 1).to(model.device) for place in range(windows * 3 // 2)]
