@@ -1,12 +1,14 @@
 """Countries of the World Factbook as text to learn, and questions about them in two forms."""
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from teach import write_text
 
 from peerlm.data import END_OF_TEXT, read_documents
 from peerlm_studies.lifelong.facts import articles, choose_countries, questions
 
+_SEPARATOR = f"\n{END_OF_TEXT}\n"
 SENTENCES = {
     "Location": "{name} is located in",
     "Capital": "The capital of {name} is",
@@ -47,18 +49,14 @@ def asked(countries: Sequence[tuple[str, list[tuple[str, str]]]]) -> Mapping[str
     }
 
 
-def write_text(path: Path, countries: Sequence[tuple[str, list[tuple[str, str]]]]) -> None:
+def write_lines(path: Path, countries: Sequence[tuple[str, list[tuple[str, str]]]]) -> None:
     """Write what is learned: a document of each country, a line of each cloze and its value."""
-    _write(path, ["\n".join(f"{cloze} {value}" for cloze, value in clozes) for _, clozes in countries])
+    write_text(
+        path, _SEPARATOR.join("\n".join(f"{cloze} {value}" for cloze, value in clozes) for _, clozes in countries)
+    )
 
 
 def write_background(path: Path, corpus: Sequence[str]) -> None:
-    """Write the corpus without the World Factbook."""
-    found = articles(corpus)
-    _write(path, [text for text in corpus if html.unescape(text.strip().partition("\n")[0]) not in found])
-
-
-def _write(path: Path, texts: Sequence[str]) -> None:
-    content = f"\n{END_OF_TEXT}\n".join(texts)
-    if not path.is_file() or path.read_text() != content:
-        path.write_text(content)
+    """Write the corpus without the World Factbook, whose articles begin with a name and the line of its background."""
+    kept = (text for text in corpus if not text.strip().partition("\n")[2].startswith("Background: "))
+    write_text(path, _SEPARATOR.join(kept))

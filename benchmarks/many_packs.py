@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from teach import add_row, has_row, rows_of, setting
+from teach import add_row, has_row, rows_of, setting, write_text
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peerlm.cli.stage_options import learn_config
-from peerlm.continual import learn
+from peerlm.continual import LearnConfig, learn, markdown_matrix
 from peerlm.evaluate import held_out_loss, load_model
 from peerlm.evaluate.windows import text_windows
 from peerlm.malloc import keep_freed_memory
@@ -37,7 +37,7 @@ def cut(file: Path, taught: Path, held_out: Path, tokens: Sequence[int]) -> None
     """Write the beginning of a text, about so many tokens, and what follows; of 4 characters each."""
     with file.open(encoding="utf-8") as text:
         for path, count in zip((taught, held_out), tokens, strict=True):
-            path.write_text(text.read(4 * count), encoding="utf-8")
+            write_text(path, text.read(4 * count))
 
 
 def mixed(windows: Sequence[Tensor]) -> Tensor:
@@ -100,18 +100,47 @@ def mixed_row(model: PreTrainedModel, held_out: dict[str, Tensor]) -> dict[str, 
     }
 
 
+def parts_of(file: Path, folder: Path) -> tuple[Path, Path]:
+    """Where the part of a text that is taught lies, and the part that is held out."""
+    return folder / f"{file.stem}.txt", folder / f"{file.stem}-held-out.txt"
+
+
+def config_of(files: Sequence[Path], run: Path, options: argparse.Namespace) -> LearnConfig:
+    """A stream of packs, one of each text."""
+    parts = [(file.stem, *parts_of(file, options.output)) for file in files]
+    return learn_config(
+        run=str(run),
+        model=str(options.model),
+        text=[f"{name}={taught}" for name, taught, _ in parts],
+        heldout=[f"{name}={held_out}" for name, _, held_out in parts],
+        method="pack",
+        settings=options.set,
+        memory={"background": [str(each) for each in options.background]},
+        budget={},
+        optim={"learning_rate": options.learning_rate},
+        context=options.context,
+        batch_size=options.batch_size,
+        heldout_windows=options.windows,
+        precision=options.precision,
+        seed=options.seed,
+        data=str(options.output / "tokens"),
+    )
+
+
 def main() -> None:
     """Teach, load, measure, unload, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--background", type=Path, nargs="*", default=[], help="default: the embedded corpus")
-    parser.add_argument("--tokens", type=int, default=4096, help="of each text that are taught")
-    parser.add_argument("--held-out-tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=2048, help="of each text that are taught")
+    parser.add_argument("--in-a-row", action="store_true", help="one stream, each pack with those before it; one row")
+    parser.add_argument("--windows", type=int, default=2, help="held-out windows that a stream is measured on")
+    parser.add_argument("--held-out-tokens", type=int, default=1024)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--set", nargs="*", default=["megabytes=4", "gate_tokens=6144"], metavar="KEY=VALUE")
+    parser.add_argument("--set", nargs="*", default=["megabytes=4", "gate_tokens=4096"], metavar="KEY=VALUE")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
@@ -127,7 +156,7 @@ def main() -> None:
         "learning_rate": options.learning_rate,
         "batch_size": options.batch_size,
         "seed": options.seed,
-        "text": "mixed",
+        "text": "in a row" if options.in_a_row else "mixed",
     }
     if has_row(rows_of(options.json), key):
         print("there are rows")
@@ -135,30 +164,22 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     started, folders = time.perf_counter(), {}
     for file in options.text:
-        taught, held_out = (options.output / f"{file.stem}{part}.txt" for part in ("", "-held-out"))
-        cut(file, taught, held_out, (options.tokens, options.held_out_tokens))
-        config = learn_config(
-            run=str(options.output / file.stem),
-            model=str(options.model),
-            text=[f"{file.stem}={taught}"],
-            heldout=[f"{file.stem}={held_out}"],
-            method="pack",
-            settings=options.set,
-            memory={"background": [str(each) for each in options.background]},
-            budget={},
-            optim={"learning_rate": options.learning_rate},
-            context=options.context,
-            batch_size=options.batch_size,
-            heldout_windows=8,
-            precision=options.precision,
-            seed=options.seed,
-            data=str(options.output / "tokens"),
-        )
-        learn(config, resume="auto")
-        folders[file.stem] = options.output / file.stem / "stages" / f"1-{file.stem}" / "pack"
+        cut(file, *parts_of(file, options.output), (options.tokens, options.held_out_tokens))
+    if options.in_a_row:
+        after = learn(config_of(options.text, options.output / "in-a-row", options), resume="auto")
+        stages = [{"after": row["stage"], "loss": row["loss"], "gates": row.get("gates")} for row in after]
+        row = {"stages": stages, "seconds": round(time.perf_counter() - started, 1), **setting()}
+        print(markdown_matrix(after))
+        add_row(options.json, {**key, **row})
+        return
+    for file in options.text:
+        folder = options.output / file.stem
+        learn(config_of([file], folder, options), resume="auto")
+        folders[file.stem] = folder / "stages" / f"1-{file.stem}" / "pack"
     model, tokenizer = load_model(options.model)
     windows = {
-        name: text_windows(tokenizer, [options.output / f"{name}-held-out.txt"], options.context) for name in folders
+        file.stem: text_windows(tokenizer, [parts_of(file, options.output)[1]], options.context)
+        for file in options.text
     }
     probe = next(iter(windows.values()))[:1]
     with torch.no_grad():

@@ -62,6 +62,12 @@ def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str,
     }
 
 
+def write_text(path: Path, content: str) -> None:
+    """Write a file, unless it has that content: prepared text is prepared again when its source has changed."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != content:
+        path.write_text(content, encoding="utf-8")
+
+
 def rows_of(file: Path | None) -> list[dict[str, Any]]:
     """Rows of a file, none where there is no file."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file and file.exists() else []

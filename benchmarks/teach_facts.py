@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from countries import asked, chosen, documents, write_background, write_text
+from countries import asked, chosen, documents, write_background, write_lines
 from teach import SETTINGS, add_row, has_row, losses, rows_of, summary, taught
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -86,7 +86,7 @@ def main() -> None:
     countries = chosen(corpus, options.countries)
     questions = asked(countries)
     text, background = options.output / f"countries-{options.countries}.txt", options.output / "background.txt"
-    write_text(text, countries)
+    write_lines(text, countries)
     write_background(background, corpus)
 
     bf16 = has_bf16_products(torch.device("cpu"))

@@ -123,6 +123,10 @@ def test_many_packs_are_measured_on_their_texts_and_on_mixed_text(
     assert 0 <= mixed["other_open"] <= 1
     script(many, *arguments, "--output", tmp_path / "runs", "--json", tmp_path / "rows")
     assert len(rows_of(tmp_path / "rows")) == 3
+    script(many, *arguments, "--in-a-row", "--output", tmp_path / "runs", "--json", tmp_path / "rows")
+    stream = rows_of(tmp_path / "rows")[3]
+    assert [stage["after"] for stage in stream["stages"]] == [None, "one", "two"]
+    assert stream["stages"][0]["loss"].keys() == {"background", "one", "two"}
 
 
 def test_mixed_text_takes_turns(script: Callable[..., Any]) -> None:

@@ -1,13 +1,13 @@
 """A pack for each domain: experts in a folder of their own, beside a frozen model."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.continual.lower_blocks import forget_lower_blocks, lower_blocks_of, remember_lower_blocks
@@ -110,8 +110,9 @@ class PackPerStage(Method):
         assert stage.earlier is not None  # the embedded corpus at least
         windows = max(2, self.gate_tokens // len(stage.new[0]))
         step = max(1, len(stage.new) // windows)
-        own = [stage.new[place][None].to(model.device) for place in range(0, len(stage.new), step)][:windows]
-        other = [stage.earlier.draw(place, place + 1).to(model.device) for place in range(windows * 3 // 2)]
+        own = [stage.new[place] for place in range(0, len(stage.new), step)][:windows]
+        other = [*stage.earlier.draw(0, windows * 3 // 2)]
+        own, other = ([each[None].to(model.device) for each in begun(text, stage.start)] for text in (own, other))
         autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=stage.bf16)
         with progress_bar(shown=stage.progress) as bar, autocast:
             task = bar.add_task("fitting the gates", total=len(own) + len(other))
@@ -148,3 +149,20 @@ class PackPerStage(Method):
         """The pack alone."""
         found = self.found(model, stage)
         save_pack(model, stage.name, stage.folder / PACK, data={"domain": stage.name}, metrics=found or None)
+
+
+def begun(windows: Sequence[Tensor], start: Sequence[int]) -> list[Tensor]:
+    """Let every second window begin as a document does.
+
+    Without this a text of short documents has many such beginnings, and one of long documents hardly any. Gates would
+    then tell beginnings from the rest, open at that of any text, and stay closed at that of a question.
+
+    Args:
+        windows: (context,) int64 each.
+        start: token ids before a document; what is pushed out at the end of a window is dropped.
+    """
+    mark = torch.tensor(start, dtype=torch.long)
+    return [
+        window if number % 2 or torch.equal(window[: len(mark)], mark) else torch.cat([mark, window])[: len(window)]
+        for number, window in enumerate(windows)
+    ]
