@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peerlm import PEER, UserError
+from peerlm.growth.freezing import freeze_grown
 from peerlm.layers import ProductKeyMemory, Table
 from peerlm.layers.mapped import cache as mapped_cache
 from peerlm.layers.mapped.cached import CachedTable, cache_tables
@@ -323,6 +324,8 @@ def test_what_cannot_be_is_refused(place: RowPlace) -> None:
         cache_tables(layer, CPU, 9)
     with pytest.raises(ValueError, match="an optimizer of tables with a cache on a device is not copied"):
         copy.deepcopy(trainer(layer))
+    with pytest.raises(ValueError, match="experts that a device caches have no place of their own"):
+        freeze_grown(layer, ["rows"], before=100)
     first, second = mapped(place), mapped(place)
     second.experts.rows = first.experts.rows
     with pytest.raises(ValueError, match="experts has the rows of another table"):
