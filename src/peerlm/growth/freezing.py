@@ -74,7 +74,8 @@ def freeze_grown(
 
     Raises:
         ValueError: a part that does not exist; experts that a device caches (`layers.mapped.cached`); the layers do not
-            say what they had before and nor does `before`; the optimizer would move what has no gradient, by weight decay or in the backward pass. Nothing is frozen then.
+            say what they had before and nor does `before`; the optimizer would move what has no gradient, by weight
+            decay or in the backward pass. Nothing is frozen then.
     """
     parts = tuple(what)
     for part in parts:
