@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-FEW_TOKENS = 4
+FEW_TOKENS = 64
 """Up to here the calls of a layer's parts may take longer than their work."""
 
 
 def nobody_looks_on(*modules: nn.Module) -> bool:
-    """Whether no gradient is wanted, and no hook, tracer, mode or autocast sees or changes what these modules do.
+    """Whether no gradient is wanted, and no hook, tracer, mode, autocast or other `forward` sees or changes what these modules do.
 
     torch.compile is asked for before.
     """
@@ -22,7 +22,9 @@ def nobody_looks_on(*modules: nn.Module) -> bool:
         or torch._C._len_torch_function_stack()
         or torch.is_autocast_enabled("cpu")
         or _has_any_global_hook()
-        or any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+        or any(
+            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in modules
+        )
     )
 
 

@@ -40,6 +40,13 @@ class SlotLayer(DynamicLayer):
             found.append(stored[cache.part, :, cache.begin : cache.end + 1])
         return found[0], found[1]
 
+    def one_more_column(self) -> tuple[Tensor, Tensor]:
+        """All columns in use and the one of this step, which is yet to be written: (rows, H, L + 1, D) twice."""
+        cache, keys, values = self._cache, self.keys, self.values
+        assert keys is not None and values is not None
+        columns = slice(cache.begin, cache.end + 1)
+        return keys[cache.part, :, columns], values[cache.part, :, columns]
+
     def get_seq_length(self) -> int:
         """Columns in use before this step."""
         return self._cache.end - self._cache.begin

@@ -1,4 +1,4 @@
-"""A whole layer for a few tokens in one native call: the calls of its parts would take longer than their work."""
+"""A feed-forward layer for a few tokens in one native call: the calls of its parts would take longer than their work."""
 
 from collections.abc import Callable
 
@@ -9,18 +9,29 @@ from peerlm.ops.cpu import native
 from peerlm.ops.cpu.native import as_bytes
 from peerlm.ops.row_formats import SCALED_DTYPES, width
 from peerlm.ops.tensors import has_values
-from peerlm.ops.whole_layer import WholeLayer
+from peerlm.ops.whole_layer import DenseLayer, WholeLayer
 
+MOST_TOKENS = 64
+"""More keep threads busy in each call of their own."""
+DENSE_TOKENS = 8
+"""Likewise, of a dense layer, whose products are then quicker as matrices."""
 FEW_TOKENS = 4
-"""Up to here sub-keys are read as they are, once for each token."""
+"""Up to here sub-keys are read as they are, once for each token, and one thread is quickest."""
 _ROW_DTYPES = (torch.float32, torch.bfloat16, *SCALED_DTYPES)
 
 
-def whole_layer(layer: WholeLayer) -> Callable[[Tensor], Tensor | None] | None:
-    """As `api.whole_layer`, for plain contiguous tensors on a CPU, in float32 but for the rows."""
-    if native.unavailable() or not _takes(layer):
+def whole_layer(layer: WholeLayer | DenseLayer) -> Callable[[Tensor], Tensor | None] | None:
+    """As `api.whole_layer`, for plain contiguous tensors on a CPU, in float32 but for the rows of experts."""
+    if native.unavailable() or not all(map(is_plain, layer.tensors())):
         return None
-    run = native.module.whole_layer(
+    if isinstance(layer, DenseLayer):
+        gate = None if layer.gate is None else layer.gate.detach()
+        dense = native.module.dense_layer(layer.down.detach(), gate, layer.up.detach(), layer.activation)
+        return _call(dense.run, layer.down.shape[1], DENSE_TOKENS, 0)
+    rows = layer.rows
+    if not (rows.is_cpu and rows.dtype in _ROW_DTYPES and rows.is_contiguous() and has_values(rows)):
+        return None
+    experts = native.module.whole_layer(
         layer.query_map.detach(),
         layer.norm,
         [each.detach() for each in layer.norms],
@@ -31,30 +42,27 @@ def whole_layer(layer: WholeLayer) -> Callable[[Tensor], Tensor | None] | None:
         layer.weighting,
         layer.pairing,
         layer.weight_scale,
-        as_bytes(layer.rows.detach()),
+        as_bytes(rows.detach()),
         layer.scales,
         layer.activation,
-    ).run
-    dim = width(layer.rows)
+    )
+    return _call(experts.run, width(rows), MOST_TOKENS, FEW_TOKENS)
 
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether native code may read a tensor as float32 numbers, one behind the other."""
+    return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous() and has_values(tensor)
+
+
+def _call(
+    run: Callable[[int, int, int, int], None], dim: int, most: int, by_one_thread: int
+) -> Callable[[Tensor], Tensor | None]:
     def call(x: Tensor) -> Tensor | None:
         tokens = x.numel() // dim
-        if x.shape[-1:] != (dim,) or not 0 < tokens <= FEW_TOKENS or x.dtype != torch.float32:
-            return None
-        if not (x.is_cpu and x.is_contiguous() and has_values(x)):
+        if x.shape[-1:] != (dim,) or not 0 < tokens <= most or not is_plain(x):
             return None
         y = torch.empty_like(x)
-        run(x.data_ptr(), tokens, y.data_ptr())
+        run(x.data_ptr(), tokens, 1 if tokens <= by_one_thread else torch.get_num_threads(), y.data_ptr())
         return y
 
     return call
-
-
-def _takes(layer: WholeLayer) -> bool:
-    rows = layer.rows
-    if not (rows.is_cpu and rows.dtype in _ROW_DTYPES and rows.is_contiguous() and has_values(rows)):
-        return False
-    return all(
-        each.is_cpu and each.dtype == torch.float32 and each.is_contiguous() and has_values(each)
-        for each in layer.tensors()
-    )
