@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -301,18 +302,32 @@ QueryNorm query_norm_of(const std::string& name) {
   return named<Q>(name, "query norm", {{"none", Q::none}, {"batch", Q::batch}, {"layer", Q::layer}});
 }
 
+// Up to here one thread is quickest for a layer of experts.
+constexpr int64_t FEW_TOKENS = 4;
+
+void decode_tokens(DecodeArgs a, const float* x, int64_t tokens, int threads, float* y) {
+  a.retrieve.threads = a.mix.threads = tokens <= FEW_TOKENS ? 1 : threads;
+  a.mix.x = x;
+  a.mix.y = y;
+  a.mix.tokens = tokens;
+  kernels().decode(a);
+}
+
+void dense_tokens(DenseArgs a, const float* x, int64_t tokens, int threads, float* y) {
+  a.x = x;
+  a.y = y;
+  a.tokens = tokens;
+  a.threads = threads;
+  kernels().dense(a);
+}
+
 // A layer whose tensors stay where they are; tokens come as addresses, for an array costs more than the work on it.
 struct WholeLayer {
   DecodeArgs args;
 
   void run(uintptr_t x, int64_t tokens, int threads, uintptr_t y) const {
-    DecodeArgs a = args;
-    a.retrieve.threads = a.mix.threads = threads;
-    a.mix.x = reinterpret_cast<const float*>(x);
-    a.mix.y = reinterpret_cast<float*>(y);
-    a.mix.tokens = tokens;
     nb::gil_scoped_release released;
-    kernels().decode(a);
+    decode_tokens(args, reinterpret_cast<const float*>(x), tokens, threads, reinterpret_cast<float*>(y));
   }
 };
 
@@ -348,13 +363,8 @@ struct DenseLayer {
   DenseArgs args;
 
   void run(uintptr_t x, int64_t tokens, int threads, uintptr_t y) const {
-    DenseArgs a = args;
-    a.x = reinterpret_cast<const float*>(x);
-    a.y = reinterpret_cast<float*>(y);
-    a.tokens = tokens;
-    a.threads = threads;
     nb::gil_scoped_release released;
-    kernels().dense(a);
+    dense_tokens(args, reinterpret_cast<const float*>(x), tokens, threads, reinterpret_cast<float*>(y));
   }
 };
 
@@ -415,6 +425,72 @@ struct AttentionStep {
     return true;
   }
 };
+
+// Attention and feed-forward layers of all blocks, and the norm behind them. What was given stays where it is.
+struct Blocks {
+  struct Block {
+    AttentionStepArgs step;
+    std::optional<DecodeArgs> experts;
+    std::optional<DenseArgs> dense;
+  };
+  std::vector<Block> blocks;
+  NormArgs last;
+
+  // As of `AttentionStep`; keys, values and their strides of each block.
+  bool run(uintptr_t hidden, int64_t rows, const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values,
+           const std::vector<int64_t>& row_strides, const std::vector<int64_t>& head_strides, int64_t columns, uintptr_t mask,
+           uintptr_t positions, int64_t positions_stride, int threads, uintptr_t y) const {
+    require(keys.size() == blocks.size() && values.size() == blocks.size() && row_strides.size() == blocks.size() &&
+                head_strides.size() == blocks.size(),
+            "each block needs keys, values and their strides");
+    const int64_t* const seen = reinterpret_cast<const int64_t*>(mask);
+    for (int64_t row = 0; seen && row < rows; ++row)
+      if (!seen[row * columns + columns - 1]) return false;
+    nb::gil_scoped_release released;
+    const size_t size = (size_t)(rows * last.dim);
+    std::vector<float> memory(2 * size);
+    float *const normed = memory.data(), *const added = normed + size;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      AttentionStepArgs a = blocks[i].step;
+      a.norm.hidden = reinterpret_cast<float*>(hidden);
+      a.norm.added = i ? added : nullptr;
+      a.norm.y = normed;
+      a.norm.rows = rows;
+      a.keys = reinterpret_cast<float*>(keys[i]);
+      a.values = reinterpret_cast<float*>(values[i]);
+      a.row_stride = row_strides[i], a.head_stride = head_strides[i], a.columns = columns;
+      a.mask = seen;
+      a.positions = reinterpret_cast<const int64_t*>(positions);
+      a.positions_stride = positions_stride;
+      a.threads = threads;
+      kernels().attention_step(a);
+      if (blocks[i].experts) decode_tokens(*blocks[i].experts, normed, rows, threads, added);
+      else dense_tokens(*blocks[i].dense, normed, rows, threads, added);
+    }
+    NormArgs a = last;
+    a.hidden = reinterpret_cast<float*>(hidden);
+    a.added = blocks.empty() ? nullptr : added;
+    a.y = reinterpret_cast<float*>(y);
+    a.rows = rows;
+    kernels().add_and_norm(a);
+    return true;
+  }
+};
+
+Blocks blocks_(const std::vector<const AttentionStep*>& steps, const std::vector<std::pair<const WholeLayer*, const DenseLayer*>>& layers,
+               const Norm& last) {
+  require(steps.size() == layers.size(), "each block has attention and a layer");
+  Blocks found{{}, last.args};
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const auto& [experts, dense] = layers[i];
+    const AttentionStepArgs& step = steps[i]->args;
+    require((experts == nullptr) != (dense == nullptr), "a layer is of experts or dense");
+    require(step.norm.dim == last.args.dim && (experts ? experts->args.mix.table.dim : dense->args.dim) == last.args.dim,
+            "widths of blocks differ");
+    found.blocks.push_back({step, experts ? std::optional(experts->args) : std::nullopt, dense ? std::optional(dense->args) : std::nullopt});
+  }
+  return found;
+}
 
 AttentionStep attention_step_(Array<In, 1> norm, float epsilon, Array<In, 1> after, float after_epsilon, Matrix query_map, Matrix key_map,
                               Matrix value_map, Matrix output_map, std::optional<Array<In, 1>> query_norm,
@@ -690,6 +766,8 @@ NB_MODULE(_native, m) {
   nb::class_<AttentionStep>(m, "AttentionStep").def("run", &AttentionStep::run);
   m.def("attention_step", &attention_step_, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+  nb::class_<Blocks>(m, "Blocks").def("run", &Blocks::run);
+  m.def("blocks", &blocks_);
   m.def("group_by_row", &group_by_row_);
   m.def("stale_rows", &stale_rows_, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("fit_rules", &fit_rules_);

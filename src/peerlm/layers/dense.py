@@ -1,5 +1,7 @@
 """The transformer's dense feed-forward layer."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,11 @@ class DenseFFW(nn.Module):
             return None
         if mask is not None and mask.shape != x.shape[:-1]:
             return None
+        call = self.few_tokens_call()
+        return None if call is None else call(x)
+
+    def few_tokens_call(self) -> Callable[[Tensor], Tensor | None] | None:
+        """What maps a few tokens (..., dim) in one call, where no gradient is wanted and nothing else looks on."""
         modules = self._modules
         maps = [modules["down_proj"], modules.get("gate_proj"), modules["up_proj"]]
         present = [each for each in maps if each is not None]
@@ -73,8 +80,9 @@ class DenseFFW(nn.Module):
         state = *where(weights), self.activation
         if self._prepared.state != state:
             down, gate, up = weights
-            assert down is not None and up is not None
+            assert down is not None
+            assert up is not None
             layer = DenseLayer(down=down, gate=gate, up=up, activation=self.activation)
             self._prepared.call = api.whole_layer(layer)
             self._prepared.state = state
-        return None if self._prepared.call is None else self._prepared.call(x)
+        return self._prepared.call

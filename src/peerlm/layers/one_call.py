@@ -11,8 +11,9 @@ FEW_TOKENS = 64
 
 
 def nobody_looks_on(*modules: nn.Module) -> bool:
-    """Whether no gradient is wanted, and no hook, tracer, mode, autocast or other `forward` sees or changes what these modules do.
+    """Whether no gradient is wanted, and nothing else sees or changes what these modules do.
 
+    Others are hooks, tracers, modes, autocast, and a module's own `forward` in place of its class's.
     torch.compile is asked for before.
     """
     return not (
@@ -22,9 +23,7 @@ def nobody_looks_on(*modules: nn.Module) -> bool:
         or torch._C._len_torch_function_stack()
         or torch.is_autocast_enabled("cpu")
         or _has_any_global_hook()
-        or any(
-            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in modules
-        )
+        or any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in modules)
     )
 
 

@@ -33,17 +33,19 @@ def one_more_column(layer: Any) -> tuple[Tensor, Tensor] | None:
     if own is not None:
         found: tuple[Tensor, Tensor] | None = own()
         return found
-    if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys is None or layer.keys.ndim != 4:
+    if type(layer) is not DynamicLayer:
         return None
-    length = layer.keys.shape[2]
+    keys, values = layer.keys, layer.values
+    if not layer.is_initialized or keys is None or values is None or keys.ndim != 4:
+        return None
+    length = keys.shape[2]
     room: _Room | None = vars(layer).get(_ROOM)
     # Whatever has put others in their place (a cut, another order) has put them elsewhere, or may yet read the rest.
-    if room is None or room.keys is not layer.keys or room.values is not layer.values:
+    if room is None or room.keys is not keys or room.values is not values:
         room = None
     if room is None or room.all_keys.shape[2] == length:
         capacity = length + max(LEAST_ROOM, length // 2)
-        all_keys, all_values = (_with_room(each, capacity) for each in (layer.keys, layer.values))
-        room = _Room(all_keys, all_values, layer.keys, layer.values)
+        room = _Room(_with_room(keys, capacity), _with_room(values, capacity), keys, values)
         setattr(layer, _ROOM, room)
     return room.all_keys.narrow(2, 0, length + 1), room.all_values.narrow(2, 0, length + 1)
 

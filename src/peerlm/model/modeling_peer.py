@@ -343,9 +343,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
                 self.model, input_ids, attention_mask, position_ids, past_key_values, kwargs
             )
             if hidden_states is not None:
-                return MoeCausalLMOutputWithPast(
-                    logits=self.lm_head(hidden_states), past_key_values=past_key_values
-                )
+                return MoeCausalLMOutputWithPast(logits=self.lm_head(hidden_states), past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -11,7 +11,7 @@ from peerlm.layers.one_call import nobody_looks_on, where
 from peerlm.model.attention import PeerAttention
 from peerlm.model.cache_room import keep, one_more_column
 from peerlm.ops import api
-from peerlm.ops.attention_step import AddedNorm, AttentionStep, RMSNorm, Step
+from peerlm.ops.attention_step import AddedNorm, AttentionStep, Layer, RMSNorm, Step, Through
 
 MOST_ROWS = 8
 """Sequences; of more, attention is quicker as products of matrices."""
@@ -37,6 +37,8 @@ class OneToken:
         self._of: _Depends | None = None
         self._steps: list[Step] | None = None
         self._last_norm: AddedNorm | None = None
+        self._calls: list[Layer] = []
+        self._through: Through | None = None
 
     def __reduce__(self) -> tuple[type["OneToken"], tuple[type[nn.Module], ...]]:
         """As one that has no calls yet."""
@@ -66,31 +68,53 @@ class OneToken:
             return None
         if len(cache.layers) < len(model.layers) or not self._ready(model):
             return None
-        rooms = [one_more_column(layer) for layer in cache.layers[: len(model.layers)]]
-        if None in rooms:
+        rooms = [room for layer in cache.layers[: len(model.layers)] if (room := one_more_column(layer)) is not None]
+        if len(rooms) < len(model.layers) or len({(each.shape, each.dtype) for room in rooms for each in room}) > 1:
             return None
-        assert self._steps is not None and self._last_norm is not None
+        assert self._steps is not None
+        assert self._last_norm is not None
         positions = torch.tensor([[cache.get_seq_length()]]) if position_ids is None else position_ids.contiguous()
         mask = None if attention_mask is None else attention_mask.long().contiguous()
-        hidden, added = model.embed_tokens(input_ids).clone(memory_format=torch.contiguous_format), None
+        hidden = model.embed_tokens(input_ids).clone(memory_format=torch.contiguous_format)
+        through = self._all_blocks(model)
+        if through is not None:
+            found = through(hidden, rooms, mask, positions)
+            for layer, room in zip(cache.layers if found is not None else (), rooms, strict=False):
+                keep(layer, *room)
+            return found
+        added = None
         for block, step, layer, room in zip(model.layers, self._steps, cache.layers, rooms, strict=False):
-            assert room is not None
             normed = step(hidden, added, *room, mask, positions)
             if normed is None:
-                if added is None:
-                    return None
-                raise RuntimeError("the layers of the cache differ from each other; begin with a new cache")
+                assert added is None  # what differs between blocks was asked for before
+                return None
             keep(layer, *room)
             added = block.ffw(normed)
             if block.ffw_gate is not None:
                 added = added * block.ffw_gate(normed)
-            added = added.to(hidden.dtype).contiguous()
+            added = added.to(hidden.dtype).expand_as(hidden).contiguous()
         return self._last_norm(hidden, added)
+
+    def _all_blocks(self, model: Any) -> Through | None:
+        """What passes a token through all blocks in one call; None where a layer has no such call, or is looked at."""
+        calls = []
+        for block in model.layers:
+            layer = block._modules["ffw"]
+            made = getattr(layer, "few_tokens_call", None)
+            call = None if made is None or block.ffw_gate is not None or not nobody_looks_on(layer) else made()
+            if call is None:
+                return None
+            calls.append(call)
+        if self._calls != calls:
+            assert self._steps is not None
+            assert self._last_norm is not None
+            self._through, self._calls = api.through_blocks(self._steps, calls, self._last_norm), calls
+        return self._through
 
     def _ready(self, model: Any) -> bool:
         """Whether the blocks are as `PeerModel` made them and nothing else looks on; their calls are made ready."""
         if self._of is None or not self._of.holds():
-            self._steps = None
+            self._steps, self._calls = None, []
             self._of = _Depends(model, *self._kinds)
             if self._of.as_made:
                 self._last_norm = api.added_norm(_norm(model.norm))
@@ -128,7 +152,7 @@ class _Depends:
                 break
             attention, norms = block.self_attn, (block.input_layernorm, block.post_attention_layernorm)
             self.as_made = self._own(block, (block_kind,)) and self._own(attention, (PeerAttention,))
-            self.as_made &= all([self._own(each, (LlamaRMSNorm,)) for each in norms])
+            self.as_made &= all(self._own(each, (LlamaRMSNorm,)) for each in norms)
             for name, part in attention._modules.items():
                 kinds = (nn.Linear,) if name.endswith("_proj") else (nn.Identity, LlamaRMSNorm)
                 self.as_made &= self._own(part, kinds) and getattr(part, "bias", None) is None

@@ -7,7 +7,7 @@ of the arguments, because scores rounded to bfloat16 would choose other experts.
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from peerlm.ops.attention_step import AddedNorm, AttentionStep, RMSNorm, Step
+from peerlm.ops.attention_step import AddedNorm, AttentionStep, Layer, RMSNorm, Step, Through
 from peerlm.ops.backend import Backend
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
@@ -321,9 +321,7 @@ def mix_experts(
         return module.mix_experts(x, weights, expert_ids, rows, scales, activation)
 
 
-def whole_layer(
-    layer: WholeLayer | DenseLayer, *, backend: str = "auto"
-) -> Callable[[Tensor], Tensor | None] | None:
+def whole_layer(layer: WholeLayer | DenseLayer, *, backend: str = "auto") -> Callable[[Tensor], Tensor | None] | None:
     """What makes of a few tokens x (..., D) the layer's output, without gradients, in one call; None where none does.
 
     Of experts, it is what `linear`, the norm, `retrieve` and `mix_experts` make together, but for rounding. It gives
@@ -333,7 +331,7 @@ def whole_layer(
 
 
 def attention_step(step: AttentionStep) -> Step | None:
-    """What passes one new token of each of a few sequences through a block's attention in one call; None where none does.
+    """What passes one new token of each of a few sequences through a block's attention in one call; or None.
 
     Without gradients. It reads the weights where they are now. A sequence's bits do not depend on those beside it.
     """
@@ -343,6 +341,11 @@ def attention_step(step: AttentionStep) -> Step | None:
 def added_norm(norm: RMSNorm) -> AddedNorm | None:
     """A sum and its norm in one call, as between the steps of `attention_step`; None where none does this."""
     return cast("AddedNorm | None", _offer("added_norm", norm))
+
+
+def through_blocks(steps: Sequence[Step], layers: Sequence[Layer], last: AddedNorm) -> Through | None:
+    """All blocks in one call: their steps and layers (`whole_layer`) in turn, and a norm; None where none does this."""
+    return cast("Through | None", _offer("through_blocks", steps, layers, last))
 
 
 def mix_values(

@@ -3,19 +3,30 @@
 Shape suffixes: R sequences, D width, H query heads, G key and value heads, C features of a head, L columns of a cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 from torch import Tensor
 
 Step = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor], Tensor | None]
 """Of hidden states (R, 1, D), to which `added` (R, 1, D), where there is one, and what attention makes are added in
-place; of keys and values (R, G, L, C), whose last column is written; of a mask (R, L) int64, 0 where a column is hidden,
-or None; and of positions (R or 1, 1) int64. It gives the norm after attention, (R, 1, D). Where it cannot do this, or
-the mask hides a new token, it does nothing and gives None."""
+place; of keys and values (R, G, L, C), whose last column is written; of a mask (R, L) int64, 0 where a column is
+hidden, or None; and of positions (R or 1, 1) int64. It gives the norm after attention, (R, 1, D). Where it cannot do
+this, or the mask hides a new token, it does nothing and gives None."""
 
 AddedNorm = Callable[[Tensor, Tensor | None], Tensor]
 """Of hidden states (R, 1, D), to which `added`, where there is one, is added in place: their norm."""
+
+
+Layer = Callable[[Tensor], Tensor | None]
+"""What `api.whole_layer` gives."""
+
+Columns = tuple[Tensor, Tensor]
+"""A block's keys and values, as a step takes them."""
+
+Through = Callable[[Tensor, Sequence[Columns], Tensor | None, Tensor], Tensor | None]
+"""Of hidden states (R, 1, D), which are changed, the columns of each block, a mask and positions, as a step takes them:
+the last norm (R, 1, D); or None, as of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)

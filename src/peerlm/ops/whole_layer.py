@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class WholeLayer:
-    """The numbers of a layer of retrieved experts; H heads, C half of a query's width, n sub-keys per half, D the width."""
+    """The numbers of a layer of experts; H heads, C half of a query's width, n sub-keys per half, D the width."""
 
     query_map: Tensor
     """(H * 2 C, D)."""

@@ -43,7 +43,8 @@ class SlotLayer(DynamicLayer):
     def one_more_column(self) -> tuple[Tensor, Tensor]:
         """All columns in use and the one of this step, which is yet to be written: (rows, H, L + 1, D) twice."""
         cache, keys, values = self._cache, self.keys, self.values
-        assert keys is not None and values is not None
+        assert keys is not None
+        assert values is not None
         columns = slice(cache.begin, cache.end + 1)
         return keys[cache.part, :, columns], values[cache.part, :, columns]
 

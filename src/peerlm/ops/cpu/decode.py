@@ -1,6 +1,7 @@
-"""A feed-forward layer for a few tokens in one native call: the calls of its parts would take longer than their work."""
+"""A feed-forward layer for a few tokens in one native call: calls of its parts would take longer than their work."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,6 @@ MOST_TOKENS = 64
 """More keep threads busy in each call of their own."""
 DENSE_TOKENS = 8
 """Likewise, of a dense layer, whose products are then quicker as matrices."""
-FEW_TOKENS = 4
-"""Up to here sub-keys are read as they are, once for each token, and one thread is quickest."""
 _ROW_DTYPES = (torch.float32, torch.bfloat16, *SCALED_DTYPES)
 
 
@@ -27,7 +26,7 @@ def whole_layer(layer: WholeLayer | DenseLayer) -> Callable[[Tensor], Tensor | N
     if isinstance(layer, DenseLayer):
         gate = None if layer.gate is None else layer.gate.detach()
         dense = native.module.dense_layer(layer.down.detach(), gate, layer.up.detach(), layer.activation)
-        return _call(dense.run, layer.down.shape[1], DENSE_TOKENS, 0)
+        return FewTokens(dense, layer.down.shape[1], DENSE_TOKENS)
     rows = layer.rows
     if not (rows.is_cpu and rows.dtype in _ROW_DTYPES and rows.is_contiguous() and has_values(rows)):
         return None
@@ -46,7 +45,7 @@ def whole_layer(layer: WholeLayer | DenseLayer) -> Callable[[Tensor], Tensor | N
         layer.scales,
         layer.activation,
     )
-    return _call(experts.run, width(rows), MOST_TOKENS, FEW_TOKENS)
+    return FewTokens(experts, width(rows), MOST_TOKENS)
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -54,15 +53,22 @@ def is_plain(tensor: Tensor) -> bool:
     return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous() and has_values(tensor)
 
 
-def _call(
-    run: Callable[[int, int, int, int], None], dim: int, most: int, by_one_thread: int
-) -> Callable[[Tensor], Tensor | None]:
-    def call(x: Tensor) -> Tensor | None:
-        tokens = x.numel() // dim
-        if x.shape[-1:] != (dim,) or not 0 < tokens <= most or not is_plain(x):
+class FewTokens:
+    """A native layer: what it makes of up to `most` tokens of a width.
+
+    Attributes:
+        native: the layer in `_native`.
+    """
+
+    def __init__(self, layer: Any, dim: int, most: int):
+        self.native = layer
+        self._run, self._dim, self._most = layer.run, dim, most
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """As `api.whole_layer` says."""
+        tokens = x.numel() // self._dim
+        if x.shape[-1:] != (self._dim,) or not 0 < tokens <= self._most or not is_plain(x):
             return None
         y = torch.empty_like(x)
-        run(x.data_ptr(), tokens, 1 if tokens <= by_one_thread else torch.get_num_threads(), y.data_ptr())
+        self._run(x.data_ptr(), tokens, torch.get_num_threads(), y.data_ptr())
         return y
-
-    return call
