@@ -59,7 +59,7 @@ class DenseFFW(nn.Module):
         return self.up_proj(hidden)
 
     def _in_one_call(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """What the layer makes of a few tokens where no gradient is wanted and nothing else looks on; or None."""
+        """What the layer makes of a few tokens without gradients and where nothing else looks on; or None."""
         if torch.compiler.is_compiling() or x.numel() > FEW_TOKENS * self.dim:
             return None
         if mask is not None and mask.shape != x.shape[:-1]:
@@ -68,7 +68,10 @@ class DenseFFW(nn.Module):
         return None if call is None else call(x)
 
     def few_tokens_call(self) -> Callable[[Tensor], Tensor | None] | None:
-        """What maps a few tokens (..., dim) in one call, where no gradient is wanted and nothing else looks on."""
+        """What maps a few tokens (..., dim) in one call, without gradients and where nothing else looks on; or None.
+
+        It depends on what `one_call.Unchanged` sees of the layer and its parts.
+        """
         modules = self._modules
         maps = [modules["down_proj"], modules.get("gate_proj"), modules["up_proj"]]
         present = [each for each in maps if each is not None]

@@ -158,7 +158,7 @@ class PEER(RetrievalLayer):
         return y_TD.to(x.dtype).view(x.shape)
 
     def _in_one_call(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """What the layer makes of a few tokens where no gradient is wanted and nothing else looks on; or None.
+        """What the layer makes of a few tokens without gradients and where nothing else looks on; or None.
 
         What else may be wrong with the arguments is found without it.
         """
@@ -170,7 +170,10 @@ class PEER(RetrievalLayer):
         return None if call is None else call(x)
 
     def few_tokens_call(self) -> Callable[[Tensor], Tensor | None] | None:
-        """What maps a few tokens (..., dim) in one call, where no gradient is wanted and nothing else looks on."""
+        """What maps a few tokens (..., dim) in one call, without gradients and where nothing else looks on; or None.
+
+        It depends on what `one_call.Unchanged` sees of the layer and its parts.
+        """
         if self.training or self._modules["packs"] is not None:
             return None
         experts, product_keys = self.experts, self.product_keys

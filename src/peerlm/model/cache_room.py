@@ -29,12 +29,10 @@ def one_more_column(layer: Any) -> tuple[Tensor, Tensor] | None:
 
     They become the layer's by `keep`. A layer may say itself where its columns are, by a method of this name.
     """
-    own = getattr(layer, "one_more_column", None)
-    if own is not None:
-        found: tuple[Tensor, Tensor] | None = own()
-        return found
     if type(layer) is not DynamicLayer:
-        return None
+        own = getattr(layer, "one_more_column", None)
+        found: tuple[Tensor, Tensor] | None = None if own is None else own()
+        return found
     keys, values = layer.keys, layer.values
     if not layer.is_initialized or keys is None or values is None or keys.ndim != 4:
         return None

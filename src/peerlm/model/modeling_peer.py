@@ -316,6 +316,12 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are: transformers asks twice for each token, and goes through all parameters."""
+        weight = getattr(self.model.embed_tokens, "weight", None)
+        return weight.device if isinstance(weight, Tensor) else super().device
+
     @can_return_tuple
     def forward(
         self,

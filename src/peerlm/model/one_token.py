@@ -7,18 +7,16 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from peerlm.layers.one_call import nobody_looks_on, where
+from peerlm.layers.one_call import Unchanged, nobody_looks_on
 from peerlm.model.attention import PeerAttention
 from peerlm.model.cache_room import keep, one_more_column
 from peerlm.ops import api
-from peerlm.ops.attention_step import AddedNorm, AttentionStep, Layer, RMSNorm, Step, Through
+from peerlm.ops.attention_step import AddedNorm, AttentionStep, RMSNorm, Step, Through
 
 MOST_ROWS = 8
 """Sequences; of more, attention is quicker as products of matrices."""
 _IMPLEMENTATIONS = ("eager", "sdpa")
 """Names of attention that one call stands for."""
-_SETTINGS = ("scaling", "variance_epsilon", "attention_scaling", "shift")
-"""Attributes of modules that are neither modules nor weights."""
 _CHANGING_ROTATIONS = ("dynamic", "longrope")
 """Kinds of rotary positions whose frequencies depend on the length."""
 
@@ -34,10 +32,10 @@ class OneToken:
 
     def __init__(self, model: type[nn.Module], block: type[nn.Module]) -> None:
         self._kinds = (model, block)
-        self._of: _Depends | None = None
+        self._of: Unchanged | None = None
         self._steps: list[Step] | None = None
         self._last_norm: AddedNorm | None = None
-        self._calls: list[Layer] = []
+        self._layers: Unchanged | None = None
         self._through: Through | None = None
 
     def __reduce__(self) -> tuple[type["OneToken"], tuple[type[nn.Module], ...]]:
@@ -97,26 +95,28 @@ class OneToken:
 
     def _all_blocks(self, model: Any) -> Through | None:
         """What passes a token through all blocks in one call; None where a layer has no such call, or is looked at."""
+        if self._through is not None and self._layers is not None and self._layers.holds():
+            return None if any(self._layers.hooks) else self._through
+        self._through, self._layers = None, None
         calls = []
         for block in model.layers:
-            layer = block._modules["ffw"]
-            made = getattr(layer, "few_tokens_call", None)
-            call = None if made is None or block.ffw_gate is not None or not nobody_looks_on(layer) else made()
+            made = getattr(block.ffw, "few_tokens_call", None)
+            call = None if made is None or block.ffw_gate is not None or not nobody_looks_on(block.ffw) else made()
             if call is None:
                 return None
             calls.append(call)
-        if self._calls != calls:
-            assert self._steps is not None
-            assert self._last_norm is not None
-            self._through, self._calls = api.through_blocks(self._steps, calls, self._last_norm), calls
+        assert self._steps is not None
+        assert self._last_norm is not None
+        self._through, self._layers = api.through_blocks(self._steps, calls, self._last_norm), Unchanged()
+        for block in model.layers:
+            self._layers.add_all_of(block.ffw)
         return self._through
 
     def _ready(self, model: Any) -> bool:
         """Whether the blocks are as `PeerModel` made them and nothing else looks on; their calls are made ready."""
         if self._of is None or not self._of.holds():
-            self._steps, self._calls = None, []
-            self._of = _Depends(model, *self._kinds)
-            if self._of.as_made:
+            self._of, self._steps, self._through = Unchanged(), None, None
+            if _depends(self._of, model, *self._kinds):
                 self._last_norm = api.added_norm(_norm(model.norm))
                 steps = [api.attention_step(_step_of(block, model.rotary_emb)) for block in model.layers]
                 if self._last_norm is not None and None not in steps:
@@ -124,64 +124,30 @@ class OneToken:
         return self._steps is not None and nobody_looks_on() and not any(self._of.hooks)
 
 
-class _Depends:
-    """What the calls of a model's blocks depend on, and whether it still is what it was.
-
-    Attributes:
-        as_made: whether the blocks have the modules that the calls stand for, without options that these have not.
-        hooks: the hooks of all these modules.
-    """
-
-    def __init__(self, model: Any, model_kind: type[nn.Module], block_kind: type[nn.Module]):
-        self.hooks: list[dict[int, Any]] = []
-        self._links: list[tuple[dict[str, Any], str, object]] = []
-        self._kinds: list[tuple[nn.Module, type[nn.Module]]] = []
-        self._tensors: list[Tensor] = []
-        self.as_made = self._own(model, (model_kind,), "rotary_emb", "norm", "layers")
-        settings = vars(model.config)
-        for name in ("_attn_implementation_internal", "output_hidden_states", "_output_attentions"):
-            self._links.append((settings, name, settings.get(name)))
-        rotary = model.rotary_emb
-        self.as_made &= settings.get("_attn_implementation_internal") in _IMPLEMENTATIONS
-        self.as_made &= not (settings.get("output_hidden_states") or settings.get("_output_attentions"))
-        self.as_made &= self._own(rotary, (LlamaRotaryEmbedding,)) and self._own(model.norm, (LlamaRMSNorm,))
-        self.as_made &= self.as_made and not any(each in rotary.rope_type for each in _CHANGING_ROTATIONS)
-        self._own(model.layers, (nn.ModuleList,))
-        for block in model.layers:
-            if not self.as_made:
-                break
-            attention, norms = block.self_attn, (block.input_layernorm, block.post_attention_layernorm)
-            self.as_made = self._own(block, (block_kind,)) and self._own(attention, (PeerAttention,))
-            self.as_made &= all(self._own(each, (LlamaRMSNorm,)) for each in norms)
-            for name, part in attention._modules.items():
-                kinds = (nn.Linear,) if name.endswith("_proj") else (nn.Identity, LlamaRMSNorm)
-                self.as_made &= self._own(part, kinds) and getattr(part, "bias", None) is None
-            if self.as_made:
-                self.as_made = attention.shift is None and attention.sinks is None
-                self.as_made &= not getattr(block.ffw, "reads_tokens", 0)
-        self._where = where(self._tensors)
-
-    def holds(self) -> bool:
-        """Whether modules, settings and weights are those of then, and weights where they were."""
-        for owner, name, value in self._links:
-            if owner.get(name) is not value:
-                return False
-        return all(type(module) is kind for module, kind in self._kinds) and where(self._tensors) == self._where
-
-    def _own(self, module: nn.Module, kinds: tuple[type[nn.Module], ...], *names: str) -> bool:
-        """Depend on a module, or on these parts of it alone; whether it is of one of the kinds."""
-        own = vars(module)
-        self._kinds.append((module, type(module)))
-        self._links.append((own, "forward", own.get("forward")))
-        for part in (module._modules, module._parameters, module._buffers):
-            for name, value in part.items():
-                if not names or name in names:
-                    self._links.append((part, name, value))
-                    self._tensors += [value] if isinstance(value, Tensor) else []
-        for name in _SETTINGS:
-            self._links += [(own, name, own[name])] if name in own else []
-        self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-        return type(module) in kinds and "forward" not in own
+def _depends(unchanged: Unchanged, model: Any, model_kind: type[nn.Module], block_kind: type[nn.Module]) -> bool:
+    """Let what the calls of blocks depend on be watched; whether the model has the modules that they stand for."""
+    as_made = unchanged.add(model, "rotary_emb", "norm", "layers") is model_kind
+    settings = vars(model.config)
+    for name in ("_attn_implementation_internal", "output_hidden_states", "_output_attentions"):
+        unchanged.link(settings, name)
+    rotary = model.rotary_emb
+    as_made &= settings.get("_attn_implementation_internal") in _IMPLEMENTATIONS
+    as_made &= not (settings.get("output_hidden_states") or settings.get("_output_attentions"))
+    as_made &= unchanged.add(rotary) is LlamaRotaryEmbedding and unchanged.add(model.norm) is LlamaRMSNorm
+    unchanged.add(model.layers)
+    if not as_made or any(each in rotary.rope_type for each in _CHANGING_ROTATIONS):
+        return False
+    for block in model.layers:
+        if unchanged.add(block) is not block_kind or unchanged.add(block.self_attn) is not PeerAttention:
+            return False
+        attention = block.self_attn
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            as_made &= unchanged.add(norm) is LlamaRMSNorm
+        for name, part in attention._modules.items():
+            kinds = (nn.Linear,) if name.endswith("_proj") else (nn.Identity, LlamaRMSNorm)
+            as_made &= unchanged.add(part) in kinds and getattr(part, "bias", None) is None
+        as_made &= attention.shift is None and attention.sinks is None and not getattr(block.ffw, "reads_tokens", 0)
+    return as_made
 
 
 def _step_of(block: Any, rotary: LlamaRotaryEmbedding) -> AttentionStep:
