@@ -1,6 +1,6 @@
 """One new token of each of a few sequences through a model's blocks, attention in one call of a backend for each."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,15 @@ _CHANGING_ROTATIONS = ("dynamic", "longrope")
 """Kinds of rotary positions whose frequencies depend on the length."""
 
 
+class _Made(NamedTuple):
+    """Calls, and what they depend on."""
+
+    of: Unchanged
+    steps: list[Step] | None
+    """Of each block's attention; None where the model has what these do not do."""
+    last_norm: AddedNorm | None
+
+
 class OneToken:
     """The calls of a model's blocks, made ready when first needed, and again when the model has changed.
 
@@ -32,11 +41,9 @@ class OneToken:
 
     def __init__(self, model: type[nn.Module], block: type[nn.Module]) -> None:
         self._kinds = (model, block)
-        self._of: Unchanged | None = None
-        self._steps: list[Step] | None = None
-        self._last_norm: AddedNorm | None = None
-        self._layers: Unchanged | None = None
-        self._through: Through | None = None
+        # Each is replaced as a whole: threads may share a model.
+        self._made: _Made | None = None
+        self._whole: tuple[_Made, Unchanged, Through] | None = None
 
     def __reduce__(self) -> tuple[type["OneToken"], tuple[type[nn.Module], ...]]:
         """As one that has no calls yet."""
@@ -64,24 +71,25 @@ class OneToken:
             return None
         if not (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)):
             return None
-        if len(cache.layers) < len(model.layers) or not self._ready(model):
+        if len(cache.layers) < len(model.layers):
+            return None
+        made = self._ready(model)
+        if made.steps is None or made.last_norm is None or not nobody_looks_on() or any(made.of.hooks):
             return None
         rooms = [room for layer in cache.layers[: len(model.layers)] if (room := one_more_column(layer)) is not None]
         if len(rooms) < len(model.layers) or len({(each.shape, each.dtype) for room in rooms for each in room}) > 1:
             return None
-        assert self._steps is not None
-        assert self._last_norm is not None
         positions = torch.tensor([[cache.get_seq_length()]]) if position_ids is None else position_ids.contiguous()
         mask = None if attention_mask is None else attention_mask.long().contiguous()
         hidden = model.embed_tokens(input_ids).clone(memory_format=torch.contiguous_format)
-        through = self._all_blocks(model)
+        through = self._all_blocks(model, made)
         if through is not None:
             found = through(hidden, rooms, mask, positions)
             for layer, room in zip(cache.layers if found is not None else (), rooms, strict=False):
                 keep(layer, *room)
             return found
         added = None
-        for block, step, layer, room in zip(model.layers, self._steps, cache.layers, rooms, strict=False):
+        for block, step, layer, room in zip(model.layers, made.steps, cache.layers, rooms, strict=False):
             normed = step(hidden, added, *room, mask, positions)
             if normed is None:
                 assert added is None  # what differs between blocks was asked for before
@@ -91,37 +99,44 @@ class OneToken:
             if block.ffw_gate is not None:
                 added = added * block.ffw_gate(normed)
             added = added.to(hidden.dtype).expand_as(hidden).contiguous()
-        return self._last_norm(hidden, added)
+        return made.last_norm(hidden, added)
 
-    def _all_blocks(self, model: Any) -> Through | None:
+    def _ready(self, model: Any) -> _Made:
+        """Calls of the blocks as they are now."""
+        made = self._made
+        if made is None or not made.of.holds():
+            of, steps, last_norm = Unchanged(), None, None
+            if _depends(of, model, *self._kinds):
+                last_norm = api.added_norm(_norm(model.norm))
+                found = [api.attention_step(_step_of(block, model.rotary_emb)) for block in model.layers]
+                steps = None if None in found else [step for step in found if step is not None]
+            self._made = made = _Made(of, steps, last_norm)
+        return made
+
+    def _all_blocks(self, model: Any, made: _Made) -> Through | None:
         """What passes a token through all blocks in one call; None where a layer has no such call, or is looked at."""
-        if self._through is not None and self._layers is not None and self._layers.holds():
-            return None if any(self._layers.hooks) else self._through
-        self._through, self._layers = None, None
-        calls = []
+        whole = self._whole
+        if whole is not None:
+            of, layers, through = whole
+            if of is made and layers.holds():
+                return None if any(layers.hooks) else through
+        self._whole = None
+        calls, layers = [], Unchanged()
         for block in model.layers:
-            made = getattr(block.ffw, "few_tokens_call", None)
-            call = None if made is None or block.ffw_gate is not None or not nobody_looks_on(block.ffw) else made()
+            call_of = getattr(block.ffw, "few_tokens_call", None)
+            call = None
+            if call_of is not None and block.ffw_gate is None and nobody_looks_on(block.ffw):
+                call = call_of()
             if call is None:
                 return None
             calls.append(call)
-        assert self._steps is not None
-        assert self._last_norm is not None
-        self._through, self._layers = api.through_blocks(self._steps, calls, self._last_norm), Unchanged()
-        for block in model.layers:
-            self._layers.add_all_of(block.ffw)
-        return self._through
-
-    def _ready(self, model: Any) -> bool:
-        """Whether the blocks are as `PeerModel` made them and nothing else looks on; their calls are made ready."""
-        if self._of is None or not self._of.holds():
-            self._of, self._steps, self._through = Unchanged(), None, None
-            if _depends(self._of, model, *self._kinds):
-                self._last_norm = api.added_norm(_norm(model.norm))
-                steps = [api.attention_step(_step_of(block, model.rotary_emb)) for block in model.layers]
-                if self._last_norm is not None and None not in steps:
-                    self._steps = [step for step in steps if step is not None]
-        return self._steps is not None and nobody_looks_on() and not any(self._of.hooks)
+            layers.add_all_of(block.ffw)
+        assert made.steps is not None
+        assert made.last_norm is not None
+        found = api.through_blocks(made.steps, calls, made.last_norm)
+        if found is not None:
+            self._whole = made, layers, found
+        return found
 
 
 def _depends(unchanged: Unchanged, model: Any, model_kind: type[nn.Module], block_kind: type[nn.Module]) -> bool:

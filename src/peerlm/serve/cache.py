@@ -45,8 +45,13 @@ class SlotLayer(DynamicLayer):
         cache, keys, values = self._cache, self.keys, self.values
         assert keys is not None
         assert values is not None
-        columns = slice(cache.begin, cache.end + 1)
-        return keys[cache.part, :, columns], values[cache.part, :, columns]
+        rows, begin = cache.part, cache.begin
+        count, columns = rows.stop - rows.start, cache.end + 1 - begin
+        # narrow: slices take three times as long
+        return (
+            keys.narrow(0, rows.start, count).narrow(2, begin, columns),
+            values.narrow(0, rows.start, count).narrow(2, begin, columns),
+        )
 
     def get_seq_length(self) -> int:
         """Columns in use before this step."""
