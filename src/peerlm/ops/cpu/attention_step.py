@@ -13,14 +13,14 @@ from peerlm.ops.cpu.decode import FewTokens, is_plain
 
 def attention_step(step: AttentionStep) -> Step | None:
     """As `api.attention_step`, for plain contiguous tensors on a CPU in float32."""
-    if native.unavailable() or not all(map(is_plain, step.tensors())):
+    if not native.joins_calls() or not all(map(is_plain, step.tensors())):
         return None
     return _Step(step)
 
 
 def added_norm(norm: RMSNorm) -> AddedNorm | None:
     """As `api.added_norm`, likewise."""
-    return None if native.unavailable() or not is_plain(norm.weight) else _Norm(norm)
+    return None if not native.joins_calls() or not is_plain(norm.weight) else _Norm(norm)
 
 
 def through_blocks(steps: Sequence[Step], layers: Sequence[Layer], last: AddedNorm) -> Through | None:

@@ -21,7 +21,7 @@ _ROW_DTYPES = (torch.float32, torch.bfloat16, *SCALED_DTYPES)
 
 def whole_layer(layer: WholeLayer | DenseLayer) -> Callable[[Tensor], Tensor | None] | None:
     """As `api.whole_layer`, for plain contiguous tensors on a CPU, in float32 but for the rows of experts."""
-    if native.unavailable() or not all(map(is_plain, layer.tensors())):
+    if not native.joins_calls() or not all(map(is_plain, layer.tensors())):
         return None
     if isinstance(layer, DenseLayer):
         gate = None if layer.gate is None else layer.gate.detach()
