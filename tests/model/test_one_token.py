@@ -122,8 +122,12 @@ def test_it_is_the_model(kind: str, model_of: Callable[..., PeerForCausalLM], ca
     assert_within_budget(decoded(model, ids[:1]), plain[:1], exact[:1])
 
 
-def test_a_row_has_its_bits_whatever_is_beside_it(model_of: Callable[..., PeerForCausalLM], calls: list[int]) -> None:
-    model = model_of(ffw_layers="dense")
+@pytest.mark.parametrize("key_norm", [False, True])
+def test_a_row_has_its_bits_whatever_is_beside_it(
+    key_norm: bool, model_of: Callable[..., PeerForCausalLM], calls: list[int]
+) -> None:
+    peer = {"num_experts": 1600, "heads": 2, "experts_per_head": 7, "key_dim": 30, "key_norm": key_norm}
+    model = model_of(ffw_layers=["dense", "peer", "swiglu"], peer=peer)
     ids = torch.randint(64, (7, PROMPT + NEW))
     mask = torch.ones_like(ids)
     mask[3, :2] = 0

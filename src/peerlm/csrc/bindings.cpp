@@ -464,8 +464,11 @@ struct Blocks {
       a.positions_stride = positions_stride;
       a.threads = threads;
       kernels().attention_step(a);
-      if (blocks[i].experts) decode_tokens(*blocks[i].experts, normed, rows, threads, added);
-      else dense_tokens(*blocks[i].dense, normed, rows, threads, added);
+      if (blocks[i].dense) dense_tokens(*blocks[i].dense, normed, rows, threads, added);
+      else  // some after others: a row's bits are those that it has alone
+        for (int64_t row = 0; row < rows; row += FEW_TOKENS)
+          decode_tokens(*blocks[i].experts, normed + row * last.dim, rows - row < FEW_TOKENS ? rows - row : FEW_TOKENS, threads,
+                        added + row * last.dim);
     }
     NormArgs a = last;
     a.hidden = reinterpret_cast<float*>(hidden);
