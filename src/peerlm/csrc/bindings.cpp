@@ -302,15 +302,15 @@ QueryNorm query_norm_of(const std::string& name) {
   return named<Q>(name, "query norm", {{"none", Q::none}, {"batch", Q::batch}, {"layer", Q::layer}});
 }
 
-// Up to here one thread is quickest for a layer of experts.
-constexpr int64_t FEW_TOKENS = 4;
-
-void decode_tokens(DecodeArgs a, const float* x, int64_t tokens, int threads, float* y) {
-  a.retrieve.threads = a.mix.threads = tokens <= FEW_TOKENS ? 1 : threads;
-  a.mix.x = x;
-  a.mix.y = y;
-  a.mix.tokens = tokens;
-  kernels().decode(a);
+// Some after others: a token's bits are those that it has alone.
+void decode_tokens(DecodeArgs a, const float* x, int64_t tokens, float* y) {
+  const int64_t dim = a.mix.table.dim;
+  for (int64_t first = 0; first < tokens; first += FEW_TOKENS) {
+    a.mix.x = x + first * dim;
+    a.mix.y = y + first * dim;
+    a.mix.tokens = tokens - first < FEW_TOKENS ? tokens - first : FEW_TOKENS;
+    kernels().decode(a);
+  }
 }
 
 void dense_tokens(DenseArgs a, const float* x, int64_t tokens, int threads, float* y) {
@@ -325,9 +325,9 @@ void dense_tokens(DenseArgs a, const float* x, int64_t tokens, int threads, floa
 struct WholeLayer {
   DecodeArgs args;
 
-  void run(uintptr_t x, int64_t tokens, int threads, uintptr_t y) const {
+  void run(uintptr_t x, int64_t tokens, int, uintptr_t y) const {
     nb::gil_scoped_release released;
-    decode_tokens(args, reinterpret_cast<const float*>(x), tokens, threads, reinterpret_cast<float*>(y));
+    decode_tokens(args, reinterpret_cast<const float*>(x), tokens, reinterpret_cast<float*>(y));
   }
 };
 
@@ -465,10 +465,7 @@ struct Blocks {
       a.threads = threads;
       kernels().attention_step(a);
       if (blocks[i].dense) dense_tokens(*blocks[i].dense, normed, rows, threads, added);
-      else  // some after others: a row's bits are those that it has alone
-        for (int64_t row = 0; row < rows; row += FEW_TOKENS)
-          decode_tokens(*blocks[i].experts, normed + row * last.dim, rows - row < FEW_TOKENS ? rows - row : FEW_TOKENS, threads,
-                        added + row * last.dim);
+      else decode_tokens(*blocks[i].experts, normed, rows, added);
     }
     NormArgs a = last;
     a.hidden = reinterpret_cast<float*>(hidden);

@@ -16,6 +16,9 @@ namespace peerlm {
 // An id that names no row: its entry adds nothing. Rows of other ranks are holes.
 constexpr int64_t HOLE = -1;
 
+// Up to here sub-keys are read once, as they are, and one thread is quickest.
+constexpr int64_t FEW_TOKENS = 4;
+
 enum class Weighting { softmax, sigmoid, relu, none };
 // Which id the expert of sub-keys (i, j) has: see ops/pairing.py.
 enum class Pairing { row_major, shells };
@@ -110,7 +113,7 @@ struct RowGradientArgs {
 // What queries go through before they are compared.
 enum class QueryNorm { none, batch, layer };
 
-// A whole layer for a few tokens, without gradients: query, retrieval, mixing.
+// A whole layer for at most FEW_TOKENS tokens, without gradients: query, retrieval, mixing.
 struct DecodeArgs {
   const float* query_map;  // (H * 2 C, D)
   QueryNorm norm;

@@ -77,7 +77,7 @@ class OneToken:
         if made.steps is None or made.last_norm is None or not nobody_looks_on() or any(made.of.hooks):
             return None
         rooms = [room for layer in cache.layers[: len(model.layers)] if (room := one_more_column(layer)) is not None]
-        if len(rooms) < len(model.layers) or len({(each.shape, each.dtype) for room in rooms for each in room}) > 1:
+        if len(rooms) < len(model.layers):
             return None
         positions = torch.tensor([[cache.get_seq_length()]]) if position_ids is None else position_ids.contiguous()
         mask = None if attention_mask is None else attention_mask.long().contiguous()
@@ -88,6 +88,8 @@ class OneToken:
             for layer, room in zip(cache.layers if found is not None else (), rooms, strict=False):
                 keep(layer, *room)
             return found
+        if len({(each.shape, each.dtype) for room in rooms for each in room}) > 1:
+            return None
         added = None
         for block, step, layer, room in zip(model.layers, made.steps, cache.layers, rooms, strict=False):
             normed = step(hidden, added, *room, mask, positions)

@@ -4,18 +4,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peerlm.ops.cpu import native
 from peerlm.ops.cpu.native import as_bytes
+from peerlm.ops.cpu.onednn import linear
 from peerlm.ops.row_formats import SCALED_DTYPES, width
 from peerlm.ops.tensors import has_values
 from peerlm.ops.whole_layer import DenseLayer, WholeLayer
 
-MOST_TOKENS = 64
-"""More keep threads busy in each call of their own."""
+FEW_TOKENS = 4
+"""Up to here a layer of experts is one native call, in which sub-keys are read as they are, once for each token."""
+SOME_TOKENS = 64
+"""Up to here it is two native calls, without those of operators around them."""
 DENSE_TOKENS = 8
-"""Likewise, of a dense layer, whose products are then quicker as matrices."""
+"""Up to here a dense layer is one native call; its products are quicker as matrices from there on."""
 _ROW_DTYPES = (torch.float32, torch.bfloat16, *SCALED_DTYPES)
 
 
@@ -45,7 +49,7 @@ def whole_layer(layer: WholeLayer | DenseLayer) -> Callable[[Tensor], Tensor | N
         layer.scales,
         layer.activation,
     )
-    return FewTokens(experts, width(rows), MOST_TOKENS)
+    return Experts(experts, layer)
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -72,3 +76,64 @@ class FewTokens:
         y = torch.empty_like(x)
         self._run(x.data_ptr(), tokens, torch.get_num_threads(), y.data_ptr())
         return y
+
+
+class Experts(FewTokens):
+    """A native layer of experts, for some tokens more in the steps that the layer itself takes: to the same bits."""
+
+    def __init__(self, experts: Any, layer: WholeLayer):
+        super().__init__(experts, width(layer.rows), FEW_TOKENS)
+        self._layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """As `api.whole_layer` says."""
+        tokens = x.numel() // self._dim
+        if not FEW_TOKENS < tokens <= SOME_TOKENS:
+            return super().__call__(x)
+        if x.shape[-1:] != (self._dim,) or not is_plain(x):
+            return None
+        layer = self._layer
+        query, sub_keys = _queries(layer, x.view(tokens, self._dim)), layer.sub_keys
+        if layer.key_length:
+            sub_keys = F.normalize(sub_keys, dim=-1) * layer.key_length
+        heads, threads = query.shape[1], torch.get_num_threads()
+        weights = query.new_empty(tokens, heads, layer.k)
+        ids = query.new_empty(tokens, heads, layer.k, dtype=torch.int64)
+        native.module.retrieve(
+            query.view(tokens, heads, 2, -1),
+            sub_keys.detach(),
+            layer.k,
+            layer.weighting,
+            layer.pairing,
+            "fp32",  # what shortlists are made of changes no bit, and packs quickest
+            threads,
+            weights,
+            ids,
+        )
+        y = torch.empty_like(x)
+        native.module.mix(
+            x.view(tokens, self._dim),
+            (weights * layer.weight_scale).view(tokens, -1),
+            ids.view(tokens, -1),
+            as_bytes(layer.rows.detach()),
+            layer.scales,
+            layer.activation,
+            threads,
+            None,
+            y.view(tokens, self._dim),
+        )
+        return y
+
+
+def _queries(layer: WholeLayer, x_TD: Tensor) -> Tensor:
+    """Normed queries (T, H, 2 C)."""
+    key_dim = 2 * layer.sub_keys.shape[3]
+    features_TF = linear(x_TD, layer.query_map)
+    if layer.norm == "batch":
+        mean, variance, weight, bias = layer.norms
+        features_TF = F.batch_norm(features_TF, mean, variance, weight, bias, eps=layer.epsilon)
+    query_THX = features_TF.view(len(x_TD), -1, key_dim)
+    if layer.norm == "layer":
+        weight, bias = layer.norms
+        query_THX = F.layer_norm(query_THX, (key_dim,), weight, bias, layer.epsilon)
+    return query_THX
