@@ -21,6 +21,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from .interpreter import patch_once_for_each_launch
+
 if not torch.cuda.is_available():
     # Triton asks once for all, when it is imported. Processes that tests start do without its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -28,6 +30,7 @@ if not torch.cuda.is_available():
 
     if importlib.util.find_spec("triton"):
         importlib.import_module("triton.experimental.gluon")  # or Triton does it when it first runs a kernel
+        patch_once_for_each_launch()
 
     del os.environ["TRITON_INTERPRET"]
 
