@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from measure import interleave, report
 from torch import nn
+from transformers import PreTrainedModel
 
 from peerlm import PEER, DenseFFW, PeerConfig, PeerForCausalLM
 from peerlm.layers import Table
@@ -96,10 +97,10 @@ class Trained:
 
 
 @torch.no_grad()
-def decoding(model: PeerForCausalLM, tokens: int) -> Callable[[], None]:
+def decoding(model: PreTrainedModel, tokens: int) -> Callable[[], None]:
     """What generates some tokens after a prompt of 32, by one sequence."""
     model.eval()
-    prompt = torch.randint(VOCABULARY, (1, 32))
+    prompt = torch.randint(model.config.vocab_size, (1, 32))
 
     def decode() -> None:
         with torch.no_grad():
@@ -109,10 +110,10 @@ def decoding(model: PeerForCausalLM, tokens: int) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def layer_alone(layer: nn.Module, dim: int, count: int) -> Callable[[], None]:
-    """What passes single tokens through a layer, one after another."""
+def layer_alone(layer: nn.Module, dim: int, count: int, tokens: int = 1) -> Callable[[], None]:
+    """What passes single tokens, or so many together, through a layer, one after another."""
     layer.eval()
-    inputs = [torch.randn(1, 1, dim) for _ in range(count)]
+    inputs = [torch.randn(1, tokens, dim) for _ in range(count)]
 
     def run() -> None:
         with torch.no_grad():
@@ -151,6 +152,9 @@ def main() -> None:
     layers = {name: model.model.layers[1].ffw for name, model in models.items()}
     measure(
         "1,000 tokens, one by one, the layer alone", {n: layer_alone(each, dim, 1000) for n, each in layers.items()}
+    )
+    measure(
+        "100 prompts of 32 tokens, the layer alone", {n: layer_alone(each, dim, 100, 32) for n, each in layers.items()}
     )
     measure("64 tokens decoded", {name: decoding(model, 64) for name, model in models.items()})
     trained = {name: Trained(model, by_rows=name == "PEER") for name, model in models.items()}

@@ -1,9 +1,12 @@
 """The serving engine: many streams against one, the first token under load, packs that come and go, PEER against dense.
 
 Without folders, the models are those of `language_model.py` with random weights: PEER, and dense layers of equal FLOPs.
-Texts are checked against `generate` before anything is timed. The machine has to be idle. Markdown and JSON.
+With --equal-perplexity they are two of docs/results.md that came to the same perplexity on held-out text, with random
+weights: PEER of width 48 (58.5) and dense of width 128 (59.5); ratios are then to dense. Texts are checked against
+`generate` before anything is timed. The machine has to be idle. Markdown and JSON.
 
     python benchmarks/serving.py [--model FOLDER --baseline FOLDER] [--streams 32] [--parts ...] [--json FILE]
+    python benchmarks/serving.py --equal-perplexity --parts generate alone [--threads 1] [--rounds 21] [--json FILE]
 """
 
 # ruff: noqa: T201, tables on the terminal are what this is for
@@ -19,17 +22,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language_model import VOCABULARY, model_of, neurons_of_equal_flops, peer_settings
+from language_model import VOCABULARY, decoding, model_of, neurons_of_equal_flops, peer_settings
 from measure import interleave, report
 from transformers import PreTrainedModel
 
-from peerlm import PEER, DenseFFW
+from peerlm import PEER, DenseFFW, PeerConfig, PeerForCausalLM
 from peerlm.evaluate.loading import load_model
 from peerlm.malloc import keep_freed_memory
 from peerlm.packs.api import new_pack, save_pack, unload_pack
 from peerlm.serve import Engine, Handle, Request, SamplingParams
 
-PARTS = ("throughput", "first-token", "packs", "prefix", "alone")
+PARTS = ("throughput", "first-token", "packs", "prefix", "alone", "generate")
+EQUAL_PERPLEXITY: dict[str, dict[str, Any]] = {
+    "dense, width 128": {"hidden_size": 128, "ffw_layers": "dense"},
+    "PEER, width 48": {
+        "hidden_size": 48,
+        "ffw_layers": "peer:inner",
+        "peer": {
+            "num_experts": 256**2,
+            "heads": 1,
+            "experts_per_head": 64,
+            "key_dim": 32,
+            "shared_keys": False,
+            "weight_scale": 256.0,
+            "activation": "one_plus",
+            "query_norm": "batch",
+            "key_norm": True,
+        },
+    },
+}
+"""Of docs/results.md, models of a budget's best size: dense at 6.32e13 FLOPs, PEER at 2e13."""
 
 
 class Numbers:
@@ -48,6 +70,12 @@ def models(options: argparse.Namespace) -> dict[str, tuple[PreTrainedModel, Any]
         folders = {"model": options.model} | ({"baseline": options.baseline} if options.baseline else {})
         return {name: load_model(folder) for name, folder in folders.items()}
     torch.manual_seed(0)
+    if options.equal_perplexity:
+        shape = {"vocab_size": VOCABULARY, "num_hidden_layers": 4, "num_attention_heads": 4}
+        return {
+            name: (PeerForCausalLM(PeerConfig(max_position_embeddings=256, **shape, **each)).eval(), Numbers())
+            for name, each in EQUAL_PERPLEXITY.items()
+        }
     settings = peer_settings(options)
     hidden = neurons_of_equal_flops(options.dim, settings)
     built = {
@@ -202,6 +230,12 @@ def prefix(engine: Engine, options: argparse.Namespace) -> dict[str, list[float]
     return found
 
 
+def per_second(cases: dict[str, Callable[[], object]], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Tokens per second of each case, run in turn."""
+    times = interleave(cases, rounds=options.rounds)
+    return {name: [1e3 * options.tokens / each for each in values] for name, values in times.items()}
+
+
 def main() -> None:
     """Check, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -215,9 +249,13 @@ def main() -> None:
     parser.add_argument("--num-experts", type=int, default=1024**2)
     parser.add_argument("--experts-per-head", type=int, default=16)
     parser.add_argument("--row-format", default="float32")
+    parser.add_argument("--equal-perplexity", action="store_true", help="PEER and dense of equal perplexity")
+    parser.add_argument("--threads", type=int, help="of PyTorch and the kernels")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     keep_freed_memory()
     made = models(options)
     engines = {
@@ -242,15 +280,16 @@ def main() -> None:
             report("ms", figures, size, options.json)
             worst = {each: statistics.quantiles(figures[each], n=100)[98] for each in list(figures)[:2]}
             print("99 of 100 gaps are shorter than " + ", ".join(f"{ms:.1f} ms ({each})" for each, ms in worst.items()))
+    print()
     if "alone" in options.parts and len(engines) > 1:
-        cases = {
+        cases: dict[str, Callable[[], object]] = {
             name: lambda engine=engine: read(engine.submit(request(options.tokens, prompt(32, 1, engine.vocab_size))))
             for name, engine in engines.items()
         }
-        times = interleave(cases, rounds=options.rounds)
-        print()
-        figures = {name: [1e3 * options.tokens / each for each in values] for name, values in times.items()}
-        report("tokens/s, batch 1", figures, sizes, options.json)
+        report("tokens/s, batch 1", per_second(cases, options), sizes, options.json)
+    if "generate" in options.parts:
+        cases = {name: decoding(model, options.tokens) for name, (model, _) in made.items()}
+        report("tokens/s, generate, batch 1", per_second(cases, options), sizes, options.json)
     for engine in engines.values():
         engine.close()
 

@@ -23,7 +23,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.cli.stage_options import learn_config
-from peerlm.continual import learn
+from peerlm.continual import LearnConfig, learn
+from peerlm.continual.stream import Measure
 from peerlm.evaluate import score_last_words, score_text
 from peerlm.evaluate.files import PASSAGE, fields_of, read_document_parts, read_passages
 from peerlm.malloc import keep_freed_memory
@@ -61,6 +62,64 @@ def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str,
     }
 
 
+def write_text(path: Path, content: str) -> None:
+    """Write a file, unless it has that content: prepared text is prepared again when its source has changed."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != content:
+        path.write_text(content, encoding="utf-8")
+
+
+def rows_of(file: Path | None) -> list[dict[str, Any]]:
+    """Rows of a file, none where there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file and file.exists() else []
+
+
+def has_row(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> bool:
+    """Whether one of the rows has all of these."""
+    return any(key == {name: row.get(name) for name in key} for row in rows)
+
+
+def add_row(file: Path | None, row: Mapping[str, Any]) -> None:
+    """Add a row to a file, if there is one."""
+    if file:
+        with file.open("a") as rows:
+            rows.write(json.dumps(row) + "\n")
+
+
+def setting() -> dict[str, Any]:
+    """What a row says of where it was made."""
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def taught(config: LearnConfig, measure: Measure) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Learn one stage as configured, or resume it: what a row says of it, and the figures before and after."""
+    started = time.perf_counter()
+    before, after = learn(config, resume="auto", measure=measure)
+    row = {
+        "trained_parameters": after["trained_parameters"],
+        "megabytes": sum(path.stat().st_size for path in Path(config.run).glob("stages/*/pack/*")) / 1e6,
+        "tokens": after["tokens"],
+        "steps": after["steps"],
+        "loss": change(before["loss"], after["loss"]) | change(before["other"], after["other"]),
+        "gates": after.get("gates"),
+        "precision": before["precision"],
+        "training_seconds": round(after["seconds"], 1),
+        "seconds": round(time.perf_counter() - started, 1),
+        **setting(),
+    }
+    return row, before, after
+
+
+def summary(method: str, row: Mapping[str, Any]) -> str:
+    """A row in one line."""
+    changes = ", ".join(f"{text} {figures['percent']:+.2f}%" for text, figures in row["loss"].items())
+    return f"{method}: {row['trained_parameters']:,} trained, {row['seconds']:.0f} s: {changes}"
+
+
 def main() -> None:
     """Run, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,7 +141,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file that a row for each run is added to")
     options = parser.parse_args()
     keep_freed_memory()
-    rows = [json.loads(line) for line in options.json.open()] if options.json and options.json.exists() else []
+    rows = rows_of(options.json)
     for method in options.method:
         settings = [*SETTINGS.get(method, []), *options.set]
         key = {
@@ -96,7 +155,7 @@ def main() -> None:
             "context": options.context,
             "seed": options.seed,
         }
-        if any(key == {name: row.get(name) for name in key} for row in rows):
+        if has_row(rows, key):
             print(f"{method}: there is a row")
             continue
         name = "-".join([method, *settings, f"{options.learning_rate:g}", str(options.tokens or "once")])
@@ -116,30 +175,10 @@ def main() -> None:
             precision=options.precision,
             seed=options.seed,
         )
-        started = time.perf_counter()
         measure = partial(losses, files=options.other, context=options.context, limit=options.other_tokens)
-        before, after = learn(config, resume="auto", measure=measure)
-        row = {
-            **key,
-            "trained_parameters": after["trained_parameters"],
-            "megabytes": sum(path.stat().st_size for path in folder.glob("stages/*/pack/*")) / 1e6,
-            "tokens": after["tokens"],
-            "steps": after["steps"],
-            "loss": change(before["loss"], after["loss"]) | change(before["other"], after["other"]),
-            "gates": after.get("gates"),
-            "precision": before["precision"],
-            "training_seconds": round(after["seconds"], 1),
-            "seconds": round(time.perf_counter() - started, 1),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "date": datetime.date.today().isoformat(),
-        }
-        changes = ", ".join(f"{text} {figures['percent']:+.2f}%" for text, figures in row["loss"].items())
-        print(f"{method}: {row['trained_parameters']:,} trained, {row['seconds']:.0f} s: {changes}")
-        if options.json:
-            with options.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        row = {**key, **taught(config, measure)[0]}
+        print(summary(method, row))
+        add_row(options.json, row)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from .interpreter import patch_once_for_each_launch
+
 if not torch.cuda.is_available():
     # Triton asks once for all, when it is imported. Processes that tests start do without its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -28,6 +31,7 @@ if not torch.cuda.is_available():
 
     if importlib.util.find_spec("triton"):
         importlib.import_module("triton.experimental.gluon")  # or Triton does it when it first runs a kernel
+        patch_once_for_each_launch()
 
     del os.environ["TRITON_INTERPRET"]
 
@@ -46,6 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="whole",
         help="the class of which tests make tables",
     )
+    parser.addoption("--share", default="1/1", help="of the cases of every test, the first of two, say: 1/2")
     parser.addoption("--gpu-targets", default="sm_90", help="what kernels are compiled for: a target, or all")
 
 
@@ -53,11 +58,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "whole_tables(reason): looks at how `Table` itself keeps its rows")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark as numerical what may reach the kernels, which round differently on every SIMD target.
 
     That is every test of a file that imports torch or compares approximately, but for those of kernels for GPUs.
     """
+    part, of = map(int, config.getoption("--share").split("/"))
+    cases = Counter[str]()
+    for item in list(items):
+        name = item.nodeid.partition("[")[0]
+        if "[" in item.nodeid and cases[name] % of != part - 1:
+            items.remove(item)
+        cases[name] += 1
     modules = {item.module for item in items if isinstance(item, pytest.Function) and not _of_gpus(item.path)}
     numerical = {m for m in modules if hasattr(m, "torch") or "pytest.approx" in Path(m.__file__).read_text("utf-8")}
     for item in items:

@@ -107,3 +107,18 @@ def contents(folder: Path) -> dict[str, str]:
     """Digests of all files below a folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def assert_refused(named: str, folder: Path, capfd: pytest.CaptureFixture[str], *arguments: object) -> None:
+    """The command ends with one sentence that has these words; all below the folder stays, and `new` is not made."""
+    before = contents(folder)
+    capfd.readouterr()
+    assert run(*arguments) == 2
+    stderr = capfd.readouterr().err
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, stderr
+    assert stderr.splitlines()[-1] == errors[0]
+    assert named in errors[0]
+    assert "Traceback" not in stderr
+    assert contents(folder) == before
+    assert not (folder / "new").exists()

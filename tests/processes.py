@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,11 @@ def start(
 
     What it writes to stdout and then to stderr goes to the file `output`, its environment is ours but for these values.
     """
-    process = server().Process(target=_run, args=(os.environ | environment, Path.cwd(), output, function, arguments))
+    context = server()
+    forkserver._forkserver.ensure_running()  # type: ignore[attr-defined]
+    process = context.Process(
+        target=_run, args=(_address(), os.environ | environment, Path.cwd(), output, function, arguments)
+    )
     process.start()
     return process
 
@@ -102,9 +107,23 @@ def run_module(name: str, arguments: list[str]) -> None:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
+def _address() -> dict[str, Any]:
+    """Where the server is, by the names that its clients know this by."""
+    known = vars(forkserver._forkserver)  # type: ignore[attr-defined]
+    return {name: known[name] for name in ("_forkserver_address", "_forkserver_authkey") if name in known}
+
+
 def _run(
-    environment: dict[str, str], folder: Path, output: Path, function: Callable[..., object], arguments: Any
+    address: dict[str, Any],
+    environment: dict[str, str],
+    folder: Path,
+    output: Path,
+    function: Callable[..., object],
+    arguments: Any,
 ) -> None:
+    # What this process starts comes from the same server; Python would begin another one, which imports all again.
+    client = forkserver._forkserver  # type: ignore[attr-defined]
+    vars(client).update(address, ensure_running=lambda: None)
     os.environ.clear()  # the server has the variables and the folder of its first caller
     os.environ |= environment
     os.chdir(folder)

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def may_import() -> dict[str, set[str]]:
     return allowed
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Every Python module of the distribution by its dotted name, parsed."""
     found = {}

@@ -291,7 +291,7 @@ def test_row_adamw_trains_a_converted_model_under_the_stock_trainer(tmp_path: Pa
 @pytest.mark.parametrize(("name", "mode"), [("llama", "beside"), ("llama", "replace"), ("opt", "beside")])
 def test_a_compiled_model_computes_the_same(name: str, mode: str) -> None:
     torch._dynamo.reset()
-    model = convert(build(name), mode=mode, layers=1, **PEER_SETTINGS)
+    model = convert(build(name, num_hidden_layers=2), mode=mode, layers=1, **PEER_SETTINGS)
     train_a_little(model)
     inputs = batch(model, masked=True)
     model.zero_grad()

@@ -174,12 +174,14 @@ def test_the_stock_trainer_trains(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["beside", "replace"])
 @pytest.mark.parametrize("name", COLUMNS["resume"])
 def test_a_resumed_run_ends_with_the_same_weights(name: str, mode: str, tmp_path: Path) -> None:
+    """From the third of four steps, within the second epoch."""
     models = [convert(build(name), mode=mode, layers="middle", **PEER_SETTINGS) for _ in range(2)]
-    trainer(models[0], tmp_path).train()
+    few = {"max_steps": 4, "save_steps": 3, "per_device_train_batch_size": 32}
+    trainer(models[0], tmp_path, arguments=few).train()
     torch.nn.init.normal_(models[1].get_parameter(next(n for n, _ in models[1].named_parameters() if "rows" in n)))
-    resumed = trainer(models[1], tmp_path)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    assert resumed.state.global_step == 20
+    resumed = trainer(models[1], tmp_path, arguments=few)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 4
     assert equal_states(*models)
 
 

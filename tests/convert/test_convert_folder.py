@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertForMaskedLM, P
 from peerlm.evaluate import load_model, sample_text
 from peerlm.layers import PEER
 
-from ..models import PEER_SETTINGS, batch, build, contents, logits, run
+from ..models import PEER_SETTINGS, assert_refused, batch, build, contents, logits, run
 
 SETTINGS = [f"--set={name}={value}" for name, value in PEER_SETTINGS.items()]
 
@@ -115,17 +115,7 @@ def test_a_mistake_is_one_sentence_and_loses_nothing(
     name: str, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     build_command, named = MISTAKES[name]
-    before = contents(folder)
-    capfd.readouterr()
-    assert run("convert", *build_command(folder)) == 2
-    stderr = capfd.readouterr().err
-    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, stderr
-    assert stderr.splitlines()[-1] == errors[0]
-    assert named in errors[0]
-    assert "Traceback" not in stderr
-    assert contents(folder) == before
-    assert not (folder / "new").exists()
+    assert_refused(named, folder, capfd, "convert", *build_command(folder))
 
 
 def test_weights_that_are_missing_or_unknown_are_named(

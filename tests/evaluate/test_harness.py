@@ -12,8 +12,8 @@ from peerlm.evaluate import evaluate
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.testing import float64
 
-from ..processes import run, run_module
-from .tasks import write_task
+from ..processes import run
+from .tasks import command_with_few_tasks, few_of_lm_evals_tasks, write_task
 
 harness = pytest.importorskip("peerlm.evaluate.harness")
 
@@ -193,7 +193,8 @@ def test_lm_evals_own_command(saved, tasks, tmp_path) -> None:
     command = ["run", "--model", "peerlm", "--model_args", f"pretrained={saved}", "--tasks", str(tasks / "words.yaml")]
     environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     command += ["--output_path", str(tmp_path / "out")]
-    code, said = run(tmp_path / "said", environment, run_module, "peerlm.evaluate.harness", command)
+    place = few_of_lm_evals_tasks(tmp_path / "few")
+    code, said = run(tmp_path / "said", environment, command_with_few_tasks, place, command)
     assert code == 0, said
     (file,) = (tmp_path / "out").rglob("results*.json")
     assert json.loads(file.read_text())["results"]["words"]["perplexity,none"] == pytest.approx(ours)
@@ -222,6 +223,8 @@ def test_lm_evals_generic_model_gives_the_same(saved, tasks) -> None:
 )
 def test_errors(saved, tasks, tmp_path, monkeypatch, tasks_given, options, message) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", few_of_lm_evals_tasks(tmp_path / "few"))
+    assert harness._find_tasks(["swag"])[1] == ["swag"]
     Path("empty").mkdir()
     if "empty/broken.yaml" in tasks_given:
         Path("empty/broken.yaml").write_text("dataset_path: json\n")

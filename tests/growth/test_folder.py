@@ -17,7 +17,7 @@ from peerlm.growth import grow
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.testing import assert_within_budget, definition, float64
 
-from ..models import build, contents, run
+from ..models import assert_refused, build, contents, run
 
 IDS = torch.arange(18).view(2, 9)
 
@@ -143,16 +143,7 @@ def test_a_mistake_is_one_sentence_and_loses_nothing(
     name: str, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     build_command, named = MISTAKES[name]
-    before = contents(folder)
-    assert run("grow", *build_command(folder)) == 2
-    stderr = capfd.readouterr().err
-    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, stderr
-    assert stderr.splitlines()[-1] == errors[0]
-    assert named in errors[0]
-    assert "Traceback" not in stderr
-    assert contents(folder) == before
-    assert not (folder / "new").exists()
+    assert_refused(named, folder, capfd, "grow", *build_command(folder))
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from peerlm import PEER
+from peerlm import PEER, DenseFFW
 from peerlm.ops.cpu import native
-from peerlm.testing import relative_error
+from peerlm.ops.functions import ACTIVATIONS
+from peerlm.testing import assert_within_budget, definition, float64, relative_error
 
 pytestmark = [
     pytest.mark.skipif(bool(native.unavailable()), reason=f"no native kernels: {native.unavailable()}"),
@@ -64,10 +65,32 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @torch.no_grad()
 def test_it_is_the_layer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, seen = layer_of(**KINDS[kind]), calls(monkeypatch)
-    for tokens in (1, 4):
+    for tokens in (1, 4, 5, 33, 64):
         x = torch.randn(tokens, 64)
-        assert relative_error(layer(x), in_parts(layer, x)) < 2e-6
-    assert seen == [1, 4]
+        found, expected = layer(x), in_parts(layer, x)
+        assert relative_error(found, expected) < 2e-6
+        assert tokens < 5 or torch.equal(found, expected)
+    assert seen == [1, 4, 5, 33, 64]
+
+
+@pytest.mark.numerical
+@torch.no_grad()
+def test_many_tokens_have_the_same_bits_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of(key_norm=True, heads=3, num_experts=128**2)
+    x, found = torch.randn(61, 64), []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(layer(x))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@torch.no_grad()
+def test_a_forward_of_another_is_called() -> None:
+    layer, x = layer_of(), torch.randn(1, 64)
+    experts: Any = layer.experts
+    experts.forward = lambda x, weights, ids: torch.zeros_like(x)
+    assert not layer(x).any()
 
 
 @torch.no_grad()
@@ -97,7 +120,7 @@ def test_what_changes_in_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_it_steps_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, seen = layer_of(), calls(monkeypatch)
     x = torch.randn(2, 64)
-    layer(torch.randn(5, 64))
+    layer(torch.randn(65, 64))
     layer(x.double().float().T.contiguous().T)  # not contiguous
     in_parts(layer, x)
     layer.train()(x)
@@ -155,3 +178,70 @@ def test_a_copy_makes_a_call_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.equal(twin(x), y)
     assert not layer(x).any()
     assert seen == [1, 1, 1, 1]
+
+
+def dense_of(**settings: Any) -> DenseFFW:
+    torch.manual_seed(0)
+    return DenseFFW(33, hidden=50, **settings)
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@torch.no_grad()
+def test_a_dense_layer_is_one_call_too(activation: str, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = dense_of(activation=activation, gated=gated)
+    for tokens in (1, 5, 8):
+        x = torch.randn(tokens, 33)
+        actual = layer(x)
+        plain = dense_in_parts(layer, x)
+        with float64():
+            exact = definition(layer)(x.double())
+        assert_within_budget(actual, plain, exact)
+    one, many = torch.randn(1, 33), torch.randn(7, 33)
+    assert torch.equal(layer(one), layer(torch.cat([one, many]))[:1])
+    x, found = torch.randn(3, 33), []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(layer(x))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def dense_in_parts(layer: DenseFFW, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return layer(x).detach()
+
+
+@torch.no_grad()
+def test_a_dense_layer_steps_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, seen = dense_of(), torch.randn(2, 33), []
+    real = DenseFFW._in_one_call
+
+    def counted(self: DenseFFW, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        y = real(self, x, mask)
+        seen.append(y is not None)
+        return y
+
+    monkeypatch.setattr(DenseFFW, "_in_one_call", counted)
+    layer(x.double().float().T.contiguous().T)
+    layer(torch.randn(9, 33))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
+    hook = layer.up_proj.register_forward_hook(lambda *_: torch.zeros(2, 33))
+    assert not layer(x).any()
+    hook.remove()
+    with pytest.raises(ValueError, match="mask has shape"):
+        layer(x, torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="dim = 33"):
+        layer(torch.randn(2, 32))
+    layer.double()(x.double())
+    assert not any(seen)
+    before = layer.float()(x)
+    layer.up_proj.weight.data = -layer.up_proj.weight.data
+    assert torch.equal(layer(x), -before)
+    layer.up_proj = nn.Linear(50, 33)
+    assert torch.allclose(layer(x), dense_in_parts(layer, x))
+    assert seen[-4:] == [True, True, False, False]
+    twin = copy.deepcopy(dense_of())
+    assert torch.equal(twin(x), dense_of()(x))

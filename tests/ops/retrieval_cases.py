@@ -1,5 +1,6 @@
 """Queries and sub-keys of every kind, that kernels of retrieval are tested with."""
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -52,6 +53,19 @@ KINDS = {
     "zero": (_normal, 0.0, _normal, 1.0),
 }
 """Queries and how large they are, sub-keys and how large they are."""
+
+what_does_not_fit = pytest.mark.parametrize(
+    ("query", "sub_keys", "k"),
+    [
+        (torch.ones(3, 2, 8), torch.ones(2, 1, 6, 4), 7),
+        (torch.ones(3, 2, 8), torch.ones(2, 1, 6, 4), 0),
+        (torch.ones(3, 2, 8), torch.ones(2, 1, 6, 3), 2),
+        (torch.ones(3, 2, 8), torch.ones(2, 3, 6, 4), 2),
+        (torch.ones(3, 2, 8), torch.ones(3, 1, 6, 4), 2),
+    ],
+    ids=["k > n", "k = 0", "size of sub-keys", "heads", "halves"],
+)
+"""Marks a test of a query (3, 2, 8), of sub-keys and of a k that do not belong together."""
 
 
 @st.composite

@@ -13,7 +13,7 @@ from peerlm.ops.pairing import PAIRINGS
 from peerlm.ops.scoring import half_scores
 from peerlm.testing import assert_within_budget, exhaustive_scores, exhaustive_search
 
-from .retrieval_cases import FEW_TOKENS, KINDS, against_bfloat16, cases
+from .retrieval_cases import FEW_TOKENS, KINDS, against_bfloat16, cases, what_does_not_fit
 
 pytestmark = pytest.mark.skipif(bool(native._reason), reason=native._reason)
 
@@ -42,15 +42,15 @@ def assert_exhaustive(query: Tensor, sub_keys: Tensor, k: int, pairing: str) -> 
 
 
 @given(case=cases())
-@settings(max_examples=120)
+@settings(max_examples=60)
 def test_ids_are_those_of_exhaustive_search(case: tuple[Tensor, Tensor, int, str]) -> None:
     assert_exhaustive(*case)
 
 
 @pytest.mark.slow
 @given(case=cases())
-@settings(max_examples=2000)
-def test_ids_are_those_of_exhaustive_search_in_2000_examples(case: tuple[Tensor, Tensor, int, str]) -> None:
+@settings(max_examples=500)
+def test_ids_are_those_of_exhaustive_search_in_500_examples(case: tuple[Tensor, Tensor, int, str]) -> None:
     assert_exhaustive(*case)
 
 
@@ -220,17 +220,7 @@ def test_arguments_need_not_be_contiguous() -> None:
     assert torch.equal(ids, same[1])
 
 
-@pytest.mark.parametrize(
-    ("query", "sub_keys", "k"),
-    [
-        (torch.ones(3, 2, 8), torch.ones(2, 1, 6, 4), 7),
-        (torch.ones(3, 2, 8), torch.ones(2, 1, 6, 4), 0),
-        (torch.ones(3, 2, 8), torch.ones(2, 1, 6, 3), 2),
-        (torch.ones(3, 2, 8), torch.ones(2, 3, 6, 4), 2),
-        (torch.ones(3, 2, 8), torch.ones(3, 1, 6, 4), 2),
-    ],
-    ids=["k > n", "k = 0", "size of sub-keys", "heads", "halves"],
-)
+@what_does_not_fit
 def test_kernels_refuse_arguments_that_do_not_fit(query: Tensor, sub_keys: Tensor, k: int) -> None:
     """`api` refuses them too, for every backend; an operator may be called without it."""
     api.load_backends()

@@ -107,8 +107,8 @@ def test_retrieval_equals_search_over_all_keys(case: tuple[Tensor, Tensor, int, 
 
 @pytest.mark.slow
 @given(half_score_cases(), integer_cases())
-@settings(max_examples=1000)
-def test_retrieval_equals_exhaustive_search_in_1000_examples(
+@settings(max_examples=300)
+def test_retrieval_equals_exhaustive_search_in_300_examples(
     scores: tuple[Tensor, int, str], search: tuple[Tensor, Tensor, int, str]
 ) -> None:
     assert_ids_are_exhaustive(*scores)

@@ -13,6 +13,7 @@ PACKAGE = Path(peerlm.__file__).parent
 API = "peerlm.ops.api"
 PUBLIC = {
     "api",
+    "attention_step",
     "functions",
     "grouped_products",
     "operators",

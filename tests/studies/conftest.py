@@ -11,14 +11,11 @@ from peerlm_studies.comparison import make_rows
 from peerlm_studies.comparison.plan import CompareConfig, PlannedRun
 from peerlm_studies.isoflop.plan import IsoflopPlan, load_isoflop
 
-RECIPE = """
-run = "{folder}/out"
-[data]
-folder = "{folder}/tokens"
-vocab_size = 300
-context = 16
-batch_size = 4
-[model]
+from .recipes import DATA
+
+RECIPE = (
+    DATA
+    + """[model]
 num_hidden_layers = 2
 num_attention_heads = 2
 [compare]
@@ -38,6 +35,7 @@ ffw_layers = "dense"
 ffw_layers = "peer"
 peer = {{ num_experts = 64, heads = 2, experts_per_head = 4, key_dim = 8 }}
 """
+)
 SIZES = {16: 1e6, 32: 2e6, 64: 4e6}
 """By hidden_size, the active parameters that rows state."""
 

@@ -20,31 +20,18 @@ from peerlm.train.recipe import to_dict
 
 from ..processes import ranks
 
-IN_FLOAT64 = """
-import sys
-from peerlm.cli import main
-from peerlm.testing import float64
-with float64():
-    main(sys.argv[1:])
+MEETING = """
+import torch
+from peerlm.ranks import join_ranks
+with join_ranks("cpu") as ranks:
+    number = torch.tensor(float(not ranks.is_main))
+    print(ranks.mean(number).item(), ranks.of_main(number.item()), ranks.any(not ranks.is_main))
 """
 
 
 def train_in_float64(recipe: Path) -> None:
     with float64_():
         main(["train", str(recipe)])
-
-
-def torchrun(recipe: Path, *program: str) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launcher, *(program or ["-m", "peerlm"]), "train", str(recipe)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture
-def in_float64(tmp_path: Path, float64: None) -> str:
-    """A program that trains in float64, as this process does: what rounding does to two orders of sums is left out."""
-    (tmp_path / "in_float64.py").write_text(IN_FLOAT64)
-    return str(tmp_path / "in_float64.py")
 
 
 @pytest.fixture
@@ -58,19 +45,30 @@ def without_dropout(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+def test_processes_of_torchrun_meet(tmp_path: Path) -> None:
+    """What tests of ranks leave out: there, `tests/processes.py` sets what torchrun tells its processes."""
+    (tmp_path / "meeting.py").write_text(MEETING)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, str(tmp_path / "meeting.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0.5 0.0 True"] * 2
+
+
+@pytest.mark.usefixtures("float64")
 def test_two_processes_give_the_weights_of_one(
-    configure: Callable[..., TrainConfig], without_dropout: dict[str, Any], in_float64: str, tmp_path: Path
+    configure: Callable[..., TrainConfig], without_dropout: dict[str, Any], tmp_path: Path
 ) -> None:
     data = {"batch_size": 8, "micro_batch_size": None}
     one = configure(model=without_dropout, data=data)
     two = configure(model=without_dropout, data=data, run=str(tmp_path / "two"))
     write_json(tmp_path / "recipe.json", to_dict(two))
-    process = torchrun(tmp_path / "recipe.json", in_float64)
-    assert process.returncode == 0, process.stderr
+    with ranks(2, tmp_path / "ranks", train_in_float64, tmp_path / "recipe.json") as processes:
+        assert processes.wait() == [0, 0], processes.said()
     train(one, progress=False)
     found, expected = (load_file(Path(config.run) / "model" / "model.safetensors") for config in (two, one))
     torch.testing.assert_close(found, expected)
-    assert process.stderr.count("step 8  100.0%") == 1
+    assert "".join(processes.said()).count("step 8  100.0%") == 1
 
 
 @pytest.mark.usefixtures("float64")

@@ -37,6 +37,8 @@ class Stage:
     """Text that must not be forgotten; None where there is none."""
     new: Windows
     """Windows of the text that is learned."""
+    start: tuple[int, ...] = ()
+    """Token ids before a document; empty: nothing."""
     bf16: bool = False
     """Whether matrix products of its training are bfloat16."""
     progress: bool = False

@@ -1,13 +1,13 @@
 """A pack for each domain: experts in a folder of their own, beside a frozen model."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.continual.lower_blocks import forget_lower_blocks, lower_blocks_of, remember_lower_blocks
@@ -49,13 +49,16 @@ class PackPerStage(Method):
     """Beside feed-forward layers: how often the text is read, where no budget is given."""
     keep: float = 0.99
     """Beside feed-forward layers: share of the new text's tokens that open the gates at the most."""
+    gate_tokens: int = TOKENS
+    """Beside feed-forward layers: tokens of the new text that the gates are fitted on at the most; half as many again
+    of other text, of which a third only tells how well they fit."""
     rate: float = 10.0
     """Beside feed-forward layers: learning rate of experts over that of the rest, times `optim.table_lr_multiplier`."""
     quiet: float = 1.0
     """Beside feed-forward layers: weight of what the pack writes for foreign tokens that open its gates."""
 
     def __post_init__(self) -> None:
-        for name in ("megabytes", "epochs", "rate"):
+        for name in ("megabytes", "epochs", "rate", "gate_tokens"):
             if not getattr(self, name) > 0:
                 raise UserError(f"pack.{name} = {getattr(self, name)}: must be above 0")
         if not 0 < self.keep <= 1:
@@ -105,10 +108,11 @@ class PackPerStage(Method):
         if lower := lower_blocks_of(model, list(holders(model))):
             remember_lower_blocks(model, lower, stage.folder, len(stage.new))
         assert stage.earlier is not None  # the embedded corpus at least
-        windows = max(2, TOKENS // len(stage.new[0]))
+        windows = max(2, self.gate_tokens // len(stage.new[0]))
         step = max(1, len(stage.new) // windows)
-        own = [stage.new[place][None].to(model.device) for place in range(0, len(stage.new), step)][:windows]
-        other = [stage.earlier.draw(place, place + 1).to(model.device) for place in range(windows * 3 // 2)]
+        own = [stage.new[place] for place in range(0, len(stage.new), step)][:windows]
+        other = [*stage.earlier.draw(0, windows * 3 // 2)]
+        own, other = ([each[None].to(model.device) for each in begun(text, stage.start)] for text in (own, other))
         autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=stage.bf16)
         with progress_bar(shown=stage.progress) as bar, autocast:
             task = bar.add_task("fitting the gates", total=len(own) + len(other))
@@ -145,3 +149,20 @@ class PackPerStage(Method):
         """The pack alone."""
         found = self.found(model, stage)
         save_pack(model, stage.name, stage.folder / PACK, data={"domain": stage.name}, metrics=found or None)
+
+
+def begun(windows: Sequence[Tensor], start: Sequence[int]) -> list[Tensor]:
+    """Let every second window begin as a document does.
+
+    Without this a text of short documents has many such beginnings, and one of long documents hardly any. Gates would
+    then tell beginnings from the rest, open at that of any text, and stay closed at that of a question.
+
+    Args:
+        windows: (context,) int64 each.
+        start: token ids before a document; what is pushed out at the end of a window is dropped.
+    """
+    mark = torch.tensor(start, dtype=torch.long)
+    return [
+        window if number % 2 or torch.equal(window[: len(mark)], mark) else torch.cat([mark, window])[: len(window)]
+        for number, window in enumerate(windows)
+    ]

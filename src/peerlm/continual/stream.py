@@ -149,6 +149,7 @@ class _Stream:
             seed=config.seed + number,
             earlier=self._earlier(number),
             new=self.texts[stage.name].train,
+            start=self._marks().start,
             bf16=self.first.get("precision") == "bf16",
             progress=self.progress,
         )

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -301,17 +302,32 @@ QueryNorm query_norm_of(const std::string& name) {
   return named<Q>(name, "query norm", {{"none", Q::none}, {"batch", Q::batch}, {"layer", Q::layer}});
 }
 
+// Some after others: a token's bits are those that it has alone.
+void decode_tokens(DecodeArgs a, const float* x, int64_t tokens, float* y) {
+  const int64_t dim = a.mix.table.dim;
+  for (int64_t first = 0; first < tokens; first += FEW_TOKENS) {
+    a.mix.x = x + first * dim;
+    a.mix.y = y + first * dim;
+    a.mix.tokens = tokens - first < FEW_TOKENS ? tokens - first : FEW_TOKENS;
+    kernels().decode(a);
+  }
+}
+
+void dense_tokens(DenseArgs a, const float* x, int64_t tokens, int threads, float* y) {
+  a.x = x;
+  a.y = y;
+  a.tokens = tokens;
+  a.threads = threads;
+  kernels().dense(a);
+}
+
 // A layer whose tensors stay where they are; tokens come as addresses, for an array costs more than the work on it.
 struct WholeLayer {
   DecodeArgs args;
 
-  void run(uintptr_t x, int64_t tokens, uintptr_t y) const {
-    DecodeArgs a = args;
-    a.mix.x = reinterpret_cast<const float*>(x);
-    a.mix.y = reinterpret_cast<float*>(y);
-    a.mix.tokens = tokens;
+  void run(uintptr_t x, int64_t tokens, int, uintptr_t y) const {
     nb::gil_scoped_release released;
-    kernels().decode(a);
+    decode_tokens(args, reinterpret_cast<const float*>(x), tokens, reinterpret_cast<float*>(y));
   }
 };
 
@@ -339,6 +355,161 @@ WholeLayer whole_layer_(Array<In, 2> query_map, const std::string& norm, const s
   require(sub_keys.shape(0) == 2 && features == heads * 2 * half_dim && (sets == 1 || sets == heads) && k >= 1 && k <= n &&
               n * n == table.num_rows && table.parts > 1 && (int64_t)query_map.shape(1) == table.dim,
           "query map (H * 2 C, D), sub_keys (2, H or 1, n, C), k and rows (n * n, 2 or 3, D) do not fit");
+  return {a};
+}
+
+// As `WholeLayer`, of a dense layer.
+struct DenseLayer {
+  DenseArgs args;
+
+  void run(uintptr_t x, int64_t tokens, int threads, uintptr_t y) const {
+    nb::gil_scoped_release released;
+    dense_tokens(args, reinterpret_cast<const float*>(x), tokens, threads, reinterpret_cast<float*>(y));
+  }
+};
+
+using Matrix = Array<In, 2>;
+
+DenseLayer dense_layer_(Matrix down, std::optional<Matrix> gate, Matrix up, const std::string& activation) {
+  const int64_t hidden = (int64_t)down.shape(0), dim = (int64_t)down.shape(1);
+  require(up.shape(0) == down.shape(1) && up.shape(1) == down.shape(0) &&
+              (!gate || (gate->shape(0) == down.shape(0) && gate->shape(1) == down.shape(1))),
+          "down (F, D), gate (F, D) and up (D, F) do not fit");
+  return {{down.data(), data_or_null(gate), up.data(), dim, hidden, activation_of(activation), nullptr, 0, 1, nullptr}};
+}
+
+// An RMSNorm whose weight stays where it is.
+struct Norm {
+  NormArgs args;
+
+  void run(uintptr_t hidden, int64_t rows, uintptr_t added, uintptr_t y) const {
+    NormArgs a = args;
+    a.hidden = reinterpret_cast<float*>(hidden);
+    a.added = reinterpret_cast<const float*>(added);
+    a.y = reinterpret_cast<float*>(y);
+    a.rows = rows;
+    nb::gil_scoped_release released;
+    kernels().add_and_norm(a);
+  }
+};
+
+NormArgs norm_of(const Array<In, 1>& weight, float epsilon) {
+  return {weight.data(), epsilon, 0, (int64_t)weight.size(), nullptr, nullptr, nullptr};
+}
+
+Norm norm_(Array<In, 1> weight, float epsilon) { return {norm_of(weight, epsilon)}; }
+
+// A block's attention whose weights stay where they are; what differs from token to token comes as addresses.
+struct AttentionStep {
+  AttentionStepArgs args;
+
+  // False, and nothing is done, where the mask hides a new token.
+  bool run(uintptr_t hidden, int64_t rows, uintptr_t added, uintptr_t keys, uintptr_t values, int64_t row_stride, int64_t head_stride,
+           int64_t columns, uintptr_t mask, uintptr_t positions, int64_t positions_stride, int threads, uintptr_t y) const {
+    AttentionStepArgs a = args;
+    a.norm.hidden = reinterpret_cast<float*>(hidden);
+    a.norm.added = reinterpret_cast<const float*>(added);
+    a.norm.y = reinterpret_cast<float*>(y);
+    a.norm.rows = rows;
+    a.keys = reinterpret_cast<float*>(keys);
+    a.values = reinterpret_cast<float*>(values);
+    a.row_stride = row_stride, a.head_stride = head_stride, a.columns = columns;
+    a.mask = reinterpret_cast<const int64_t*>(mask);
+    a.positions = reinterpret_cast<const int64_t*>(positions);
+    a.positions_stride = positions_stride;
+    a.threads = threads;
+    for (int64_t row = 0; a.mask && row < rows; ++row)
+      if (!a.mask[row * columns + columns - 1]) return false;
+    nb::gil_scoped_release released;
+    kernels().attention_step(a);
+    return true;
+  }
+};
+
+// Attention and feed-forward layers of all blocks, and the norm behind them. What was given stays where it is.
+struct Blocks {
+  struct Block {
+    AttentionStepArgs step;
+    std::optional<DecodeArgs> experts;
+    std::optional<DenseArgs> dense;
+  };
+  std::vector<Block> blocks;
+  NormArgs last;
+
+  // As of `AttentionStep`; keys, values and their strides of each block.
+  bool run(uintptr_t hidden, int64_t rows, const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values,
+           const std::vector<int64_t>& row_strides, const std::vector<int64_t>& head_strides, int64_t columns, uintptr_t mask,
+           uintptr_t positions, int64_t positions_stride, int threads, uintptr_t y) const {
+    require(keys.size() == blocks.size() && values.size() == blocks.size() && row_strides.size() == blocks.size() &&
+                head_strides.size() == blocks.size(),
+            "each block needs keys, values and their strides");
+    const int64_t* const seen = reinterpret_cast<const int64_t*>(mask);
+    for (int64_t row = 0; seen && row < rows; ++row)
+      if (!seen[row * columns + columns - 1]) return false;
+    nb::gil_scoped_release released;
+    const size_t size = (size_t)(rows * last.dim);
+    std::vector<float> memory(2 * size);
+    float *const normed = memory.data(), *const added = normed + size;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      AttentionStepArgs a = blocks[i].step;
+      a.norm.hidden = reinterpret_cast<float*>(hidden);
+      a.norm.added = i ? added : nullptr;
+      a.norm.y = normed;
+      a.norm.rows = rows;
+      a.keys = reinterpret_cast<float*>(keys[i]);
+      a.values = reinterpret_cast<float*>(values[i]);
+      a.row_stride = row_strides[i], a.head_stride = head_strides[i], a.columns = columns;
+      a.mask = seen;
+      a.positions = reinterpret_cast<const int64_t*>(positions);
+      a.positions_stride = positions_stride;
+      a.threads = threads;
+      kernels().attention_step(a);
+      if (blocks[i].dense) dense_tokens(*blocks[i].dense, normed, rows, threads, added);
+      else decode_tokens(*blocks[i].experts, normed, rows, added);
+    }
+    NormArgs a = last;
+    a.hidden = reinterpret_cast<float*>(hidden);
+    a.added = blocks.empty() ? nullptr : added;
+    a.y = reinterpret_cast<float*>(y);
+    a.rows = rows;
+    kernels().add_and_norm(a);
+    return true;
+  }
+};
+
+Blocks blocks_(const std::vector<const AttentionStep*>& steps, const std::vector<std::pair<const WholeLayer*, const DenseLayer*>>& layers,
+               const Norm& last) {
+  require(steps.size() == layers.size(), "each block has attention and a layer");
+  Blocks found{{}, last.args};
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const auto& [experts, dense] = layers[i];
+    const AttentionStepArgs& step = steps[i]->args;
+    require((experts == nullptr) != (dense == nullptr), "a layer is of experts or dense");
+    require(step.norm.dim == last.args.dim && (experts ? experts->args.mix.table.dim : dense->args.dim) == last.args.dim,
+            "widths of blocks differ");
+    found.blocks.push_back({step, experts ? std::optional(experts->args) : std::nullopt, dense ? std::optional(dense->args) : std::nullopt});
+  }
+  return found;
+}
+
+AttentionStep attention_step_(Array<In, 1> norm, float epsilon, Array<In, 1> after, float after_epsilon, Matrix query_map, Matrix key_map,
+                              Matrix value_map, Matrix output_map, std::optional<Array<In, 1>> query_norm,
+                              std::optional<Array<In, 1>> key_norm, float head_epsilon, Array<In, 1> frequencies, float rotation_scale,
+                              float scaling) {
+  const int64_t dim = (int64_t)norm.size(), size = 2 * (int64_t)frequencies.size();
+  const int64_t wide = (int64_t)query_map.shape(0), narrow = (int64_t)key_map.shape(0);
+  require(size > 0 && wide % size == 0 && narrow % size == 0 && narrow > 0 && wide % narrow == 0 && value_map.shape(0) == key_map.shape(0) &&
+              (int64_t)after.size() == dim && (int64_t)query_map.shape(1) == dim && (int64_t)key_map.shape(1) == dim &&
+              (int64_t)value_map.shape(1) == dim && (int64_t)output_map.shape(0) == dim && (int64_t)output_map.shape(1) == wide &&
+              (!query_norm || (int64_t)query_norm->size() == size) && (!key_norm || (int64_t)key_norm->size() == size),
+          "norms (D), maps (H * C, D), (G * C, D), (G * C, D) and (D, H * C), and frequencies (C / 2) do not fit");
+  AttentionStepArgs a{};
+  a.norm = norm_of(norm, epsilon);
+  a.after_weight = after.data(), a.after_epsilon = after_epsilon;
+  a.query_map = query_map.data(), a.key_map = key_map.data(), a.value_map = value_map.data(), a.output_map = output_map.data();
+  a.query_norm = data_or_null(query_norm), a.key_norm = data_or_null(key_norm), a.head_epsilon = head_epsilon;
+  a.frequencies = frequencies.data(), a.rotation_scale = rotation_scale, a.scaling = scaling;
+  a.heads = wide / size, a.groups = narrow / size, a.head_dim = size;
   return {a};
 }
 
@@ -588,6 +759,15 @@ NB_MODULE(_native, m) {
   nb::class_<WholeLayer>(m, "WholeLayer").def("run", &WholeLayer::run);
   m.def("whole_layer", &whole_layer_, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
+  nb::class_<DenseLayer>(m, "DenseLayer").def("run", &DenseLayer::run);
+  m.def("dense_layer", &dense_layer_, nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+  nb::class_<Norm>(m, "Norm").def("run", &Norm::run);
+  m.def("norm", &norm_);
+  nb::class_<AttentionStep>(m, "AttentionStep").def("run", &AttentionStep::run);
+  m.def("attention_step", &attention_step_, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+  nb::class_<Blocks>(m, "Blocks").def("run", &Blocks::run);
+  m.def("blocks", &blocks_);
   m.def("group_by_row", &group_by_row_);
   m.def("stale_rows", &stale_rows_, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("fit_rules", &fit_rules_);

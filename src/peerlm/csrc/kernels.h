@@ -16,6 +16,9 @@ namespace peerlm {
 // An id that names no row: its entry adds nothing. Rows of other ranks are holes.
 constexpr int64_t HOLE = -1;
 
+// Up to here sub-keys are read once, as they are, and one thread is quickest.
+constexpr int64_t FEW_TOKENS = 4;
+
 enum class Weighting { softmax, sigmoid, relu, none };
 // Which id the expert of sub-keys (i, j) has: see ops/pairing.py.
 enum class Pairing { row_major, shells };
@@ -110,7 +113,7 @@ struct RowGradientArgs {
 // What queries go through before they are compared.
 enum class QueryNorm { none, batch, layer };
 
-// A whole layer for a few tokens, without gradients: query, retrieval, mixing. Its threads are one.
+// A whole layer for at most FEW_TOKENS tokens, without gradients: query, retrieval, mixing.
 struct DecodeArgs {
   const float* query_map;  // (H * 2 C, D)
   QueryNorm norm;
@@ -119,6 +122,46 @@ struct DecodeArgs {
   float weight_scale;
   RetrieveArgs retrieve;  // without query, weights and ids
   MixArgs mix;            // without weights and ids
+};
+
+// A dense feed-forward layer without biases, for a few tokens.
+struct DenseArgs {
+  const float *down, *gate, *up;  // (F, D), (F, D) or null, (D, F)
+  int64_t dim, hidden;
+  Activation activation;
+  const float* x;  // (T, D)
+  int64_t tokens;
+  int threads;
+  float* y;  // out (T, D)
+};
+
+// A sum, where something is added, and an RMSNorm of it.
+struct NormArgs {
+  const float* weight;  // (D)
+  float epsilon;
+  int64_t rows, dim;
+  const float* added;  // (R, D), or null
+  float* hidden;       // (R, D); `added` is added in place
+  float* y;            // out (R, D)
+};
+
+// One new token of each of R sequences through a block's attention: H query heads in G groups, C features each.
+struct AttentionStepArgs {
+  NormArgs norm;  // before attention; y is the norm after it
+  const float* after_weight;  // (D)
+  float after_epsilon;
+  const float *query_map, *key_map, *value_map, *output_map;  // (H * C, D), (G * C, D) twice, (D, H * C)
+  const float *query_norm, *key_norm;                         // (C), or null
+  float head_epsilon;
+  const float* frequencies;  // (C / 2), of the rotation
+  float rotation_scale, scaling;
+  int64_t heads, groups, head_dim;
+  float *keys, *values;  // (R, G, columns, C) with strides for rows and heads; the last column is written
+  int64_t row_stride, head_stride, columns;
+  const int64_t* mask;       // (R, columns): 0 where a column is hidden; null: none is
+  const int64_t* positions;  // (R) with a stride
+  int64_t positions_stride;
+  int threads;
 };
 
 struct Kernels {
@@ -134,6 +177,9 @@ struct Kernels {
   // Each row's gradient, and at once its AdamW step; grad_rows and compact are not used.
   void (*update_by_row_gradients)(const RowGradientArgs&, const RowAdamWTable&, const RowAdamWStep&);
   void (*decode)(const DecodeArgs&);
+  void (*dense)(const DenseArgs&);
+  void (*attention_step)(const AttentionStepArgs&);
+  void (*add_and_norm)(const NormArgs&);
   RowAdamWKernels row_adamw;
 };
 

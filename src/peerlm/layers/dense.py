@@ -1,11 +1,16 @@
 """The transformer's dense feed-forward layer."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from peerlm.layers.checks import check_sizes, flatten_tokens
+from peerlm.layers.one_call import FEW_TOKENS, Prepared, nobody_looks_on, where
 from peerlm.layers.output_scale import input_std, output_std
 from peerlm.ops import api
 from peerlm.ops.functions import ACTIVATIONS
+from peerlm.ops.whole_layer import DenseLayer
 
 
 class DenseFFW(nn.Module):
@@ -31,6 +36,7 @@ class DenseFFW(nn.Module):
         self.down_proj = nn.Linear(dim, hidden, bias=False)
         self.gate_proj = nn.Linear(dim, hidden, bias=False) if gated else None
         self.up_proj = nn.Linear(hidden, dim, bias=False)
+        self._prepared = Prepared()
         self.reset_parameters()
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
@@ -44,8 +50,42 @@ class DenseFFW(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map x (..., dim) to (..., dim); every token on its own, so `mask` changes nothing."""
+        if (y := self._in_one_call(x, mask)) is not None:
+            return y
         flatten_tokens(x, mask, self.dim)
         act = ACTIVATIONS[self.activation]
         hidden = self.down_proj(x)
         hidden = act(hidden) if self.gate_proj is None else hidden * act(self.gate_proj(x))
         return self.up_proj(hidden)
+
+    def _in_one_call(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What the layer makes of a few tokens without gradients and where nothing else looks on; or None."""
+        if torch.compiler.is_compiling() or x.numel() > FEW_TOKENS * self.dim:
+            return None
+        if mask is not None and mask.shape != x.shape[:-1]:
+            return None
+        call = self.few_tokens_call()
+        return None if call is None else call(x)
+
+    def few_tokens_call(self) -> Callable[[Tensor], Tensor | None] | None:
+        """What maps a few tokens (..., dim) in one call, without gradients and where nothing else looks on; or None.
+
+        It depends on what `one_call.Unchanged` sees of the layer and its parts.
+        """
+        modules = self._modules
+        maps = [modules["down_proj"], modules.get("gate_proj"), modules["up_proj"]]
+        present = [each for each in maps if each is not None]
+        if any(type(each) is not nn.Linear or each._parameters["bias"] is not None for each in present):
+            return None
+        if not nobody_looks_on(*present):
+            return None
+        weights = [None if each is None else each._parameters["weight"] for each in maps]
+        state = *where(weights), self.activation
+        if self._prepared.state != state:
+            down, gate, up = weights
+            assert down is not None
+            assert up is not None
+            layer = DenseLayer(down=down, gate=gate, up=up, activation=self.activation)
+            self._prepared.call = api.whole_layer(layer)
+            self._prepared.state = state
+        return self._prepared.call

@@ -1,5 +1,6 @@
 """PEER: a learned index retrieves each token's experts from a pool of single neurons."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -157,13 +158,23 @@ class PEER(RetrievalLayer):
         return y_TD.to(x.dtype).view(x.shape)
 
     def _in_one_call(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """What the layer makes of a few tokens where no gradient is wanted and nothing else looks on; or None.
+        """What the layer makes of a few tokens without gradients and where nothing else looks on; or None.
 
         What else may be wrong with the arguments is found without it.
         """
-        if self.training or torch.compiler.is_compiling() or x.numel() > FEW_TOKENS * self.dim:
+        if torch.compiler.is_compiling() or x.numel() > FEW_TOKENS * self.dim:
             return None
-        if self._modules["packs"] is not None or (mask is not None and mask.shape != x.shape[:-1]):
+        if mask is not None and mask.shape != x.shape[:-1]:
+            return None
+        call = self.few_tokens_call()
+        return None if call is None else call(x)
+
+    def few_tokens_call(self) -> Callable[[Tensor], Tensor | None] | None:
+        """What maps a few tokens (..., dim) in one call, without gradients and where nothing else looks on; or None.
+
+        It depends on what `one_call.Unchanged` sees of the layer and its parts.
+        """
+        if self.training or self._modules["packs"] is not None:
             return None
         experts, product_keys = self.experts, self.product_keys
         if experts.dim != self.dim:
@@ -176,7 +187,7 @@ class PEER(RetrievalLayer):
         if prepared.state != state:
             prepared.call = experts.whole_layer(weight_scale=self.weight_scale, **product_keys.of_one_call())
             prepared.state = state
-        return None if prepared.call is None else prepared.call(x)
+        return prepared.call
 
     @property
     def parameters_per_expert(self) -> int:

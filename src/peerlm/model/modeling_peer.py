@@ -26,6 +26,7 @@ from peerlm.layers.retrieval_layer import RetrievalLayer
 from peerlm.layers.table import rows_drawn_again
 from peerlm.model.attention import KeyValueShift, PeerAttention, previous_tokens
 from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig, parts_of
+from peerlm.model.one_token import OneToken
 from peerlm.model.token_history import preceding_tokens
 from peerlm.optim.saved import FILE, STALE, TABLES, catch_up_saved
 
@@ -312,9 +313,16 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
     def __init__(self, config: PeerConfig):
         super().__init__(config)
         self.model = PeerModel(config)
+        self._one_token = OneToken(PeerModel, PeerDecoderLayer)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are: transformers asks twice for each token, and goes through all parameters."""
+        weight = getattr(self.model.embed_tokens, "weight", None)
+        return weight.device if isinstance(weight, Tensor) else super().device
 
     @can_return_tuple
     def forward(
@@ -338,6 +346,12 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: gradient checkpointing is reentrant, which keeps gradients from the balance loss.
         """
+        if labels is None and inputs_embeds is None and isinstance(logits_to_keep, int):
+            hidden_states = self._one_token.forward(
+                self.model, input_ids, attention_mask, position_ids, past_key_values, kwargs
+            )
+            if hidden_states is not None:
+                return MoeCausalLMOutputWithPast(logits=self.lm_head(hidden_states), past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -370,6 +384,8 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
 
     def _balance_loss(self) -> Tensor | None:
         """The mean over token-choice layers times its coefficient; None where there is none to train with."""
+        if not self.training:
+            return None  # and no look through all modules for each token
         layers = [
             module
             for module in self.modules()

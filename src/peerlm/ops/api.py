@@ -7,7 +7,7 @@ of the arguments, because scores rounded to bfloat16 would choose other experts.
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
@@ -16,12 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from peerlm.ops.attention_step import AddedNorm, AttentionStep, Layer, RMSNorm, Step, Through
 from peerlm.ops.backend import Backend
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.ops.row_formats import SCALED_DTYPES, scales_shape, width
 from peerlm.ops.row_updates import RowState
-from peerlm.ops.whole_layer import WholeLayer
+from peerlm.ops.whole_layer import DenseLayer, WholeLayer
 
 _BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("peerlm.ops.cpu.kernels",),
@@ -102,9 +103,9 @@ def check_pairing(pairing: str) -> None:
         raise ValueError(f"pairing is {pairing!r}; choose one of {', '.join(PAIRINGS)}")
 
 
-def _offer(function: str, *arguments: object) -> Any:
+def _offer(function: str, *arguments: object, backend: str = "auto") -> Any:
     """What the first backend gives that has this function and gives something; None where none does."""
-    for name in _BACKENDS:
+    for name in _BACKENDS if backend == "auto" else (backend,):
         offered = getattr(_backend(name), function, None)
         if offered is not None and (found := offered(*arguments)):
             return found
@@ -320,17 +321,31 @@ def mix_experts(
         return module.mix_experts(x, weights, expert_ids, rows, scales, activation)
 
 
-def whole_layer(layer: WholeLayer, *, backend: str = "auto") -> Callable[[Tensor], Tensor | None] | None:
+def whole_layer(layer: WholeLayer | DenseLayer, *, backend: str = "auto") -> Callable[[Tensor], Tensor | None] | None:
     """What makes of a few tokens x (..., D) the layer's output, without gradients, in one call; None where none does.
 
-    It is what `linear`, the norm, `retrieve` and `mix_experts` make together, but for rounding. It gives None for
-    tokens that it does not take, too many among them, and reads the layer's tensors where they are now.
+    Of experts, it is what `linear`, the norm, `retrieve` and `mix_experts` make together, but for rounding. It gives
+    None for tokens that it does not take, too many among them, and reads the layer's tensors where they are now.
     """
-    for name in _BACKENDS if backend == "auto" else (backend,):
-        offered = getattr(_backend(name), "whole_layer", None)
-        if offered is not None and (call := offered(layer)) is not None:
-            return cast("Callable[[Tensor], Tensor | None]", call)
-    return None
+    return cast("Callable[[Tensor], Tensor | None] | None", _offer("whole_layer", layer, backend=backend))
+
+
+def attention_step(step: AttentionStep) -> Step | None:
+    """What passes one new token of each of a few sequences through a block's attention in one call; or None.
+
+    Without gradients. It reads the weights where they are now. A sequence's bits do not depend on those beside it.
+    """
+    return cast("Step | None", _offer("attention_step", step))
+
+
+def added_norm(norm: RMSNorm) -> AddedNorm | None:
+    """A sum and its norm in one call, as between the steps of `attention_step`; None where none does this."""
+    return cast("AddedNorm | None", _offer("added_norm", norm))
+
+
+def through_blocks(steps: Sequence[Step], layers: Sequence[Layer], last: AddedNorm) -> Through | None:
+    """All blocks in one call: their steps and layers (`whole_layer`) in turn, and a norm; None where none does this."""
+    return cast("Through | None", _offer("through_blocks", steps, layers, last))
 
 
 def mix_values(

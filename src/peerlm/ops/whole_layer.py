@@ -1,4 +1,4 @@
-"""What a layer of retrieved experts does to a few tokens, as one call of a backend: query, retrieval, mixing."""
+"""What a feed-forward layer does to a few tokens, as one call of a backend."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class WholeLayer:
-    """The numbers of a layer; H heads, C half of a query's width, n sub-keys per half, D the width."""
+    """The numbers of a layer of experts; H heads, C half of a query's width, n sub-keys per half, D the width."""
 
     query_map: Tensor
     """(H * 2 C, D)."""
@@ -34,3 +34,20 @@ class WholeLayer:
         """All tensors but the rows, which all are in float32."""
         scales = [] if self.scales is None else [self.scales]
         return [self.query_map, *self.norms, self.sub_keys, *scales]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseLayer:
+    """The numbers of a dense layer without biases; F hidden neurons, D the width."""
+
+    down: Tensor
+    """(F, D)."""
+    gate: Tensor | None
+    """(F, D), or None."""
+    up: Tensor
+    """(D, F)."""
+    activation: str
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, which all are in float32."""
+        return [self.down, self.up, *([] if self.gate is None else [self.gate])]

@@ -40,6 +40,19 @@ class SlotLayer(DynamicLayer):
             found.append(stored[cache.part, :, cache.begin : cache.end + 1])
         return found[0], found[1]
 
+    def one_more_column(self) -> tuple[Tensor, Tensor]:
+        """All columns in use and the one of this step, which is yet to be written: (rows, H, L + 1, D) twice."""
+        cache, keys, values = self._cache, self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        rows, begin = cache.part, cache.begin
+        count, columns = rows.stop - rows.start, cache.end + 1 - begin
+        # narrow: slices take three times as long
+        return (
+            keys.narrow(0, rows.start, count).narrow(2, begin, columns),
+            values.narrow(0, rows.start, count).narrow(2, begin, columns),
+        )
+
     def get_seq_length(self) -> int:
         """Columns in use before this step."""
         return self._cache.end - self._cache.begin

@@ -75,11 +75,17 @@ class Forward:
     def decode(self, tokens: Sequence[int], cache: SlotCache) -> Tensor:
         """Logits (rows, vocabulary) after one token more for each of `cache.part`; the cache is not advanced."""
         lengths = cache.lengths[cache.part]
-        positions = torch.tensor(lengths)[:, None]
-        logits = self._run(torch.tensor(tokens)[:, None], cache.mask(torch.device("cpu")), positions, cache, False)
+        alone = len(cache.lengths) == 1  # all columns are its own: nothing is masked
+        logits = self._run(
+            torch.tensor([[token] for token in tokens]),
+            None if alone else cache.mask(torch.device("cpu")),
+            torch.tensor([[length] for length in lengths]),
+            cache,
+            False,
+        )
         return logits[:, -1]
 
-    def _run(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, all_logits: bool) -> Tensor:
+    def _run(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache, all_logits: bool) -> Tensor:
         device = self.device
         options: dict[str, Any] = {}
         if "position_ids" in self._options:
@@ -88,7 +94,7 @@ class Forward:
             options["logits_to_keep"] = 1
         output = self.model(
             input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            attention_mask=None if mask is None else mask.to(device),
             past_key_values=cache,
             use_cache=True,
             **options,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peerlm.serve.protocol import LayerUse
 from peerlm.usage import ExpertUsage, is_retrieval
 
-EVERY = 16
+EVERY = 64
 """Use is counted in one of so many forward passes: hooks keep a layer from its quickest way."""
 
 

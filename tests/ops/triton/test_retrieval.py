@@ -12,7 +12,7 @@ from peerlm.ops.triton import retrieval
 from peerlm.ops.triton.limits import MOST_SUB_KEYS
 from peerlm.testing import assert_within_budget, exhaustive_scores, exhaustive_search
 
-from ..retrieval_cases import KINDS, cases
+from ..retrieval_cases import KINDS, cases, what_does_not_fit
 from .guards import Guarded, between_poison
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,17 +171,7 @@ def test_no_tokens() -> None:
     assert weights.shape == ids.shape == (0, 2, 3)
 
 
-@pytest.mark.parametrize(
-    ("query", "sub_keys", "k"),
-    [
-        (torch.ones(3, 2, 8), torch.ones(2, 1, 6, 4), 7),
-        (torch.ones(3, 2, 8), torch.ones(2, 1, 6, 4), 0),
-        (torch.ones(3, 2, 8), torch.ones(2, 1, 6, 3), 2),
-        (torch.ones(3, 2, 8), torch.ones(2, 3, 6, 4), 2),
-        (torch.ones(3, 2, 8), torch.ones(3, 1, 6, 4), 2),
-    ],
-    ids=["k > n", "k = 0", "size of sub-keys", "heads", "halves"],
-)
+@what_does_not_fit
 def test_the_operator_refuses_arguments_that_do_not_fit(query: Tensor, sub_keys: Tensor, k: int) -> None:
     with pytest.raises(ValueError, match=r"query .* and sub_keys .* do not fit, or k is not in 1 .. n"):
         retrieval.retrieve(query, sub_keys, k, "softmax")

@@ -160,18 +160,24 @@ def test_a_run_that_fails_carries_its_exit_code(recipe: Path) -> None:
     assert error.value.exit_code == 3
 
 
+def main_of_a_session(arguments: list[str]) -> None:
+    """The command, and the commands that it starts, as a group of processes."""
+    os.setsid()
+    main(arguments)
+
+
 @pytest.mark.slow
 def test_sigterm_ends_the_runs_too_and_the_comparison_goes_on(tmp_path: Path, recipe: Path) -> None:
-    command = [sys.executable, "-m", "peerlm", "compare", str(recipe), "--json=-", "--set"]
-    endless = subprocess.Popen([*command, "budget.minutes=9"], stderr=subprocess.PIPE, start_new_session=True)
+    arguments = ["compare", str(recipe), "--json=-", "--set", "budget.minutes=9"]
+    endless = start(tmp_path / "said", {}, main_of_a_session, arguments)
     logs = tmp_path / "out" / "runs"
     while not any(logs.glob("*/log.jsonl")):
-        assert endless.poll() is None
+        assert endless.exitcode is None, (tmp_path / "said").read_text()
         time.sleep(0.1)
     endless.terminate()
-    _, stderr = endless.communicate(timeout=60)
-    assert endless.returncode == 143
-    assert b"stopped by SIGTERM; finished runs are kept" in stderr
+    endless.join(60)
+    assert endless.exitcode == 143
+    assert "stopped by SIGTERM; finished runs are kept" in (tmp_path / "said").read_text()
     with pytest.raises(ProcessLookupError):
         os.killpg(endless.pid, 0)
     assert any(logs.glob("*/checkpoints/step-*"))

@@ -19,14 +19,11 @@ from peerlm_studies.equal_seconds import study
 from peerlm_studies.equal_seconds.plan import SecondsPlan, load_seconds
 from peerlm_studies.rows import append_row, read_rows
 
-RECIPE = """
-run = "{folder}/out"
-[data]
-folder = "{folder}/tokens"
-vocab_size = 300
-context = 16
-batch_size = 4
-[model]
+from ..recipes import DATA
+
+RECIPE = (
+    DATA
+    + """[model]
 hidden_size = 16
 num_hidden_layers = 1
 num_attention_heads = 2
@@ -44,6 +41,7 @@ ffw_layers = "dense"
 ffw_layers = "peer"
 peer = {{ num_experts = 16, heads = 1, experts_per_head = 2, key_dim = 4 }}
 """
+)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peerlm.errors import UserError
 from peerlm.ops.cpu import native
+from peerlm.ops.cpu.attention_step import added_norm, attention_step, through_blocks
 from peerlm.ops.cpu.decode import whole_layer
 from peerlm.ops.cpu.native import as_bytes, description, group_by_row, move_to_start, unavailable, use_huge_pages
 from peerlm.ops.cpu.onednn import linear
@@ -20,6 +21,8 @@ from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.tensors import not_plain
 
 __all__ = [
+    "added_norm",
+    "attention_step",
     "description",
     "dot_values",
     "fit_rules",
@@ -29,6 +32,7 @@ __all__ = [
     "move_to_start",
     "retrieve",
     "row_kernels",
+    "through_blocks",
     "unavailable",
     "unsupported",
     "updates_rows_on",

@@ -41,7 +41,15 @@ def description() -> str:
     """What is in use, in one phrase, or why nothing is."""
     if reason := unavailable():
         return f"not available: {reason}"
-    return f"native kernels for {module.target()}, of {module.runnable_targets()}; {torch.get_num_threads()} threads"
+    found = f"native kernels for {module.target()}, of {module.runnable_targets()}; {torch.get_num_threads()} threads"
+    return (
+        found if joins_calls() else f"{found}; built from older sources, so that few tokens are slow: install it again"
+    )
+
+
+def joins_calls() -> bool:
+    """Whether layers and attention have calls for few tokens: not in a module that was built from older sources."""
+    return not unavailable() and hasattr(module, "attention_step")
 
 
 def use_huge_pages(tensor: Tensor) -> bool:
