@@ -87,16 +87,9 @@ def write_mapped(model: Any, folder: Path) -> None:
     parts: dict[str, tuple[MappedTable, str]] = {}
     for path, table in tables.items():
         table.catch_up()
-<<<<<<< HEAD
-        parts[f"{path}.rows"] = (table, "rows", raw(table.rows))
-        if table.scales is not None:
-            parts[f"{path}.scales"] = (table, "scales", table.scales)
-    files = file_names(parts)
-=======
         for kind in ("rows", "scales") if table.scales is not None else ("rows",):
             parts[f"{path}.{kind}"] = (table, kind)
-    files = _file_names(parts)
->>>>>>> main
+    files = file_names(parts)
     with rows_stay_in_files():
         model.save_pretrained(folder, max_shard_size="1000TB")
     for name, (table, kind) in parts.items():
