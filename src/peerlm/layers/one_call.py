@@ -1,6 +1,7 @@
 """Whether a layer may make of a few tokens in one call what else its modules make one after another."""
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 from weakref import ref
 
@@ -96,17 +97,20 @@ class _Seen:
     def __init__(self, module: nn.Module, names: Sequence[str]):
         own = vars(module)
         self._module, self._kind = ref(module), type(module)
-        self._values: list[tuple[str, object]] = [("forward", own.get("forward"))]
+        self._forward = own.get("forward")
         self._held: list[tuple[str | None, str, Callable[[], object]]] = []
         self._where: list[tuple[str | None, str, int]] = []
         self._none: list[tuple[str, str]] = []
+        plain = ["training"]  # one at the least, as `itemgetter` needs
         for name, value in own.items():
-            if name.startswith("_") or names:
+            if name.startswith("_") or names or name in ("forward", "training"):
                 continue
             if isinstance(value, (nn.Module, Tensor)):
                 self._hold(None, name, value)
             else:
-                self._values.append((name, value))
+                plain.append(name)
+        self._values_of = itemgetter(*plain)
+        self._values = self._values_of(own)
         for group in ("_modules", "_parameters", "_buffers"):
             for name, value in own[group].items():
                 if names and name not in names:
@@ -122,9 +126,11 @@ class _Seen:
         if module is None or type(module) is not self._kind:
             return False
         own = module.__dict__
-        for name, value in self._values:
-            if own.get(name) is not value:
+        try:
+            if self._values_of(own) != self._values or own.get("forward") is not self._forward:
                 return False
+        except (KeyError, ValueError):  # gone, or an array, which may be another
+            return False
         for group, name, was in self._held:
             has = (own if group is None else own[group]).get(name)
             if has is None or has is not was():
