@@ -175,6 +175,13 @@ GOALS = (
     Goal("graph replay has the bits of eager steps", 1, _all_ok("graphs", "triton, graph of a step")),
     Goal("two runs have the same bits", 1, _all_ok("graphs", "triton, same bits of steps twice")),
     Goal("checks of synchronisation and graphs that are right", 1, _all_ok("graphs")),
+    Goal("rows in places have the bits of a table in memory", 1, _all_ok("cached-rows")),
+    Goal(
+        "rows in places, step time of a table in memory over theirs",
+        None,
+        _times("peerlm, in memory", "peerlm, rows in places", "step", section="cached-rows"),
+    ),
+    Goal("entries found in places", None, _figure("cached-rows", "step, entries found on the card", "share")),
     Goal("checks under compute-sanitizer that are right", 1, _all_ok("sanitizer")),
 )
 

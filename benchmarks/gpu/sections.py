@@ -26,6 +26,7 @@ SECTIONS = (
     Section("graphs", "graphs", "run", 45, "no host synchronisation; a CUDA graph replays the eager bits"),
     Section("language-model", "language_model", "run", 70, "a short training: tokens per second, share of peak, loss"),
     Section("sanitizer", "sanitizer", "run", 60, "our checks at tiny sizes under compute-sanitizer, where it is"),
+    Section("cached-rows", "cached_rows", "run", 30, "rows that stay on the host: bits, step times, rows found here"),
     Section("memory", "memory", "run", 45, "peak memory of a step, and at how many tokens it no longer fits"),
     Section("compiled", "compiled", "run", 120, "PEER-pytorch by torch.compile, also with max-autotune"),
 )

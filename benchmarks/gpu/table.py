@@ -65,7 +65,7 @@ def _outcome(row: Mapping[str, Any]) -> str:
     for name in ("failed", "skipped"):
         if name in row:
             return f"{name}: {row[name]}"
-    known = ("tokens_per_s", "share_of_peak", "first_loss", "last_loss", "peak_GiB")
+    known = ("tokens_per_s", "share_of_peak", "share", "first_loss", "last_loss", "peak_GiB")
     return ", ".join(f"{name} {row[name]}" for name in known if name in row)
 
 

@@ -344,7 +344,7 @@ def test_every_section_is_a_function_that_exists() -> None:
 
 @pytest.mark.usefixtures("modules")
 @pytest.mark.parametrize(
-    "name", ["correctness", "layer", "many-tokens", "one-head", "graphs", "language-model", "memory"]
+    "name", ["correctness", "layer", "many-tokens", "one-head", "graphs", "language-model", "cached-rows", "memory"]
 )
 def test_a_section_measures_what_is_there(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from importlib import import_module

@@ -55,14 +55,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_a_run_in_files_ends_as_one_in_memory_though_it_was_interrupted(
-    kind: str, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes = RUNS[kind]
-    train(configure(run=str(tmp_path / "memory"), **changes), progress=False)
-    config = in_files(configure, tmp_path / "rows", tmp_path / "files", **changes)
-    take_step, stops = loop.take_step, [8, 5, 1]
+def interrupt(config: TrainConfig, at: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and be killed after each of these steps; each but the first time resume."""
+    take_step, stops = loop.take_step, at[::-1]
 
     def interrupted(training: Any, state: Any, *arguments: Any) -> Any:
         found = take_step(training, state, *arguments)
@@ -72,9 +67,19 @@ def test_a_run_in_files_ends_as_one_in_memory_though_it_was_interrupted(
         return found
 
     monkeypatch.setattr(loop, "take_step", interrupted)
-    for number in range(3):
+    for number in range(len(at)):
         with pytest.raises(InterruptedError):
             train(config, resume=number > 0, progress=False)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_in_files_ends_as_one_in_memory_though_it_was_interrupted(
+    kind: str, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = RUNS[kind]
+    train(configure(run=str(tmp_path / "memory"), **changes), progress=False)
+    config = in_files(configure, tmp_path / "rows", tmp_path / "files", **changes)
+    interrupt(config, [1, 5, 8], monkeypatch)
     checkpoint = list_checkpoints(tmp_path / "files")[-1]
     assert not any("rows" in name or "exp_avg" in name for name in load_file(checkpoint / "model.safetensors"))
     with pytest.raises(ValueError, match="whose tables are in files elsewhere"):
@@ -97,6 +102,36 @@ def test_a_run_in_files_ends_as_one_in_memory_though_it_was_interrupted(
     assert all(native._is_of_a_file(table.rows.data_ptr()) for table in tables)
 
 
+PEER_1024 = {"num_experts": 1024, "heads": 2, "experts_per_head": 2, "key_dim": 8}
+PLACES = 256
+"""As many as a step of two micro-batches has entries."""
+
+
+@pytest.mark.parametrize("clip", [float("inf"), 0.01])
+def test_a_run_with_places_on_a_device_ends_as_one_in_memory_though_it_was_interrupted(
+    clip: float, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peerlm.train.tables.CACHING", ["cpu"])
+    changes = {"optim": {"tables": "exact", "table_clip": clip}, "model": {"peer": PEER_1024}}
+    on_device = {"device_rows": PLACES}
+
+    def config(name: str) -> TrainConfig:
+        tables = {"folder": str(tmp_path / f"{name}-rows"), **on_device}
+        return configure(run=str(tmp_path / name), tables=tables, **changes)
+
+    train(config("whole") if clip < 1 else configure(run=str(tmp_path / "whole"), **changes), progress=False)
+    interrupt(config("killed"), [5], monkeypatch)
+    train(config("killed"), resume=True, progress=False)
+    found, wanted = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    rows, expected = log_of(tmp_path / "killed"), log_of(tmp_path / "whole")
+    if clip > 1:  # summed in another order than in memory
+        for row, other in zip(rows, expected, strict=True):
+            assert row.pop("table_grad_norm", 0) == pytest.approx(other.pop("table_grad_norm", 0))
+    assert rows == expected
+
+
 def test_what_tables_in_files_cannot_be_combined_with_is_refused(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +148,25 @@ def test_what_tables_in_files_cannot_be_combined_with_is_refused(
         train(configure(tables={"cache": "1 GB"}), progress=False)
     with pytest.raises(UserError, match=r"tables.cache = 'much': must be a size like"):
         configure(tables={"folder": "rows", "cache": "much"})
+
+
+def test_what_places_on_a_device_cannot_be_combined_with_is_refused(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(reason: str, rows: int, **changes: Any) -> None:
+        tables = {"folder": str(tmp_path / "rows"), "device_rows": rows}
+        with pytest.raises(UserError, match=reason):
+            train(configure(tables=tables, **changes), progress=False)
+
+    refused("device_rows = 9 on cpu, whose rows are where they are", 9)
+    monkeypatch.setattr("peerlm.train.tables.CACHING", ["cpu"])
+    refused(r"training on cpu without tables\.device_rows: say for how many rows", 0)
+    refused("graph = 'on': the host fetches rows", 9, graph="on")
+    refused(r"rows of a table are needed at once .* holds 9: let tables\.device_rows be", 9)
+    with pytest.raises(UserError, match=r"device_rows = 9 without tables\.folder: name a folder"):
+        train(configure(tables={"device_rows": 9}, run=str(tmp_path / "other")), progress=False)
+    with pytest.raises(UserError, match=r"tables.device_rows = -1: must be 0 or more"):
+        configure(tables={"folder": "rows", "device_rows": -1})
 
 
 def test_sizes_are_read_as_written() -> None:

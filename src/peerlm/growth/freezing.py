@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peerlm.growth.indexed import find_indexed_layers
+from peerlm.ops.row_keeping import names_of
 from peerlm.optim.replace import holds
 from peerlm.optim.restrict import restrict_gradient
 
@@ -72,8 +73,9 @@ def freeze_grown(
             the growth need not be given.
 
     Raises:
-        ValueError: a part that does not exist; the layers do not say what they had before and nor does `before`; the
-            optimizer would move what has no gradient, by weight decay or in the backward pass. Nothing is frozen then.
+        ValueError: a part that does not exist; experts that a device caches (`layers.mapped.cached`); the layers do not
+            say what they had before and nor does `before`; the optimizer would move what has no gradient, by weight
+            decay or in the backward pass. Nothing is frozen then.
     """
     parts = tuple(what)
     for part in parts:
@@ -97,6 +99,8 @@ def freeze_grown(
             keep = torch.arange(sub_keys.shape[2], device=sub_keys.device) >= math.isqrt(old)
             held[id(sub_keys)] = (sub_keys, keep, 2)
     for parameter, _, _ in held.values():
+        if names_of(parameter) is not None:
+            raise ValueError("experts that a device caches have no place of their own, and cannot be frozen by number")
         _check_optimizer(optimizer, parameter)
     frozen = Frozen()
     if "rows" in parts:

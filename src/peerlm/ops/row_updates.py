@@ -45,6 +45,8 @@ class RowState:
     """float32, (N, *row_shape) without its last dimension: what each vector of rows of 8 bits is multiplied by."""
     shard: RowShard | None = None
     """Which part of a table the rows are; None: all of it."""
+    names: Tensor | None = None
+    """(N,) int64: of which row of a table each of these is, where they are some of it in any order; None: the same."""
 
     @property
     def by_weight(self) -> bool:

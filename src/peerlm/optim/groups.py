@@ -20,7 +20,7 @@ from peerlm.errors import listed
 from peerlm.ops.row_shards import shard_of
 from peerlm.ops.tensors import read_at_once
 from peerlm.optim import muon as muon_rule
-from peerlm.optim.sparse_gradients import sum_rows
+from peerlm.optim.sparse_gradients import in_order, sum_rows
 
 GROUP_NAMES = ("matrix", muon_rule.GROUP, "vector", "table", "keys")
 
@@ -132,7 +132,10 @@ def clip_gradients(groups: Sequence[dict[str, Any]], *, max_norm: float, table_m
     rest = _gradient_values(group for group in groups if group.get("name") != "table")
     device = next((parameter.device for group in groups for parameter in group["params"]), torch.device("cpu"))
     rest_norm = _norm_over_mesh(rest, device)
-    table_norm = _norm_over_ranks(of_tables, tables, device)
+    measured = [
+        in_order(parameter, value) for (parameter, _), value in zip(_with_gradient(of_tables), tables, strict=True)
+    ]
+    table_norm = _norm_over_ranks(of_tables, measured, device)
     finite = rest_norm.isfinite() & table_norm.isfinite()
     _keep_within(rest, rest_norm, max_norm, finite)
     _keep_within(tables, table_norm, table_max_norm, finite)

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 from peerlm.ops import api, row_updates
 from peerlm.ops.padded_rows import padded_ids
 from peerlm.ops.row_formats import EIGHT_BIT_DTYPES
-from peerlm.ops.row_keeping import keeper_of, rows_change
+from peerlm.ops.row_keeping import keeper_of, names_of, rows_change, stale_rows, state_changed, state_of_all
 from peerlm.ops.row_shards import shard_of
 from peerlm.ops.row_updates import RowState, RowStep
 from peerlm.ops.watched import raw
@@ -22,6 +22,7 @@ from peerlm.optim.group_checks import check_fused, check_group, is_dtensor
 from peerlm.optim.placed import Placed, capturing
 from peerlm.optim.sparse_gradients import coalesced, teach_torch_sparse_norms
 from peerlm.optim.table_state import (
+    PER_ROW,
     State,
     history_of,
     keep_history,
@@ -251,6 +252,8 @@ class RowAdamW(torch.optim.Optimizer):
                     state[name].fill_(state["step"] + 1)
         else:
             update(table, ids, gradient, self._row_step(parameter, group, state["step"] + 1))
+        if table.names is not None:
+            parameter.grad = None  # other rows may be in its places before the next step
         self._finish_step(parameter, group, group["lr"], group["weight_decay"])
 
     def _finish_step(self, parameter: Tensor, group: dict[str, Any], lr: float | Tensor, weight_decay: float) -> None:
@@ -300,12 +303,20 @@ class RowAdamW(torch.optim.Optimizer):
         state = self.state.get(parameter)
         if not state or state.get("weights_step") is None:
             return
-        weights_step, now, history = state["weights_step"], state["step"], history_of(state)
+        now, history = state["step"], history_of(state)
         if history.start == now and not capturing(parameter.device):  # no row is behind
             return
+        for part in stale_rows(parameter, now) if ids is None else [ids]:
+            self._catch_up_part(parameter, part, state)
+        if ids is None:
+            keep_history(state, RateHistory.empty(now))
+
+    def _catch_up_part(self, parameter: Tensor, ids: Tensor | None, state: State) -> None:
+        weights_step, now, history = state["weights_step"], state["step"], history_of(state)
         table = self._table(parameter)
         kernels, group = _kernels(table), self._group(parameter)
         if hasattr(kernels, "catch_up_entries"):  # no host learns which rows are stale
+            rows_change(parameter, ids)
             kernels.catch_up_entries(table, ids, *self._placed_rules(parameter, group))
         elif len(ids_U := kernels.rows_behind(table, ids, now)):
             seen = torch.zeros(now - history.start + 1, dtype=torch.bool)
@@ -315,8 +326,6 @@ class RowAdamW(torch.optim.Optimizer):
             for part in [ids_U] if keeper is None else keeper.parts(ids_U):
                 rows_change(parameter, part)
                 kernels.catch_up_rows(table, part, rules, self._row_step(parameter, group, now))
-        if ids is None:
-            keep_history(state, RateHistory.empty(now))
 
     def _placed_rules(self, parameter: Tensor, group: dict[str, Any]) -> tuple[Tensor, RowStep]:
         """On a table's device: the rules by which any stale row catches up, and the numbers of the present step."""
@@ -396,6 +405,7 @@ class RowAdamW(torch.optim.Optimizer):
             moments_step=state.get("moments_step"),
             weights_step=state.get("weights_step"),
             shard=shard_of(parameter),
+            names=names_of(parameter),
             scales=_scales_of(parameter),
         )
 
@@ -429,7 +439,8 @@ class RowAdamW(torch.optim.Optimizer):
                 raise ValueError(f"beta1 cannot change from {state['beta1']} to {now['beta1']} during training")
             self._catch_up_rows(parameter, None)
             rows_change(parameter, None)
-            self._age_moments(state)
+            self._age_moments(state_of_all(parameter, state, PER_ROW))
+            state_changed(parameter, [name for name in PER_ROW if name in state])
             state.update(now)
         return state
 
@@ -451,9 +462,16 @@ class RowAdamW(torch.optim.Optimizer):
         catches up: then the state goes with rows that are saved in there too.
         """
         self._catch_up_to_be_saved()
-        return super().state_dict()
+        saved = super().state_dict()
+        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
+            for parameter, number in zip(group["params"], packed["params"], strict=True):
+                if number in saved["state"]:
+                    saved["state"][number] = state_of_all(parameter, saved["state"][number], PER_ROW)
+        return saved
 
     def __getstate__(self) -> dict[str, Any]:
+        if any(names_of(parameter) is not None for group in self.param_groups for parameter in group["params"]):
+            raise ValueError("an optimizer of tables with a cache on a device is not copied: save its state_dict()")
         self._catch_up_to_be_saved()
         return super().__getstate__()
 

@@ -204,7 +204,7 @@ class _Rounding:
         number = torch.tensor((self.seed + _GOLDEN * self.number) & _WORD, device=self.ids_U.device)
         row_shape, shard = self.table.rows.shape[1:], self.table.shard
         column = torch.arange(math.prod(row_shape), device=self.ids_U.device)
-        names_U = self.ids_U
+        names_U = self.ids_U if self.table.names is None else self.table.names[self.ids_U]
         if shard is not None:
             names_U = shard.names(self.ids_U)
             column = torch.tensor(shard.columns(row_shape, 1), device=self.ids_U.device)

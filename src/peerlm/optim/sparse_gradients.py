@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peerlm.ops import api
 from peerlm.ops.padded_rows import pad, padded_ids
+from peerlm.ops.row_keeping import names_of
 from peerlm.ops.tensors import read_at_once
 
 _library = torch.library.Library("aten", "IMPL")
@@ -55,6 +56,21 @@ def sum_rows(parameter: Tensor) -> Tensor:
         summed = _sum_on_device(gradient)
         parameter.grad = coalesced(gradient) if summed is None else pad(parameter, *summed)
     return parameter.grad._values()  # type: ignore[union-attr]  # not values(), which refuses changes in place
+
+
+def in_order(parameter: Tensor, values: Tensor) -> Tensor:
+    """What has the norm of the values that `sum_rows` gave, in an order that depends on the table's rows alone.
+
+    Where rows have places, and so lie in another order in each run, that is the norm of each row in the rows' order.
+    """
+    names, gradient = names_of(parameter), parameter.grad
+    if names is None or gradient is None or not gradient.is_sparse:
+        return values
+    ids = padded_ids(parameter)
+    ids = gradient._indices()[0] if ids is None else ids
+    order = torch.argsort(torch.where(ids < 0, -1, names[ids]), stable=True)
+    norms = torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.promote_types(values.dtype, torch.float32))
+    return norms[order]
 
 
 def shorten(parameter: Tensor) -> None:

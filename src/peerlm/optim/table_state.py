@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peerlm.ops.row_keeping import keeper_of, new_row_state, rows_stay
+from peerlm.ops.row_keeping import keeper_of, new_row_state, rows_of_table, rows_stay
 from peerlm.optim.catch_up import RateHistory
 from peerlm.optim.row_step import arithmetic_dtype
 
@@ -63,7 +63,8 @@ def new_state(parameter: Tensor, group: dict[str, Any]) -> State:
 
 def loaded_state(parameter: Tensor, group: dict[str, Any], saved: State) -> State:
     """What was saved of a table, on its device; raises ValueError where it does not fit the group's settings."""
-    expected = new_state(torch.empty_like(parameter, device="meta"), group)
+    size = (rows_of_table(parameter), *parameter.shape[1:])
+    expected = new_state(torch.empty(size, dtype=parameter.dtype, device="meta"), group)
     keeper = keeper_of(parameter)
     if keeper is not None and rows_stay():
         kept = {name: keeper.kept_state(name) for name in PER_ROW if name in expected}
@@ -77,11 +78,11 @@ def loaded_state(parameter: Tensor, group: dict[str, Any], saved: State) -> Stat
                 shape = None if found is None else tuple(found.shape)
                 raise ValueError(f"the saved {name!r} of a table has shape {shape}, not {tuple(value.shape)}")
     on_cpu = ("learning_rates", "log_keep")
-    if keeper is not None and not rows_stay():
-        found = {
-            name: keeper.new_state(name, saved[name].shape, saved[name].dtype) for name in PER_ROW if name in saved
-        }
-        saved = saved | {name: value.copy_(saved[name]) for name, value in found.items()}
+    if keeper is not None:
+        names = [name for name in PER_ROW if name in saved]
+        for name in names if not rows_stay() else ():
+            keeper.put_state(name, saved[name])
+        saved = saved | {name: keeper.state_here(name) for name in names}
     return {
         name: value.to(parameter.device) if isinstance(value, Tensor) and name not in on_cpu else value
         for name, value in saved.items()

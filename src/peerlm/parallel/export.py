@@ -87,18 +87,18 @@ def write_mapped(model: Any, folder: Path) -> None:
     Files of tables are linked, not copied, where they are on the same disk: the tables must not be trained afterwards.
     """
     tables = mapped_tables(model)
-    parts: dict[str, tuple[MappedTable, str, Tensor]] = {}
+    parts: dict[str, tuple[MappedTable, str]] = {}
     for path, table in tables.items():
         table.catch_up()
-        parts[f"{path}.rows"] = (table, "rows", raw(table.rows))
-        if table.scales is not None:
-            parts[f"{path}.scales"] = (table, "scales", table.scales)
+        for kind in ("rows", "scales") if table.scales is not None else ("rows",):
+            parts[f"{path}.{kind}"] = (table, kind)
     files = _file_names(parts)
     with rows_stay_in_files():
         model.save_pretrained(folder, max_shard_size="1000TB")
-    for name, (table, kind, tensor) in parts.items():
+    for name, (table, kind) in parts.items():
+        whole = table.whole(kind)
         if not table.link(folder / files[name], kind, name):
-            save_file({name: tensor}, folder / files[name], metadata={"format": "pt"})
+            save_file({name: whole}, folder / files[name], metadata={"format": "pt"})
     _index(folder, files)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peerlm.layers.table import ROW_FORMATS, Index, Replaced, Table, plain_kind
 from peerlm.ops.row_formats import SCALED_DTYPES, quantise, widened, width
 from peerlm.ops.row_shards import RowShard, hold_shard
-from peerlm.ops.tensors import has_values
+from peerlm.ops.tensors import has_values, never_compiled
 from peerlm.parallel.columns import mix_columns
 from peerlm.parallel.exchange import gather_tokens, padded, sum_for_tokens
 from peerlm.parallel.layout import Piece, RowLayout
@@ -20,6 +20,7 @@ from peerlm.parallel.place import Place
 from peerlm.ranks import inside_backward
 
 _NUMBERS_AT_ONCE = 1 << 18
+_REASON = "ranks exchange the tokens of a sharded table"
 _local_states: ContextVar[bool] = ContextVar("local_states", default=False)
 
 
@@ -111,7 +112,7 @@ class ShardedTable(Table):
         self, weights_TP: Tensor, ids_TP: Tensor, x_TD: Tensor | None = None, *, activation: str = "identity"
     ) -> Tensor:
         """As of `Table`; ranks may have different numbers of tokens."""
-        return _outside_graphs(self._mix, weights_TP, ids_TP, x_TD, activation)
+        return never_compiled(_REASON, self._mix, weights_TP, ids_TP, x_TD, activation)
 
     def _mix(self, weights_TP: Tensor, ids_TP: Tensor, x_TD: Tensor | None, activation: str) -> Tensor:
         tokens = self._most(ids_TP)
@@ -127,7 +128,7 @@ class ShardedTable(Table):
 
     def dot(self, x_TD: Tensor, ids_TP: Tensor) -> Tensor:
         """As of `Table`; ranks may have different numbers of tokens."""
-        return _outside_graphs(self._dot, x_TD, ids_TP)
+        return never_compiled(_REASON, self._dot, x_TD, ids_TP)
 
     def _dot(self, x_TD: Tensor, ids_TP: Tensor) -> Tensor:
         tokens = self._most(ids_TP)
@@ -351,16 +352,3 @@ def local_states() -> Iterator[None]:
         yield
     finally:
         _local_states.reset(token)
-
-
-def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    return function(*arguments)
-
-
-def _outside_graphs(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """Call what ranks do together outside of compiled graphs."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.disable(_call, reason="ranks exchange the tokens of a sharded table")(
-            function, *arguments
-        )
-    return function(*arguments)

@@ -33,7 +33,7 @@ from peerlm.train.checkpoint import list_checkpoints
 from peerlm.train.config import DataConfig, TrainConfig
 from peerlm.train.growth import Growing, check_growths, read_growths, training_flops, with_shells
 from peerlm.train.recipe import unknown_key
-from peerlm.train.tables import tables_by
+from peerlm.train.tables import cache_on, tables_by
 from peerlm.train.training import Hook, Training
 from peerlm.train.watching import UpToDateRows, UsageSample
 
@@ -203,6 +203,7 @@ def build_model(config: TrainConfig, shards: TokenShards, device: torch.device) 
     elif config.gradient_checkpointing:
         # transformers renamed it after 5.20, the last release for Python 3.10
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    cache_on(model, config, device)
     nn.Module.to(model, device)
     return model
 

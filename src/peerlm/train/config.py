@@ -264,8 +264,12 @@ class TablesConfig:
     Each run needs a folder of its own."""
     cache: str = ""
     """How much of the files may stay in memory, such as "4 GB"; empty: as much as the system likes."""
+    device_rows: int = 0
+    """On a GPU: for how many rows of each table, with what the optimizer keeps of them, it has places. At least as
+    many as a step looks up."""
 
     def __post_init__(self) -> None:
+        _require(self, "tables.", "device_rows", lambda value: value >= 0, "must be 0 or more")
         _require(self, "tables.", "cache", lambda value: not value or _bytes(value) > 0, 'must be a size like "4 GB"')
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peerlm.errors import UserError
 from peerlm.files import free_bytes
-from peerlm.ops.row_keeping import keeper_of
+from peerlm.ops.row_keeping import keeper_of, rows_of_table
 from peerlm.ops.row_shards import shard_of
 from peerlm.optim import RowAdamW
 from peerlm.optim.muon import GROUP
@@ -59,7 +59,8 @@ def check_space(
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if (keeper := keeper_of(parameter)) is not None:
-                keeper.require(_moments_bytes(optimizer, group, parameter))
+                here = _moments_bytes(optimizer, group, parameter)
+                keeper.require(here * rows_of_table(parameter) // max(1, len(parameter)))
     free = free_bytes(folder)
     weights, checkpoint = checkpoint_bytes(optimizer)
     needed = checkpoints * checkpoint + weights

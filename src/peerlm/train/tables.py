@@ -6,15 +6,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from peerlm.errors import UserError
 from peerlm.files import write_json
+from peerlm.layers.mapped.cached import cache_tables
 from peerlm.layers.mapped.place import RowPlace
 from peerlm.layers.mapped.table import mapped_in, mapped_tables
 from peerlm.layers.table import tables_as
 from peerlm.optim.saved import TABLES
 from peerlm.train.config import TrainConfig
+
+CACHING = ["cuda"]
+"""Types of devices that have places for rows of tables in files, and do not read the files themselves."""
 
 
 @contextmanager
@@ -24,8 +29,9 @@ def tables_by(config: TrainConfig, *, device_type: str, world_size: int, resume:
     Raises UserError where that cannot be.
     """
     if not config.tables.folder:
-        if config.tables.cache:
-            raise UserError(f"tables.cache = {config.tables.cache!r} without tables.folder: name a folder")
+        for name in ("cache", "device_rows"):
+            if value := getattr(config.tables, name):
+                raise UserError(f"tables.{name} = {value!r} without tables.folder: name a folder")
         yield
         return
     for obstacle in _obstacles(config, device_type, world_size):
@@ -46,14 +52,28 @@ def tables_by(config: TrainConfig, *, device_type: str, world_size: int, resume:
 
 def _obstacles(config: TrainConfig, device_type: str, world_size: int) -> Iterator[str]:
     """What rows in files cannot be combined with, each with its fix."""
-    if device_type != "cpu":
-        yield f"training on {device_type}, whose kernels read rows in its own memory: set device = 'cpu'"
+    rows, on_device = config.tables.device_rows, device_type in CACHING
+    if on_device and not rows:
+        yield (
+            f"training on {device_type} without tables.device_rows: say for how many rows of each table it has places, "
+            "at least as many as a step looks up, or set device = 'cpu'"
+        )
+    elif rows and not on_device:
+        yield f"tables.device_rows = {rows} on {device_type}, whose rows are where they are: leave it out"
+    if on_device and config.graph == "on":
+        yield "graph = 'on': the host fetches rows in each step, which no graph can ask for; set it to 'auto'"
     if config.parallel.sharded or world_size > 1:
         yield f"{world_size} processes or [parallel]: train with one process"
     if config.checkpoint.background:
         yield "checkpoint.background = true: set it to false"
     if config.grow.at:
         yield f"grow.at = {config.grow.at!r}: leave it out"
+
+
+def cache_on(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    """Before a new model is moved to a device: let that have places for rows of tables that stay on the host."""
+    if config.tables.device_rows:
+        cache_tables(model, device, config.tables.device_rows)
 
 
 def place_of(model: nn.Module) -> RowPlace | None:

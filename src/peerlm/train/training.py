@@ -144,6 +144,8 @@ class Training:
             return "optim.matrices = 'muon' takes its learning rate from the host"
         if self.ranks.world_size > 1 or config.parallel.sharded:
             return f"{self.ranks.world_size} processes exchange tokens or gradients in each step"
+        if config.tables.folder:
+            return f"tables.folder = {config.tables.folder!r}: the host fetches rows of tables in each step"
         return "compile = true" if config.compile else ""
 
     def unwrap(self) -> None:

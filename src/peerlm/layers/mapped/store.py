@@ -1,7 +1,7 @@
 """The files of one table: its rows, what an optimizer keeps of each, and the logs by which changes are taken back."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from peerlm.layers.row_memory import blocks
 from peerlm.ops.tensor_files import DTYPES, num_bytes
 
 if TYPE_CHECKING:
+    from peerlm.layers.mapped.cache import RowCache
     from peerlm.layers.mapped.place import RowPlace
 
 _BYTES_AT_ONCE = 1 << 26
@@ -36,6 +37,8 @@ class RowStore:
     def __init__(self, place: "RowPlace", folder: Path) -> None:
         self.place, self.folder = place, folder
         self.files: dict[str, MappedFile] = {}
+        self.front: RowCache | None = None
+        """What has newer rows than the files."""
         self._undo: UndoLog | None = None
         self._logged = torch.empty(0, dtype=torch.bool, device="cpu")
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +105,10 @@ class RowStore:
             self.place.used(file.bytes[part].nbytes)
         return after
 
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of this name."""
+        return self.files[name].tensor
+
     def name_of(self, tensor: Tensor) -> str | None:
         """The name of a tensor that was given out."""
         return next((name for name in self.files if self.holds(name, tensor)), None)
@@ -117,6 +124,13 @@ class RowStore:
         return self.folder / f"{name}.safetensors"
 
     # As `RowKeeper`
+
+    names = None
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the table has."""
+        return next((file.shape[0] for file in self.files.values()), 0)
 
     def require(self, size: int) -> None:
         """Raise UserError where the disk has no room for this and for what files of tables may still take."""
@@ -163,9 +177,19 @@ class RowStore:
             return file.tensor
         return self.new(name, shape, dtype)
 
+    def put_state(self, name: str, values: Tensor) -> None:
+        """As `new_state`, with these values."""
+        self.new_state(name, values.shape, values.dtype).copy_(values)
+
     def kept_state(self, name: str) -> Tensor | None:
         """What `new_state` gave before."""
         return self.files[name].tensor if name in self.files else None
+
+    state_here = kept_state
+
+    def stale(self, now: int) -> Iterator[Tensor | None]:
+        """Rows are where they are."""
+        yield None
 
     # Memory
 
@@ -179,6 +203,8 @@ class RowStore:
 
     def record(self) -> Record:
         """Wait until all is on the disk; returns what there is."""
+        if self.front is not None:
+            self.front.settle()
         for file in self.files.values():
             file.flush()
         sync(self.folder)
@@ -190,8 +216,7 @@ class RowStore:
         if self._undo is not None:
             self._undo.close()
         self._undo = UndoLog(self._log_path(mark))
-        count = next((file.shape[0] for file in self.files.values()), 0)
-        self._logged = torch.zeros(count, dtype=torch.bool, device="cpu")
+        self._logged = torch.zeros(self.num_rows, dtype=torch.bool, device="cpu")
 
     def restore(self, mark: int, record: Mapping[str, Any]) -> None:
         """Bring all files back to what they were at a checkpoint; what this leaves undone, a second call does."""
@@ -216,6 +241,8 @@ class RowStore:
         for number in reversed(logs):
             self._log_path(number).unlink()
         self.begin(mark)
+        if self.front is not None:
+            self.front.refresh()
 
     def forget(self, before: int) -> None:
         """Remove logs that lead to checkpoints older than this one."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from peerlm.layers.table import Replaced, Table, plain_kind
 from peerlm.ops.row_keeping import keep_at, keeper_of, rows_change, rows_stay
 from peerlm.ops.row_updates import is_watched
 from peerlm.ops.tensors import has_values
+from peerlm.ops.watched import raw
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _ELEMENTS_AT_ONCE = 1 << 24
 
@@ -48,12 +52,17 @@ class MappedTable(Table):
             keep_at(param, store)
         super().register_parameter(name, param)
 
-    def settle(self) -> None:
-        """Have scales in a file too that were set from outside; raise RuntimeError where changes are not logged."""
+    def filled_store(self) -> RowStore:
+        """The store, with scales in it that were set from outside."""
         store = self._store
         assert store is not None
         if self.scales is not None and not store.holds("scales", self.scales):
             self.scales = store.copy("scales", self.scales)
+        return store
+
+    def settle(self) -> None:
+        """Have all in files that a checkpoint names; raise RuntimeError where changes are not logged."""
+        self.filled_store()
         if self.requires_grad and not is_watched(self.rows):
             raise RuntimeError("rows in files that are trained go with checkpoints under RowAdamW alone, by rows")
 
@@ -123,6 +132,10 @@ class MappedTable(Table):
         """As of `MappedFile.link`, of the "rows" or "scales"."""
         return self._store is not None and kind in self._store.files and self._store.files[kind].link(path, name)
 
+    def whole(self, kind: str) -> Tensor:
+        """The "rows" or "scales" of all rows, on the CPU, as they are."""
+        return raw(self.rows) if kind == "rows" else self._buffers[kind]  # type: ignore[return-value]
+
     def _in_files(self, name: str) -> RowStore | None:
         """The store, where it holds the rows."""
         return self._store if self._store is not None and self._store.holds(name, self.rows) else None
@@ -133,7 +146,7 @@ class MappedTable(Table):
             self._store.copy(name, tensor)
         return change(name)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MappedTable":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
         store = self._store
 
         def applied(tensor: Tensor) -> Tensor:
@@ -143,8 +156,8 @@ class MappedTable(Table):
             found = fn(tensor[:0])
             if found.device.type not in ("cpu", "meta"):
                 raise ValueError(
-                    f"rows in mapped files stay on the CPU, and cannot go to {found.device}: keep tables in memory, or "
-                    "train on the CPU"
+                    f"rows in mapped files stay on the CPU, and cannot go to {found.device}: let it have those in use, "
+                    "by layers.mapped.cached.cache_tables, before the model is moved"
                 )
             if found.device.type == "meta":
                 return fn(tensor)

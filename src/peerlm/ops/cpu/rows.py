@@ -9,7 +9,6 @@ from torch import Tensor
 from peerlm.ops.cpu import native
 from peerlm.ops.cpu.native import as_bytes, group_by_row
 from peerlm.ops.row_formats import EIGHT_BIT_DTYPES
-from peerlm.ops.row_shards import RowShard
 from peerlm.ops.row_updates import CatchUpRules, RowState, RowStep
 from peerlm.ops.tensors import has_values
 
@@ -123,8 +122,8 @@ def _state(table: RowState) -> object:
         table.exp_avg_sq[:, None] if table.exp_avg_sq.ndim == 1 else table.exp_avg_sq.flatten(1),
         table.moments_step,
         table.weights_step,
-        *([] if table.scales is None and table.shard is None else [_scales(table)]),
-        *([] if table.shard is None else _names(table, table.shard)),
+        *([] if table.scales is None and table.shard is None and table.names is None else [_scales(table)]),
+        *_names(table),
     )
 
 
@@ -132,8 +131,14 @@ def _scales(table: RowState) -> Tensor | None:
     return None if table.scales is None else table.scales.flatten(1)
 
 
-def _names(table: RowState, shard: RowShard) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows and columns of a whole table these are."""
+def _names(table: RowState) -> tuple[Tensor, ...]:
+    """Which rows and columns of a whole table these are; empty where they are all of it, in order."""
+    if table.names is not None:
+        each = torch.arange(len(table.names))
+        return each, table.names - each
+    if table.shard is None:
+        return ()
+    shard = table.shard
     *_, width = table.rows.shape
     if table.exp_avg_sq.ndim == 1:  # a row is one run, whose columns are those of the whole
         return shard.firsts, shard.shifts, torch.zeros(1, dtype=torch.int64)

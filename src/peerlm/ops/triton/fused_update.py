@@ -76,6 +76,7 @@ def update_by_gradients(
             coefficients,
             sum_later_chunks(by_row, x, grad_y, coefficients),
             numbers_of(step, table.rows.device),
+            table.names,
             P=ids.shape[1],
             PARTS=coefficients.shape[-1],
             D=dim,
@@ -116,6 +117,7 @@ def _fused_update(
     coefficients,
     later_chunks,
     numbers,
+    names,
     P: tl.constexpr,
     PARTS: tl.constexpr,
     D: tl.constexpr,
@@ -133,7 +135,7 @@ def _fused_update(
     row = tl.load(ids + segment)
     if row >= 0:
         shared = update_numbers(numbers, age_of_moments(moments_step, row, numbers))
-        key = row_key(numbers, UPDATE_KEY, row)
+        key = row_key(numbers, UPDATE_KEY, row, names)
         second = 0.0
         if ROW_WISE:
             squares = tl.zeros([BLOCK_D], tl.float32)

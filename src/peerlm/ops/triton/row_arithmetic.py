@@ -132,10 +132,13 @@ def mix_bits(word):
 
 
 @triton.jit
-def row_key(numbers, KEY: tl.constexpr, row):
-    """What the random bits of a row are made from, in the pass whose key is number KEY."""
+def row_key(numbers, KEY: tl.constexpr, row, names):
+    """What the random bits of a row are made from, in the pass whose key is number KEY; `names` as of `RowState`."""
     key = tl.load(numbers + KEY).to(tl.int64).to(tl.uint32)
-    return mix_bits(tl.add(key, row.to(tl.uint32), sanitize_overflow=False))
+    name = row
+    if names is not None:
+        name = tl.load(names + row)
+    return mix_bits(tl.add(key, name.to(tl.uint32), sanitize_overflow=False))
 
 
 @triton.jit

@@ -123,6 +123,7 @@ def catch_up_entries(table: RowState, ids: Tensor | None, rules: Tensor, step: R
             most,
             rules,
             numbers,
+            table.names,
             LEN=length,
             VECTORS=1 if scales is None else scales.shape[1:].numel(),
             BLOCK=block,
@@ -166,6 +167,7 @@ def _catch_up(
     most,
     rules,
     numbers,
+    names,
     LEN: tl.constexpr,
     VECTORS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -194,7 +196,7 @@ def _catch_up(
                 decay1 = decay_since(numbers, BETA1, LOG_BETA1, since - moments)
                 decay2 = decay_since(numbers, BETA2, LOG_BETA2, since - moments)
             if (num_nodes > 0) | (decay != 0.0):
-                key = row_key(numbers, CATCH_UP_KEY, row)
+                key = row_key(numbers, CATCH_UP_KEY, row, names)
                 for first in range(0, LEN, BLOCK):
                     column = first + tl.arange(0, BLOCK)
                     mask = column < LEN

@@ -61,6 +61,7 @@ def update_rows(table: RowState, ids: Tensor | None, gradient_UX: Tensor, step: 
             None if ids is None else ids.contiguous(),
             gradient_UX.detach().contiguous(),
             numbers_of(step, table.rows.device),
+            table.names,
             len(table.rows),
             LEN=length,
             BLOCK=block,
@@ -81,6 +82,7 @@ def _update_rows(
     ids,
     gradients,
     numbers,
+    names,
     num_rows,
     LEN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -94,7 +96,7 @@ def _update_rows(
         row = tl.load(ids + number)
     if (row >= 0) & (row < num_rows):
         shared = update_numbers(numbers, age_of_moments(moments_step, row, numbers))
-        key = row_key(numbers, UPDATE_KEY, row)
+        key = row_key(numbers, UPDATE_KEY, row, names)
         second = 0.0
         if ROW_WISE:
             squares = tl.zeros([BLOCK], tl.float32)
