@@ -3,6 +3,7 @@
 import copy
 import pickle
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from peerlm import PEER, DenseFFW
+from peerlm.layers.one_call import Unchanged
 from peerlm.ops.cpu import native
 from peerlm.ops.functions import ACTIVATIONS
 from peerlm.testing import assert_within_budget, definition, float64, relative_error
@@ -245,3 +247,42 @@ def test_a_dense_layer_steps_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[-4:] == [True, True, False, False]
     twin = copy.deepcopy(dense_of())
     assert torch.equal(twin(x), dense_of()(x))
+
+
+@torch.no_grad()
+def test_calls_keep_no_table_alive() -> None:
+    layer = layer_of()
+    for tokens in (1, 9):
+        layer(torch.randn(tokens, 64))
+    unchanged = Unchanged()
+    unchanged.add_all_of(layer)
+    assert unchanged.holds()
+    rows, keys = (ref(each) for each in (layer.experts.rows, layer.product_keys.sub_keys))
+    layer.experts.convert_rows("int8")
+    layer.product_keys.sub_keys = nn.Parameter(torch.zeros(2, 1, 34, 16))
+    assert rows() is None
+    assert keys() is None
+    assert not unchanged.holds()
+
+
+def test_a_change_of_what_a_call_depends_on_is_seen() -> None:
+    for change in (
+        lambda layer: setattr(layer, "weight_scale", 2.0),
+        lambda layer: setattr(layer.product_keys, "experts_per_head", 2),
+        lambda layer: setattr(layer.product_keys.sub_keys, "data", torch.zeros(2, 1, 34, 16)),
+        lambda layer: setattr(layer, "packs", nn.Identity()),
+        lambda layer: setattr(layer.product_keys, "query_proj", nn.Linear(64, 64)),
+        lambda layer: setattr(layer.product_keys, "__class__", type("Other", (type(layer.product_keys),), {})),
+        lambda layer: setattr(layer.experts, "watched", True),
+        lambda layer: layer.train(),
+        lambda layer: layer.experts.register_buffer("scales", torch.ones(1156, 2)),
+        lambda layer: setattr(layer.experts, "forward", layer.product_keys.forward),
+    ):
+        layer, unchanged = layer_of(), Unchanged()
+        unchanged.add_all_of(layer)
+        assert unchanged.holds()
+        assert not any(unchanged.hooks)
+        change(layer)
+        assert not unchanged.holds()
+    layer.register_forward_hook(lambda *_: None)
+    assert any(unchanged.hooks)

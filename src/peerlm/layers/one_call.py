@@ -1,7 +1,9 @@
 """Whether a layer may make of a few tokens in one call what else its modules make one after another."""
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,8 @@ class Prepared:
 class Unchanged:
     """What calls that were made ready depend on: modules, their attributes and weights, and where these lie.
 
+    It keeps none of these alive: a table that was replaced is gone.
+
     Attributes:
         hooks: the hooks of all these modules; one that is not empty looks on.
     """
@@ -56,9 +60,7 @@ class Unchanged:
     def __init__(self) -> None:
         self.hooks: list[dict[int, Any]] = []
         self._links: list[tuple[dict[str, Any], str, object]] = []
-        self._kinds: list[tuple[nn.Module, type[nn.Module]]] = []
-        self._tensors: list[Tensor] = []
-        self._where: list[int] = []
+        self._seen: list[_Seen] = []
 
     def link(self, owner: dict[str, Any], name: str) -> None:
         """Depend on what an owner has by a name, which may be nothing."""
@@ -69,18 +71,9 @@ class Unchanged:
 
         What its parts have is not looked at.
         """
-        own = vars(module)
-        self._kinds.append((module, type(module)))
-        for name in ("forward", *(each for each in own if not each.startswith("_") and not names)):
-            self.link(own, name)
-        for parts in (own["_modules"], own["_parameters"], own["_buffers"]):
-            for name in parts:
-                if not names or name in names:
-                    self.link(parts, name)
-                    self._tensors += [parts[name]] if isinstance(parts[name], Tensor) else []
-        self._where = [tensor.data_ptr() for tensor in self._tensors]
-        self.hooks += [own["_forward_hooks"], own["_forward_pre_hooks"]]
-        return None if "forward" in own else type(module)
+        self._seen.append(_Seen(module, names))
+        self.hooks += [module._forward_hooks, module._forward_pre_hooks]
+        return None if "forward" in vars(module) else type(module)
 
     def add_all_of(self, module: nn.Module) -> None:
         """Depend on a module and all its parts, also on those that another module owns."""
@@ -95,7 +88,62 @@ class Unchanged:
         for owner, name, value in self._links:
             if owner.get(name) is not value:
                 return False
-        for module, kind in self._kinds:
-            if type(module) is not kind:
+        return all(each.holds() for each in self._seen)
+
+
+class _Seen:
+    """What a module had, by weak references to modules and tensors."""
+
+    def __init__(self, module: nn.Module, names: Sequence[str]):
+        own = vars(module)
+        self._module, self._kind = ref(module), type(module)
+        self._forward = own.get("forward")
+        self._held: list[tuple[str | None, str, Callable[[], object]]] = []
+        self._where: list[tuple[str | None, str, int]] = []
+        self._none: list[tuple[str, str]] = []
+        plain = ["training"]  # one at the least, as `itemgetter` needs
+        for name, value in own.items():
+            if name.startswith("_") or names or name in ("forward", "training"):
+                continue
+            if isinstance(value, (nn.Module, Tensor)):
+                self._hold(None, name, value)
+            else:
+                plain.append(name)
+        self._values_of = itemgetter(*plain)
+        self._values = self._values_of(own)
+        for group in ("_modules", "_parameters", "_buffers"):
+            for name, value in own[group].items():
+                if names and name not in names:
+                    continue
+                if value is None:
+                    self._none.append((group, name))
+                else:
+                    self._hold(group, name, value)
+
+    def holds(self) -> bool:
+        """Whether it has them still."""
+        module = self._module()
+        if module is None or type(module) is not self._kind:
+            return False
+        own = module.__dict__
+        try:
+            if self._values_of(own) != self._values or own.get("forward") is not self._forward:
                 return False
-        return [tensor.data_ptr() for tensor in self._tensors] == self._where
+        except (KeyError, ValueError):  # gone, or an array, which may be another
+            return False
+        for group, name, was in self._held:
+            has = (own if group is None else own[group]).get(name)
+            if has is None or has is not was():
+                return False
+        for group, name in self._none:
+            if own[group].get(name) is not None:
+                return False
+        for group, name, place in self._where:
+            if (own if group is None else own[group])[name].data_ptr() != place:
+                return False
+        return True
+
+    def _hold(self, group: str | None, name: str, value: nn.Module | Tensor) -> None:
+        self._held.append((group, name, ref(value)))
+        if isinstance(value, Tensor):
+            self._where.append((group, name, value.data_ptr()))

@@ -1,7 +1,9 @@
 """A feed-forward layer for a few tokens in one native call: calls of its parts would take longer than their work."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -79,11 +81,15 @@ class FewTokens:
 
 
 class Experts(FewTokens):
-    """A native layer of experts, for some tokens more in the steps that the layer itself takes: to the same bits."""
+    """A native layer of experts, for some tokens more in the steps that the layer itself takes: to the same bits.
+
+    It does not keep the layer's tensors alive.
+    """
 
     def __init__(self, experts: Any, layer: WholeLayer):
         super().__init__(experts, width(layer.rows), FEW_TOKENS)
-        self._layer = layer
+        self._settings = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name not in _TENSORS}
+        self._tensors = {name: _weakly(getattr(layer, name)) for name in _TENSORS}
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """As `api.whole_layer` says."""
@@ -92,37 +98,56 @@ class Experts(FewTokens):
             return super().__call__(x)
         if x.shape[-1:] != (self._dim,) or not is_plain(x):
             return None
-        layer = self._layer
-        query, sub_keys = _queries(layer, x.view(tokens, self._dim)), layer.sub_keys
-        if layer.key_length:
-            sub_keys = F.normalize(sub_keys, dim=-1) * layer.key_length
-        heads, threads = query.shape[1], torch.get_num_threads()
-        weights = query.new_empty(tokens, heads, layer.k)
-        ids = query.new_empty(tokens, heads, layer.k, dtype=torch.int64)
-        native.module.retrieve(
-            query.view(tokens, heads, 2, -1),
-            sub_keys.detach(),
-            layer.k,
-            layer.weighting,
-            layer.pairing,
-            "fp32",  # what shortlists are made of changes no bit, and packs quickest
-            threads,
-            weights,
-            ids,
-        )
-        y = torch.empty_like(x)
-        native.module.mix(
-            x.view(tokens, self._dim),
-            (weights * layer.weight_scale).view(tokens, -1),
-            ids.view(tokens, -1),
-            as_bytes(layer.rows.detach()),
-            layer.scales,
-            layer.activation,
-            threads,
-            None,
-            y.view(tokens, self._dim),
-        )
-        return y
+        layer = WholeLayer(**self._settings, **{name: there() for name, there in self._tensors.items()})
+        return _in_two_calls(layer, x.view(tokens, self._dim)).view(x.shape)
+
+
+_TENSORS = ("query_map", "norms", "sub_keys", "rows", "scales")
+"""The fields of a layer that are tensors, or lists of them."""
+
+
+def _weakly(tensors: Any) -> Callable[[], Any]:
+    """What gives tensors as long as others keep them."""
+    if tensors is None:
+        return lambda: None
+    if isinstance(tensors, Tensor):
+        return ref(tensors)
+    each = [ref(tensor) for tensor in tensors]
+    return lambda: [tensor() for tensor in each]
+
+
+def _in_two_calls(layer: WholeLayer, x_TD: Tensor) -> Tensor:
+    """What a layer makes of tokens (T, D): PyTorch's query and norms, native retrieval and mixing."""
+    query_THX, sub_keys, threads = _queries(layer, x_TD), layer.sub_keys, torch.get_num_threads()
+    if layer.key_length:
+        sub_keys = F.normalize(sub_keys, dim=-1) * layer.key_length
+    tokens, heads, key_dim = query_THX.shape
+    weights = query_THX.new_empty(tokens, heads, layer.k)
+    ids = query_THX.new_empty(tokens, heads, layer.k, dtype=torch.int64)
+    native.module.retrieve(
+        query_THX.view(tokens, heads, 2, key_dim // 2),
+        sub_keys.detach(),
+        layer.k,
+        layer.weighting,
+        layer.pairing,
+        "fp32",  # what shortlists are made of changes no bit, and packs quickest
+        threads,
+        weights,
+        ids,
+    )
+    y_TD = torch.empty_like(x_TD)
+    native.module.mix(
+        x_TD,
+        (weights * layer.weight_scale).view(tokens, -1),
+        ids.view(tokens, -1),
+        as_bytes(layer.rows.detach()),
+        layer.scales,
+        layer.activation,
+        threads,
+        None,
+        y_TD,
+    )
+    return y_TD
 
 
 def _queries(layer: WholeLayer, x_TD: Tensor) -> Tensor:
