@@ -49,8 +49,22 @@ class NoHostReads(TorchDispatchMode):
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1]
         )
         if packet in _WAIT or masks:
-            raise AssertionError(f"{function} waits for the device")
+            self.waits(function)
         return function(*arguments, **(options or {}))
+
+    def waits(self, function: Any) -> None:
+        """An operation waits."""
+        raise AssertionError(f"{function} waits for the device")
+
+
+class HostReads(NoHostReads):
+    """Counts them."""
+
+    count = 0
+
+    def waits(self, function: Any) -> None:
+        """An operation waits."""
+        self.count += 1
 
 
 def _on_the_host(function: Any) -> Any:

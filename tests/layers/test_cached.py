@@ -27,6 +27,7 @@ from peerlm.ops.row_updates import rows_as_they_are
 from peerlm.optim import RowAdamW, clip_gradients
 from peerlm.optim.restrict import restrict_gradient
 
+from ..host_reads import HostReads
 from .test_mapped import MODES, assert_same, mapped, peer, reopened, step, trainer
 
 pytestmark = pytest.mark.whole_tables("makes tables in files and tables in memory itself")
@@ -294,6 +295,15 @@ def test_a_loaded_table_is_read_by_places_and_stays_as_it_is(row_format: str) ->
     assert all(torch.equal(saved[name], value) for name, value in plain.state_dict().items())
     layer.experts.write(torch.zeros(64, 2, plain.experts.dim))
     assert not layer(x).any()
+
+
+def test_the_host_waits_once_for_rows_that_are_there(place: RowPlace) -> None:
+    found = table(place, 8)
+    RowAdamW(found.parameters(), lazy=True)
+    looked_up(found, [3, 1, 2]).sum().backward()  # whose gradient waits for a step
+    with torch.no_grad(), HostReads() as reads:
+        cache_of(found).bring(torch.tensor([[2, 2, 1]]), training=True)
+    assert reads.count == 1
 
 
 def test_what_cannot_be_is_refused(place: RowPlace) -> None:

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from peerlm.ops.row_updates import RowState
+from peerlm.optim import row_step
 from peerlm.optim.row_step import mix_bits, round_stochastically
+
+from ..row_tables import KINDS, random_table, step_of, tensors
 
 
 @pytest.mark.parametrize("value", [1.001, -1.001, 3.1e-5, 1e30])
@@ -38,3 +42,13 @@ def test_bits_are_those_of_murmur3() -> None:
     words = mix_bits(torch.tensor([0, 1, 0xFFFFFFFF]))
     assert words[:2].tolist() == [0, 0x514E28B7]
     assert ((words >= 0) & (words <= 0xFFFFFFFF)).all()
+
+
+def test_rows_in_places_are_rounded_as_the_rows_that_they_are() -> None:
+    whole, order = random_table((2, 8), **KINDS["bf16"]), torch.randperm(40)
+    places = RowState(**{name: value[order] for name, value in tensors(whole).items()}, names=order)
+    gradient, step = torch.randn(40, 2, 8), step_of(whole)
+    row_step.update_rows(whole, torch.arange(40), gradient, step)
+    row_step.update_rows(places, torch.arange(40), gradient[order], step)
+    for name, value in tensors(whole).items():
+        assert torch.equal(value[order], tensors(places)[name]), name
