@@ -155,6 +155,7 @@ def test_eval_prints_a_table_of_every_measure(capsys: pytest.CaptureFixture[str]
         copying=False,
         document_start="none",
         packs=[],
+        device_rows=0,
         progress=True,
     )
     for text in ("a.txt", "12,345", "20.12", "accuracy", "0.25"):
@@ -223,11 +224,11 @@ def test_generate_asks_for_a_sample(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     notes = create_autospec(module.notes_on_generation, return_value=["the prompt begins with <s>"])
     monkeypatch.setattr(module, "notes_on_generation", notes)
     options = ("--tokens", "3", "--temperature", "0.5", "--seed", "7", "--top-k", "9", "--top-p", "0.9")
-    begins = ("--document-start", "<s>")
+    begins = ("--document-start", "<s>", "--device-rows", "12")
     printed = (0, "", "note: the prompt begins with <s>\n")
     assert run(capsys, "generate", "runs/a", "Once", *options, *begins) == printed
     notes.assert_called_once_with("model", "tokenizer", "<s>")
-    module.load_model.assert_called_once_with(Path("runs/a"), [])  # type: ignore[attr-defined]
+    module.load_model.assert_called_once_with(Path("runs/a"), [], device_rows=12)  # type: ignore[attr-defined]
     sample_text.assert_called_once_with(
         "model",
         "tokenizer",

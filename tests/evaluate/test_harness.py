@@ -218,6 +218,7 @@ def test_lm_evals_generic_model_gives_the_same(saved, tasks) -> None:
         (["tasks/words.yaml"], {"limit": 0}, "limit is 0; it must be at least 1"),
         (["tasks/words.yaml"], {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         (["tasks/words.yaml"], {"context": 65}, "reads at most 64 tokens"),
+        (["tasks/words.yaml"], {"device_rows": 9}, "device_rows is 9, but the model runs on"),
         (["tasks/bad.yaml"], {}, "lm-eval cannot run bad"),
     ],
 )
@@ -225,6 +226,7 @@ def test_errors(saved, tasks, tmp_path, monkeypatch, tasks_given, options, messa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", few_of_lm_evals_tasks(tmp_path / "few"))
     assert harness._find_tasks(["swag"])[1] == ["swag"]
+    monkeypatch.setattr("peerlm.evaluate.loading.CACHING", [])
     Path("empty").mkdir()
     if "empty/broken.yaml" in tasks_given:
         Path("empty/broken.yaml").write_text("dataset_path: json\n")

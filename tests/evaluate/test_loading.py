@@ -4,10 +4,12 @@ import shutil
 import pytest
 import torch
 
+from peerlm.cli import main
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
 from peerlm.evaluate import load_model
 from peerlm.evaluate.loading import model_folder, trained_context
+from peerlm.layers.mapped.cached import CachedTable
 
 
 @pytest.fixture
@@ -129,3 +131,28 @@ def test_a_damaged_model_is_named(saved, tmp_path, damage, message):
         load_model(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "{saved}", "The"], ["eval", "{saved}", "{text}"], ["serve", "{saved}", "--port=0"]]
+)
+def test_commands_refuse_rows_on_a_device_that_has_all(saved, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setattr("peerlm.evaluate.loading.automatic_device", lambda: torch.device("cpu"))
+    (tmp_path / "a.txt").write_text("The lamp was lit.")
+    with pytest.raises(SystemExit, match="2"):
+        main([each.format(saved=saved, text=tmp_path / "a.txt") for each in [*command, "--device-rows=4000"]])
+    assert capsys.readouterr().err == (
+        "error: device_rows is 4,000, but the model runs on cpu, where all rows are: leave it out\n"
+    )
+
+
+def test_rows_stay_on_the_host_when_a_device_has_places_for_some(saved, model, monkeypatch):
+    monkeypatch.setattr("peerlm.evaluate.loading.CACHING", ["cpu"])
+    monkeypatch.setattr("peerlm.evaluate.loading.automatic_device", lambda: torch.device("cpu"))
+    loaded, _ = load_model(saved, device_rows=40)
+    table = loaded.model.layers[1].ffw.experts
+    assert isinstance(table, CachedTable)
+    assert len(table.rows) == 40 < table.num_rows
+    tokens = torch.arange(4)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)

@@ -170,7 +170,10 @@ def test_more_rows_than_places_are_refused_by_their_number_and_nothing_is_lost(p
         looked_up(found, [20, 21, 1])
     with torch.no_grad():
         assert torch.equal(found.gather(torch.tensor([30])), plain.gather(torch.tensor([30])))
-    with pytest.raises(UserError, match=r"let tables\.device_rows be 7 or more"), torch.no_grad():
+    with (
+        pytest.raises(UserError, match=r"take 7 or more \(tables\.device_rows of a recipe, --device-rows of a"),
+        torch.no_grad(),
+    ):
         found.gather(torch.arange(10, 13))
     for optimizer in optimizers:
         optimizer.step()

@@ -162,7 +162,7 @@ def test_what_places_on_a_device_cannot_be_combined_with_is_refused(
     monkeypatch.setattr("peerlm.train.tables.CACHING", ["cpu"])
     refused(r"training on cpu without tables\.device_rows: say for how many rows", 0)
     refused("graph = 'on': the host fetches rows", 9, graph="on")
-    refused(r"rows of a table are needed at once .* holds 9: let tables\.device_rows be", 9)
+    refused(r"rows of a table are needed at once .* holds 9: take .* or more \(tables\.device_rows", 9)
     with pytest.raises(UserError, match=r"device_rows = 9 without tables\.folder: name a folder"):
         train(configure(tables={"device_rows": 9}, run=str(tmp_path / "other")), progress=False)
     with pytest.raises(UserError, match=r"tables.device_rows = -1: must be 0 or more"):

@@ -99,6 +99,14 @@ Resume = Annotated[
 PackFolders = Annotated[
     list[Path], typer.Option("--pack", metavar="FOLDER", help="A pack to load into the model first; repeatable.")
 ]
+DeviceRows = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Rows of each table that the GPU has places for; all rows stay on the host. 0: tables are moved whole.",
+    ),
+]
 Version = Annotated[
     bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
 ]

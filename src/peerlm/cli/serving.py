@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from peerlm.cli.extras import require_serve
-from peerlm.cli.root import DocumentStart, Run, app
+from peerlm.cli.root import DeviceRows, DocumentStart, Run, app
 from peerlm.errors import UserError
 
 _KEYS = "PEERLM_API_KEYS"
@@ -62,6 +62,7 @@ def serve(
         ),
     ] = [],  # noqa: B006
     document_start: DocumentStart = "auto",
+    device_rows: DeviceRows = 0,
     log: Annotated[bool, typer.Option("--log/--no-log", help="Write a line of JSON per request to stderr.")] = True,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Put prompts into the log.")] = False,
 ) -> None:
@@ -102,6 +103,7 @@ def serve(
         queue=queue,
         drain_seconds=drain,
         document_start=document_start,
+        device_rows=device_rows,
     )
     serve_model(run, settings, options, say=typer.echo, log=_write_line if log else None)
 

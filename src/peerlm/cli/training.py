@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from peerlm.cli.root import DocumentStart, Json, Output, PackFolders, Resume, Run, Settings, app, overrides, read_resume
+from peerlm.cli.root import (
+    DeviceRows,
+    DocumentStart,
+    Json,
+    Output,
+    PackFolders,
+    Resume,
+    Run,
+    Settings,
+    app,
+    overrides,
+    read_resume,
+)
 from peerlm.cli.show import STDOUT, show
 from peerlm.errors import TrainingStopped, UserError
 from peerlm.terminal import VALUE, print_table
@@ -198,6 +210,7 @@ def evaluate(
     ] = False,
     document_start: DocumentStart = "auto",
     pack: PackFolders = [],  # noqa: B006
+    device_rows: DeviceRows = 0,
     json_file: Json = None,
 ) -> None:
     """Measure perplexity, bits per byte, accuracy of last words (LAMBADA), use of the experts, and lm-eval's tasks."""
@@ -219,6 +232,7 @@ def evaluate(
             copying=copying,
             document_start=document_start,
             packs=pack,
+            device_rows=device_rows,
             progress=json_file != STDOUT,
         )
     if tasks:
@@ -230,6 +244,7 @@ def evaluate(
             context=context,
             limit=limit,
             packs=pack,
+            device_rows=device_rows,
             document_start=document_start,
             task_data=task_data,
         )
@@ -259,13 +274,14 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     document_start: DocumentStart = "auto",
     pack: PackFolders = [],  # noqa: B006
+    device_rows: DeviceRows = 0,
 ) -> None:
     """Let a trained model continue a prompt, printed while it is written."""
     from transformers import TextStreamer
 
     from peerlm.evaluate import load_model, notes_on_generation, sample_text
 
-    model, tokenizer = load_model(run, pack)
+    model, tokenizer = load_model(run, pack, device_rows=device_rows)
     for note in notes_on_generation(model, tokenizer, document_start):
         typer.echo(f"note: {note}", err=True)
     sample_text(

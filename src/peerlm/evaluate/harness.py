@@ -50,6 +50,7 @@ class PeerHarness(HFLM):
         max_length: tokens read at once; default: as trained.
         packs: folders of packs to load into it (`peerlm.packs.api`).
         document_start: what stands before each text: "auto", "none" or a token.
+        device_rows: as `load_model`.
         options: as of `HFLM`, such as batch_size.
 
     Attributes:
@@ -63,9 +64,10 @@ class PeerHarness(HFLM):
         max_length: int | None = None,
         packs: Sequence[str | Path] = (),
         document_start: str = AUTO,
+        device_rows: int = 0,
         **options: Any,
     ):
-        model, tokenizer = load_model(pretrained, packs)
+        model, tokenizer = load_model(pretrained, packs, device_rows=device_rows)
         max_length = default_context(pretrained, model) if max_length is None else int(max_length)
         check_context(model, max_length)
         options = {key: value for key, value in options.items() if key != "device"}  # load_model has chosen it
@@ -120,6 +122,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     fewshot: int | None = None,
     packs: Sequence[str | Path] = (),
+    device_rows: int = 0,
     document_start: str = AUTO,
     task_data: str | Path | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -133,7 +136,7 @@ def evaluate_tasks(
         limit: documents of each task; default: all.
         batch_size: requests in a forward pass.
         fewshot: examples before each question; default: as the task says.
-        packs: as `load_model`.
+        packs, device_rows: as `load_model`.
         document_start: what stands before each text: "auto", "none" or a token (see `peerlm.marks`).
         task_data: folder that relative names of data in task files start at; default: the working directory.
 
@@ -152,7 +155,14 @@ def evaluate_tasks(
         manager, names = _find_tasks(tasks)
         folder = Path.cwd() if task_data is None else Path(task_data)
         check_task_data([Path(file) for name in names if (file := manager.task_index[name].yaml_path)], folder)
-        model = PeerHarness(path, max_length=context, batch_size=batch_size, packs=packs, document_start=document_start)
+        model = PeerHarness(
+            path,
+            max_length=context,
+            batch_size=batch_size,
+            packs=packs,
+            document_start=document_start,
+            device_rows=device_rows,
+        )
         try:
             with _within(folder):
                 results = simple_evaluate(

@@ -11,6 +11,7 @@ from peerlm.convert.saved import check_weights, reading
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
 from peerlm.layers.mapped.advice import read_rows_alone
+from peerlm.layers.mapped.cached import CACHING, cache_tables
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.names import MODEL_TYPE, SHARDED
 from peerlm.packs.api import load_pack
@@ -21,17 +22,26 @@ from peerlm.ranks import automatic_device
 MAX_DEFAULT_CONTEXT = 2048
 
 
-def load_model(path: str | Path, packs: Sequence[str | Path] = ()) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_model(
+    path: str | Path, packs: Sequence[str | Path] = (), *, device_rows: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load a causal language model in evaluation mode, on CUDA where there is one, and its tokenizer.
 
     Args:
         path: a run (its model/, or else its newest checkpoint) or a folder that `save_pretrained` wrote.
         packs: folders of packs (`peerlm.packs.api`) to load into it.
+        device_rows: rows of each table that the GPU has places for, while all rows stay on the host
+            (`layers.mapped.cached.cache_tables`); 0: tables are moved whole.
 
     Raises:
         UserError: no such folder, no model or tokenizer in it, damaged, missing or unknown weights, or a tokenizer
-            with more tokens than the model knows; or a pack that is not the model's.
+            with more tokens than the model knows; a pack that is not the model's; or device_rows without a GPU.
     """
+    device = automatic_device()
+    if device_rows and device.type not in CACHING:
+        raise UserError(
+            f"device_rows is {device_rows:,}, but the model runs on {device}, where all rows are: leave it out"
+        )
     folder = model_folder(path)
     tokenizer = open_tokenizer(folder)
     with reading(folder):
@@ -44,9 +54,12 @@ def load_model(path: str | Path, packs: Sequence[str | Path] = ()) -> tuple[PreT
     try:
         for pack in packs:
             load_pack(model, pack)
+        if device_rows:
+            read_rows_alone(model)  # of files, which the model's parameters will not be
+            cache_tables(model, device, device_rows)
     except ValueError as error:
         raise UserError(str(error)) from error
-    model = model.to(automatic_device()).eval()
+    model = model.to(device).eval()
     read_rows_alone(model)
     return model, tokenizer
 

@@ -45,6 +45,7 @@ def evaluate(
     copying: bool = False,
     document_start: str = AUTO,
     packs: Sequence[str | Path] = (),
+    device_rows: int = 0,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Score each file with the model of a run or of a saved model.
@@ -63,6 +64,7 @@ def evaluate(
             text.
         document_start: what stands before each document: "auto", "none" or a token (see `peerlm.marks`).
         packs: folders of packs to load into the model (`peerlm.packs.api`).
+        device_rows: as `load_model`.
         progress: whether to show a bar on stderr, when that is a terminal.
 
     Returns:
@@ -87,7 +89,7 @@ def evaluate(
     fields_by_file = {str(file): fields_of(Path(file)) for file in files}
     if split is not None:
         fields_by_file = {f"held out of {split.folder}": ()}
-    model, tokenizer = load_model(path, packs)
+    model, tokenizer = load_model(path, packs, device_rows=device_rows)
     if context is None:
         context = default_context(path, model)
     stride = context // 2 if stride is None else stride

@@ -44,7 +44,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class LayerUse:
-    """How evenly the tokens that were read use a layer's experts."""
+    """How evenly the tokens that were read use a layer's experts; estimates where very many are used."""
 
     experts: int
     share: float

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from peerlm.serve.protocol import LayerUse
-from peerlm.usage import ExpertUsage, is_retrieval
+from peerlm.serve.use import ExpertUse
+from peerlm.usage import is_retrieval
 
 EVERY = 64
 """Use is counted in one of so many forward passes: hooks keep a layer from its quickest way."""
@@ -23,7 +24,7 @@ class Watch:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._usage: dict[str, ExpertUsage] = {}
+        self._use: dict[str, ExpertUse] = {}
         self._found: dict[str, tuple[int, Tensor, Tensor]] = {}
         self._passes = 0
 
@@ -54,10 +55,9 @@ class Watch:
         """Count what the pass retrieved for the tokens where the mask is true."""
         for path, (experts, weights, ids) in self._found.items():
             weights, ids = (each.view(*mask_BT.shape, *each.shape[-2:]) for each in (weights, ids))
-            usage = self._usage.setdefault(path, ExpertUsage(experts, weights.device))
-            if experts > usage.num_experts:
-                usage.grow(experts)
-            usage.add(weights, ids, mask_BT)
+            use = self._use.setdefault(path, ExpertUse(experts))
+            use.num_experts = max(use.num_experts, experts)
+            use.add(weights, ids, mask_BT)
 
     def of_row(self, row: int, rows: int) -> dict[str, tuple[tuple[int, float], ...]]:
         """By the path of each layer, ids and weights of the experts that the last token of a row used."""
@@ -72,7 +72,4 @@ class Watch:
 
     def use(self) -> Mapping[str, LayerUse]:
         """How evenly experts were used so far, by the path of each layer."""
-        return {
-            path: LayerUse(usage.num_experts, usage.share, usage.unevenness)
-            for path, usage in list(self._usage.items())
-        }
+        return {path: LayerUse(use.num_experts, *use.figures()) for path, use in list(self._use.items())}

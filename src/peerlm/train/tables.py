@@ -12,7 +12,7 @@ from torch import nn
 from peerlm.data.progress import progress_bar
 from peerlm.errors import UserError
 from peerlm.files import write_json
-from peerlm.layers.mapped.cached import cache_tables
+from peerlm.layers.mapped.cached import CACHING, cache_tables
 from peerlm.layers.mapped.place import RowPlace
 from peerlm.layers.mapped.table import mapped_in, mapped_tables
 from peerlm.layers.table import tables_as
@@ -21,8 +21,6 @@ from peerlm.train.config import TrainConfig
 
 _WORTH_SHOWING = 1 << 30
 """Bytes of initial rows that take long enough to show how many are drawn."""
-CACHING = ["cuda"]
-"""Types of devices that have places for rows of tables in files, and do not read the files themselves."""
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def test_the_command_guards_addresses_of_this_machine_alone(monkeypatch, tmp_pat
     class Engine:
         close = load = lambda self, *_: None
 
-    monkeypatch.setattr("peerlm.serve.http.run.load_model", lambda path: (None, None))
+    monkeypatch.setattr("peerlm.serve.http.run.load_model", lambda path, **_: (None, None))
     monkeypatch.setattr("peerlm.serve.http.run.marks_of", lambda *_: None)
     monkeypatch.setattr("peerlm.serve.http.run.Engine", lambda *_, **__: Engine())
 

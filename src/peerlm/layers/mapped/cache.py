@@ -152,7 +152,8 @@ class RowCache:
         if needed > self.places:
             raise UserError(
                 f"{needed:,} rows of a table are needed at once on {self.device}, and its cache there holds "
-                f"{self.places:,}: let tables.device_rows be {needed:,} or more, or take fewer tokens at once"
+                f"{self.places:,}: take {needed:,} or more (tables.device_rows of a recipe, --device-rows of a "
+                "command), or fewer tokens at once"
             )
         oldest_U = torch.argsort(self._used[:-1], stable=True)[: len(ids_U)]
         at_once = self._rows_at_once()

@@ -20,6 +20,8 @@ from peerlm.ops.tensors import has_values, never_compiled
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+CACHING = ["cuda"]
+"""Types of devices that have places for rows of tables in files, and do not read the files themselves."""
 _NO_GRADIENTS = "rows that a device caches are mixed with gradients, and read without"
 _REASON = "the host fetches the rows that a device does not have"
 

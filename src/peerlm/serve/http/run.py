@@ -33,6 +33,8 @@ class ServeOptions:
     queue: int = 256
     drain_seconds: float = 60.0
     document_start: str = AUTO
+    device_rows: int = 0
+    """Rows of each table that the GPU has places for; 0: tables are moved whole."""
 
 
 def serve_model(
@@ -56,7 +58,7 @@ def serve_model(
         UserError: the model, a pack, or the address cannot be used.
     """
     with bind(options.host, options.port) as address:
-        model, tokenizer = load_model(path)
+        model, tokenizer = load_model(path, device_rows=options.device_rows)
         marks = marks_of(model, tokenizer, options.document_start)
         try:
             engine = Engine(
