@@ -108,7 +108,8 @@ class ExpertTable(Table):
 
     def one_call(self) -> tuple[object, ...] | None:
         """What `whole_layer` depends on of the experts; None where rows may be stale, or lie elsewhere."""
-        if self.watched or type(self)._looked_up is not Table._looked_up:
+        kind = type(self)
+        if self.watched or kind._looked_up is not Table._looked_up or kind.mix is not Table.mix:
             return None
         tensors = [self._parameters["rows"], self._buffers["scales"]]
         return (*where(tensors), self.num_rows, self.activation, self.backend)
