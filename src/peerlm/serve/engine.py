@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,22 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from peerlm.errors import UserError, listed, shortened
+from peerlm.errors import UserError, listed
 from peerlm.serve.additions import Additions
 from peerlm.serve.cache import SlotCache, cache_bytes, last_tokens
 from peerlm.serve.forward import Forward
 from peerlm.serve.handle import Handle
 from peerlm.serve.measures import Measures
+from peerlm.serve.prefill import Prefill
 from peerlm.serve.prefixes import Prefixes
 from peerlm.serve.protocol import InUse, Loaded, QueueFull, Stats
 from peerlm.serve.request import Request
-from peerlm.serve.sampling import Chosen, choose, logprobs_of
+from peerlm.serve.sampling import Chosen, choose
 from peerlm.serve.sequence import Running
 from peerlm.serve.watch import Watch
 
 DEFAULT_CONTEXT = 2048
 """Tokens of a sequence at the most, where the model reads more."""
-MOST_PASSES = 8
-"""So many passes read prompts between two steps at the most; short parts of prompts take one each."""
 
 
 class Engine:
@@ -88,7 +87,6 @@ class Engine:
         self.context = context
         self.slots = slots
         self._queue = queue
-        self._chunk = chunk
         self._forward = Forward(model)
         self.vocab_size = self._forward.vocab_size
         self._ends = _ends(model, tokenizer)
@@ -108,11 +106,19 @@ class Engine:
         self._watch = Watch(model)
         self._measures = Measures()
         self._changed = threading.Condition()
-        self._waiting: deque[Running] = deque()
-        self._reading: list[Running] = []
-        self._read: Cache | None = None
-        self._by_parts = False
         self._running: list[Running] = []
+        self._prefill = Prefill(
+            self._forward,
+            self._watch,
+            self._additions,
+            self._prefixes,
+            self._running,
+            chunk=chunk,
+            slots=slots,
+            changed=self._changed,
+            begin=self._begin,
+            start=self._start,
+        )
         self._tasks: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._draining = self._closing = False
         self._thread = threading.Thread(target=self._serve, name="peerlm engine", daemon=True)
@@ -129,9 +135,11 @@ class Engine:
                     raise UserError(f"no pack or adapter {name!r} is loaded; there is {listed(self._available())}")
             if self._draining or self._closing:
                 raise QueueFull("the server takes no further requests, as it stops")
-            if len(self._waiting) >= self._queue:
-                raise QueueFull(f"{len(self._waiting)} requests wait already, which is the most; try again later")
-            self._waiting.append(entry)
+            if len(self._prefill.waiting) >= self._queue:
+                raise QueueFull(
+                    f"{len(self._prefill.waiting)} requests wait already, which is the most; try again later"
+                )
+            self._prefill.waiting.append(entry)
             self._changed.notify_all()
         return handle
 
@@ -194,7 +202,8 @@ class Engine:
         """As `EngineProtocol.stats`."""
         measures = self._measures
         with self._changed:
-            waiting, running = len(self._waiting), len(self._active()) - len(self._waiting)
+            waiting = len(self._prefill.waiting)
+            running = len(self._active()) - waiting
         return Stats(
             waiting=waiting,
             running=running,
@@ -246,7 +255,7 @@ class Engine:
 
     def _active(self) -> list[Running]:
         """All requests that have not ended."""
-        return [*self._waiting, *(entry for entry in self._reading if entry not in self._running), *self._running]
+        return [*self._prefill.waiting, *self._prefill.unread(), *self._running]
 
     def _users(self, name: str) -> int:
         return sum(name in entry.request.packs for entry in self._active())
@@ -278,9 +287,9 @@ class Engine:
         with self._changed:
             for entry in self._active():
                 entry.end("cancelled")
-            self._waiting.clear()
+            self._prefill.waiting.clear()
+            self._prefill.stop()
             self._running.clear()
-            self._stop_reading()
             for _, done in self._tasks:
                 done.set_exception(RuntimeError("the engine is closed"))
             self._tasks.clear()
@@ -303,133 +312,33 @@ class Engine:
             else:
                 done.set_result(None)
         self._end_overdue()
-        self._prefill()
+        self._prefill.round()
         if self._running:
             self._step()
 
     def _fail_all(self, error: Exception) -> None:
         with self._changed:
-            for entry in [*self._reading, *self._running]:
-                entry.end("error", _message(error))
-            self._stop_reading()
+            for entry in [*self._prefill.unread(), *self._running]:
+                entry.fail(error)
+            self._prefill.stop()
             self._running.clear()
             self._cache.clear()
 
     def _end_overdue(self) -> None:
-        with self._changed:
-            for entry in [entry for entry in self._waiting if entry.overdue()]:
-                self._waiting.remove(entry)
-                entry.end(str(entry.overdue()))
-            for entry in self._reading:
-                if reason := entry.overdue():
-                    entry.end(reason)
-                    self._stop_reading()
+        self._prefill.end_overdue()
         for row in reversed(range(len(self._running))):
             if reason := self._running[row].overdue():
                 self._running[row].end(reason)
                 self._leave(row)
-
-    def _prefill(self) -> None:
-        """Read prompts, as much as a chunk has room for, and write the first tokens of those that were read whole."""
-        room = self._chunk
-        while room > 0 and (self._reading or self._take_waiting(room)):
-            work = self._read_part if self._by_parts else self._read_whole
-            room -= max(self._apart(list(self._reading), work), self._chunk // MOST_PASSES)
-            with self._changed:
-                if all(entry.ended or entry in self._running for entry in self._reading):
-                    self._stop_reading()
-
-    def _stop_reading(self) -> None:
-        self._reading, self._read, self._by_parts = [], None, False
-
-    def _take_waiting(self, room: int) -> bool:
-        """Choose the requests to be read next: some that fit together, or one that is long or known in part."""
-        longest = 0
-        while self._waiting and len(self._running) + len(self._reading) < self.slots:
-            entry = self._waiting[0]
-            if not entry.begun and not self._begin(entry):
-                with self._changed:
-                    self._waiting.popleft()
-                continue
-            prompt = entry.request.prompt
-            cached, cache = 0, None
-            if entry.request.sampling.prompt_logprobs is None:
-                cached, cache = self._prefixes.find(entry.choice, prompt)
-            by_parts = cache is not None or len(prompt) > self._chunk
-            if self._reading and (by_parts or (len(self._reading) + 1) * max(longest, len(prompt)) > room):
-                break
-            same = any(other.request.prompt == prompt and other.choice == entry.choice for other in self._reading)
-            if same and entry.request.sampling.prompt_logprobs is None and self._prefixes.wants(entry.choice, prompt):
-                break  # once it is read, it is known
-            longest = max(longest, len(prompt))
-            with self._changed:
-                self._reading.append(self._waiting.popleft())
-            if by_parts:
-                entry.cached_tokens, self._read, self._by_parts = cached, cache, True
-                break
-        return bool(self._reading)
 
     def _begin(self, entry: Running) -> bool:
         try:
             entry.choice = self._additions.choice(entry.request.packs, entry.request.prompt)
             entry.begin(self.tokenizer, self._ends, self.vocab_size)
         except Exception as error:
-            entry.end("error", _message(error))
+            entry.fail(error)
             return False
         return True
-
-    def _apart(self, entries: list[Running], work: Callable[[list[Running]], int]) -> int:
-        """Do work for requests together, and where that fails for each alone; those that fail again end with an error.
-
-        Returns what the work returns, summed up.
-        """
-        try:
-            return work(entries)
-        except Exception as error:
-            left = [entry for entry in entries if not entry.ended and entry not in self._running]
-            if len(entries) > 1:
-                return sum(self._apart([entry], work) for entry in left if self._begin(entry))
-            for entry in left:
-                entry.end("error", _message(error))
-            return 0
-
-    def _read_whole(self, entries: list[Running]) -> int:
-        """Read whole prompts in one pass; returns how many tokens that were, with padding."""
-        prompts = [entry.request.prompt for entry in entries]
-        logits, cache = self._pass(entries, prompts, None)
-        for row, found in enumerate(choose(logits, [entry.sampler for entry in entries])):
-            self._start(entries[row], found, cache, row, len(entries))
-        return len(prompts) * max(map(len, prompts))
-
-    def _read_part(self, entries: list[Running]) -> int:
-        """Read the next part of a prompt; returns how many tokens that were."""
-        (entry,) = entries
-        past = 0 if self._read is None else self._read.get_seq_length()
-        part = entry.request.prompt[past : past + self._chunk]
-        logits, self._read = self._pass(entries, [part], self._read)
-        if past + len(part) == len(entry.request.prompt):
-            (found,) = choose(logits, [entry.sampler])
-            self._start(entry, found, self._read, 0, 1)
-        return len(part)
-
-    def _pass(
-        self, entries: list[Running], prompts: Sequence[Sequence[int]], cache: Cache | None
-    ) -> tuple[Tensor, Cache]:
-        """Logits after the last token of each row (rows, vocabulary), and the cache."""
-        wants = any(entry.request.sampling.prompt_logprobs is not None for entry in entries)
-        trace = any(entry.request.trace for entry in entries)
-        with self._watch.watching(trace=trace) as watched, self._additions.chosen([each.choice for each in entries]):
-            logits, cache, mask = self._forward.prefill(prompts, cache, all_logits=wants)
-        if watched:
-            self._watch.count(mask.to(logits.device))
-        for row, (entry, prompt) in enumerate(zip(entries, prompts, strict=True)):
-            top = entry.request.sampling.prompt_logprobs
-            if top is not None:
-                known = len(entry.prompt_logprobs)
-                following = entry.request.prompt[known : known + len(prompt)]
-                own = logits[row, logits.shape[1] - len(prompt) :][: len(following)]
-                entry.prompt_logprobs += logprobs_of(own, following, top)
-        return logits[:, -1], cache
 
     def _start(self, entry: Running, found: Chosen | Exception, cache: Cache, row: int, rows: int) -> None:
         """Write the first token of a request whose prompt was read, and let it join the running ones."""
@@ -455,7 +364,7 @@ class Engine:
             experts = self._watch.of_row(row, rows) if entry.request.trace else None
             entry.write(found, self.context, experts)
         except Exception as error:  # of this request alone
-            entry.end("error", _message(error))
+            entry.fail(error)
             return 0
         return 1
 
@@ -524,12 +433,6 @@ def _ends(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     found = model.generation_config.eos_token_id
     found = tokenizer.eos_token_id if found is None else found
     return frozenset([] if found is None else found if isinstance(found, list) else [found])
-
-
-def _message(error: BaseException) -> str:
-    """What a request is told of an exception."""
-    text = shortened(" ".join(str(error).split()), 300)
-    return text if isinstance(error, UserError) else f"the model failed with {type(error).__name__}: {text}"
 
 
 def _size(count: int) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from peerlm.errors import UserError, shortened
 from peerlm.serve.additions import Choice
 from peerlm.serve.handle import Handle
 from peerlm.serve.measures import Measures
@@ -92,6 +93,13 @@ class Running:
         if not self.ended:
             text = "" if self._text is None or error is not None else self._text.finish(may_stop=False)[0]
             self._tell(Event(text=text, finish_reason=reason, error=error))
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error, which says what an exception does."""
+        text = shortened(" ".join(str(error).split()), 300)
+        self.end(
+            "error", text if isinstance(error, UserError) else f"the model failed with {type(error).__name__}: {text}"
+        )
 
     def _tell(self, event: Event) -> None:
         now = time.monotonic()
