@@ -86,6 +86,9 @@ class Forked:
         shutil.rmtree(self._output.parent)
         return None, said
 
+    def terminate(self) -> None:
+        self._process.terminate()
+
 
 def forking() -> SimpleNamespace:
     """In place of the module subprocess."""
