@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.model.cache_room import LEAST_ROOM, keep, one_more_column
-from peerlm.model.one_token import OneToken
+from peerlm.model.one_token import MOST_ROWS, OneToken
 from peerlm.ops.cpu import native
 from peerlm.testing import assert_within_budget, definition, float64
 
@@ -123,12 +123,13 @@ def test_it_is_the_model(kind: str, model_of: Callable[..., PeerForCausalLM], ca
 
 
 @pytest.mark.parametrize("key_norm", [False, True])
+@pytest.mark.parametrize("rows", [7, MOST_ROWS])
 def test_a_row_has_its_bits_whatever_is_beside_it(
-    key_norm: bool, model_of: Callable[..., PeerForCausalLM], calls: list[int]
+    rows: int, key_norm: bool, model_of: Callable[..., PeerForCausalLM], calls: list[int]
 ) -> None:
     peer = {"num_experts": 1600, "heads": 2, "experts_per_head": 7, "key_dim": 30, "key_norm": key_norm}
     model = model_of(ffw_layers=["dense", "peer", "swiglu"], peer=peer)
-    ids = torch.randint(64, (7, PROMPT + NEW))
+    ids = torch.randint(64, (rows, PROMPT + NEW))
     mask = torch.ones_like(ids)
     mask[3, :2] = 0
     full = DynamicCache()
@@ -141,11 +142,11 @@ def test_a_row_has_its_bits_whatever_is_beside_it(
     states: list[Tensor] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: states.append(inputs[0]))
     with torch.no_grad():
-        position = torch.full((7, 1), PROMPT)
+        position = torch.full((rows, 1), PROMPT)
         position[3] = PROMPT - 2
         model(token, attention_mask=mask[:, : PROMPT + 1], position_ids=position, past_key_values=full)
         model(token[3:4], past_key_values=alone)
-    assert calls == [7, 1]
+    assert calls == [rows, 1]
     assert torch.equal(states[0][3:4], states[1])
     for mine, theirs in zip(alone.layers, full.layers, strict=True):
         assert torch.equal(mine.keys[0, :, -1], theirs.keys[3, :, -1])
@@ -209,7 +210,7 @@ def test_it_steps_aside(model_of: Callable[..., PeerForCausalLM], calls: list[in
     ):
         decoded(model_of(**settings), ids)
     model = model_of(ffw_layers="dense")
-    decoded(model, torch.randint(64, (9, PROMPT + 1)))
+    decoded(model, torch.randint(64, (MOST_ROWS + 1, PROMPT + 1)))
     decoded(model, ids, cache=StaticCache(config=model.config, max_cache_len=16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         decoded(model, ids)

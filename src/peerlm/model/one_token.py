@@ -13,7 +13,7 @@ from peerlm.model.cache_room import keep, one_more_column
 from peerlm.ops import api
 from peerlm.ops.attention_step import AddedNorm, AttentionStep, RMSNorm, Step, Through
 
-MOST_ROWS = 8
+MOST_ROWS = 32
 """Sequences; of more, attention is quicker as products of matrices."""
 _IMPLEMENTATIONS = ("eager", "sdpa")
 """Names of attention that one call stands for."""
