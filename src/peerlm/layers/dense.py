@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from peerlm.layers.checks import check_sizes, flatten_tokens
-from peerlm.layers.one_call import FEW_TOKENS, Prepared, nobody_looks_on, where
+from peerlm.layers.one_call import Prepared, in_one_call, nobody_looks_on, where
 from peerlm.layers.output_scale import input_std, output_std
 from peerlm.ops import api
 from peerlm.ops.functions import ACTIVATIONS
@@ -50,22 +49,13 @@ class DenseFFW(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map x (..., dim) to (..., dim); every token on its own, so `mask` changes nothing."""
-        if (y := self._in_one_call(x, mask)) is not None:
+        if (y := in_one_call(self, x, mask)) is not None:
             return y
         flatten_tokens(x, mask, self.dim)
         act = ACTIVATIONS[self.activation]
         hidden = self.down_proj(x)
         hidden = act(hidden) if self.gate_proj is None else hidden * act(self.gate_proj(x))
         return self.up_proj(hidden)
-
-    def _in_one_call(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """What the layer makes of a few tokens without gradients and where nothing else looks on; or None."""
-        if torch.compiler.is_compiling() or x.numel() > FEW_TOKENS * self.dim:
-            return None
-        if mask is not None and mask.shape != x.shape[:-1]:
-            return None
-        call = self.few_tokens_call()
-        return None if call is None else call(x)
 
     def few_tokens_call(self) -> Callable[[Tensor], Tensor | None] | None:
         """What maps a few tokens (..., dim) in one call, without gradients and where nothing else looks on; or None.

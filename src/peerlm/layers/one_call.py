@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
@@ -35,6 +35,25 @@ def where(tensors: Sequence[Tensor | None]) -> list[object]:
     first = tensors[0]
     dtype = None if first is None else first.dtype
     return [dtype, *[None if tensor is None else tensor.data_ptr() for tensor in tensors]]
+
+
+class _Layer(Protocol):
+    dim: int
+
+    def few_tokens_call(self) -> Callable[[Tensor], Tensor | None] | None: ...
+
+
+def in_one_call(layer: _Layer, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """What a layer makes of a few tokens x (..., dim) without gradients and where nothing else looks on; or None.
+
+    What else may be wrong with the arguments is found without it.
+    """
+    if torch.compiler.is_compiling() or x.numel() > FEW_TOKENS * layer.dim:
+        return None
+    if mask is not None and mask.shape != x.shape[:-1]:
+        return None
+    call = layer.few_tokens_call()
+    return None if call is None else call(x)
 
 
 class Prepared:

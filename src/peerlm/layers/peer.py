@@ -4,12 +4,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.layers.expert_table import ExpertTable
-from peerlm.layers.one_call import FEW_TOKENS, Prepared, nobody_looks_on
+from peerlm.layers.one_call import Prepared, in_one_call, nobody_looks_on
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.product_keys import ProductKeys
 from peerlm.layers.retrieval_layer import RetrievalLayer
@@ -148,7 +147,7 @@ class PEER(RetrievalLayer):
 
         Padding is mapped as well, but does not enter the statistics of a query BatchNorm.
         """
-        if (y := self._in_one_call(x, mask)) is not None:
+        if (y := in_one_call(self, x, mask)) is not None:
             return y
         x_TD, _ = flatten_tokens(x, mask, self.dim)
         packs = self.packs
@@ -156,18 +155,6 @@ class PEER(RetrievalLayer):
         mix = self.experts if packs is None else partial(packs.mix, self.experts)
         y_TD = self.out_proj(mix(self.in_proj(x_TD), *self.per_token(weights, expert_ids)))
         return y_TD.to(x.dtype).view(x.shape)
-
-    def _in_one_call(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """What the layer makes of a few tokens without gradients and where nothing else looks on; or None.
-
-        What else may be wrong with the arguments is found without it.
-        """
-        if torch.compiler.is_compiling() or x.numel() > FEW_TOKENS * self.dim:
-            return None
-        if mask is not None and mask.shape != x.shape[:-1]:
-            return None
-        call = self.few_tokens_call()
-        return None if call is None else call(x)
 
     def few_tokens_call(self) -> Callable[[Tensor], Tensor | None] | None:
         """What maps a few tokens (..., dim) in one call, without gradients and where nothing else looks on; or None.
