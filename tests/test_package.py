@@ -29,8 +29,8 @@ COMES_WITH = {"h11": "uvicorn", "pydantic-core": "pydantic"}
 
 @cache
 def modules_after(code: str) -> set[str]:
-    """Names of the top-level packages that a fresh interpreter has imported after running `code`."""
-    code += "; import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    """Names of the modules that a fresh interpreter has imported after running `code`."""
+    code += "; import sys; print(*sys.modules)"
     return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
 
 
@@ -42,6 +42,10 @@ def test_import_needs_no_library_of_models_or_data(code: str) -> None:
 def test_importing_the_layer_loads_torch() -> None:
     assert "torch" not in modules_after("import peerlm")
     assert "torch" in modules_after("from peerlm import PEER")
+
+
+def test_importing_the_layer_loads_no_compiler() -> None:
+    assert "torch._dynamo" not in modules_after("from peerlm import PEER")
 
 
 @pytest.mark.parametrize("name", peerlm.__all__)

@@ -275,7 +275,7 @@ class Table(nn.Module):
 
         return self._look_up(ids, compute)
 
-    def _look_up(self, ids: Tensor, compute: Callable[[Tensor, bool], Tensor]) -> Tensor:
+    def _look_up(self, ids: Tensor | None, compute: Callable[[Tensor, bool], Tensor]) -> Tensor:
         return outside_graphs(self._looked_up, ids, compute) if self.watched else self._looked_up(ids, compute)
 
     def read(self, first: int = 0, count: int | None = None) -> Tensor:
@@ -288,7 +288,7 @@ class Table(nn.Module):
         def compute(rows: Tensor, row_gradients: bool) -> Tensor:
             return rows[part] if self.scales is None else widened(rows[part], self.scales[part])
 
-        return self._looked_up(None, compute)
+        return self._look_up(None, compute)
 
     @torch.no_grad()
     def write(self, values: Tensor, first: int = 0, vector: int | None = None) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peerlm.ops.attention_step import AddedNorm, AttentionStep, Layer, RMSNorm, Step, Through
 from peerlm.ops.backend import Backend
+from peerlm.ops.compiled import constant_in_graphs, never_compiled
 from peerlm.ops.functions import ACTIVATIONS, WEIGHTINGS
 from peerlm.ops.pairing import PAIRINGS
 from peerlm.ops.row_formats import SCALED_DTYPES, scales_shape, width
@@ -35,6 +36,11 @@ They are imported when first asked for."""
 
 BACKENDS = ("auto", *_BACKENDS)
 
+_BY_ROW = (
+    "the gradient of a table that RowAdamW trains is given by row, which a compiled graph cannot do: "
+    "compile without fullgraph=True"
+)
+
 _loaded: dict[str, Backend] = {}
 
 
@@ -50,7 +56,7 @@ def _module(path: str) -> Backend:
     return _import(path) if found is None else found
 
 
-@torch.compiler.assume_constant_result  # torch.compile does not trace imports
+@constant_in_graphs  # torch.compile does not trace imports
 def _import(path: str) -> Backend:
     _loaded[path] = cast(Backend, importlib.import_module(path))
     return _loaded[path]
@@ -317,7 +323,9 @@ def mix_experts(
     )
     with _without_autocast(x):
         if row_gradients:
-            return _uncompiled(module, "mix_experts", x, weights, expert_ids, rows, scales, activation)
+            return never_compiled(
+                _BY_ROW, _with_row_gradients, module, "mix_experts", x, weights, expert_ids, rows, scales, activation
+            )
         return module.mix_experts(x, weights, expert_ids, rows, scales, activation)
 
 
@@ -359,7 +367,7 @@ def mix_values(
     module = _choose("mix_values", backend, weights, ids=value_ids, rows=values, row_gradients=row_gradients)
     with _without_autocast(weights):
         if row_gradients:
-            return _uncompiled(module, "mix_values", weights, value_ids, values)
+            return never_compiled(_BY_ROW, _with_row_gradients, module, "mix_values", weights, value_ids, values)
         return module.mix_values(weights, value_ids, values)
 
 
@@ -378,14 +386,10 @@ def dot_values(
     module = _choose("dot_values", backend, x, ids=value_ids, rows=values, row_gradients=row_gradients)
     with _without_autocast(x):
         if row_gradients:
-            return _uncompiled(module, "dot_values", x, value_ids, values)
+            return never_compiled(_BY_ROW, _with_row_gradients, module, "dot_values", x, value_ids, values)
         return module.dot_values(x, value_ids, values)
 
 
-@torch.compiler.disable(
-    reason="the gradient of a table that RowAdamW trains is given by row, which a compiled graph cannot do: "
-    "compile without fullgraph=True"
-)
-def _uncompiled(module: Backend, op: str, *arguments: object) -> Tensor:
+def _with_row_gradients(module: Backend, op: str, *arguments: object) -> Tensor:
     """An operation whose row gradients go to an optimizer, which may update rows in the backward pass."""
     return cast(Tensor, getattr(module, op)(*arguments, row_gradients=True))

@@ -16,6 +16,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from peerlm.ops.compiled import never_compiled
 from peerlm.ops.row_formats import SCALED_DTYPES
 from peerlm.ops.row_keeping import rows_change
 from peerlm.ops.row_shards import RowShard
@@ -138,15 +139,12 @@ def watch_rows(parameter: Tensor, watcher: RowWatcher) -> None:
     stay readable when nothing else refers to the optimizer any more. Any other read, by any function of PyTorch,
     brings all rows up to date first (`ops/watched.py`).
     """
-    global _call
     earlier = _watcher(parameter)
     if earlier is not None and earlier is not watcher:
         earlier.release(parameter)
     if not is_fake(parameter):  # of which nobody reads values
         watch_reads(parameter, partial(prepare_rows, parameter, None))
     setattr(parameter, _WATCHER, watcher)
-    if not hasattr(_call, "_torchdynamo_disable"):
-        _call = torch.compiler.disable(_call, reason=_OUTSIDE)  # not above: this imports the compiler
     for holder in list(_holders):
         if any(each is parameter for each in holder.row_parameters()):
             holder.watched = True
@@ -181,11 +179,7 @@ def _check_transforms(parameter: Tensor) -> None:
 
 def outside_graphs(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Call a function outside of compiled graphs, as look-ups must be of a table that an optimizer watches."""
-    return _call(function, *arguments)
-
-
-def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    return function(*arguments)
+    return never_compiled(_OUTSIDE, function, *arguments)
 
 
 def prepare_rows(parameter: Tensor, ids: Tensor | None) -> None:

@@ -1,8 +1,5 @@
 """What can be asked of tensors: whether they are plain memory, and whether looking at them waits for a device."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch._C import _functorch
@@ -66,17 +63,6 @@ def is_fake(tensor: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling()
-
-
-def never_compiled(reason: str, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """Call a function, outside of the graphs that torch.compile makes; it is told the reason."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.disable(_call, reason=reason)(function, *arguments)
-    return function(*arguments)
-
-
-def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    return function(*arguments)
 
 
 def may_have_holes(ids: Tensor) -> bool:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from peerlm.layers.table import ROW_FORMATS, Index, Replaced, Table, plain_kind
+from peerlm.ops.compiled import never_compiled
 from peerlm.ops.row_formats import SCALED_DTYPES, quantise, widened, width
 from peerlm.ops.row_shards import RowShard, hold_shard
-from peerlm.ops.tensors import has_values, never_compiled
+from peerlm.ops.tensors import has_values
 from peerlm.parallel.columns import mix_columns
 from peerlm.parallel.exchange import gather_tokens, padded, sum_for_tokens
 from peerlm.parallel.layout import Piece, RowLayout
@@ -20,7 +21,9 @@ from peerlm.parallel.place import Place
 from peerlm.ranks import inside_backward
 
 _NUMBERS_AT_ONCE = 1 << 18
-_REASON = "ranks exchange the tokens of a sharded table"
+_REASON = (
+    "ranks exchange the tokens of a sharded table, which a compiled graph cannot do: compile without fullgraph=True"
+)
 _local_states: ContextVar[bool] = ContextVar("local_states", default=False)
 
 
@@ -145,6 +148,9 @@ class ShardedTable(Table):
             raise ValueError(
                 "rows of a sharded table are gathered without gradients: call gather within torch.no_grad()"
             )
+        return never_compiled(_REASON, self._gather, ids, vector)
+
+    def _gather(self, ids: Tensor, vector: int | None) -> Tensor:
         count = self.place.all.most(ids.numel())
         local = self._on_all(ids.reshape(-1), count, counted=False)
         mine = local >= 0
@@ -187,6 +193,9 @@ class ShardedTable(Table):
         """As of `Table`, but a copy; each rank must call it, and gets all of the rows that it asks for."""
         if torch.is_grad_enabled() and self.requires_grad:
             raise ValueError("rows of a sharded table are read without gradients: call read within torch.no_grad()")
+        return never_compiled(_REASON, self._read, first, count)
+
+    def _read(self, first: int, count: int | None) -> Tensor:
         self.catch_up()
         count = self.num_rows - first if count is None else min(count, self.num_rows - first)
         out = torch.zeros(count, *self.row_shape, dtype=self._wide_dtype, device=self.device)

@@ -13,9 +13,10 @@ from peerlm.layers.mapped.cache import Home, RowCache
 from peerlm.layers.mapped.loaded import LoadedRows
 from peerlm.layers.mapped.table import MappedTable
 from peerlm.layers.table import Index, Replaced, Table, class_of, plain_kind
+from peerlm.ops.compiled import never_compiled
 from peerlm.ops.row_keeping import keep_at, keeper_of
 from peerlm.ops.row_updates import is_watched, look_up
-from peerlm.ops.tensors import has_values, never_compiled
+from peerlm.ops.tensors import has_values
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 CACHING = ["cuda"]
 """Types of devices that have places for rows of tables in files, and do not read the files themselves."""
 _NO_GRADIENTS = "rows that a device caches are mixed with gradients, and read without"
-_REASON = "the host fetches the rows that a device does not have"
+_FETCHED = "the host fetches the rows that a device does not have"
+_REASON = f"{_FETCHED}, which a compiled graph cannot do: compile without fullgraph=True"
 
 
 class CachedTable(Table):
@@ -108,7 +110,9 @@ class CachedTable(Table):
 
     def _brought(self, ids: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         if not has_values(ids):
-            raise RuntimeError(f"{_REASON}, so that ids must have values: no transforms of torch.func, no fake tensors")
+            raise RuntimeError(
+                f"{_FETCHED}, so that ids must have values: no transforms of torch.func, no fake tensors"
+            )
         assert self._cache is not None
         places = self._cache.bring(ids, training=self.requires_grad)
         found = compute(places)
@@ -127,6 +131,9 @@ class CachedTable(Table):
             return super().read(first, count)
         if torch.is_grad_enabled() and self.requires_grad:
             raise ValueError(f"{_NO_GRADIENTS}: call read within torch.no_grad()")
+        return never_compiled(_REASON, self._read_at_home, first, count)
+
+    def _read_at_home(self, first: int, count: int | None) -> Tensor:
         self.catch_up()
         device = self.device
         with self._at_home(changes=False):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peerlm.errors import UserError
+from peerlm.ops.compiled import constant_in_graphs
 from peerlm.ops.tensors import has_values
 
 _WORTH_KEEPING = 2**22  # bytes; torch keeps smaller ones itself
@@ -22,7 +23,7 @@ except ImportError as error:  # pure-Python installation, or a machine other tha
     )
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into the extension
+@constant_in_graphs  # torch.compile cannot look into the extension
 def unavailable() -> str:
     """Why there are no native kernels here; empty where there are.
 

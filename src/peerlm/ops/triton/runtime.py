@@ -8,6 +8,7 @@ import re
 import torch
 from torch import Tensor
 
+from peerlm.ops.compiled import constant_in_graphs
 from peerlm.ops.operators import PEERLM, Operators
 
 OLDEST = (3, 6)
@@ -51,7 +52,7 @@ def _version() -> str:
 _REASON = _why_not()
 
 
-@torch.compiler.assume_constant_result  # torch.compile does not trace the search for a package
+@constant_in_graphs  # torch.compile does not trace the search for a package
 def unavailable() -> str:
     """Why the kernels cannot run here; empty where they can."""
     return _REASON
@@ -77,7 +78,7 @@ def on_another_device(*tensors: Tensor | None) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def too_old() -> str:
     """Why the kernels cannot be compiled for this GPU; empty where they can. It is asked once there are tensors on it.
 
@@ -89,7 +90,7 @@ def too_old() -> str:
     return f"{torch.cuda.get_device_name()} has compute capability {has}, and the Triton kernels need {needed} or newer"
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def no_float8() -> str:
     """Why rows in float8_e4m3fn cannot be read here; empty where they can."""
     if _has_capability((8, 9)):
