@@ -1,6 +1,8 @@
 """Rows that were made with the text in another place become those of a recipe as it is now.
 
 python -m peerlm_studies.adopt runs/elsewhere/rows.jsonl recipes/frontier.toml results/frontier.jsonl
+python -m peerlm_studies.adopt runs/elsewhere/rows.jsonl recipes/seconds.toml results/seconds.jsonl
+    --speeds runs/elsewhere/speeds.jsonl --speeds-output results/seconds_speeds.jsonl
 """
 
 from collections.abc import Sequence
@@ -14,16 +16,20 @@ from peerlm.errors import UserError
 from peerlm.train.config import TrainConfig
 from peerlm.train.recipe import from_dict, to_dict
 from peerlm_studies.comparison.plan import CompareConfig, PlannedRun
+from peerlm_studies.equal_seconds.plan import load_seconds, speed_key
 from peerlm_studies.isoflop.plan import runs_of_recipe
 from peerlm_studies.rows import append_row, read_rows, read_runs
 from peerlm_studies.script import run_script
 
 
-def adopt(rows: Path, recipe: Path, output: Path, settings: Sequence[str] = ()) -> tuple[int, list[str]]:
+def adopt(
+    rows: Path, recipe: Path, output: Path, settings: Sequence[str] = (), speeds: Path | None = None
+) -> tuple[int, list[str]]:
     """Append to `output` the rows of a recipe's runs, found by all settings but where their text and folder are.
 
     A row gets the key, label, swept values and configuration that the recipe gives its run: its figures stay. That the
-    text is the same is for the caller to know. Rows that `output` has are left out.
+    text is the same is for the caller to know. Rows that `output` has are left out. A recipe of equal seconds needs the
+    file of `speeds` that its runs were made at, as `adopt_speeds` writes it.
 
     Returns:
         How many rows were appended, and the labels of those that belong to no run of the recipe.
@@ -33,7 +39,7 @@ def adopt(rows: Path, recipe: Path, output: Path, settings: Sequence[str] = ()) 
     """
     if not rows.is_file():
         raise UserError(f"there are no rows at {rows}: name a file that peerlm compare or peerlm isoflop wrote")
-    compare, runs = runs_of_recipe(recipe, settings)
+    compare, runs = runs_of_recipe(recipe, settings) if speeds is None else _timed_runs(recipe, settings, speeds)
     planned = {_key(run, compare): run for run in runs}
     have = {row["key"] for row in read_rows(output)}
     appended, strangers = 0, []
@@ -49,10 +55,42 @@ def adopt(rows: Path, recipe: Path, output: Path, settings: Sequence[str] = ()) 
     return appended, strangers
 
 
+def adopt_speeds(speeds: Path, recipe: Path, output: Path, settings: Sequence[str] = ()) -> int:
+    """Append to `output` the speeds of a recipe of equal seconds, found as rows are; returns how many.
+
+    Raises:
+        UserError: a file or a recipe cannot be read.
+    """
+    if not speeds.is_file():
+        raise UserError(f"there are no speeds at {speeds}: name a file that peerlm seconds --speeds wrote")
+    plan = load_seconds(recipe, list(settings))
+    have, appended = {row["key"] for row in read_rows(output)}, 0
+    for row in read_rows(speeds):
+        key = speed_key(_anywhere(from_dict(TrainConfig, row["config"])), row["threads"], plan.seconds)
+        for method in plan.recipe.methods:
+            train, own = plan.timed(method), plan.speed_key(method, row["threads"])
+            if own not in have and key == speed_key(_anywhere(train), row["threads"], plan.seconds):
+                append_row(output, {**row, "key": own, "method": method, "config": to_dict(train)})
+                have.add(own)
+                appended += 1
+    return appended
+
+
+def _timed_runs(recipe: Path, settings: Sequence[str], speeds: Path) -> tuple[CompareConfig, list[PlannedRun]]:
+    plan = load_seconds(recipe, list(settings))
+    found = plan.speeds(read_rows(speeds))
+    runs = plan.runs({method: row["seconds_per_step"] for method, row in found.items()})
+    return plan.compare, [run.planned for run in runs]
+
+
 def _key(run: PlannedRun, compare: CompareConfig) -> str:
     """The key of a run wherever its text is."""
-    data = replace(run.train.data, folder="-", sources=())
-    return replace(run, train=replace(run.train, data=data)).key(compare)
+    return replace(run, train=_anywhere(run.train)).key(compare)
+
+
+def _anywhere(train: TrainConfig) -> TrainConfig:
+    """A configuration that does not say where the text is."""
+    return replace(train, data=replace(train.data, folder="-", sources=()))
 
 
 def main(
@@ -60,9 +98,15 @@ def main(
     recipe: Path,
     output: Path,
     settings: Annotated[list[str], typer.Option("--set", help="Change a key of the recipe; repeatable.")] = [],  # noqa: B006
+    speeds: Annotated[Path | None, typer.Option(help="Of a recipe of equal seconds: its file of speeds.")] = None,
+    speeds_output: Annotated[Path | None, typer.Option(help="Where these are appended.")] = None,
 ) -> None:
     """Let rows be those of a recipe's runs."""
-    appended, strangers = adopt(rows, recipe, output, settings)
+    if (speeds is None) != (speeds_output is None):
+        raise UserError("--speeds and --speeds-output belong together: give both, or neither")
+    if speeds is not None and speeds_output is not None:
+        typer.echo(f"{adopt_speeds(speeds, recipe, speeds_output, settings)} speeds appended to {speeds_output}")
+    appended, strangers = adopt(rows, recipe, output, settings, speeds_output)
     typer.echo(f"{appended} rows appended to {output}")
     if strangers:
         typer.echo(f"of no run of {recipe}, and left out: {', '.join(strangers)}")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,19 @@ class SecondsPlan(StudyPlan):
 
     def speed_key(self, method: str, threads: int) -> str:
         """Digest of all that a method's speed depends on but the machine."""
-        values = {**bound_values(self.timed(method)), "threads": threads, "rounds": self.seconds.rounds}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return speed_key(self.timed(method), threads, self.seconds)
+
+    def speeds(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """By method, the last of the rows of speeds that is its own; methods without one are left out."""
+        found = {}
+        for row in rows:
+            for method in self.recipe.methods:
+                if row["key"] == self.speed_key(method, row["threads"]):
+                    found[method] = row
+        return found
 
     def runs(self, seconds_per_step: Mapping[str, float]) -> list[TimedRun]:
-        """The runs at these speeds, those of few seconds first; seeds within.
+        """The runs at these speeds, those of few seconds first; seeds within. Methods without a speed have none.
 
         Raises:
             UserError: a point has no room for a single step of a method.
@@ -75,7 +83,7 @@ class SecondsPlan(StudyPlan):
         for point in sorted(self.seconds.points):
             for seed in self.compare.seeds:
                 for method in self.recipe.methods:
-                    if point not in self.seconds.points_of(method):
+                    if method not in seconds_per_step or point not in self.seconds.points_of(method):
                         continue
                     steps = int(point / seconds_per_step[method])
                     if not steps:
@@ -88,6 +96,12 @@ class SecondsPlan(StudyPlan):
                     )
                     runs.append(TimedRun(method=method, seconds=point, planned=planned))
         return runs
+
+
+def speed_key(timed: TrainConfig, threads: int, seconds: SecondsConfig) -> str:
+    """Digest of all that the speed of a run depends on but the machine; see `SecondsPlan.timed`."""
+    values = {**bound_values(timed), "threads": threads, "rounds": seconds.rounds}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_seconds(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> SecondsPlan:

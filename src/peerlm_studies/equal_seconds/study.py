@@ -14,6 +14,7 @@ from rich.console import Console
 from peerlm.files import write_bytes, write_json
 from peerlm.terminal import print_markdown
 from peerlm.train.build import prepare_data
+from peerlm.train.recipe import to_dict
 from peerlm_studies.comparison.make_rows import make_rows
 from peerlm_studies.equal_seconds.plan import SecondsPlan, TimedRun, load_seconds
 from peerlm_studies.equal_seconds.speed import measure_speed
@@ -69,7 +70,8 @@ def measure_speeds(plan: SecondsPlan, console: Console, *, progress: bool) -> di
         if key not in have:
             train = plan.timed(method)
             prepare_data(train.data, progress=progress)
-            have[key] = {"key": key, "method": method, **measure_speed(train, warm_up=plan.seconds.warm_up)}
+            speed = measure_speed(train, warm_up=plan.seconds.warm_up)
+            have[key] = {"key": key, "method": method, **speed, "config": to_dict(train)}
             append_row(path, have[key])
             console.print(_said(have[key]), markup=False, highlight=False, soft_wrap=True)
         found[method] = have[key]

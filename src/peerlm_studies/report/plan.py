@@ -29,9 +29,9 @@ class SectionConfig:
 
     title: str
     """Its heading."""
-    kind: Literal["isoflop", "comparison", "table", "scaling", "frontier"]
-    """What rows are: of `peerlm isoflop`, of `peerlm compare`, any others, the file of `peerlm scaling`, or of the
-    first two, drawn over what they cost (`peerlm frontier`)."""
+    kind: Literal["isoflop", "comparison", "table", "scaling", "frontier", "seconds"]
+    """What rows are: of `peerlm isoflop`, of `peerlm compare`, any others, the file of `peerlm scaling`, of the first
+    two, drawn over what they cost (`peerlm frontier`), or of `peerlm seconds`."""
     rows: tuple[str, ...]
     """Files of rows; those that do not exist yet count as empty."""
     settings: tuple[str, ...] = ()
@@ -43,7 +43,8 @@ class SectionConfig:
     comparison count."""
     speeds: str = ""
     """With kind "isoflop": a file of rows of `peerlm_studies.isoflop.cost`; seconds are then what a run's tokens
-    take at the speed of its method and size there. Empty, or no such rows: the runs' own."""
+    take at the speed of its method and size there. Empty, or no such rows: the runs' own. With kind "seconds": the file
+    of speeds that the runs were made at."""
     question: str = ""
     """What was asked, above the table."""
     says: str = ""
@@ -56,8 +57,10 @@ class SectionConfig:
     def __post_init__(self) -> None:
         if not self.rows:
             raise UserError(f"section {self.title!r} of the report names no rows: add rows = [...]")
-        if self.kind == "isoflop" and not self.recipe:
+        if self.kind in ("isoflop", "seconds") and not self.recipe:
             raise UserError(f"section {self.title!r} of the report names no recipe: add recipe = ...")
+        if self.kind == "seconds" and not self.speeds:
+            raise UserError(f"section {self.title!r} of the report names no speeds: add speeds = ...")
         if self.kind == "table" and self.plot is not None and not self.plot.x:
             raise UserError(f"section {self.title!r} of the report draws a table over nothing: add plot.x = [...]")
 

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from peerlm.errors import UserError
 from peerlm_studies.comparison.make_rows import rows_of
 from peerlm_studies.comparison.tables import columns_of, summarise
+from peerlm_studies.equal_seconds.plan import load_seconds
+from peerlm_studies.equal_seconds.study import plot_seconds, seconds_markdown, seconds_table
 from peerlm_studies.figures import finish
 from peerlm_studies.frontier.figures import plot_frontier
 from peerlm_studies.frontier.points import points_of
@@ -63,6 +65,8 @@ def make_section(config: SectionConfig, root: Path = Path(), settings: Sequence[
         return _isoflop(config, rows, root)
     if config.kind == "frontier":
         return _frontier(config, rows, root)
+    if config.kind == "seconds":
+        return _seconds(config, rows, root)
     if config.kind == "comparison":
         return _comparison(config, rows, root)
     return _table(config, rows)
@@ -172,6 +176,20 @@ def _frontier(config: SectionConfig, rows: Sequence[Row], root: Path) -> Section
     points = points_of(own)
     figures = {"frontier": plot_frontier(points), "costs": plot_frontier(points, COSTS)}
     return Section(rows=own, tables=[*note, frontier_markdown(points)], figures=figures)
+
+
+def _seconds(config: SectionConfig, rows: Sequence[Row], root: Path) -> Section:
+    plan = load_seconds(root / config.recipe, config.settings)
+    speeds = plan.speeds(read_rows(root / config.speeds))
+    runs = plan.runs({method: speed["seconds_per_step"] for method, speed in speeds.items()})
+    own = rows_of([run.planned for run in runs], plan.compare, _once(rows))
+    if not own:
+        return Section(rows=[])
+    made = {row["key"] for row in own}
+    missing = [run for run in runs if run.planned.key(plan.compare) not in made]
+    note = _not_made(((run.method, f"{run.seconds:g} s, seed {run.planned.seed}") for run in missing), len(runs))
+    table = seconds_table(plan, runs, own, speeds)
+    return Section(rows=own, tables=[*note, seconds_markdown(table)], figures={"seconds": plot_seconds(table)})
 
 
 def _comparison(config: SectionConfig, rows: Sequence[Row], root: Path) -> Section:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from peerlm import UserError
@@ -15,8 +16,13 @@ from peerlm.cli import main
 from peerlm.data import prepare
 from peerlm.terminal import print_markdown
 from peerlm.train.disturbance import OtherPrograms
+from peerlm.train.recipe import to_dict
+from peerlm_studies.adopt import adopt, adopt_speeds
+from peerlm_studies.adopt import main as main_of_adopt
 from peerlm_studies.equal_seconds import study
 from peerlm_studies.equal_seconds.plan import SecondsPlan, load_seconds
+from peerlm_studies.report.plan import SectionConfig
+from peerlm_studies.report.sections import make_section
 from peerlm_studies.rows import append_row, read_rows
 
 from ..recipes import DATA
@@ -57,7 +63,8 @@ def measured(others: float | None = 0.0) -> Any:
     def measure(train: Any, *, warm_up: int) -> dict[str, Any]:
         measure.calls += 1  # type: ignore[attr-defined]
         seconds = 0.2 if train.model["ffw_layers"] == "peer" else 0.1
-        return {"seconds_per_step": seconds, "spread": 0.0, "other_cores": others, "threads": 2, "machine": {}}
+        threads = torch.get_num_threads()
+        return {"seconds_per_step": seconds, "spread": 0.0, "other_cores": others, "threads": threads, "machine": {}}
 
     measure.calls = 0  # type: ignore[attr-defined]
     return measure
@@ -69,7 +76,8 @@ def made(runs: Sequence[Any], compare: Any, output: Path, console: Console, *, s
         steps = run.train.budget.steps
         loss = 5 - math.log(steps) * (1.5 if run.method == "PEER" else 1) + 0.1 * run.seed
         summary = {"validation_loss": loss, "steps": steps, "tokens": 64 * steps}
-        append_row(output / "rows.jsonl", {"key": run.key(compare), "seed": run.seed, "summary": summary})
+        row = {"key": run.key(compare), "method": run.method, "label": run.label, "seed": run.seed, "sweep": run.sweep}
+        append_row(output / "rows.jsonl", row | {"config": to_dict(run.train), "summary": summary})
 
 
 def test_points_become_steps_with_seeds_and_few_seconds_first(recipe: Path) -> None:
@@ -110,7 +118,7 @@ def test_a_study_measures_once_and_its_table_has_the_best_of_each_point(
     row = next(line for line in text.splitlines() if line.startswith("| PEER |  | "))
     assert row.startswith(f"| PEER |  | {table[2]['perplexity']:.1f} ± ")
     assert "* | 200.0 |" in row
-    assert "at speeds on cpu, 2 threads." in text
+    assert f"at speeds on cpu, {torch.get_num_threads()} threads." in text
     console = Console(file=io.StringIO(), width=80)
     print_markdown(text, console)
     assert max(map(len, console.file.getvalue().splitlines())) <= 80  # type: ignore[attr-defined]
@@ -189,3 +197,35 @@ def test_a_speed_is_known_by_what_it_depends_on(recipe: Path) -> None:
     keys.add(load_seconds(recipe, ["data.context=8"]).speed_key("dense", 2))
     assert len(keys) == 4
     assert load_seconds(recipe, ["seconds.points=[5, 3]"]).speed_key("dense", 2) == plan.speed_key("dense", 2)
+
+
+def test_rows_and_speeds_from_elsewhere_make_a_section_of_a_report(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "measure_speed", measured())
+    monkeypatch.setattr(study, "make_rows", made)
+    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+    table = study.equal_seconds(recipe, [f"data.folder={tmp_path}/elsewhere", "seconds.points=[3]"], progress=False)
+    out, results, speeds = tmp_path / "out", tmp_path / "rows.jsonl", tmp_path / "speeds.jsonl"
+    main_of_adopt(out / "rows.jsonl", recipe, results, speeds=out / "speeds.jsonl", speeds_output=speeds)
+    assert len(read_rows(speeds)) == 2
+    assert len(read_rows(results)) == 4
+    assert "elsewhere" not in results.read_text() + speeds.read_text()
+    assert adopt_speeds(out / "speeds.jsonl", recipe, speeds) == 0
+    assert adopt(out / "rows.jsonl", recipe, results, speeds=speeds) == (0, [])
+    plan = {"title": "At equal seconds", "kind": "seconds", "recipe": "recipe.toml", "command": "peerlm seconds"}
+    section = make_section(SectionConfig(**plan, rows=("rows.jsonl",), speeds="speeds.jsonl"), tmp_path)
+    note, markdown = section.tables
+    assert note.startswith(
+        "2 of the recipe's 6 runs were not made, and are not in tables and plots: dense (1 s, seed 0"
+    )
+    assert f"| {table[1]['perplexity']:.1f} ± " in markdown
+    assert list(section.figures) == ["seconds"]
+    assert make_section(SectionConfig(**plan, rows=("none.jsonl",), speeds="speeds.jsonl"), tmp_path).rows == []
+
+
+def test_what_adopting_lacks_is_named(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there are no speeds at .*none: name a file that peerlm seconds --speeds"):
+        adopt_speeds(tmp_path / "none", recipe, tmp_path / "speeds.jsonl")
+    with pytest.raises(UserError, match="--speeds and --speeds-output belong together"):
+        main_of_adopt(tmp_path, recipe, tmp_path, speeds=tmp_path)

@@ -179,6 +179,11 @@ def test_names_are_text_and_never_markup(folder: Path) -> None:
     ("old", "new", "message"),
     [
         ('recipe = "isoflop.toml"\n', "", "section 'Curves & sizes' of the report names no recipe: add recipe"),
+        (
+            'kind = "isoflop"',
+            'kind = "seconds"',
+            "section 'Curves & sizes' of the report names no speeds: add speeds",
+        ),
         ('{ x = ["batch"],', "{", "section 'Seconds' of the report draws a table over nothing: add plot.x"),
         ('x = ["batch"]', 'x = ["kind"]', "section 'Seconds' of the report draws kind, which in a row is 'dense'"),
         ("eval.final_windows", "eval.none", "draws eval.none, which in a row is None: a number"),
