@@ -1,10 +1,12 @@
-"""A pack and LoRA with as many trained numbers on the same text: what each learns of it, and what other text loses.
+"""A pack, LoRA with as many trained numbers, or another way to learn: what each learns of a text, what others lose.
 
 Each run is what `peerlm learn` does, in a folder of its own, and one row. Started again with the same arguments, the
 script resumes what was stopped, and leaves out runs that have a row.
 
     python benchmarks/teach.py MODEL --text docs.txt --heldout docs_heldout.txt --other prose.txt
-        --output runs/teach --json FILE [--method pack lora] [--tokens 32768]
+        --output runs/teach --json FILE [--method pack lora full] [--tokens 32768]
+
+The methods grow and sparse need a model with PEER layers, as `peerlm convert MODEL` makes it.
 """
 
 # ruff: noqa: T201, tables on the terminal are what this is for
@@ -24,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.cli.stage_options import learn_config
 from peerlm.continual import LearnConfig, learn
+from peerlm.continual.methods import METHODS
 from peerlm.continual.stream import Measure
 from peerlm.evaluate import score_last_words, score_text
 from peerlm.evaluate.files import PASSAGE, fields_of, read_document_parts, read_passages
@@ -128,7 +131,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, help="other documents of the text's kind; default: held out of it")
     parser.add_argument("--other", type=Path, nargs="*", default=[], help="files that are no part of it")
     parser.add_argument("--other-tokens", type=int, default=8192, help="tokens of each that are read")
-    parser.add_argument("--method", nargs="+", default=["pack", "lora"], choices=["pack", "lora"])
+    parser.add_argument("--method", nargs="+", default=["pack", "lora"], choices=METHODS)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the (one) method")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--batch-size", type=int, default=4)
