@@ -144,14 +144,17 @@ def _at_speeds(config: SectionConfig, speeds: Sequence[Row]) -> str:
     return f", at the speed of each method and size on {threads} threads of a CPU (`{config.speeds}`)"
 
 
-def _not_made(runs: Iterable[tuple[str, str]], of: int) -> list[str]:
-    """A sentence that names the runs of a recipe, `of` in all, without a row, by method; none where each has one."""
+def _not_made(runs: Iterable[tuple[str, str]], of: int, count: int | None = None) -> list[str]:
+    """A sentence that names the runs of a recipe, `of` in all, without a row, by method; none where each has one.
+
+    count: how many they are, where a name stands for several.
+    """
     by_method: dict[str, list[str]] = {}
     for method, place in runs:
         by_method.setdefault(method, []).append(place)
     if not by_method:
         return []
-    count = sum(map(len, by_method.values()))
+    count = sum(map(len, by_method.values())) if count is None else count
     named = "; ".join(f"{method} ({', '.join(places)})" for method, places in by_method.items())
     return [f"{count} of the recipe's {of} runs were not made, and are not in tables and plots: {named}."]
 
@@ -186,8 +189,19 @@ def _seconds(config: SectionConfig, rows: Sequence[Row], root: Path) -> Section:
     if not own:
         return Section(rows=[])
     made = {row["key"] for row in own}
-    missing = [run for run in runs if run.planned.key(plan.compare) not in made]
-    note = _not_made(((run.method, f"{run.seconds:g} s, seed {run.planned.seed}") for run in missing), len(runs))
+    seeds: dict[tuple[str, float], list[int]] = {}
+    for run in runs:
+        if run.planned.key(plan.compare) not in made:
+            seeds.setdefault((run.method, run.seconds), []).append(run.planned.seed)
+    note = _not_made(
+        [
+            (method, f"{point:g} s" if seed is None else f"{point:g} s with seed {seed}")
+            for (method, point), those in seeds.items()
+            for seed in (those if len(those) < len(plan.compare.seeds) else [None])
+        ],
+        len(runs),
+        sum(map(len, seeds.values())),
+    )
     table = seconds_table(plan, runs, own, speeds)
     return Section(rows=own, tables=[*note, seconds_markdown(table)], figures={"seconds": plot_seconds(table)})
 
