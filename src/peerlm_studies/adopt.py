@@ -16,7 +16,7 @@ from peerlm.errors import UserError
 from peerlm.train.config import TrainConfig
 from peerlm.train.recipe import from_dict, to_dict
 from peerlm_studies.comparison.plan import CompareConfig, PlannedRun
-from peerlm_studies.equal_seconds.plan import load_seconds, speed_key
+from peerlm_studies.equal_seconds.plan import load_seconds, runs_at_speeds, speed_key
 from peerlm_studies.isoflop.plan import runs_of_recipe
 from peerlm_studies.rows import append_row, read_rows, read_runs
 from peerlm_studies.script import run_script
@@ -39,7 +39,10 @@ def adopt(
     """
     if not rows.is_file():
         raise UserError(f"there are no rows at {rows}: name a file that peerlm compare or peerlm isoflop wrote")
-    compare, runs = runs_of_recipe(recipe, settings) if speeds is None else _timed_runs(recipe, settings, speeds)
+    if speeds is None:
+        compare, runs = runs_of_recipe(recipe, settings)
+    else:
+        compare, runs = runs_at_speeds(recipe, read_rows(speeds), list(settings))
     planned = {_key(run, compare): run for run in runs}
     have = {row["key"] for row in read_rows(output)}
     appended, strangers = 0, []
@@ -74,13 +77,6 @@ def adopt_speeds(speeds: Path, recipe: Path, output: Path, settings: Sequence[st
                 have.add(own)
                 appended += 1
     return appended
-
-
-def _timed_runs(recipe: Path, settings: Sequence[str], speeds: Path) -> tuple[CompareConfig, list[PlannedRun]]:
-    plan = load_seconds(recipe, list(settings))
-    found = plan.speeds(read_rows(speeds))
-    runs = plan.runs({method: row["seconds_per_step"] for method, row in found.items()})
-    return plan.compare, [run.planned for run in runs]
 
 
 def _key(run: PlannedRun, compare: CompareConfig) -> str:

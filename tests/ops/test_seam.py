@@ -14,6 +14,7 @@ API = "peerlm.ops.api"
 PUBLIC = {
     "api",
     "attention_step",
+    "compiled",
     "functions",
     "grouped_products",
     "operators",

@@ -11,6 +11,7 @@ import yaml
 
 from peerlm.train.recipe import read_recipe
 from peerlm_studies.comparison.make_rows import rows_of
+from peerlm_studies.equal_seconds.plan import runs_at_speeds
 from peerlm_studies.isoflop.plan import runs_of_recipe
 from peerlm_studies.lifelong.plan import load_plan as load_streams
 from peerlm_studies.report.plan import SectionConfig, load_report
@@ -57,7 +58,11 @@ def test_questions_are_asked_as_published_figures_ask_them(name: str) -> None:
 
 @pytest.mark.parametrize("section", OF_A_RECIPE, ids=lambda section: section.title)
 def test_every_row_of_a_report_is_still_a_run_of_its_recipe(section: SectionConfig) -> None:
-    compare, runs = runs_of_recipe(ROOT / section.recipe, [*REPORT.settings, *section.settings])
+    settings = [*REPORT.settings, *section.settings]
+    if section.kind == "seconds":
+        compare, runs = runs_at_speeds(ROOT / section.recipe, read_rows(ROOT / section.speeds), settings)
+    else:
+        compare, runs = runs_of_recipe(ROOT / section.recipe, settings)
     rows = [row for file in section.rows for row in read_rows(ROOT / file)]
     assert rows
     assert rows_of(runs, compare, rows) == rows

@@ -10,7 +10,7 @@ from typing import Any
 from peerlm.errors import UserError, listed
 from peerlm.train.config import TrainConfig
 from peerlm.train.recipe import bound_values, from_dict, read_recipe
-from peerlm_studies.comparison.plan import PlannedRun, StudyPlan, comparison_of, take_section
+from peerlm_studies.comparison.plan import CompareConfig, PlannedRun, StudyPlan, comparison_of, take_section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,3 +124,17 @@ def load_seconds(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) 
         if method not in recipe.methods:
             raise UserError(f"seconds.only names {method!r}: choose from {listed(recipe.methods)}")
     return SecondsPlan(seconds=study, recipe=replace(recipe, shared=recipe.shared | {"budget": {}}))
+
+
+def runs_at_speeds(
+    path: str | Path, speeds: Iterable[Mapping[str, Any]], overrides: tuple[str, ...] | list[str] = ()
+) -> tuple[CompareConfig, list[PlannedRun]]:
+    """What is measured of each run, and the runs, of a recipe of equal seconds at the rows of its speeds.
+
+    Raises:
+        UserError: as `load_seconds`.
+    """
+    plan = load_seconds(path, overrides)
+    found = plan.speeds(speeds)
+    runs = plan.runs({method: row["seconds_per_step"] for method, row in found.items()})
+    return plan.compare, [run.planned for run in runs]
