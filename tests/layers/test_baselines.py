@@ -52,6 +52,26 @@ def test_gradients(rival: str) -> None:
     assert torch.autograd.gradcheck(forward, (x, *parameters))
 
 
+LARGER: dict[str, Any] = {
+    "expert_choice": lambda: ExpertChoiceMoE(32, num_experts=16, hidden=8, capacity_factor=8),
+    "token_choice": lambda: TokenChoiceMoE(32, num_experts=16, hidden=8),
+    "fine_grained_moe": lambda: FineGrainedMoE(32, num_experts=16, experts_per_token=6, hidden=8),
+}
+
+
+@pytest.mark.parametrize("rival", LARGER)
+def test_gradients_have_the_same_bits_on_several_threads(rival: str) -> None:
+    layer, x, threads = LARGER[rival](), torch.randn(2048, 32, requires_grad=True), torch.get_num_threads()
+    torch.use_deterministic_algorithms(False)  # as outside of tests; the fixture that asked for them restores all
+    torch.set_num_threads(4)
+    try:
+        found = [torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()]) for _ in range(12)]
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 @pytest.mark.parametrize("rival", RIVALS)
 def test_autocast_and_copies(rival: str) -> None:
     layer = RIVALS[rival]()

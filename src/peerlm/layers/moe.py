@@ -105,7 +105,8 @@ class ExpertChoiceMoE(_LargeExperts):
         """Map x (..., dim) to (..., dim); padding (mask False) is not chosen, and takes no capacity."""
         x_TD, mask_T = flatten_tokens(x, mask, self.dim)
         gates_EC, tokens_EC = self._choose(self.router(x_TD), mask_T)
-        hidden_ECF = ACTIVATIONS[self.activation](torch.bmm(x_TD[tokens_EC], self.down))
+        chosen_ECD = x_TD.index_select(0, tokens_EC.flatten()).view(*tokens_EC.shape, self.dim)  # sums in one order
+        hidden_ECF = ACTIVATIONS[self.activation](torch.bmm(chosen_ECD, self.down))
         out_ECD = torch.bmm(hidden_ECF, self.up)
         weighted = (out_ECD * gates_EC[..., None].to(out_ECD.dtype)).flatten(0, 1)
         y_TD = torch.zeros_like(x_TD, dtype=weighted.dtype).index_add(0, tokens_EC.flatten(), weighted)
