@@ -65,13 +65,11 @@ class SecondsPlan(StudyPlan):
         return speed_key(self.timed(method), threads, self.seconds)
 
     def speeds(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-        """By method, the last of the rows of speeds that is its own; methods without one are left out."""
-        found = {}
-        for row in rows:
-            for method in self.recipe.methods:
-                if row["key"] == self.speed_key(method, row["threads"]):
-                    found[method] = row
-        return found
+        """By method, the row of speeds that is its own; methods without one are left out."""
+        by_key = {row["key"]: row for row in rows}
+        threads = {row["threads"] for row in by_key.values()}
+        keys = {self.speed_key(method, count): method for method in self.recipe.methods for count in threads}
+        return {method: by_key[key] for key, method in keys.items() if key in by_key}
 
     def runs(self, seconds_per_step: Mapping[str, float]) -> list[TimedRun]:
         """The runs at these speeds, those of few seconds first; seeds within. Methods without a speed have none.
