@@ -24,7 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2},
     "grow": {"sub_keys": 2},
     "pack": {"experts": 16},
-    "pool": {"num_experts": 16, "experts_per_head": 4, "key_dim": 8},
+    "pool": {"num_experts": 16, "key_dim": 8},
 }
 
 
@@ -169,7 +169,7 @@ def test_experts_that_are_not_trained_are_refused(
         learn(configure(method=method, model=str(tmp_path / "int8")), progress=False)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "pool"])
 def test_other_methods_take_any_model(method: str, configure: Callable[..., LearnConfig], texts: Path) -> None:
     config = configure(method=method, model=str(texts / "dense"), budget={"steps": 1})
     assert len(learn(config, progress=False)) == 3

@@ -1,5 +1,6 @@
 """A pool of low-rank experts beside frozen layers, which every stage trains further."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -31,8 +32,8 @@ class Pool(Method):
     """Of the pool beside each layer, a square number."""
     heads: int = 1
     """Queries of a token in each layer."""
-    experts_per_head: int = 16
-    """Experts that each query retrieves."""
+    experts_per_head: int | None = None
+    """Experts that each query retrieves; null: 16, or as many as there are sub-keys for."""
     key_dim: int = 32
     """Size of a query, even."""
     rank: int = 1
@@ -73,16 +74,17 @@ class Pool(Method):
         given: nn.Module = model
         if isinstance(given, PeftModel):
             return given
+        retrieved = self.experts_per_head or min(16, math.isqrt(self.num_experts))
         targets, dim = ([*self.target_modules], None) if self.target_modules else _ffws(model)
         try:
             config = PeerAdapterConfig(
                 num_experts=self.num_experts,
                 heads=self.heads,
-                experts_per_head=self.experts_per_head,
+                experts_per_head=retrieved,
                 key_dim=self.key_dim,
                 rank=self.rank,
                 activation=self.activation,
-                weight_scale=float(self.experts_per_head),
+                weight_scale=float(retrieved),
                 target_modules=targets[0] if targets == ["all-linear"] else targets,
                 module_dim=dim,
                 task_type="CAUSAL_LM",
