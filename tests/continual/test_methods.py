@@ -135,6 +135,7 @@ def test_a_pool_leaves_the_model_alone_and_is_trained_from_stage_to_stage(
     ("settings", "says"),
     [
         ({"num_experts": 15}, "no pool of these settings fits the model: num_experts"),
+        ({"num_experts": -4}, "no pool of these settings fits the model: num_experts is -4"),
         ({"target_modules": ["nowhere"]}, "no pool of these settings fits the model: "),
         ({"rate": 0}, r"pool.rate = 0.0: must be above 0"),
         ({"slices": 3}, "slices"),

@@ -74,7 +74,7 @@ class Pool(Method):
         given: nn.Module = model
         if isinstance(given, PeftModel):
             return given
-        retrieved = self.experts_per_head or min(16, math.isqrt(self.num_experts))
+        retrieved = self.experts_per_head or min(16, math.isqrt(max(1, self.num_experts)))
         targets, dim = ([*self.target_modules], None) if self.target_modules else _ffws(model)
         try:
             config = PeerAdapterConfig(
