@@ -49,6 +49,7 @@ def test_each_method_learns_both_texts(method: str, configure: Callable[..., Lea
         assert stage["perplexity"] == {name: math.exp(loss) for name, loss in stage["loss"].items()}
         assert stage["steps"] == 12
         assert stage["tokens"] == 12 * 4 * 16
+        assert stage["peak_memory_bytes"] > 2**26  # PyTorch alone takes as much
 
 
 def test_growth_keeps_old_rows_old_keys_and_all_the_rest(configure: Callable[..., LearnConfig], texts: Path) -> None:
