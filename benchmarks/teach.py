@@ -104,9 +104,13 @@ def taught(config: LearnConfig, measure: Measure) -> tuple[dict[str, Any], dict[
     before, after = learn(config, resume="auto", measure=measure)
     row = {
         "trained_parameters": after["trained_parameters"],
-        "megabytes": sum(path.stat().st_size for path in Path(config.run).glob("stages/*/pack/*")) / 1e6,
+        "megabytes": sum(
+            path.stat().st_size for part in ("pack", "adapter") for path in Path(config.run).glob(f"stages/*/{part}/*")
+        )
+        / 1e6,
         "tokens": after["tokens"],
         "steps": after["steps"],
+        "peak_memory_bytes": after["peak_memory_bytes"],
         "loss": change(before["loss"], after["loss"]) | change(before["other"], after["other"]),
         "gates": after.get("gates"),
         "precision": before["precision"],
@@ -161,7 +165,9 @@ def main() -> None:
         if has_row(rows, key):
             print(f"{method}: there is a row")
             continue
-        name = "-".join([method, *settings, f"{options.learning_rate:g}", str(options.tokens or "once")])
+        name = "-".join(
+            [method, *settings, f"{options.learning_rate:g}", str(options.tokens or "once"), f"seed={options.seed}"]
+        )
         folder = options.output / name.replace("/", "_")
         config = learn_config(
             run=str(folder),

@@ -227,7 +227,7 @@ def test_generate_asks_for_a_sample(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     begins = ("--document-start", "<s>", "--device-rows", "12")
     printed = (0, "", "note: the prompt begins with <s>\n")
     assert run(capsys, "generate", "runs/a", "Once", *options, *begins) == printed
-    notes.assert_called_once_with("model", "tokenizer", "<s>")
+    notes.assert_called_once_with("model", "tokenizer", "<s>", chat=False)
     module.load_model.assert_called_once_with(Path("runs/a"), [], device_rows=12)  # type: ignore[attr-defined]
     sample_text.assert_called_once_with(
         "model",
@@ -239,6 +239,7 @@ def test_generate_asks_for_a_sample(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         top_p=0.9,
         seed=7,
         document_start="<s>",
+        chat=False,
         streamer=ANY,
     )
 

@@ -157,6 +157,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(["train", f"{ROOT}/recipes/train-demo.toml", *changes, *output])
         shutil.rmtree(folder / name / "checkpoints")  # nothing shown reads them, and each test copies a run
     tokenizer = load_tokenizer(folder / "data")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=len(tokenizer), n_positions=256, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
     tokenizer.save_pretrained(folder / "gpt2")

@@ -12,14 +12,20 @@ from torch import Tensor
 from peerlm.continual import LearnConfig, learn
 from peerlm.continual.method import freeze, peer_layers
 from peerlm.continual.methods import METHODS, method_of
+from peerlm.data import TokenShards, TokenWindows
 from peerlm.errors import UserError
-from peerlm.evaluate import load_model
+from peerlm.evaluate import held_out_loss, load_model
 from peerlm.growth import to_shells
 from peerlm.packs.api import load_pack, loaded_packs
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-SETTINGS: dict[str, dict[str, Any]] = {"lora": {"rank": 2}, "grow": {"sub_keys": 2}, "pack": {"experts": 16}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 2},
+    "grow": {"sub_keys": 2},
+    "pack": {"experts": 16},
+    "pool": {"num_experts": 16, "key_dim": 8},
+}
 
 
 def weights(folder: str | Path) -> dict[str, Tensor]:
@@ -43,6 +49,7 @@ def test_each_method_learns_both_texts(method: str, configure: Callable[..., Lea
         assert stage["perplexity"] == {name: math.exp(loss) for name, loss in stage["loss"].items()}
         assert stage["steps"] == 12
         assert stage["tokens"] == 12 * 4 * 16
+        assert stage["peak_memory_bytes"] > 2**26  # PyTorch alone takes as much
 
 
 def test_growth_keeps_old_rows_old_keys_and_all_the_rest(configure: Callable[..., LearnConfig], texts: Path) -> None:
@@ -98,6 +105,50 @@ def test_lora_is_merged(configure: Callable[..., LearnConfig], texts: Path) -> N
     assert torch.equal(after["model.layers.0.ffw.experts.rows"], old["model.layers.0.ffw.experts.rows"])
 
 
+@pytest.mark.parametrize("model", ["peer", "dense"])
+def test_a_pool_leaves_the_model_alone_and_is_trained_from_stage_to_stage(
+    model: str, configure: Callable[..., LearnConfig], texts: Path
+) -> None:
+    config = configure(method="pool", settings=SETTINGS["pool"], model=str(texts / model), heldout_windows=None)
+    rows = learn(config, progress=False)
+    base = weights(texts / model)
+    stages = [Path(config.run) / "stages" / name / "adapter" for name in ("1-code", "2-law")]
+    after = [weights(folder) for folder in stages]
+    for found in after:
+        kept = {name.replace(".base_layer", ""): each for name, each in found.items() if "peer_adapter" not in name}
+        assert kept.keys() == base.keys()
+        assert all(torch.equal(kept[name], base[name]) for name in base)
+    pools = [name for name in after[0] if "peer_adapter" in name]
+    assert rows[1]["trained_parameters"] == sum(after[0][name].numel() for name in pools)
+    tables = [name for name in pools if name.endswith("up.rows")]
+    assert len(tables) == 2
+    for name in tables:  # zero at the start, and not begun again
+        first, second = (found[name] for found in after)
+        assert 0 < (second - first).norm() < second.norm()
+        assert first.any()
+    heldout = TokenWindows(TokenShards(Path(str(config.data)) / "law", "heldout"), 16)
+    for folder, row in zip(stages, rows[1:], strict=True):
+        loaded, _ = load_model(folder)
+        assert held_out_loss(loaded, heldout, batch_size=8) == pytest.approx(row["loss"]["law"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_experts": 15}, "no pool of these settings fits the model: num_experts"),
+        ({"num_experts": -4}, "no pool of these settings fits the model: num_experts is -4"),
+        ({"target_modules": ["nowhere"]}, "no pool of these settings fits the model: "),
+        ({"rate": 0}, r"pool.rate = 0.0: must be above 0"),
+        ({"slices": 3}, "slices"),
+    ],
+)
+def test_settings_of_a_pool_that_cannot_be_say_so(
+    settings: dict[str, Any], says: str, configure: Callable[..., LearnConfig]
+) -> None:
+    with pytest.raises(UserError, match=says):
+        learn(configure(method="pool", settings=settings), progress=False)
+
+
 @pytest.mark.parametrize("method", ["grow", "sparse"])
 def test_methods_of_experts_refuse_a_model_without(
     method: str, configure: Callable[..., LearnConfig], texts: Path
@@ -120,7 +171,7 @@ def test_experts_that_are_not_trained_are_refused(
         learn(configure(method=method, model=str(tmp_path / "int8")), progress=False)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "pool"])
 def test_other_methods_take_any_model(method: str, configure: Callable[..., LearnConfig], texts: Path) -> None:
     config = configure(method=method, model=str(texts / "dense"), budget={"steps": 1})
     assert len(learn(config, progress=False)) == 3
@@ -142,7 +193,7 @@ def test_a_batch_norm_of_queries_keeps_its_statistics_where_old_experts_are_froz
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("magic", {}, "there is no method 'magic'; choose one of full, lora, grow, pack, sparse"),
+        ("magic", {}, "there is no method 'magic'; choose one of full, lora, grow, pack, pool, sparse"),
         ("grow", {"sub_key": 3}, "unknown key 'grow.sub_key': did you mean 'grow.sub_keys'"),
         ("lora", {"rank": "two"}, "lora.rank = 'two': expected an integer"),
         ("full", {"rank": 2}, "method full has no settings, but rank is given"),

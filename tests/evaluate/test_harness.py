@@ -1,5 +1,7 @@
+import copy
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,36 @@ def test_generation_is_that_of_the_plain_model(model, tokenizer, saved) -> None:
         assert text == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True).split("\n\n")[0]
 
 
+def test_questions_in_a_chat_are_what_the_template_writes(model, tokenizer, saved, tasks, tmp_path) -> None:
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[assistant]:"
+    folder = tmp_path / "chatting"
+    shutil.copytree(saved, folder)
+    chatting.save_pretrained(folder)
+    rows = harness.evaluate_tasks(folder, [tasks], chat=True)
+    right = 0
+    for each in QUESTIONS:
+        asked = f"[user] {each['query']} [assistant]:"
+        nats = [_nats(model, tokenizer, asked, choice) for choice in each["choices"]]
+        right += nats.index(min(nats)) == each["gold"]
+    assert rows["choice"]["acc"] == right / 2
+    nats = [
+        _nats(model, tokenizer, f"[user] {each['context']} [assistant]:", " " + each["continuation"])
+        for each in PASSAGES
+    ]
+    assert math.log(rows["words"]["perplexity"]) == pytest.approx(sum(nats) / 2)
+    assert rows["words"]["start_from"] == "the chat template"
+    plain = harness.evaluate_tasks(saved, [tasks / "rolling.yaml"])["rolling"]
+    assert rows["rolling"] == plain  # no question
+
+
+def test_a_chat_needs_a_template_and_tasks(saved, tasks, capsys) -> None:
+    main_exits(["eval", str(saved), "--tasks", str(tasks), "--chat"], 2)
+    assert "no chat template: leave out --chat" in capsys.readouterr().err
+    main_exits(["eval", str(saved), "--chat"], 2)
+    assert "--chat is for the questions of --tasks" in capsys.readouterr().err
+
+
 def test_a_folder_of_tasks_and_a_limit(saved, tasks, capsys) -> None:
     main_exits(["eval", str(saved), "--tasks", str(tasks), "--limit", "1", "--json", "-"])
     rows = json.loads(capsys.readouterr().out)
@@ -181,10 +213,10 @@ def test_options_of_files_are_not_for_tasks(saved, tasks, option, capsys) -> Non
     assert "error: --stride, --detokenize and --copying are for files, and there are none" in capsys.readouterr().err
 
 
-def main_exits(arguments) -> None:
+def main_exits(arguments, code: int = 0) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
-    assert stopped.value.code == 0
+    assert stopped.value.code == code
 
 
 def test_lm_evals_own_command(saved, tasks, tmp_path) -> None:

@@ -107,3 +107,36 @@ def test_impossible_sampling_is_named(flat, option):
 def test_a_seed_that_torch_does_not_take_is_named(flat, seed):
     with pytest.raises(UserError, match=f"seed is {seed}; it must fit into 64 bits"):
         sample_text(*flat, "tin", tokens=1, seed=seed)
+
+
+CHATML = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}"
+CHATML += "{% if add_generation_prompt %}[assistant] {% endif %}"
+
+
+@pytest.fixture
+def chatting(make_tokenizer):
+    tokenizer = make_tokenizer(template="<s> $A", bos="<s>")  # a template of its own, which a chat does without
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def test_a_chat_is_what_the_template_writes_and_the_answer_alone_is_returned(flat, chatting):
+    model, _ = flat
+    read = chatting("[user] tin</s>[assistant] ", add_special_tokens=False).input_ids
+    expected = model.generate(torch.tensor([read]), max_new_tokens=6, do_sample=False)[0, len(read) :]
+    answer = sample_text(model, chatting, "tin", tokens=6, temperature=0, chat=True)
+    assert answer == chatting.decode(expected, skip_special_tokens=True)
+    assert answer  # the comparison is of something
+    assert _ids(model, chatting, chat=True)[: len(read)] == read
+    assert notes_on_generation(model, chatting) != notes_on_generation(model, chatting, chat=True) == []
+
+
+def test_a_chat_that_cannot_be_written_says_why(flat, chatting, make_tokenizer):
+    model, _ = flat
+    with pytest.raises(UserError, match="no chat template: leave out --chat"):
+        sample_text(model, make_tokenizer(), "tin", tokens=1, chat=True)
+    with pytest.raises(UserError, match="leave out one of --document-start and --chat"):
+        sample_text(model, chatting, "tin", tokens=1, chat=True, document_start="none")
+    chatting.chat_template = "{{ raise_exception('no questions') }}"
+    with pytest.raises(UserError, match="refuses these messages: no questions: leave out --chat"):
+        sample_text(model, chatting, "tin", tokens=1, chat=True)

@@ -32,8 +32,9 @@ def learn(
         str,
         typer.Option(
             help="full: all weights; lora: low-rank matrices, merged after each stage; grow: new experts, the old ones "
-            "frozen; pack: a folder of experts for each text, beside any model, which is frozen; sparse: in each step "
-            "the experts that its text uses more than the background does."
+            "frozen; pack: a folder of experts for each text, beside any model, which is frozen; pool: one adapter of "
+            "experts beside any model, likewise; sparse: in each step the experts that its text uses more than the "
+            "background does."
         ),
     ] = "full",
     settings: Annotated[
@@ -62,7 +63,8 @@ def learn(
     tokens: Annotated[
         int | None,
         typer.Option(
-            help="New tokens of each stage; default 120,000; of lora and pack beside plain models, each text once."
+            help="New tokens of each stage; default 120,000; of lora, pack and pool beside plain models, each text "
+            "once."
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Or steps of each stage.")] = None,
@@ -81,8 +83,8 @@ def learn(
     precision: Annotated[
         str,
         typer.Option(
-            help="Of matrix products in training: fp32, bf16, or auto, which is bf16 for lora and pack of a model "
-            "without experts, on a processor that has it."
+            help="Of matrix products in training: fp32, bf16, or auto, which is bf16 for lora, pack and pool of a "
+            "model without experts, on a processor that has it."
         ),
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Of the order of the text and of new weights.")] = 0,

@@ -182,6 +182,7 @@ def train(
         "peerlm eval runs/a wiki.test.tokens --detokenize",
         "peerlm eval runs/a book.txt --copying",
         "peerlm eval runs/a --tasks recipes/tasks/copa.yaml --task-data tasks/",
+        "peerlm eval my-model --tasks recipes/tasks/piqa.yaml --task-data tasks/ --chat",
     ],
 )
 def evaluate(
@@ -209,6 +210,9 @@ def evaluate(
         bool, typer.Option("--copying", help="Measure too what the model copies from its context.")
     ] = False,
     document_start: DocumentStart = "auto",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask the questions of --tasks in the tokenizer's chat template.")
+    ] = False,
     pack: PackFolders = [],  # noqa: B006
     device_rows: DeviceRows = 0,
     json_file: Json = None,
@@ -220,6 +224,8 @@ def evaluate(
         raise UserError(
             "--stride, --detokenize and --copying are for files, and there are none; name one, or leave them out"
         )
+    if chat and not tasks:
+        raise UserError("--chat is for the questions of --tasks, and there are none: name a task, or leave out --chat")
     rows: dict[str, dict[str, Any]] = {}
     if files or not tasks:
         rows |= evaluate(
@@ -246,6 +252,7 @@ def evaluate(
             packs=pack,
             device_rows=device_rows,
             document_start=document_start,
+            chat=chat,
             task_data=task_data,
         )
     for note in dict.fromkeys(note for row in rows.values() for note in row.get("notes", [])):
@@ -258,6 +265,7 @@ def evaluate(
     examples=[
         "peerlm generate runs/a 'Once upon a time'",
         "peerlm generate runs/a 'The capital of' --temperature 0 --tokens 20",
+        "peerlm generate my-model 'What is gravity?' --chat",
     ]
 )
 def generate(
@@ -273,16 +281,19 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     document_start: DocumentStart = "auto",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message of the tokenizer's chat template.")
+    ] = False,
     pack: PackFolders = [],  # noqa: B006
     device_rows: DeviceRows = 0,
 ) -> None:
-    """Let a trained model continue a prompt, printed while it is written."""
+    """Let a trained model continue a prompt, or answer a message, printed while it is written."""
     from transformers import TextStreamer
 
     from peerlm.evaluate import load_model, notes_on_generation, sample_text
 
     model, tokenizer = load_model(run, pack, device_rows=device_rows)
-    for note in notes_on_generation(model, tokenizer, document_start):
+    for note in notes_on_generation(model, tokenizer, document_start, chat=chat):
         typer.echo(f"note: {note}", err=True)
     sample_text(
         model,
@@ -294,5 +305,6 @@ def generate(
         top_p=top_p,
         seed=seed,
         document_start=document_start,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        chat=chat,
+        streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True),
     )

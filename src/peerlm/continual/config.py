@@ -64,7 +64,7 @@ class LearnConfig:
     """Run or saved model to start from."""
     stages: tuple[StageConfig, ...]
     """Domains, in the order in which they are learned."""
-    method: Literal["full", "lora", "grow", "pack", "sparse"] = "full"
+    method: Literal["full", "lora", "grow", "pack", "pool", "sparse"] = "full"
     """How the model changes; see `peerlm.continual.methods`."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the method; see its class."""

@@ -7,7 +7,7 @@ from peerlm.continual.method import Method
 from peerlm.errors import UserError
 from peerlm.train.recipe import from_dict
 
-METHODS = ("full", "lora", "grow", "pack", "sparse")
+METHODS = ("full", "lora", "grow", "pack", "pool", "sparse")
 
 
 def method_of(name: str, settings: dict[str, Any]) -> Method:
@@ -37,6 +37,10 @@ def _method_class(name: str) -> type[Method]:
         from peerlm.continual.pack_per_stage import PackPerStage
 
         return PackPerStage
+    if name == "pool":
+        from peerlm.continual.pool import Pool
+
+        return Pool
     if name == "sparse":
         from peerlm.continual.sparse import Sparse
 

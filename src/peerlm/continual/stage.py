@@ -21,7 +21,7 @@ from peerlm.train.budget import Budget
 from peerlm.train.build import build_optimizer
 from peerlm.train.checkpoint import TrainState
 from peerlm.train.config import TrainConfig
-from peerlm.train.loop import fit, last_state
+from peerlm.train.loop import fit, last_state, peak_memory_bytes
 from peerlm.train.precision import attention_by_products
 from peerlm.train.training import Hook, Training
 from peerlm.usage import ExpertUsage
@@ -87,6 +87,7 @@ def learn_stage(lesson: Lesson, ranks: Ranks, *, progress: bool) -> dict[str, An
         "seconds": state.seconds,
         "trained_parameters": sum(parameter.numel() for parameter in training.weights.parameters()),
         "train_loss": state.train_loss,
+        "peak_memory_bytes": max(state.peak_memory_bytes, peak_memory_bytes(ranks.device)),
     }
 
 

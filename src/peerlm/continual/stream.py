@@ -65,7 +65,8 @@ def learn(
     Returns:
         The rows: that of the model before ("stage" is None; "document_start" is what begins each document and window,
         or None; "precision" that of matrix products in training), then one for each stage. A row has "perplexity" by
-        domain, and what the stage took: "steps", "tokens" (of new text), "flops", "seconds", "trained_parameters".
+        domain, and what the stage took: "steps", "tokens" (of new text), "flops", "seconds", "trained_parameters",
+        "peak_memory_bytes" (`train.loop.peak_memory_bytes`).
 
     Raises:
         UserError: a setting, text, model or folder that cannot be used; a new folder is removed where no stage has

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from peerlm.chat import check_chat
 from peerlm.data.encoder import TextEncoder
 from peerlm.data.tokenizer import begin_with
 from peerlm.errors import UserError, listed
@@ -35,6 +36,8 @@ except ImportError as error:
     raise UserError(f'tasks are run by lm-eval, which is not here ({error}): pip install "peerlm[eval]"') from error
 
 YAML = (".yaml", ".yml")
+IN_A_CHAT = {"document_start": None, "start_from": "the chat template"}
+"""What a row says of where its questions begin, if they are messages of a chat."""
 
 
 @register_model("peerlm")
@@ -50,6 +53,7 @@ class PeerHarness(HFLM):
         max_length: tokens read at once; default: as trained.
         packs: folders of packs to load into it (`peerlm.packs.api`).
         document_start: what stands before each text: "auto", "none" or a token.
+        chat: whether questions come in the tokenizer's chat template, which then says what stands before them.
         device_rows: as `load_model`.
         options: as of `HFLM`, such as batch_size.
 
@@ -64,10 +68,13 @@ class PeerHarness(HFLM):
         max_length: int | None = None,
         packs: Sequence[str | Path] = (),
         document_start: str = AUTO,
+        chat: bool = False,
         device_rows: int = 0,
         **options: Any,
     ):
         model, tokenizer = load_model(pretrained, packs, device_rows=device_rows)
+        if chat:
+            check_chat(tokenizer, document_start)
         max_length = default_context(pretrained, model) if max_length is None else int(max_length)
         check_context(model, max_length)
         options = {key: value for key, value in options.items() if key != "device"}  # load_model has chosen it
@@ -77,7 +84,7 @@ class PeerHarness(HFLM):
         if self.marks.start:
             options.setdefault("prefix_token_id", self.marks.start[-1])
         tokenizer = copy.deepcopy(tokenizer)
-        begin_with(tokenizer, self.marks.prompt_start)
+        begin_with(tokenizer, () if chat else self.marks.prompt_start)
         super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length, **options)
 
     def tok_encode(self, string: str, *arguments: Any, **options: Any) -> list[int]:
@@ -124,6 +131,7 @@ def evaluate_tasks(
     packs: Sequence[str | Path] = (),
     device_rows: int = 0,
     document_start: str = AUTO,
+    chat: bool = False,
     task_data: str | Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run lm-eval's tasks with the model of a run or a saved model.
@@ -138,6 +146,8 @@ def evaluate_tasks(
         fewshot: examples before each question; default: as the task says.
         packs, device_rows: as `load_model`.
         document_start: what stands before each text: "auto", "none" or a token (see `peerlm.marks`).
+        chat: whether each question is a user's message of the tokenizer's chat template, and examples before it are
+            earlier turns. Texts of rolling tasks are no questions, and stay.
         task_data: folder that relative names of data in task files start at; default: the working directory.
 
     Returns:
@@ -161,12 +171,19 @@ def evaluate_tasks(
             batch_size=batch_size,
             packs=packs,
             document_start=document_start,
+            chat=chat,
             device_rows=device_rows,
         )
         try:
             with _within(folder):
                 results = simple_evaluate(
-                    model=model, tasks=names, task_manager=manager, limit=limit, num_fewshot=fewshot, log_samples=False
+                    model=model,
+                    tasks=names,
+                    task_manager=manager,
+                    limit=limit,
+                    num_fewshot=fewshot,
+                    apply_chat_template=chat,
+                    log_samples=False,
                 )
         except OverflowError as error:
             raise UserError(
@@ -177,15 +194,17 @@ def evaluate_tasks(
         except Exception as error:  # anything that templates, metrics and data may raise
             raise UserError(f"lm-eval cannot run {listed(names)} ({_short(error)}); fix the task file") from error
     model.encoder.warn(f"the texts of {listed(names)}")
-    more: dict[str, Any] = {
-        "document_start": marked(model.marks.start, model.tokenizer),
-        "start_from": model.marks.source,
-    }
+    more: dict[str, Any] = {}
     if lost := model.encoder.loss.shares:
         more["lost"] = lost
     if notes := notes_on(model.model, windows_per_pass=batch_size):
         more["notes"] = notes
-    return {name: _row(results, name) | more for name in results["results"]}
+    start = {"document_start": marked(model.marks.start, model.tokenizer), "start_from": model.marks.source}
+    rows = {}
+    for name in results["results"]:
+        asked = chat and results["configs"].get(name, {}).get("output_type") != "loglikelihood_rolling"
+        rows[name] = _row(results, name) | (IN_A_CHAT if asked else start) | more
+    return rows
 
 
 def _find_tasks(tasks: Sequence[str | Path]) -> tuple[TaskManager, list[str]]:

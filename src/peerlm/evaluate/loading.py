@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from peerlm.convert.saved import check_weights, reading
 from peerlm.data.tokenizer import open_tokenizer
 from peerlm.errors import UserError
+from peerlm.evaluate.adapter import base_of_adapter, put_adapter
 from peerlm.layers.mapped.advice import read_rows_alone
 from peerlm.layers.mapped.cached import CACHING, cache_tables
 from peerlm.model import PeerConfig, PeerForCausalLM
@@ -28,7 +29,8 @@ def load_model(
     """Load a causal language model in evaluation mode, on CUDA where there is one, and its tokenizer.
 
     Args:
-        path: a run (its model/, or else its newest checkpoint) or a folder that `save_pretrained` wrote.
+        path: a run (its model/, or else its newest checkpoint), a folder that `save_pretrained` wrote, or that of an
+            adapter of peft, whose base has to be a folder too.
         packs: folders of packs (`peerlm.packs.api`) to load into it.
         device_rows: rows of each table that the GPU has places for, while all rows stay on the host
             (`layers.mapped.cached.cache_tables`); 0: tables are moved whole.
@@ -37,15 +39,19 @@ def load_model(
         UserError: no such folder, no model or tokenizer in it, damaged, missing or unknown weights, or a tokenizer
             with more tokens than the model knows; a pack that is not the model's; or device_rows without a GPU.
     """
+    model: Any
     device = automatic_device()
     if device_rows and device.type not in CACHING:
         raise UserError(
             f"device_rows is {device_rows:,}, but the model runs on {device}, where all rows are: leave it out"
         )
+    if (base := base_of_adapter(path)) is not None:
+        model, tokenizer = load_model(base, packs, device_rows=device_rows)
+        return put_adapter(model, path), tokenizer
     folder = model_folder(path)
     tokenizer = open_tokenizer(folder)
     with reading(folder):
-        model: Any = _of_shards(folder) if (folder / INDEX).is_file() else _of_files(folder)
+        model = _of_shards(folder) if (folder / INDEX).is_file() else _of_files(folder)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"the tokenizer of {folder} has {len(tokenizer)} tokens, but its model knows "
@@ -88,6 +94,8 @@ def model_folder(path: str | Path) -> Path:
         raise UserError(f"{path} is not a folder; name a run or a saved model")
     if _has_model(path):
         return path
+    if (base := base_of_adapter(path)) is not None:
+        raise UserError(f"{path} is an adapter, and a model is needed here: name its base, {base}")
     checkpoints = sorted((path / "checkpoints").glob("step-*"))
     for folder in [path / "model", *reversed(checkpoints)]:
         if _has_model(folder):

@@ -18,12 +18,12 @@ def notes_on(model: nn.Module, *, windows_per_pass: int) -> list[str]:
 
 
 def notes_on_generation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document_start: str = AUTO
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document_start: str = AUTO, *, chat: bool = False
 ) -> list[str]:
     """Sentences about what `sample_text` does with a model: what stands before the prompt, and what is not used."""
     notes = []
     marks = marks_of(model, tokenizer, document_start)
-    if marks.prompt_start:
+    if marks.prompt_start and not chat:
         notes.append(f"the prompt begins with {marked(marks.prompt_start, tokenizer)} ({marks.source})")
     if settings := ignored_settings(model):
         given = ", ".join(f"{name} = {value}" for name, value in settings.items())

@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from peerlm.chat import chat_ids, check_chat
 from peerlm.errors import UserError, check_seed
 from peerlm.marks import AUTO, NONE, Marks, marks_of
 
@@ -26,9 +27,10 @@ def sample_text(
     top_p: float = 1.0,
     seed: int = 0,
     document_start: str = AUTO,
+    chat: bool = False,
     streamer: BaseStreamer | None = None,
 ) -> str:
-    """The prompt and what the model writes after it.
+    """The prompt and what the model writes after it; of a chat the answer alone.
 
     Sampling is by the arguments alone: neither transformers' defaults (the 50 likeliest tokens) nor a saved
     generation_config.json change it; of the latter the tokens that end a text are used.
@@ -43,10 +45,12 @@ def sample_text(
         seed: the same seed gives the same text.
         document_start: what stands before the prompt: "auto", "none" or a token (see `peerlm.marks`). With "auto"
             an end-of-text token that parts documents is put before an empty prompt alone.
+        chat: whether the prompt is a user's message of the tokenizer's chat template, which then says what stands
+            before it.
         streamer: is handed the tokens while they are written.
 
     Raises:
-        UserError: an argument out of range, or nothing to continue.
+        UserError: an argument out of range, nothing to continue, or a chat without a template.
     """
     if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
         raise UserError(
@@ -54,7 +58,10 @@ def sample_text(
             "least 1, top_p more than 0 and at most 1"
         )
     check_seed(seed)
-    ids = prompt_ids(tokenizer, prompt, marks_of(model, tokenizer, document_start))
+    if chat:
+        ids = _question_ids(tokenizer, prompt, document_start)
+    else:
+        ids = prompt_ids(tokenizer, prompt, marks_of(model, tokenizer, document_start))
     if not ids:
         raise UserError(f"an empty prompt with --document-start {NONE} leaves nothing to continue; give a prompt")
     input_ids = torch.tensor([ids], device=model.device)
@@ -71,7 +78,16 @@ def sample_text(
             pad_token_id=tokenizer.eos_token_id,
             **sampling,
         )
-    return str(tokenizer.decode(written[0], skip_special_tokens=True))
+    return str(tokenizer.decode(written[0, len(ids) if chat else 0 :], skip_special_tokens=True))
+
+
+def _question_ids(tokenizer: PreTrainedTokenizerBase, question: str, document_start: str) -> list[int]:
+    """Token ids of a chat with one message of a user."""
+    check_chat(tokenizer, document_start)
+    try:
+        return chat_ids(tokenizer, [{"role": "user", "content": question}])
+    except ValueError as error:
+        raise UserError(f"{error}: leave out --chat") from error
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, marks: Marks) -> list[int]:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from peerlm.chat import chat_ids
 from peerlm.evaluate.sample import prompt_ids
 from peerlm.marks import Marks
 from peerlm.serve.http.problems import Problem
@@ -56,12 +56,9 @@ class Texts:
                 code="no_chat_template",
             )
         try:
-            ids = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=answer, tokenize=True, return_dict=False
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise Problem(400, f"the chat template refuses these messages: {error}", param="messages") from error
-        return list(ids)
+            return chat_ids(self.tokenizer, messages, answer=answer)
+        except ValueError as error:
+            raise Problem(400, str(error), param="messages") from error
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
