@@ -336,7 +336,7 @@ def neurons(
             help="learned, reads (of gated neurons), linear, oracle or random; repeatable; default: all but linear."
         ),
     ] = None,
-    sketch: Annotated[int, typer.Option(min=0, help="Rank of the estimate of gates, for reads.")] = 64,
+    sketch: Annotated[int, typer.Option(min=0, help="Rank of the estimate of gates, for reads.")] = 16,
     fit_tokens: Annotated[
         int, typer.Option(min=2, help="Tokens to learn from; each takes width x 4 bytes of memory a layer.")
     ] = 65536,

@@ -82,7 +82,7 @@ def measure_neurons(
     shares: Sequence[float] = SHARES,
     retrievals: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
-    sketch: int = 64,
+    sketch: int = 16,
     fit_tokens: int = 65536,
     fit_steps: int = 300,
     windows: int = 128,

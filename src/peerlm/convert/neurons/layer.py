@@ -70,7 +70,7 @@ class NeuronLayer(nn.Module):
         heads: int = 8,
         key_dim: int = 16,
         index: str = "keys",
-        sketch: int = 64,
+        sketch: int = 16,
         backend: str = "auto",
     ):
         super().__init__()
