@@ -62,11 +62,12 @@ def test_a_learned_index_errs_less_than_a_random_one(name: str) -> None:
     assert errors[0] < 0.8 * errors[1]
 
 
-def test_pooled_layers_share_one_table_and_come_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [SETTINGS, {"index": "reads", "sketch": 4}], ids=["keys", "reads"])
+def test_pooled_layers_share_one_table_and_come_back(settings: dict[str, Any], tmp_path: Path) -> None:
     model = build("llama")
     inputs = batch(model, seed=99)
     convert(
-        model, mode="replace", init="neurons", samples=samples(model, 3), fit=QUICK, share=0.5, pool=True, **SETTINGS
+        model, mode="replace", init="neurons", samples=samples(model, 3), fit=QUICK, share=0.5, pool=True, **settings
     )
     assert len({id(layer.table) for layer in layers_of(model).values()}) == 1
     model.save_pretrained(tmp_path)

@@ -315,7 +315,7 @@ def plan(
         "peerlm neurons runs/dense --text book.txt --output runs/neurons",
         "peerlm neurons runs/dense --data data/demo --output runs/neurons",
         "peerlm neurons runs/dense --data data/demo --output runs/b --finetune 0.2",
-        "peerlm neurons my-llama --text book.txt --output out --share 0.4 --share 0.5",
+        "peerlm neurons my-llama --text book.txt --output out --share 0.5 --retrieval reads --retrieval oracle",
     ]
 )
 def neurons(
@@ -330,6 +330,13 @@ def neurons(
     share: Annotated[
         list[float] | None, typer.Option(help="Share of neurons to measure, above 0, at most 1; repeatable.")
     ] = None,
+    retrieval: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="learned, reads (of gated neurons), linear, oracle or random; repeatable; default: all but linear."
+        ),
+    ] = None,
+    sketch: Annotated[int, typer.Option(min=0, help="Rank of the estimate of gates, for reads.")] = 64,
     fit_tokens: Annotated[
         int, typer.Option(min=2, help="Tokens to learn from; each takes width x 4 bytes of memory a layer.")
     ] = 65536,
@@ -356,12 +363,15 @@ def neurons(
         "progress": json_file != STDOUT,
     }
     if finetune is not None:
+        if share or retrieval:
+            raise UserError("--share and --retrieval choose what is measured; leave them out with --finetune")
         rows = finetune_neurons(run, output, share=finetune, flops=flops, learning_rates=learning_rate, **options)
         columns = {f"{row['start']}, {row['flops']:.3g} FLOPs, rate {row['learning_rate']}": row for row in rows}
         shown = ["perplexity", "train_tokens", "total_parameters", "seconds"]
         result: object = rows
     else:
-        report = measure_neurons(run, output, **(options | ({"shares": share} if share else {})))
+        options |= {"retrievals": retrieval or (), "sketch": sketch} | ({"shares": share} if share else {})
+        report = measure_neurons(run, output, **options)
         columns = {f"{row['retrieval']} {row['share']:.0%}": row for row in report["rows"]}
         shown = ["perplexity", "dense_perplexity", "flops_per_token"]
         result = report

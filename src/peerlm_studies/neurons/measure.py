@@ -1,17 +1,18 @@
 """How few of a dense model's neurons suffice: learned index, best possible choice and chance, by share retrieved."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from peerlm.accounting import model_cost
-from peerlm.convert.neurons.index import relative_error
+from peerlm.convert.neurons.index import linear_predictors, relative_error
 from peerlm.convert.neurons.layer import NeuronLayer, neuron_layer
 from peerlm.convert.neurons.weights import Neurons
 from peerlm.errors import UserError
@@ -32,26 +33,25 @@ from peerlm_studies.neurons.setup import (
 from peerlm_studies.rows import append_row, provenance, read_rows
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
-RETRIEVALS = ("learned", "oracle", "random")
+RETRIEVALS = ("learned", "reads", "linear", "oracle", "random")
 INCREASES = (0.01, 0.03, 0.1)
 """Increases of perplexity for which the report says how many neurons suffice."""
 CENTER_TOKENS = 16384
 """Tokens from which the mean of what is not retrieved is measured."""
 
 
-class ImportantNeurons(nn.Module):
-    """The best choice as far as single neurons go: those with the largest |a_f| ||v_f||, which costs all of them."""
+class ScoredNeurons(nn.Module):
+    """An index that retrieves the neurons with the highest of some scores, (tokens, neurons), whatever these cost."""
 
-    def __init__(self, neurons: Neurons, retrieved: int):
+    def __init__(self, scores: Callable[[Tensor], Tensor], num_experts: int):
         super().__init__()
-        self.neurons = neurons
-        self.retrieved = retrieved
-        self.num_experts = len(neurons.down)
+        self.scores = scores
+        self.retrieved = self.num_experts = num_experts
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights, all 1, and neuron ids, each (..., 1, K)."""
-        importance, ids = self.neurons.importance(x).topk(self.retrieved, dim=-1)
-        return torch.ones_like(importance)[..., None, :], ids[..., None, :]
+        scores, ids = self.scores(x).topk(self.retrieved, dim=-1)
+        return torch.ones_like(scores)[..., None, :], ids[..., None, :]
 
 
 class WholeLayer(nn.Module):
@@ -80,7 +80,9 @@ def measure_neurons(
     text: Sequence[str | Path] = (),
     data: str | Path | None = None,
     shares: Sequence[float] = SHARES,
+    retrievals: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    sketch: int = 64,
     fit_tokens: int = 65536,
     fit_steps: int = 300,
     windows: int = 128,
@@ -91,10 +93,11 @@ def measure_neurons(
     """Replace all dense layers of a model by layers of retrieved neurons, and measure what that costs, by share.
 
     For each share and way to retrieve: the relative error of each layer's output on the dense model's own inputs, and
-    the model's perplexity on held-out windows with all of them replaced. "learned" is one index per layer, learned once
-    for all shares; "oracle" takes the neurons with the largest |a_f| ||v_f||; "random" is the learned index's
-    architecture before it has learned. All three have the mean of what they leave out in their output
-    (`NeuronLayer.center`).
+    the model's perplexity on held-out windows with all of them replaced. "learned" are product keys, one index per
+    layer, learned once for all shares; "reads" computes what gated neurons read and estimates their gates
+    (`NeuronReads`); "oracle" takes the neurons with the largest |a_f| ||v_f||, and "linear" those for which ridge
+    regression on the layer's input predicts the largest; "random" are product keys before they have learned. All have
+    the mean of what they leave out in their output (`NeuronLayer.center`).
 
     Each measurement is a row of OUTPUT/rows.jsonl and is not made again. OUTPUT also gets report.json and neurons.png.
 
@@ -102,7 +105,9 @@ def measure_neurons(
         run, text, data, context: as `load_setup`.
         output: folder to write.
         shares: shares of the neurons to retrieve.
-        settings: of `NeuronLayer`, other than the share.
+        retrievals: which of `RETRIEVALS`, in this order; none: all but "linear", and "reads" where neurons are gated.
+        settings: of `NeuronLayer`, other than the share and those of "reads".
+        sketch: as of `NeuronLayer`, for "reads".
         fit_tokens: tokens on which the indices are learned.
         fit_steps: as `steps` of `fit_index`.
         windows: held-out windows that are read, from the first.
@@ -113,30 +118,40 @@ def measure_neurons(
         What report.json holds: dense perplexity, rows, and for each way to retrieve the smallest shares.
 
     Raises:
-        UserError: as `load_setup`, an impossible share, or an index that cannot be learned.
+        UserError: as `load_setup`, an impossible share, an unknown way to retrieve, "reads" of neurons without gates,
+            or an index that cannot be learned.
     """
     for share in shares:
         if not 0 < share <= 1:
             raise UserError(f"share is {share}; it is the share of neurons that a token retrieves: 0 < share <= 1")
+    for retrieval in retrievals:
+        if retrieval not in RETRIEVALS:
+            raise UserError(f"there is no way to retrieve {retrieval!r}; choose from {', '.join(RETRIEVALS)}")
     settings = dict(settings or {})
     setup = load_setup(run, text=text, data=data, settings=settings, context=context)
+    gated = all(neurons.gate is not None for neurons in setup.layers.values())
+    if not retrievals:
+        retrievals = ["learned", *(["reads"] if gated else []), "oracle", "random"]
+    elif "reads" in retrievals and not gated:
+        raise UserError(f"the neurons of {run} have no gates; 'reads' takes gated neurons, so leave it out")
+    settings_of = dict.fromkeys(retrievals, settings) | {"reads": {"index": "reads", "sketch": sketch}}
     rows_path = output / "rows.jsonl"
-    common = {"settings": settings, "fit_tokens": fit_tokens, "fit_steps": fit_steps, "windows": windows, "seed": seed}
+    common = {"fit_tokens": fit_tokens, "fit_steps": fit_steps, "windows": windows, "seed": seed}
     points = {
-        key_of(setup, retrieval=retrieval, share=share, **common): (retrieval, share)
-        for retrieval in RETRIEVALS
+        key_of(setup, retrieval=retrieval, share=share, settings=settings_of[retrieval], **common): (retrieval, share)
+        for retrieval in retrievals
         for share in shares
     }
     done = {row["key"] for row in read_rows(rows_path)}
     missing = {key: point for key, point in points.items() if key not in done}
     if missing:
         with progress_bar(shown=progress) as bar:
-            for row in _measure(setup, missing, common, bar):
+            for row in _measure(setup, missing, settings_of, common, bar):
                 append_row(rows_path, row)
     rows = [row for row in read_rows(rows_path) if row["key"] in points]
     report = {
         "dense_perplexity": rows[0]["dense_perplexity"],
-        "smallest_shares": {retrieval: smallest_shares(rows, retrieval) for retrieval in RETRIEVALS},
+        "smallest_shares": {retrieval: smallest_shares(rows, retrieval) for retrieval in retrievals},
         "rows": rows,
     }
     write_json(output / "report.json", report)
@@ -168,11 +183,14 @@ def _crossing(points: Sequence[tuple[float, float]], bound: float) -> float | No
 
 
 def _measure(
-    setup: NeuronSetup, points: Mapping[str, tuple[str, float]], common: Mapping[str, Any], bar: Progress
+    setup: NeuronSetup,
+    points: Mapping[str, tuple[str, float]],
+    settings_of: Mapping[str, Mapping[str, Any]],
+    common: Mapping[str, Any],
+    bar: Progress,
 ) -> Iterator[dict[str, Any]]:
     """Rows of these points, one after the other."""
-    seed, settings = common["seed"], common["settings"]
-    sample = draw_windows(setup.train, max(1, common["fit_tokens"] // setup.context), seed=seed)
+    sample = draw_windows(setup.train, max(1, common["fit_tokens"] // setup.context), seed=common["seed"])
     inputs = layer_inputs(setup, sample)
     windows = min(common["windows"], len(setup.heldout))
     held_out = torch.stack([setup.heldout[index] for index in range(windows)])
@@ -180,20 +198,16 @@ def _measure(
     loss_of = partial(held_out_loss, setup.model, setup.heldout, batch_size=WINDOWS_PER_PASS, limit=windows)
     dense_loss = loss_of()
     dense_cost = model_cost(setup.model, setup.context)
-    learned: dict[str, NeuronLayer] = {}
-    if any(retrieval == "learned" for retrieval, _ in points.values()):
-        learned = fitted_layers(setup, inputs, settings, steps=common["fit_steps"], seed=seed, bar=bar)
+    layers_of = {
+        retrieval: _layers(setup, retrieval, inputs, settings_of[retrieval], common, bar)
+        for retrieval in dict.fromkeys(retrieval for retrieval, _ in points.values())
+    }
     task = bar.add_task("perplexities", total=len(points))
     for key, (retrieval, share) in points.items():
-        layers = {}
-        torch.manual_seed(seed)
-        for path, neurons in setup.layers.items():
-            layer = learned[path] if retrieval == "learned" else neuron_layer(neurons, settings)
+        layers = layers_of[retrieval]
+        for path, layer in layers.items():
             layer.share = share
-            if retrieval == "oracle":
-                layer.index = ImportantNeurons(layer.neurons(), layer.index.retrieved)  # type: ignore[assignment]
             layer.center(inputs[path][:CENTER_TOKENS])
-            layers[path] = layer
         computed = {path: WholeLayer(layer) for path, layer in layers.items()}
         errors = {path: relative_error(computed[path], setup.layers[path], held_out_inputs[path]) for path in layers}
         with replaced(setup, computed):
@@ -209,9 +223,43 @@ def _measure(
             "loss": loss,
             "perplexity": math.exp(loss),
             "dense_perplexity": math.exp(dense_loss),
-            "flops_per_token": cost.forward_flops_per_token if retrieval != "oracle" else None,
+            "flops_per_token": None if retrieval in CEILINGS else cost.forward_flops_per_token,
             "dense_flops_per_token": dense_cost.forward_flops_per_token,
+            "settings": settings_of[retrieval],
             **common,
             **provenance(),
         }
         bar.advance(task)
+
+
+def _layers(
+    setup: NeuronSetup,
+    retrieval: str,
+    inputs: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    common: Mapping[str, Any],
+    bar: Progress,
+) -> dict[str, NeuronLayer]:
+    """A layer for each dense one, with the index of this way to retrieve."""
+    if retrieval in ("learned", "reads"):
+        return fitted_layers(setup, inputs, settings, steps=common["fit_steps"], seed=common["seed"], bar=bar)
+    torch.manual_seed(common["seed"])
+    layers = {path: neuron_layer(neurons, settings) for path, neurons in setup.layers.items()}
+    if retrieval in CEILINGS:
+        for path, layer in layers.items():
+            scores = CEILINGS[retrieval](layer.neurons(), inputs[path])
+            layer.index = ScoredNeurons(scores, layer.num_places)  # type: ignore[assignment]
+    return layers
+
+
+def _linear_scores(neurons: Neurons, inputs_TD: Tensor) -> Callable[[Tensor], Tensor]:
+    """What ridge regression on these inputs makes of each neuron's importance, without grid or rank."""
+    vectors_NE, _ = linear_predictors(neurons, inputs_TD)
+    return lambda x: F.linear(x, vectors_NE[:, :-1], vectors_NE[:, -1])
+
+
+CEILINGS: dict[str, Callable[[Neurons, Tensor], Callable[[Tensor], Tensor]]] = {
+    "linear": _linear_scores,
+    "oracle": lambda neurons, inputs_TD: neurons.importance,
+}
+"""Scores that no index affords, from a layer's neurons and sample inputs."""

@@ -179,19 +179,49 @@ def test_models_of_transformers_are_measured_by_the_same_command(name: str, fold
     model.save_pretrained(tmp_path / "model")
     load_tokenizer(folder / "tokens").save_pretrained(tmp_path / "model")
     report = measure_neurons(
-        tmp_path / "model", tmp_path / "out", data=folder / "tokens", shares=(0.2, 1.0), context=CONTEXT, **OPTIONS
+        tmp_path / "model",
+        tmp_path / "out",
+        data=folder / "tokens",
+        shares=(0.2, 1.0),
+        sketch=4,
+        context=CONTEXT,
+        **OPTIONS,
     )
     rows = {(row["retrieval"], row["share"]): row for row in report["rows"]}
-    few = {retrieval: sum(rows[retrieval, 0.2]["errors"].values()) for retrieval in ("oracle", "learned", "random")}
+    retrievals = dict.fromkeys(retrieval for retrieval, _ in rows)
+    assert list(retrievals) == ["learned", *(["reads"] if name in ("llama", "gemma2") else []), "oracle", "random"]
+    few = {retrieval: sum(rows[retrieval, 0.2]["errors"].values()) for retrieval in retrievals}
     assert few["oracle"] < few["learned"] < few["random"]
+    if "reads" in few:
+        assert few["oracle"] < few["reads"] < few["learned"]
     for retrieval in few:
         assert rows[retrieval, 1.0]["perplexity"] == pytest.approx(report["dense_perplexity"], rel=1e-9)
         assert rows[retrieval, 0.2]["perplexity"] != pytest.approx(report["dense_perplexity"], rel=1e-5)
 
 
-def test_a_layer_computed_whole_is_the_layer_of_retrieved_neurons() -> None:
+def test_what_is_asked_for_is_measured_alone_and_its_rows_are_those_of_the_whole_report(
+    folder: Path, tmp_path: Path
+) -> None:
+    some = measure(folder, tmp_path / "some", retrievals=("oracle", "linear"), shares=(0.1, 0.5), fit_steps=2)
+    assert [(row["retrieval"], row["share"]) for row in some["rows"]] == [
+        (retrieval, share) for retrieval in ("oracle", "linear") for share in (0.1, 0.5)
+    ]
+    assert list(some["smallest_shares"]) == ["oracle", "linear"]
+    by_point = {(row["retrieval"], row["share"]): row for row in some["rows"]}
+    assert by_point["linear", 0.1]["flops_per_token"] is None
+    whole = measure(folder, tmp_path / "whole", shares=(0.1,), fit_steps=2)
+    for row in whole["rows"]:
+        if row["retrieval"] == "oracle":
+            assert row == by_point["oracle", 0.1]
+        if row["retrieval"] == "random":  # linear predictors know something
+            assert sum(by_point["linear", 0.1]["errors"].values()) < sum(row["errors"].values())
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, {"index": "reads", "sketch": 4}], ids=["keys", "reads"])
+def test_a_layer_computed_whole_is_the_layer_of_retrieved_neurons(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    layer = neuron_layer(neurons_of(DenseFFW(16, hidden=40).double()), {**SETTINGS, "share": 0.3})
+    dense_layer = DenseFFW(16, hidden=40, activation="silu", gated=True).double()
+    layer = neuron_layer(neurons_of(dense_layer), {**settings, "share": 0.3})
     x = torch.randn(2, 7, 16, dtype=torch.float64)
     layer.center(x.flatten(0, 1))
     with torch.no_grad():
@@ -284,6 +314,18 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "context too long": (lambda f: [f"{f}/dense", f"--data={f}/tokens", "--context=17"], "reads at most 16"),
     "share of nothing": (lambda f: [f"{f}/dense", f"--data={f}/tokens", "--share=0"], "share is 0.0"),
     "share impossible": (lambda f: [f"{f}/dense", f"--data={f}/tokens", "--finetune=2"], "share is 2.0"),
+    "retrieval unknown": (
+        lambda f: [f"{f}/dense", f"--data={f}/tokens", "--retrieval=best"],
+        "no way to retrieve 'best'; choose from learned, reads, linear, oracle, random",
+    ),
+    "reads without gates": (
+        lambda f: [f"{f}/dense", f"--data={f}/tokens", "--retrieval=reads"],
+        "have no gates; 'reads' takes gated neurons",
+    ),
+    "share of finetuning": (
+        lambda f: [f"{f}/dense", f"--data={f}/tokens", "--finetune=0.5", "--share=0.5"],
+        "leave them out with --finetune",
+    ),
     "text missing": (lambda f: [f"{f}/dense", f"--text={f}/none.txt"], "none.txt"),
     "text short": (lambda f: [f"{f}/dense", f"--text={f}/short.txt"], "windows of 16 tokens, less than 5"),
     "text of passages": (lambda f: [f"{f}/dense", f"--text={f}/passages.jsonl"], "holds passages"),
@@ -333,5 +375,5 @@ def test_unknown_start(folder: Path, tmp_path: Path) -> None:
 
 def test_example_of_the_document_runs() -> None:
     document = (Path(__file__).parents[3] / "docs" / "neurons.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
+    example = "\n".join(re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL))
     exec(compile(example, "docs/neurons.md", "exec"), {})

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from peerlm.convert.neurons.keys import NeuronKeys
 from peerlm.convert.neurons.layer import NeuronLayer
 from peerlm.convert.neurons.placement import grid_means, misfit, place_neurons
+from peerlm.convert.neurons.reads import NeuronReads, fit_sketch
+from peerlm.convert.neurons.weights import Neurons
 from peerlm.layers.checks import check_sizes
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
@@ -31,9 +33,10 @@ class IndexFit:
     """How an index was learned."""
 
     misfit: float
-    """Share of the variance of neurons' linear predictors that a sum of row and column misses, 0 to 1."""
+    """Share of the variance of neurons' linear predictors that a sum of row and column misses, 0 to 1; of an index
+    "reads", of gates that the sketch misses."""
     first_loss: float
-    """Loss of the first batch, weighted nats per neuron and share."""
+    """Loss of the first batch, weighted nats per neuron and share; NaN without training."""
     last_loss: float
     """Mean loss of the last tenth of the batches."""
     error: float
@@ -60,20 +63,21 @@ def fit_index(
     importance from the last neuron chosen. One index serves all shares. Rows change places; what the layer computes
     with all of them does not.
 
+    All this is for product keys. An index "reads" has nothing to train, place or draw: see `fit_sketch`.
+
     Deterministic from the seed and the number of threads. Nothing of the rest of the model is needed, and only the
     layer's index, order of rows and `mean_rest` change.
 
     Args:
         layer: a layer with its neurons; one that was trained since is fitted to what it has become.
         inputs_TD: what the layer reads on sample text, (T, dim), a few ten thousand tokens; may be memory-mapped,
-        batches
-            are moved to the layer's device.
+            batches are moved to the layer's device.
         steps: batches; 0 keeps the index of the linear predictors.
         batch_size: tokens of a batch, drawn with replacement.
         learning_rate: peak of AdamW's, after a short warmup and before half a cosine.
         sweeps: as `place_neurons`.
         seed: of placement and batches.
-        report: called with batches done, and all, after each.
+        report: called with batches done, and all, after each; of an index "reads" once.
 
     Raises:
         ValueError: inputs of another shape, too few, or with NaN or infinities; sizes that are impossible.
@@ -86,18 +90,20 @@ def fit_index(
         raise ValueError(
             f"inputs have shape {tuple(inputs_TD.shape)}; pass what the layer reads, (2 tokens or more, {layer.dim})"
         )
-    generator = torch.Generator().manual_seed(seed)
-    vectors_NE, whitener_EE = _linear_predictors(layer, inputs_TD, batch_size)
-    spread_NE = vectors_NE @ whitener_EE
-    heads, n = layer.index.heads, layer.index.sub_keys.shape[2]
-    order_N = place_neurons(spread_NE, heads, n, sweeps=sweeps, seed=seed)
-    layer.place(order_N)
-    scale = INITIAL_SPREAD / spread_NE.norm(dim=-1).square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-    _load_index(layer.index, *grid_means(vectors_NE[order_N] * scale, heads, n))
-    first_loss, last_loss = _train(layer, inputs_TD, steps, batch_size, learning_rate, generator, report)
+    if isinstance(layer.index, NeuronReads):
+        missed = fit_sketch(layer.index, layer.neurons(), inputs_TD, batch_size)
+        first_loss = last_loss = math.nan
+        if report is not None:
+            report(1, 1)
+    else:
+        missed = _place(layer, layer.index, inputs_TD, batch_size, sweeps, seed)
+        generator = torch.Generator().manual_seed(seed)
+        first_loss, last_loss = _train(
+            layer, layer.index, inputs_TD, steps, batch_size, learning_rate, generator, report
+        )
     layer.center(_moved(inputs_TD[:: max(1, len(inputs_TD) // 32768)], layer))
     return IndexFit(
-        misfit=misfit(spread_NE[order_N], heads, n),
+        misfit=missed,
         first_loss=first_loss,
         last_loss=last_loss,
         error=relative_error(
@@ -117,18 +123,30 @@ def relative_error(layer: nn.Module, dense: Callable[[Tensor], Tensor], inputs_T
     return math.sqrt(difference / norm) if norm else 0.0
 
 
+def _place(layer: NeuronLayer, index: NeuronKeys, inputs_TD: Tensor, batch_size: int, sweeps: int, seed: int) -> float:
+    """Place the neurons by their linear predictors, from which the index begins; the misfit of the places."""
+    vectors_NE, whitener_EE = linear_predictors(layer.neurons(), inputs_TD, batch_size)
+    spread_NE = vectors_NE @ whitener_EE
+    heads, n = index.heads, index.sub_keys.shape[2]
+    order_N = place_neurons(spread_NE, heads, n, sweeps=sweeps, seed=seed)
+    layer.place(order_N)
+    scale = INITIAL_SPREAD / spread_NE.norm(dim=-1).square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    _load_index(index, *grid_means(vectors_NE[order_N] * scale, heads, n))
+    return misfit(spread_NE[order_N], heads, n)
+
+
 @torch.no_grad()
-def _linear_predictors(layer: NeuronLayer, inputs_TD: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+def linear_predictors(neurons: Neurons, inputs_TD: Tensor, batch_size: int = 1024) -> tuple[Tensor, Tensor]:
     """Ridge regression of neurons' importance on inputs and a constant: (N, E), and the root of their moments (E, E).
 
     The distance of two predictors, multiplied by that root, is the root mean square of their difference over the
     inputs.
     """
-    neurons = layer.neurons()
-    moments_EE = torch.zeros(layer.dim + 1, layer.dim + 1, dtype=torch.float64)
-    products_EN = torch.zeros(layer.dim + 1, layer.num_places, dtype=torch.float64)
+    places, dim = neurons.down.shape
+    moments_EE = torch.zeros(dim + 1, dim + 1, dtype=torch.float64)
+    products_EN = torch.zeros(dim + 1, places, dtype=torch.float64)
     for batch_TD in inputs_TD.split(4 * batch_size):
-        x_TD = _moved(batch_TD, layer)
+        x_TD = batch_TD.to(neurons.down)
         x_TE = F.pad(x_TD, (0, 1), value=1.0).double()
         moments_EE += (x_TE.T @ x_TE).cpu()
         products_EN += (x_TE.T @ neurons.importance(x_TD).double()).cpu()
@@ -136,13 +154,12 @@ def _linear_predictors(layer: NeuronLayer, inputs_TD: Tensor, batch_size: int) -
         raise ValueError("inputs hold NaN or infinities, or neurons make some of them; look for the layer that does")
     moments_EE /= len(inputs_TD)
     products_EN /= len(inputs_TD)
-    ridge = 1e-4 * moments_EE.diagonal().mean() * torch.eye(layer.dim + 1, dtype=torch.float64)
+    ridge = 1e-4 * moments_EE.diagonal().mean() * torch.eye(dim + 1, dtype=torch.float64)
     vectors_NE = torch.linalg.solve(moments_EE + ridge, products_EN).T
     values, basis = torch.linalg.eigh(moments_EE)
     root_EE = (basis * values.clamp(min=0).sqrt()) @ basis.T
-    weight = layer.index.query_proj.weight
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return vectors_NE.to(weight.device, dtype), root_EE.to(weight.device, dtype)
+    dtype = torch.promote_types(neurons.down.dtype, torch.float32)
+    return vectors_NE.to(neurons.down.device, dtype), root_EE.to(neurons.down.device, dtype)
 
 
 @torch.no_grad()
@@ -166,6 +183,7 @@ def _load_index(index: NeuronKeys, *halves_HnE: Tensor) -> None:
 
 def _train(
     layer: NeuronLayer,
+    index: NeuronKeys,
     inputs_TD: Tensor,
     steps: int,
     batch_size: int,
@@ -174,7 +192,7 @@ def _train(
     report: Callable[[int, int], object] | None,
 ) -> tuple[float, float]:
     """AdamW on the index; the loss of the first batch, and the mean over the last tenth of them."""
-    index, neurons = layer.index, layer.neurons()
+    neurons = layer.neurons()
     counts = sorted({max(1, round(share * layer.hidden)) for share in SHARES} - {layer.num_places})
     counts_S = torch.tensor(counts, device=index.sub_keys.device)
     losses: list[float] = []
@@ -229,4 +247,4 @@ def _cost_of_mistakes(scores_BN: Tensor, importance_BN: Tensor, counts_S: Tensor
 
 
 def _moved(x: Tensor, layer: NeuronLayer) -> Tensor:
-    return x.to(layer.index.query_proj.weight)
+    return x.to(layer.output_bias)

@@ -1,7 +1,7 @@
 """A dense feed-forward layer as a pool of single-neuron experts, of which an index retrieves a few for each token.
 
 Shape suffixes: T tokens, D model width, F hidden neurons of the dense layer, N >= F places for neurons, R vectors in a
-row (u, v and, if gated, g), K neurons retrieved per token.
+row (u, v and, if gated, g; of an index "reads", g and v), K neurons retrieved per token.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerlm.convert.neurons.keys import NeuronKeys
+from peerlm.convert.neurons.reads import NeuronReads
 from peerlm.convert.neurons.weights import Neurons
 from peerlm.layers import ExpertTable, Table
 from peerlm.layers.checks import check_settings, check_sizes, flatten_tokens
@@ -20,14 +21,16 @@ from peerlm.layers.output_scale import output_std
 
 BIAS_WIDTH = 8
 """What rows are wider than the model where neurons have biases: the input's extra features are 1, 0, 0, ..."""
+INDEX_SETTINGS = {"keys": ("heads", "key_dim"), "reads": ("sketch",)}
+"""The kinds of index, and the settings that each of them has alone."""
 
 
 class NeuronLayer(nn.Module):
     """y = sum over retrieved neurons of a_f v_f + output_bias + mean_rest.
 
-    With all neurons retrieved this is the dense layer, to rounding: weights are 1, a read bias is part of u (the input
-    gets a feature that is always 1), places without a neuron hold zeros. `mean_rest` is a constant estimate of
-    what the neurons not retrieved would have added.
+    With all neurons retrieved this is the dense layer, to rounding: weights are 1 (of an index "reads" what neurons
+    read), a bias in a row is part of its vector (the input gets a feature that is always 1), places without a neuron
+    hold zeros. `mean_rest` is a constant estimate of what the neurons not retrieved would have added.
 
     Args:
         dim: width of input and output.
@@ -36,12 +39,15 @@ class NeuronLayer(nn.Module):
         gated: whether neurons are gated.
         biases: whether neurons have read or gate biases.
         share: share of the neurons that a token retrieves, above 0, at most 1.
-        heads: of the index; each owns a part of the neurons.
-        key_dim: size of a head's query, even.
+        heads: of an index "keys"; each owns a part of the neurons.
+        key_dim: of an index "keys", size of a head's query, even.
+        index: "keys", product keys (`NeuronKeys`), which are cheap; or "reads" (`NeuronReads`), which takes gated
+            neurons, computes what all of them read, and needs far fewer of them.
+        sketch: of an index "reads", rank of the estimate of gates; 0 for none.
         backend: a name in `peerlm.ops.api.BACKENDS`.
 
     Attributes:
-        index: `NeuronKeys`, random until `fit_index` has learned it.
+        index: `NeuronKeys` or `NeuronReads`, random until `fit_index` has learned it.
         experts: the rows, `ExpertTable`; None where `pool_tables` moved them to another layer's.
         output_bias: (dim,).
         mean_rest: (dim,), a buffer; zero until `fit_index` or `center` has measured it.
@@ -63,6 +69,8 @@ class NeuronLayer(nn.Module):
         share: float = 0.2,
         heads: int = 8,
         key_dim: int = 16,
+        index: str = "keys",
+        sketch: int = 64,
         backend: str = "auto",
     ):
         super().__init__()
@@ -70,10 +78,22 @@ class NeuronLayer(nn.Module):
         self.dim = dim
         self.hidden = hidden
         self.width = dim + BIAS_WIDTH if biases else dim
-        sub_keys = _ceil_sqrt(-(-hidden // heads))
-        self.index = NeuronKeys(dim, sub_keys=sub_keys, heads=heads, retrieved=1, key_dim=key_dim, backend=backend)
+        self.gated = gated
+        self.index: NeuronKeys | NeuronReads
+        if index == "keys":
+            sub_keys = _ceil_sqrt(-(-hidden // heads))
+            self.index = NeuronKeys(dim, sub_keys=sub_keys, heads=heads, retrieved=1, key_dim=key_dim, backend=backend)
+        elif index == "reads" and gated:
+            self.index = NeuronReads(dim, hidden, retrieved=1, sketch=sketch, activation=activation, biases=biases)
+        else:
+            fix = "it takes gated neurons, and these have no gate" if index in INDEX_SETTINGS else "there is none such"
+            raise ValueError(f"index is {index!r}, but {fix}; choose {' or '.join([*INDEX_SETTINGS][: 1 + gated])}")
         self.experts: ExpertTable | None = ExpertTable(
-            self.index.num_experts, self.width, activation=activation, gated=gated, backend=backend
+            self.index.num_experts,
+            self.width,
+            activation=activation,
+            gated=gated and index == "keys",
+            backend=backend,
         )
         self._elsewhere: tuple[ExpertTable, ...] = ()  # a tuple, so that the table is not registered twice
         self._first_row = 0
@@ -138,17 +158,16 @@ class NeuronLayer(nn.Module):
 
     def neurons(self) -> Neurons:
         """The layer as dense neurons, place by place, zeros included; views without gradients of its own weights."""
-        down, up, *gate = self.rows().detach().unbind(1)
-        biased = self.width > self.dim
-        return Neurons(
-            activation=self.table.activation,
-            down=down[:, : self.dim],
-            up=up[:, : self.dim],
-            gate=gate[0][:, : self.dim] if gate else None,
-            down_bias=down[:, self.dim] if biased else None,
-            gate_bias=gate[0][:, self.dim] if gate and biased else None,
-            output_bias=self.output_bias.detach(),
-        )
+        parts: dict[str, Tensor] = self.index.reads() if isinstance(self.index, NeuronReads) else {}
+        for name, vectors in zip(self._row_names(), self.rows().detach().unbind(1), strict=True):
+            parts[name] = vectors[:, : self.dim]
+            if self.width > self.dim and name != "up":
+                parts[f"{name}_bias"] = vectors[:, self.dim]
+        return Neurons(activation=self.table.activation, output_bias=self.output_bias.detach(), **parts)
+
+    def _row_names(self) -> tuple[str, ...]:
+        """What the vectors of a row are, by their names in `Neurons`."""
+        return ("gate", "up") if isinstance(self.index, NeuronReads) else ("down", "up", "gate")[: 2 + self.gated]
 
     @torch.no_grad()
     def load_neurons(self, neurons: Neurons) -> None:
@@ -159,7 +178,7 @@ class NeuronLayer(nn.Module):
         """
         biased = neurons.down_bias is not None or neurons.gate_bias is not None
         theirs = (*neurons.down.shape, neurons.activation, neurons.gate is not None)
-        ours = (self.hidden, self.dim, self.table.activation, self.table.gated)
+        ours = (self.hidden, self.dim, self.table.activation, self.gated)
         if theirs != ours or (biased and self.width == self.dim):
             names = ("neurons", "width", "activation", "gated", "biases")
             described = [
@@ -168,14 +187,14 @@ class NeuronLayer(nn.Module):
             ]
             raise ValueError(f"neurons to load have {described[0]}; this layer has {described[1]}: build it like them")
         rows = torch.zeros(self.num_places, *self.table.row_shape, dtype=self.table.dtype, device=self.table.device)
-        parts = [(neurons.down, neurons.down_bias), (neurons.up, None)]
-        if neurons.gate is not None:
-            parts.append((neurons.gate, neurons.gate_bias))
-        for part, (vectors, bias) in enumerate(parts):
-            rows[: self.hidden, part, : self.dim] = vectors.to(rows)
+        for part, name in enumerate(self._row_names()):
+            rows[: self.hidden, part, : self.dim] = getattr(neurons, name).to(rows)
+            bias = getattr(neurons, f"{name}_bias", None)
             if bias is not None:
                 rows[: self.hidden, part, self.dim] = bias.to(rows)
         self.table.write(rows, self._first_row)
+        if isinstance(self.index, NeuronReads):
+            self.index.load_reads(neurons)
         if neurons.output_bias is None:
             self.output_bias.zero_()
         else:
@@ -185,6 +204,8 @@ class NeuronLayer(nn.Module):
     def place(self, order_N: Tensor) -> None:
         """Move neurons: place p gets what was at place order_N[p], a permutation of all N."""
         self.table.write(self.rows()[order_N], self._first_row)
+        if isinstance(self.index, NeuronReads):
+            self.index.place(order_N)
 
     def retrieved_mask(self, x_TD: Tensor) -> Tensor:
         """Which neurons these inputs retrieve: (T, N) bool."""
@@ -220,9 +241,17 @@ class NeuronLayer(nn.Module):
 
 
 def check_neuron_settings(settings: Mapping[str, Any]) -> None:
-    """Raise a ValueError for the first of these that is no setting of `NeuronLayer`, besides what its neurons say."""
+    """Raise a ValueError for the first of these that is no setting of `NeuronLayer`, besides what its neurons say.
+
+    Also for one that belongs to another kind of index, which would not read it.
+    """
     from_neurons = ("dim", "hidden", "activation", "gated", "biases")
     check_settings(NeuronLayer, "a layer of retrieved neurons", settings, besides=from_neurons)
+    index = settings.get("index", "keys")
+    for kind, names in INDEX_SETTINGS.items():
+        for name in names:
+            if name in settings and index in INDEX_SETTINGS and index != kind:
+                raise ValueError(f"{name} is a setting of index={kind!r}, and the index is {index!r}; leave it out")
 
 
 def neuron_layer_skeleton(
