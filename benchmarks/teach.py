@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=["pack", "lora"], choices=METHODS)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the (one) method")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--table-lr-multiplier", type=float, help="learning rate of experts over that of the rest")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--tokens", type=int, help="default: the text once")
     parser.add_argument("--context", type=int, default=512)
@@ -157,17 +158,18 @@ def main() -> None:
             "method": method,
             "settings": settings,
             "learning_rate": options.learning_rate,
+            "table_lr_multiplier": options.table_lr_multiplier,
             "batch_size": options.batch_size,
             "tokens_asked": options.tokens,
             "context": options.context,
             "seed": options.seed,
         }
+        optim = {name: key[name] for name in ("learning_rate", "table_lr_multiplier") if key[name] is not None}
         if has_row(rows, key):
             print(f"{method}: there is a row")
             continue
-        name = "-".join(
-            [method, *settings, f"{options.learning_rate:g}", str(options.tokens or "once"), f"seed={options.seed}"]
-        )
+        rates = [f"{rate:g}" for rate in optim.values()]
+        name = "-".join([method, *settings, *rates, str(options.tokens or "once"), f"seed={options.seed}"])
         folder = options.output / name.replace("/", "_")
         config = learn_config(
             run=str(folder),
@@ -178,7 +180,7 @@ def main() -> None:
             settings=settings,
             memory={"background": [] if options.background is None else [str(options.background)]},
             budget={"tokens": options.tokens},
-            optim={"learning_rate": options.learning_rate},
+            optim=optim,
             context=options.context,
             batch_size=options.batch_size,
             precision=options.precision,

@@ -131,25 +131,28 @@ def test_generation_is_that_of_the_plain_model(model, tokenizer, saved) -> None:
 
 def test_questions_in_a_chat_are_what_the_template_writes(model, tokenizer, saved, tasks, tmp_path) -> None:
     chatting = copy.deepcopy(tokenizer)
-    chatting.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[assistant]:"
+    chatting.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|endoftext|>{% endfor %}[assistant]:"
+    )
     folder = tmp_path / "chatting"
     shutil.copytree(saved, folder)
     chatting.save_pretrained(folder)
     rows = harness.evaluate_tasks(folder, [tasks], chat=True)
     right = 0
     for each in QUESTIONS:
-        asked = f"[user] {each['query']} [assistant]:"
+        asked = f"[user] {each['query']}<|endoftext|>[assistant]:"
         nats = [_nats(model, tokenizer, asked, choice) for choice in each["choices"]]
         right += nats.index(min(nats)) == each["gold"]
     assert rows["choice"]["acc"] == right / 2
     nats = [
-        _nats(model, tokenizer, f"[user] {each['context']} [assistant]:", " " + each["continuation"])
+        _nats(model, tokenizer, f"[user] {each['context']}<|endoftext|>[assistant]:", " " + each["continuation"])
         for each in PASSAGES
     ]
     assert math.log(rows["words"]["perplexity"]) == pytest.approx(sum(nats) / 2)
     assert rows["words"]["start_from"] == "the chat template"
+    assert not any("lost" in row for row in rows.values())  # marks of turns are no text that the tokenizer drops
     plain = harness.evaluate_tasks(saved, [tasks / "rolling.yaml"])["rolling"]
-    assert rows["rolling"] == plain  # no question
+    assert rows["rolling"]["bits_per_byte"] == plain["bits_per_byte"]  # no question
 
 
 def test_a_chat_needs_a_template_and_tasks(saved, tasks, capsys) -> None:

@@ -6,6 +6,7 @@
 import copy
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -80,6 +81,10 @@ class PeerHarness(HFLM):
         options = {key: value for key, value in options.items() if key != "device"}  # load_model has chosen it
         self.marks = marks_of(model, tokenizer, document_start)
         self.encoder = TextEncoder(tokenizer)
+        added = tokenizer.added_tokens_decoder
+        self._special = {token for token in added if added[token].special and token != tokenizer.unk_token_id}
+        names = [str(added[token].content) for token in self._special]
+        self._special_names = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
         model.generation_config = plain_configuration(model.generation_config)
         if self.marks.start:
             options.setdefault("prefix_token_id", self.marks.start[-1])
@@ -88,9 +93,10 @@ class PeerHarness(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length, **options)
 
     def tok_encode(self, string: str, *arguments: Any, **options: Any) -> list[int]:
-        """As of `HFLM`; what the tokenizer loses is counted."""
+        """As of `HFLM`; what the tokenizer loses is counted, of the text between special tokens."""
         ids: list[int] = super().tok_encode(string, *arguments, **options)
-        self.encoder.account([string], [ids], [False])
+        plain = [token for token in ids if token not in self._special]
+        self.encoder.account([self._special_names.sub("", string)], [plain], [False])
         return ids
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
