@@ -8,7 +8,7 @@ Shape suffixes: N experts.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peerlm.continual.method import Method, Stage, check_rows, freeze, peer_layers, train_with_fixed_statistics
+from peerlm.continual.retention import ReplayBuffer
 from peerlm.errors import UserError
 from peerlm.evaluate.likelihood import device_of
+from peerlm.evaluate.progress import progress_bar
 from peerlm.files import write_bytes
 from peerlm.layers import Table
 from peerlm.layers.modes import evaluating
@@ -122,9 +124,19 @@ class Sparse(Method):
             layer.experts.requires_grad_(True)
         path = stage.folder / BACKGROUND_FILE
         if not path.is_file():
-            counts, _ = background_counts(model, (stage.earlier.draw(i, i + 1)[0] for i in range(self.windows)))
+            with progress_bar(shown=stage.progress) as bar:
+                task = bar.add_task("reading the background", total=self.windows)
+                counts, _ = background_counts(
+                    model, self._drawn(stage.earlier, after_each=lambda: bar.update(task, advance=1))
+                )
             write_bytes(path, save(counts))
         return model
+
+    def _drawn(self, background: ReplayBuffer, after_each: Callable[[], None]) -> Iterator[Tensor]:
+        """Windows of the background, one by one."""
+        for number in range(self.windows):
+            yield background.draw(number, number + 1)[0]
+            after_each()
 
     def train_mode(self, model: nn.Module) -> None:
         """Query norms keep their statistics."""
