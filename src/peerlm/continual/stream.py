@@ -4,11 +4,14 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
 import torch
+from rich.progress import Progress, TaskID
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peerlm.continual.config import LearnConfig, StageConfig
@@ -21,9 +24,10 @@ from peerlm.continual.text import Text, read_text
 from peerlm.data.tokenizer import keep_start
 from peerlm.errors import UserError, shortened
 from peerlm.evaluate import held_out_loss
-from peerlm.evaluate.held_out import Windows
+from peerlm.evaluate.held_out import Windows, windows_read
 from peerlm.evaluate.likelihood import check_context, device_of
 from peerlm.evaluate.loading import default_context, model_folder, trained_context
+from peerlm.evaluate.progress import progress_bar
 from peerlm.files import is_partial, remove_partials, write_bytes, write_json
 from peerlm.marks import Marks, marked, marks_in
 from peerlm.ranks import Ranks
@@ -247,10 +251,13 @@ class _Stream:
     def _measure(self, model: PreTrainedModel) -> dict[str, Any]:
         limits = [each for each in (self.config.heldout_windows, self.defaults.heldout_windows) if each is not None]
         per_pass = self.defaults.micro_batch_size or WINDOWS_PER_PASS
-        losses = {
-            name: held_out_loss(model, text.heldout, batch_size=per_pass, limit=min(limits, default=None))
-            for name, text in self.texts.items()
-        }
+        limit = min(limits, default=None)
+        losses = {}
+        with progress_bar(shown=self.progress) as bar:
+            for name, text in self.texts.items():
+                task = bar.add_task(f"measuring {name}", total=windows_read(text.heldout, limit))
+                advance = partial(_advance, bar, task)
+                losses[name] = held_out_loss(model, text.heldout, batch_size=per_pass, limit=limit, watch=advance)
         figures = {"loss": losses, "perplexity": {name: math.exp(loss) for name, loss in losses.items()}}
         return figures | (self.measure(model, self.tokenizer) if self.measure else {})
 
@@ -279,6 +286,11 @@ def markdown_matrix(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = (f"{row['perplexity'][domain]:,.2f}" for domain in domains)
         lines.append(f"| {row['stage'] or 'nothing'} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def _advance(bar: Progress, task: TaskID, indices: Sequence[int], nats: Tensor, real: Tensor) -> None:
+    """What `held_out_loss` calls after each pass."""
+    bar.update(task, advance=len(indices))
 
 
 def _check_stages(stages: Sequence[StageConfig]) -> None:
