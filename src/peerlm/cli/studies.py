@@ -315,7 +315,7 @@ def plan(
         "peerlm neurons runs/dense --text book.txt --output runs/neurons",
         "peerlm neurons runs/dense --data data/demo --output runs/neurons",
         "peerlm neurons runs/dense --data data/demo --output runs/b --finetune 0.2",
-        "peerlm neurons my-llama --text book.txt --output out --share 0.5 --retrieval reads --retrieval oracle",
+        "peerlm neurons my-llama --text book.txt --output out --retrieval reads",
     ]
 )
 def neurons(
