@@ -11,8 +11,6 @@ from peerlm.continual import LearnConfig, learn
 from peerlm.train import loop
 from peerlm.train.checkpoint import list_checkpoints
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 class Killed(BaseException):
     """What no code catches, as when the process ends."""

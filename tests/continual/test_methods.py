@@ -18,8 +18,6 @@ from peerlm.evaluate import held_out_loss, load_model
 from peerlm.growth import to_shells
 from peerlm.packs.api import load_pack, loaded_packs
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2},
     "grow": {"sub_keys": 2},

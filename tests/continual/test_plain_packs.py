@@ -157,7 +157,6 @@ def test_the_embedded_corpus_is_the_background_where_none_is_given(
     assert set(rows[1]["loss"]) == {"code", "background"}
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("method", ["pack", "lora"])
 def test_products_are_bfloat16_where_the_processor_has_them_and_stay_so(
     method: str, taught: Callable[..., LearnConfig], monkeypatch: pytest.MonkeyPatch

@@ -22,8 +22,6 @@ from peerlm.optim import clip_gradients
 from peerlm.testing import assert_within_budget, definition, float64
 from peerlm.train import loop
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2},
     "grow": {"sub_keys": 2},

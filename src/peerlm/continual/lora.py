@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from peerlm.continual.method import PRETRAINED, Defaults, Method, Stage
 from peerlm.errors import UserError
+from peerlm.evaluate.adapter import without_deprecations
 from peerlm.packs.base_hash import own_peer_layers
 
 
@@ -42,7 +43,8 @@ class Lora(Method):
                 target_modules=list(self.target_modules) or "all-linear",
                 task_type="CAUSAL_LM",
             )
-            return cast("nn.Module", get_peft_model(model, config))
+            with without_deprecations():
+                return cast("nn.Module", get_peft_model(model, config))
         except ValueError as error:
             raise UserError(f"no LoRA of these settings fits the model: {error}") from error
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from peerlm.continual.method import PRETRAINED, Defaults, Method, Stage, peer_layers
 from peerlm.convert.ffws import find_ffws
 from peerlm.errors import UserError
-from peerlm.evaluate.adapter import put_adapter
+from peerlm.evaluate.adapter import put_adapter, without_deprecations
 from peerlm.evaluate.loading import load_model
 from peerlm.files import atomic_folder
 from peerlm.packs.base_hash import own_peer_layers
@@ -89,7 +89,8 @@ class Pool(Method):
                 module_dim=dim,
                 task_type="CAUSAL_LM",
             )
-            return get_peft_model(model, config)
+            with without_deprecations():
+                return get_peft_model(model, config)
         except (TypeError, ValueError) as error:
             raise UserError(f"no pool of these settings fits the model: {error}") from error
 

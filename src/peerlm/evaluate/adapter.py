@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +13,14 @@ from peerlm.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """Files of an adapter's folder."""
+
+
+@contextmanager
+def without_deprecations() -> Iterator[None]:
+    """Within this context nobody is warned that peft uses a name which transformers is about to drop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def base_of_adapter(path: str | Path) -> Path | None:
@@ -55,7 +65,7 @@ def put_adapter(model: PreTrainedModel, folder: str | Path, *, trained: bool = F
     if not (Path(folder) / WEIGHTS).is_file():
         raise UserError(f"{folder} has no {WEIGHTS}: save the adapter again, with safetensors")
     try:
-        with warnings.catch_warnings():
+        with without_deprecations():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             found: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=trained)
     except (RuntimeError, TypeError, ValueError, KeyError, UserWarning) as error:
