@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from peerlm.convert.neurons.retrieving import RetrievingNeurons
 from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.ops import api
 from peerlm.ops.scoring import half_scores, top_k
 
 
-class NeuronKeys(nn.Module):
+class NeuronKeys(RetrievingNeurons):
     """Retrieve the `retrieved` best of heads * n * n neurons for every token.
 
     Heads own disjoint neurons: neuron id = head * n * n + i * n + j scores q_head[:key_dim / 2] . c_head,i + q_head[
@@ -58,18 +59,6 @@ class NeuronKeys(nn.Module):
         self.query_proj = nn.Linear(dim, heads * key_dim)
         self.sub_keys = nn.Parameter(torch.empty(2, heads, sub_keys, key_dim // 2))
         self.reset_parameters()
-
-    @property
-    def retrieved(self) -> int:
-        """K, neurons that a token retrieves; may be set at any time."""
-        return self._retrieved
-
-    @retrieved.setter
-    def retrieved(self, number: int) -> None:
-        check_sizes(retrieved=number)
-        if number > self.num_experts:
-            raise ValueError(f"retrieved is {number}, more than the {self.num_experts} neurons that there are")
-        self._retrieved = number
 
     def reset_parameters(self) -> None:
         """A random index: queries of unit variance for such inputs, half scores of variance 1/3 (Lample 2019)."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peerlm.convert.neurons.retrieving import RetrievingNeurons
 from peerlm.convert.neurons.weights import Neurons
 from peerlm.layers.checks import check_sizes, flatten_tokens
 from peerlm.ops.functions import ACTIVATIONS
@@ -16,7 +17,7 @@ RIDGE = 1e-4
 """Added to the inputs' second moments, in shares of their mean: directions that hardly occur are not blown up."""
 
 
-class NeuronReads(nn.Module):
+class NeuronReads(RetrievingNeurons):
     """Retrieve the `retrieved` best of F gated neurons (u_f . x + b_f) act(g_f . x + c_f) v_f for every token.
 
     How much such a neuron adds is a product of two projections, which no sum of a few terms follows. So the first one
@@ -65,18 +66,6 @@ class NeuronReads(nn.Module):
         for name in ("sketch_bias", "missed", "lengths"):
             self.register_buffer(name, torch.empty(hidden))
         self.reset_parameters()
-
-    @property
-    def retrieved(self) -> int:
-        """K, neurons that a token retrieves; may be set at any time."""
-        return self._retrieved
-
-    @retrieved.setter
-    def retrieved(self, number: int) -> None:
-        check_sizes(retrieved=number)
-        if number > self.num_experts:
-            raise ValueError(f"retrieved is {number}, more than the {self.num_experts} neurons that there are")
-        self._retrieved = number
 
     def reset_parameters(self) -> None:
         """Random reads of unit variance for such inputs; no sketch, so that the largest reads are retrieved."""
