@@ -336,7 +336,9 @@ def neurons(
             help="learned, reads (of gated neurons), linear, oracle or random; repeatable; default: all but linear."
         ),
     ] = None,
-    sketch: Annotated[int, typer.Option(min=0, help="Rank of the estimate of gates, for reads.")] = 16,
+    sketch: Annotated[
+        int | None, typer.Option(min=0, help="Rank of the estimate of gates, for reads; default: 16.")
+    ] = None,
     fit_tokens: Annotated[
         int, typer.Option(min=2, help="Tokens to learn from; each takes width x 4 bytes of memory a layer.")
     ] = 65536,
@@ -344,8 +346,12 @@ def neurons(
     finetune: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Finetune with this share of the neurons, not the report.")
     ] = None,
-    flops: Annotated[list[float], typer.Option(help="Budget of finetuning; repeatable.")] = [0.0, 1e12],  # noqa: B006
-    learning_rate: Annotated[list[float], typer.Option(help="Peak rate of finetuning; repeatable.")] = [1e-3],  # noqa: B006
+    flops: Annotated[
+        list[float] | None, typer.Option(help="Budget of finetuning; repeatable; default: 0 and 1e12.")
+    ] = None,
+    learning_rate: Annotated[
+        list[float] | None, typer.Option(help="Peak rate of finetuning; repeatable; default: 1e-3.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Retrieve a dense model's neurons by a learned index: how few of them suffice, and how that finetunes."""
@@ -363,14 +369,18 @@ def neurons(
         "progress": json_file != STDOUT,
     }
     if finetune is not None:
-        if share or retrieval:
-            raise UserError("--share and --retrieval choose what is measured; leave them out with --finetune")
-        rows = finetune_neurons(run, output, share=finetune, flops=flops, learning_rates=learning_rate, **options)
+        if share or retrieval or sketch is not None:
+            raise UserError("--share, --retrieval and --sketch choose what is measured; leave them out with --finetune")
+        options |= {"flops": flops or (0.0, 1e12), "learning_rates": learning_rate or (1e-3,)}
+        rows = finetune_neurons(run, output, share=finetune, **options)
         columns = {f"{row['start']}, {row['flops']:.3g} FLOPs, rate {row['learning_rate']}": row for row in rows}
         shown = ["perplexity", "train_tokens", "total_parameters", "seconds"]
         result: object = rows
     else:
-        options |= {"retrievals": retrieval or (), "sketch": sketch} | ({"shares": share} if share else {})
+        if flops or learning_rate:
+            raise UserError("--flops and --learning-rate are of finetuning; name --finetune SHARE, or leave them out")
+        given = {"retrievals": retrieval, "sketch": sketch, "shares": share}
+        options |= {name: value for name, value in given.items() if value not in (None, [])}
         report = measure_neurons(run, output, **options)
         columns = {f"{row['retrieval']} {row['share']:.0%}": row for row in report["rows"]}
         shown = ["perplexity", "dense_perplexity", "flops_per_token"]

@@ -326,6 +326,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda f: [f"{f}/dense", f"--data={f}/tokens", "--finetune=0.5", "--share=0.5"],
         "leave them out with --finetune",
     ),
+    "sketch of finetuning": (
+        lambda f: [f"{f}/dense", f"--data={f}/tokens", "--finetune=0.5", "--sketch=0"],
+        "leave them out with --finetune",
+    ),
+    "budget without finetuning": (
+        lambda f: [f"{f}/dense", f"--data={f}/tokens", "--flops=0"],
+        "name --finetune SHARE, or leave them out",
+    ),
     "text missing": (lambda f: [f"{f}/dense", f"--text={f}/none.txt"], "none.txt"),
     "text short": (lambda f: [f"{f}/dense", f"--text={f}/short.txt"], "windows of 16 tokens, less than 5"),
     "text of passages": (lambda f: [f"{f}/dense", f"--text={f}/passages.jsonl"], "holds passages"),
