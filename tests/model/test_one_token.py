@@ -29,6 +29,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "normed heads, a gate": {"ffw_layers": "peer:inner", "qk_norm": True, "ffw_output_gate": "feature"},
     "side by side": {"ffw_layers": "peer+dense", "num_key_value_heads": 2},
     "no call for its experts": {"ffw_layers": "fine_grained_moe"},
+    "shifted": {"ffw_layers": ["dense", "peer", "dense"], "kv_shift": True, "num_key_value_heads": 2},
+    "shifted, no call for its experts": {"ffw_layers": "fine_grained_moe", "kv_shift": True, "qk_norm": True},
     "scaled positions": {
         "ffw_layers": "dense",
         "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
@@ -46,7 +48,7 @@ def model_of(tiny_config: Callable[..., PeerConfig]) -> Callable[..., PeerForCau
         model = PeerForCausalLM(tiny_config(**settings))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "norm" in name:
+                if "norm" in name or "shift" in name:
                     parameter.uniform_(0.5, 1.5)
             model.train()(torch.randint(64, (4, 16)))
         return model.eval()
@@ -152,10 +154,11 @@ def test_a_row_has_its_bits_whatever_is_beside_it(
         assert torch.equal(mine.keys[0, :, -1], theirs.keys[3, :, -1])
 
 
+@pytest.mark.parametrize("kv_shift", [False, True])
 def test_generate_writes_what_it_writes_in_parts(
-    model_of: Callable[..., PeerForCausalLM], calls: list[int], monkeypatch: pytest.MonkeyPatch
+    kv_shift: bool, model_of: Callable[..., PeerForCausalLM], calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of(ffw_layers="peer", max_position_embeddings=128)
+    model = model_of(ffw_layers="peer", max_position_embeddings=128, kv_shift=kv_shift)
     ids = torch.randint(3, 64, (2, 6))
     new = LEAST_ROOM + 10
     for options in ({}, {"num_beams": 2}):
@@ -170,7 +173,7 @@ def test_generate_writes_what_it_writes_in_parts(
 
 
 def test_what_changes_in_a_model_is_seen(model_of: Callable[..., PeerForCausalLM], calls: list[int]) -> None:
-    model = model_of(ffw_layers="dense", qk_norm=True)
+    model = model_of(ffw_layers="dense", qk_norm=True, kv_shift=True)
     block, ids = model.model.layers[1], torch.randint(64, (1, PROMPT + 1))
     before = decoded(model, ids)
 
@@ -193,29 +196,37 @@ def test_what_changes_in_a_model_is_seen(model_of: Callable[..., PeerForCausalLM
     changed(lambda: put(model.model.norm, "variance_epsilon", 5.0))
     changed(lambda: put(model.model.rotary_emb, "inv_freq", 2 * model.model.rotary_emb.inv_freq))
     changed(lambda: block.self_attn.q_norm.weight.data.mul_(-1))
-    assert len(calls) == 9
+    changed(lambda: block.self_attn.shift.previous_key.data.mul_(-2))
+    changed(lambda: put(block.self_attn.shift, "value", nn.Parameter(torch.randn(4))))
+    assert len(calls) == 11
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(decoded(twin, ids), before)
-    assert len(calls) == 11
+    assert len(calls) == 13
 
 
 def test_it_steps_aside(model_of: Callable[..., PeerForCausalLM], calls: list[int]) -> None:
     ids = torch.randint(64, (2, PROMPT + 1))
     for settings in (
-        {"kv_shift": True},
         {"attention_sink": True},
         {"attention_bias": True},
         {"ffw_layers": "hashed_ngrams"},
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}},
     ):
         decoded(model_of(**settings), ids)
-    model = model_of(ffw_layers="dense")
+    model = model_of(ffw_layers="dense", kv_shift=True)
     decoded(model, torch.randint(64, (MOST_ROWS + 1, PROMPT + 1)))
     decoded(model, ids, cache=StaticCache(config=model.config, max_cache_len=16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         decoded(model, ids)
     block = model.model.layers[2]
-    for module in (block, block.self_attn, block.self_attn.o_proj, block.post_attention_layernorm, model.model.norm):
+    for module in (
+        block,
+        block.self_attn,
+        block.self_attn.shift,
+        block.self_attn.o_proj,
+        block.post_attention_layernorm,
+        model.model.norm,
+    ):
         met: list[nn.Module] = []
         hook = module.register_forward_hook(lambda module, inputs, output, met=met: met.append(module))
         decoded(model, ids)
@@ -232,6 +243,28 @@ def test_it_steps_aside(model_of: Callable[..., PeerForCausalLM], calls: list[in
     with torch.no_grad():
         states = model(ids[:, :1], past_key_values=DynamicCache(), output_hidden_states=True).hidden_states
     assert len(states) == 4
+
+
+def test_a_text_that_begins_anew_sees_no_token_before(
+    model_of: Callable[..., PeerForCausalLM], calls: list[int]
+) -> None:
+    """A new token of position 0, or behind one that the mask hides, has none before it: here in a cache of others."""
+    model, ids = model_of(ffw_layers="dense", kv_shift=True), torch.randint(64, (2, 5))
+    mask = torch.tensor([[1, 1, 1, 0, 1], [0, 0, 0, 0, 1]])
+    positions = torch.tensor([[3], [0]])
+    found, columns = [], []
+    for in_parts in (False, True):
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache, use_cache=True)
+        with torch.set_grad_enabled(in_parts):
+            step = model(ids[:, 4:], attention_mask=mask, position_ids=positions, past_key_values=cache)
+        found.append(step.logits.detach())
+        columns.append([layer.keys[:, :, -1, -1].detach() for layer in cache.layers])
+    assert calls == [2]
+    torch.testing.assert_close(*found)
+    for each in (*columns[0], *columns[1]):
+        assert not each.any()
 
 
 def test_a_hidden_new_token_is_left_to_the_modules(model_of: Callable[..., PeerForCausalLM], calls: list[int]) -> None:

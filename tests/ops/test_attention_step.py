@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peerlm.ops import api
-from peerlm.ops.attention_step import AttentionStep, RMSNorm
+from peerlm.ops.attention_step import AttentionStep, RMSNorm, Shift
 from peerlm.ops.cpu import native
 from peerlm.ops.whole_layer import DenseLayer
 from peerlm.testing import assert_within_budget
@@ -35,6 +35,11 @@ def step_of(dim: int = 21, heads: int = 6, groups: int = 3, size: int = 10, **se
     return AttentionStep(**(values | settings))
 
 
+def shift_of(groups: int) -> Shift:
+    torch.manual_seed(1)
+    return Shift(**{name: torch.randn(groups) for name in ("key", "previous_key", "value", "previous_value")})
+
+
 def normed(x: Tensor, norm: RMSNorm) -> Tensor:
     return norm.weight.to(x) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.epsilon)
 
@@ -44,7 +49,7 @@ def defined(
 ) -> dict[str, Tensor]:
     """Everything that a step changes or gives, in the dtype of `hidden`."""
     hidden, keys, values = hidden + added, keys.clone(), values.clone()
-    rows, groups, _, size = keys.shape
+    rows, groups, _, size = values.shape
     read = normed(hidden, step.before)
 
     def heads(weight: Tensor, norm: RMSNorm | None, *, turned: bool) -> Tensor:
@@ -56,26 +61,53 @@ def defined(
         return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1) if turned else each
 
     query = heads(step.query_map, step.query_norm, turned=True)
-    keys[:, :, -1] = heads(step.key_map, step.key_norm, turned=True)
+    keys[:, :, -1, :size] = heads(step.key_map, step.key_norm, turned=True)
     values[:, :, -1] = heads(step.value_map, None, turned=False)
+    cached = keys, values
+    if step.shift is not None:
+        seen_before = mask[:, -2] if mask.shape[1] > 1 else torch.zeros(rows)
+        keys[:, :, -1, size] = ((positions[:, 0] > 0) * seen_before).to(keys)[:, None]
+        keys, values = shifted(step.shift, step.frequencies.to(keys), keys, values)
     of_group = query.view(rows, groups, -1, size)
     scores = torch.einsum("rghc,rglc->rghl", of_group, keys) * step.scaling
     scores = scores.masked_fill(mask[:, None, None] == 0, -torch.inf)
     seen = torch.einsum("rghl,rglc->rghc", scores.softmax(-1), values).reshape(rows, 1, -1)
     hidden = hidden + seen @ step.output_map.to(seen).T
-    return {"hidden": hidden, "keys": keys, "values": values, "normed": normed(hidden, step.after)}
+    return {"hidden": hidden, "keys": cached[0], "values": cached[1], "normed": normed(hidden, step.after)}
+
+
+def shifted(shift: Shift, frequencies: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys, without the number that says what follows what, and values as attention sees them, slot by slot."""
+    key, previous_key, value, previous_value = (each.to(keys)[:, None] for each in shift.tensors())
+    size = values.shape[-1]
+    mixed_keys, mixed_values = [], []
+    for slot in range(keys.shape[2]):
+        own_key, own_value = key * keys[:, :, slot, :size], value * values[:, :, slot]
+        if slot > 0:
+            follows = keys[:, :, slot, size:]
+            low, high = keys[:, :, slot - 1, :size].chunk(2, dim=-1)
+            cos, sin = frequencies.cos(), frequencies.sin()
+            on_by_one = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+            own_key = own_key + previous_key * follows * on_by_one
+            own_value = own_value + previous_value * follows * values[:, :, slot - 1]
+        mixed_keys.append(own_key)
+        mixed_values.append(own_value)
+    return torch.stack(mixed_keys, 2), torch.stack(mixed_values, 2)
 
 
 def inputs(step: AttentionStep, rows: int, columns: int) -> list[Tensor]:
     dim, size = len(step.before.weight), 2 * len(step.frequencies)
     shape = (rows, len(step.key_map) // size, columns, size)
+    keys = torch.randn(shape)
+    if step.shift is not None:
+        keys = torch.cat([keys, torch.randint(2, (*shape[:3], 1)).float()], dim=-1)
     mask = torch.ones(rows, columns, dtype=torch.int64)
     mask[0, : columns // 2] = 0
     positions = torch.arange(rows)[:, None] + columns
     return [
         torch.randn(rows, 1, dim),
         torch.randn(rows, 1, dim),
-        torch.randn(shape),
+        keys,
         torch.randn(shape),
         mask,
         positions,
@@ -85,8 +117,11 @@ def inputs(step: AttentionStep, rows: int, columns: int) -> list[Tensor]:
 @pytest.mark.numerical
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 3), (5, 40)])
 @pytest.mark.parametrize("normed_heads", [False, True])
-def test_it_is_its_definition(rows: int, columns: int, normed_heads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = step_of()
+@pytest.mark.parametrize("with_shift", [False, True])
+def test_it_is_its_definition(
+    rows: int, columns: int, normed_heads: bool, with_shift: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = step_of(shift=shift_of(3) if with_shift else None)
     if normed_heads:
         norm = RMSNorm(weight=torch.rand(10) + 0.5, epsilon=1e-5)
         step = replace(step, query_norm=norm, key_norm=replace(norm, weight=torch.rand(10) + 0.5))
@@ -107,8 +142,11 @@ def test_it_is_its_definition(rows: int, columns: int, normed_heads: bool, monke
 
 
 @pytest.mark.numerical
-def test_large_steps_have_the_same_bits_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = step_of(dim=515, heads=8, groups=4, size=64)
+@pytest.mark.parametrize("with_shift", [False, True])
+def test_large_steps_have_the_same_bits_for_any_number_of_threads(
+    with_shift: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = step_of(dim=515, heads=8, groups=4, size=64, shift=shift_of(4) if with_shift else None)
     call = api.attention_step(step)
     assert call is not None
     given, found = inputs(step, 2, 400), []
@@ -146,6 +184,10 @@ def test_what_it_cannot_take_is_left_as_it_was() -> None:
         assert call(*wrong) is None
         assert all(torch.equal(each, was) for each, was in zip(wrong, before, strict=True) if was is not None)
     assert call(hidden, None, keys, values, None, positions[:1]) is not None
+    with_shift = api.attention_step(replace(step, shift=shift_of(3)))
+    assert with_shift is not None
+    assert with_shift(hidden, None, keys, values, None, positions) is None  # keys lack the number that is one more
+    assert call(hidden, None, inputs(replace(step, shift=shift_of(3)), 2, 6)[2], values, None, positions) is None
 
 
 def test_weights_that_it_cannot_read_have_no_call() -> None:
@@ -156,6 +198,9 @@ def test_weights_that_it_cannot_read_have_no_call() -> None:
     assert api.added_norm(RMSNorm(weight=torch.rand(21).half(), epsilon=1e-5)) is None
     with pytest.raises(ValueError, match="do not fit"):
         api.attention_step(replace(step, output_map=torch.randn(21, 59)))
+    with pytest.raises(ValueError, match="weights of a shift do not fit"):
+        api.attention_step(replace(step, shift=shift_of(2)))
+    assert api.attention_step(replace(step, shift=replace(shift_of(3), value=torch.rand(3).double()))) is None
     with pytest.raises(ValueError, match="do not fit"):
         api.whole_layer(DenseLayer(down=torch.randn(3, 4), gate=None, up=torch.randn(4, 5), activation="gelu"))
 

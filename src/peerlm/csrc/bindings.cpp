@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -9,6 +10,7 @@
 
 #include <sys/mman.h>
 
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -399,29 +401,45 @@ NormArgs norm_of(const Array<In, 1>& weight, float epsilon) {
 
 Norm norm_(Array<In, 1> weight, float epsilon) { return {norm_of(weight, epsilon)}; }
 
+// Of a block's cache: the addresses of keys and values, then strides of rows and heads, of keys and of values.
+using Place = std::array<int64_t, 6>;
+
+// What differs from token to token in all blocks alike.
+struct NewTokens {
+  int64_t rows, columns;
+  const int64_t *mask, *positions;
+  int64_t positions_stride;
+  int threads;
+
+  // Whether the mask hides one of them.
+  bool hidden() const {
+    for (int64_t row = 0; mask && row < rows; ++row)
+      if (!mask[row * columns + columns - 1]) return true;
+    return false;
+  }
+};
+
+void step_of_block(AttentionStepArgs a, const NewTokens& tokens, float* hidden, const float* added, const Place& place, float* y) {
+  a.norm.hidden = hidden, a.norm.added = added, a.norm.y = y, a.norm.rows = tokens.rows;
+  a.keys = {reinterpret_cast<float*>(place[0]), place[2], place[3]};
+  a.values = {reinterpret_cast<float*>(place[1]), place[4], place[5]};
+  a.columns = tokens.columns, a.mask = tokens.mask, a.threads = tokens.threads;
+  a.positions = tokens.positions, a.positions_stride = tokens.positions_stride;
+  kernels().attention_step(a);
+}
+
 // A block's attention whose weights stay where they are; what differs from token to token comes as addresses.
 struct AttentionStep {
   AttentionStepArgs args;
 
   // False, and nothing is done, where the mask hides a new token.
-  bool run(uintptr_t hidden, int64_t rows, uintptr_t added, uintptr_t keys, uintptr_t values, int64_t row_stride, int64_t head_stride,
-           int64_t columns, uintptr_t mask, uintptr_t positions, int64_t positions_stride, int threads, uintptr_t y) const {
-    AttentionStepArgs a = args;
-    a.norm.hidden = reinterpret_cast<float*>(hidden);
-    a.norm.added = reinterpret_cast<const float*>(added);
-    a.norm.y = reinterpret_cast<float*>(y);
-    a.norm.rows = rows;
-    a.keys = reinterpret_cast<float*>(keys);
-    a.values = reinterpret_cast<float*>(values);
-    a.row_stride = row_stride, a.head_stride = head_stride, a.columns = columns;
-    a.mask = reinterpret_cast<const int64_t*>(mask);
-    a.positions = reinterpret_cast<const int64_t*>(positions);
-    a.positions_stride = positions_stride;
-    a.threads = threads;
-    for (int64_t row = 0; a.mask && row < rows; ++row)
-      if (!a.mask[row * columns + columns - 1]) return false;
+  bool run(uintptr_t hidden, int64_t rows, uintptr_t added, const Place& place, int64_t columns, uintptr_t mask, uintptr_t positions,
+           int64_t positions_stride, int threads, uintptr_t y) const {
+    const NewTokens tokens{rows, columns, reinterpret_cast<const int64_t*>(mask), reinterpret_cast<const int64_t*>(positions),
+                           positions_stride, threads};
+    if (tokens.hidden()) return false;
     nb::gil_scoped_release released;
-    kernels().attention_step(a);
+    step_of_block(args, tokens, reinterpret_cast<float*>(hidden), reinterpret_cast<const float*>(added), place, reinterpret_cast<float*>(y));
     return true;
   }
 };
@@ -436,34 +454,19 @@ struct Blocks {
   std::vector<Block> blocks;
   NormArgs last;
 
-  // As of `AttentionStep`; keys, values and their strides of each block.
-  bool run(uintptr_t hidden, int64_t rows, const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values,
-           const std::vector<int64_t>& row_strides, const std::vector<int64_t>& head_strides, int64_t columns, uintptr_t mask,
-           uintptr_t positions, int64_t positions_stride, int threads, uintptr_t y) const {
-    require(keys.size() == blocks.size() && values.size() == blocks.size() && row_strides.size() == blocks.size() &&
-                head_strides.size() == blocks.size(),
-            "each block needs keys, values and their strides");
-    const int64_t* const seen = reinterpret_cast<const int64_t*>(mask);
-    for (int64_t row = 0; seen && row < rows; ++row)
-      if (!seen[row * columns + columns - 1]) return false;
+  // As of `AttentionStep`, with a place for each block.
+  bool run(uintptr_t hidden, int64_t rows, const std::vector<Place>& places, int64_t columns, uintptr_t mask, uintptr_t positions,
+           int64_t positions_stride, int threads, uintptr_t y) const {
+    require(places.size() == blocks.size(), "each block needs keys, values and their strides");
+    const NewTokens tokens{rows, columns, reinterpret_cast<const int64_t*>(mask), reinterpret_cast<const int64_t*>(positions),
+                           positions_stride, threads};
+    if (tokens.hidden()) return false;
     nb::gil_scoped_release released;
     const size_t size = (size_t)(rows * last.dim);
     std::vector<float> memory(2 * size);
     float *const normed = memory.data(), *const added = normed + size;
     for (size_t i = 0; i < blocks.size(); ++i) {
-      AttentionStepArgs a = blocks[i].step;
-      a.norm.hidden = reinterpret_cast<float*>(hidden);
-      a.norm.added = i ? added : nullptr;
-      a.norm.y = normed;
-      a.norm.rows = rows;
-      a.keys = reinterpret_cast<float*>(keys[i]);
-      a.values = reinterpret_cast<float*>(values[i]);
-      a.row_stride = row_strides[i], a.head_stride = head_strides[i], a.columns = columns;
-      a.mask = seen;
-      a.positions = reinterpret_cast<const int64_t*>(positions);
-      a.positions_stride = positions_stride;
-      a.threads = threads;
-      kernels().attention_step(a);
+      step_of_block(blocks[i].step, tokens, reinterpret_cast<float*>(hidden), i ? added : nullptr, places[i], normed);
       if (blocks[i].dense) dense_tokens(*blocks[i].dense, normed, rows, threads, added);
       else decode_tokens(*blocks[i].experts, normed, rows, added);
     }
@@ -495,7 +498,7 @@ Blocks blocks_(const std::vector<const AttentionStep*>& steps, const std::vector
 AttentionStep attention_step_(Array<In, 1> norm, float epsilon, Array<In, 1> after, float after_epsilon, Matrix query_map, Matrix key_map,
                               Matrix value_map, Matrix output_map, std::optional<Array<In, 1>> query_norm,
                               std::optional<Array<In, 1>> key_norm, float head_epsilon, Array<In, 1> frequencies, float rotation_scale,
-                              float scaling) {
+                              float scaling, std::optional<std::array<Array<In, 1>, 4>> shift) {
   const int64_t dim = (int64_t)norm.size(), size = 2 * (int64_t)frequencies.size();
   const int64_t wide = (int64_t)query_map.shape(0), narrow = (int64_t)key_map.shape(0);
   require(size > 0 && wide % size == 0 && narrow % size == 0 && narrow > 0 && wide % narrow == 0 && value_map.shape(0) == key_map.shape(0) &&
@@ -503,6 +506,7 @@ AttentionStep attention_step_(Array<In, 1> norm, float epsilon, Array<In, 1> aft
               (int64_t)value_map.shape(1) == dim && (int64_t)output_map.shape(0) == dim && (int64_t)output_map.shape(1) == wide &&
               (!query_norm || (int64_t)query_norm->size() == size) && (!key_norm || (int64_t)key_norm->size() == size),
           "norms (D), maps (H * C, D), (G * C, D), (G * C, D) and (D, H * C), and frequencies (C / 2) do not fit");
+  for (int i = 0; shift && i < 4; ++i) require((int64_t)(*shift)[i].size() == narrow / size, "weights of a shift do not fit its heads");
   AttentionStepArgs a{};
   a.norm = norm_of(norm, epsilon);
   a.after_weight = after.data(), a.after_epsilon = after_epsilon;
@@ -510,6 +514,7 @@ AttentionStep attention_step_(Array<In, 1> norm, float epsilon, Array<In, 1> aft
   a.query_norm = data_or_null(query_norm), a.key_norm = data_or_null(key_norm), a.head_epsilon = head_epsilon;
   a.frequencies = frequencies.data(), a.rotation_scale = rotation_scale, a.scaling = scaling;
   a.heads = wide / size, a.groups = narrow / size, a.head_dim = size;
+  if (shift) a.shift = {(*shift)[0].data(), (*shift)[1].data(), (*shift)[2].data(), (*shift)[3].data()};
   return {a};
 }
 
@@ -756,6 +761,7 @@ NB_MODULE(_native, m) {
         nb::arg().none(), nb::arg());
   m.def("mix_backward", &mix_backward_, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none(),
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
+  m.attr("calls") = 2;  // of layers and attention: changes with their arguments, as in native.py
   nb::class_<WholeLayer>(m, "WholeLayer").def("run", &WholeLayer::run);
   m.def("whole_layer", &whole_layer_, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
@@ -765,7 +771,7 @@ NB_MODULE(_native, m) {
   m.def("norm", &norm_);
   nb::class_<AttentionStep>(m, "AttentionStep").def("run", &AttentionStep::run);
   m.def("attention_step", &attention_step_, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+        nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
   nb::class_<Blocks>(m, "Blocks").def("run", &Blocks::run);
   m.def("blocks", &blocks_);
   m.def("group_by_row", &group_by_row_);

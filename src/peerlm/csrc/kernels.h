@@ -145,6 +145,18 @@ struct NormArgs {
   float* y;            // out (R, D)
 };
 
+// Keys and values become mixes of their own and those of the slot before: a weight for each of G groups, or all null.
+struct ShiftWeights {
+  const float *key, *previous_key, *value, *previous_value;
+};
+
+// Keys or values of a cache, with strides for rows and heads. With a shift a key has one number more, which is 1 where
+// the token before it is in the slot before, else 0.
+struct ColumnsOf {
+  float* data;
+  int64_t row_stride, head_stride;
+};
+
 // One new token of each of R sequences through a block's attention: H query heads in G groups, C features each.
 struct AttentionStepArgs {
   NormArgs norm;  // before attention; y is the norm after it
@@ -156,8 +168,9 @@ struct AttentionStepArgs {
   const float* frequencies;  // (C / 2), of the rotation
   float rotation_scale, scaling;
   int64_t heads, groups, head_dim;
-  float *keys, *values;  // (R, G, columns, C) with strides for rows and heads; the last column is written
-  int64_t row_stride, head_stride, columns;
+  ShiftWeights shift;
+  ColumnsOf keys, values;  // (R, G, columns, C); the last column is written
+  int64_t columns;
   const int64_t* mask;       // (R, columns): 0 where a column is hidden; null: none is
   const int64_t* positions;  // (R) with a stride
   int64_t positions_stride;

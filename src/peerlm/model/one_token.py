@@ -8,10 +8,10 @@ from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from peerlm.layers.one_call import Unchanged, nobody_looks_on
-from peerlm.model.attention import PeerAttention
+from peerlm.model.attention import KeyValueShift, PeerAttention
 from peerlm.model.cache_room import keep, one_more_column
 from peerlm.ops import api
-from peerlm.ops.attention_step import AddedNorm, AttentionStep, RMSNorm, Step, Through
+from peerlm.ops.attention_step import AddedNorm, AttentionStep, RMSNorm, Shift, Step, Through
 
 MOST_ROWS = 32
 """Sequences; of more, attention is quicker as products of matrices."""
@@ -88,7 +88,7 @@ class OneToken:
             for layer, room in zip(cache.layers if found is not None else (), rooms, strict=False):
                 keep(layer, *room)
             return found
-        if len({(each.shape, each.dtype) for room in rooms for each in room}) > 1:
+        if any(len({(each.shape, each.dtype) for each in parts}) > 1 for parts in zip(*rooms, strict=True)):
             return None
         added = None
         for block, step, layer, room in zip(model.layers, made.steps, cache.layers, rooms, strict=False):
@@ -161,14 +161,17 @@ def _depends(unchanged: Unchanged, model: Any, model_kind: type[nn.Module], bloc
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             as_made &= unchanged.add(norm) is LlamaRMSNorm
         for name, part in attention._modules.items():
-            kinds = (nn.Linear,) if name.endswith("_proj") else (nn.Identity, LlamaRMSNorm)
-            as_made &= unchanged.add(part) in kinds and getattr(part, "bias", None) is None
-        as_made &= attention.shift is None and attention.sinks is None and not getattr(block.ffw, "reads_tokens", 0)
+            if part is not None and name != "shift":
+                kinds = (nn.Linear,) if name.endswith("_proj") else (nn.Identity, LlamaRMSNorm)
+                as_made &= unchanged.add(part) in kinds and getattr(part, "bias", None) is None
+        shift = attention.shift
+        as_made &= shift is None or unchanged.add(shift) is KeyValueShift
+        as_made &= attention.sinks is None and not getattr(block.ffw, "reads_tokens", 0)
     return as_made
 
 
 def _step_of(block: Any, rotary: LlamaRotaryEmbedding) -> AttentionStep:
-    attention = block.self_attn
+    attention, shift = block.self_attn, block.self_attn.shift
     return AttentionStep(
         before=_norm(block.input_layernorm),
         after=_norm(block.post_attention_layernorm),
@@ -181,6 +184,7 @@ def _step_of(block: Any, rotary: LlamaRotaryEmbedding) -> AttentionStep:
         frequencies=rotary.inv_freq,
         rotation_scale=rotary.attention_scaling,
         scaling=attention.scaling,
+        shift=None if shift is None else Shift(**shift._parameters),
     )
 
 

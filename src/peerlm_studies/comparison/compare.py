@@ -9,10 +9,11 @@ from rich.console import Console
 from peerlm.evaluate import load_model, sample_text
 from peerlm.files import write_bytes, write_json
 from peerlm.ranks import ALONE, Ranks
-from peerlm_studies.comparison.figures import plot_losses
+from peerlm_studies.comparison.figures import plot_copying, plot_losses
 from peerlm_studies.comparison.make_rows import lacks_rows, make_rows, rows_of
 from peerlm_studies.comparison.plan import ComparePlan, load_plan
 from peerlm_studies.comparison.tables import markdown_table, show_table, summarise
+from peerlm_studies.figures import save_plot
 from peerlm_studies.frontier.study import frontier_of_study
 from peerlm_studies.shards import Shard, read_study, say_incomplete
 
@@ -29,7 +30,8 @@ def compare(
 
     Each run is a process of its own, so that peak memory is its alone. Finished runs are rows of OUTPUT/rows.jsonl and
     are not made again; an interrupted one resumes from its checkpoint. OUTPUT also gets table.md, table.json, loss.png,
-    sample.txt, and of several settings what loss costs in bytes, seconds and memory (`frontier.study.frontier`).
+    sample.txt, where runs measure copying copying.png, and of several settings what loss costs in bytes, seconds and
+    memory (`frontier.study.frontier`).
 
     Args:
         recipe: TOML file.
@@ -58,7 +60,9 @@ def compare(
     write_json(plan.output / "table.json", table)
     write_bytes(plan.output / "table.md", markdown_table(table, command=command, rows=rows).encode())
     plot_losses(rows, plan.output / "loss.png")
-    drawn = frontier_of_study(rows, plan.output)
+    if (copying := plot_copying(rows)) is not None:
+        save_plot(copying, plan.output / "copying.png")
+    drawn = frontier_of_study(rows, plan.output) or copying is not None
     sample = _write_sample(plan)
     show_table(table, console)
     if sample:

@@ -1,5 +1,6 @@
-"""The plot of a comparison: held-out loss over training FLOPs and over seconds."""
+"""The plots of a comparison: held-out loss over training FLOPs and over seconds; what models copy over tokens."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,8 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     over_flops, over_seconds = figure.subplots(1, 2, sharey=True)
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    for row in rows:
-        first = row is next(other for other in rows if other["label"] == row["label"])
-        style = {
-            "color": f"C{labels.index(row['label']) % 10}",
-            "label": row["label"] if first else None,
-            "marker": ".",
-            "linewidth": 1.2,
-        }
-        evaluation = row["config"]["eval"]
-        alike = len(row["curve"]) == 1 or evaluation["windows"] == evaluation["final_windows"]
-        curve = row["curve"] if alike else row["curve"][:-1]
+    for row, style in zip(rows, _styles(rows), strict=True):
+        curve = _alike(row)
         losses = [point["validation_loss"] for point in curve]
         over_flops.plot([point["flops"] for point in curve], losses, **style)
         over_seconds.plot([point["seconds"] for point in curve], losses, **style)
@@ -37,3 +28,49 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes in (over_flops, over_seconds):
         finish(axes)
     save_plot(figure, path)
+
+
+def plot_copying(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """What runs copy in training: loss of repeating targets, and what repeated random tokens cost less, over tokens.
+
+    None where no run measured copying (`eval.copying`); others are left out.
+    """
+    rows = [row for row in rows if any("copying" in point for point in row["curve"])]
+    if not rows:
+        return None
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    in_text, at_random = figure.subplots(1, 2)
+    for row, style in zip(rows, _styles(rows), strict=True):
+        curve = [point for point in _alike(row) if "copying" in point]
+        tokens, found = [point["tokens"] / 1e6 for point in curve], [point["copying"] for point in curve]
+        in_text.plot(tokens, [math.nan if each["repeats"] is None else each["repeats"] for each in found], **style)
+        at_random.plot(tokens, [each["first_half"] - each["second_half"] for each in found], **style)
+    for axes in (in_text, at_random):
+        axes.set(xlabel="million tokens trained on")
+        finish(axes)
+    in_text.set(ylabel="loss of targets that repeat (nats)")
+    at_random.set(ylabel="nats saved on repeated random tokens")
+    in_text.legend(frameon=False)
+    return figure
+
+
+def _styles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How each row's lines are drawn: a colour and one entry of the legend per label."""
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    first = {label: next(row for row in rows if row["label"] == label) for label in labels}
+    return [
+        {
+            "color": f"C{labels.index(row['label']) % 10}",
+            "label": row["label"] if row is first[row["label"]] else None,
+            "marker": ".",
+            "linewidth": 1.2,
+        }
+        for row in rows
+    ]
+
+
+def _alike(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """A row's evaluations without the last, where that read other windows than those before it."""
+    evaluation, curve = row["config"]["eval"], row["curve"]
+    alike = len(curve) == 1 or evaluation["windows"] == evaluation["final_windows"]
+    return curve if alike else curve[:-1]

@@ -13,9 +13,12 @@ from peerlm_studies.markdown import markdown_rows
 Row = Mapping[str, Any]
 
 
-COPYING = ("poor ppl", "rich ppl", "copied nats", "to first token")
-"""What tables say where runs measure copying: perplexity in windows with little and with much to copy, what random
-tokens cost less when they are repeated, and the largest share of attention that a block gives to the first token."""
+COPYING = ("poor ppl", "rich ppl", "repeats ppl", "copied nats", "copies from", "to first token")
+"""What tables say where runs measure copying: perplexity in windows with little and with much to copy, and of targets
+that repeat; what random tokens cost less when they are repeated; after how many million tokens that began
+(`COPIED_NATS`); the largest share of attention that a block gives to the first token."""
+COPIED_NATS = 0.1
+"""A model copies from the first evaluation on at which random tokens cost so much less when they are repeated."""
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -70,14 +73,20 @@ def _copying(row: Row) -> dict[str, float]:
     found = curve[-1].get("copying")
     if found is None:
         return {}
-    poor, rich = found["poor"], found["rich"]
+    losses = {name: found[name] for name in ("poor", "rich", "repeats")}
+    began = (point["tokens"] for point in curve if _copied(point.get("copying")) >= COPIED_NATS)
+    tokens = next(began, None)
     figures = {
-        "poor ppl": None if poor is None else math.exp(poor),
-        "rich ppl": None if rich is None else math.exp(rich),
-        "copied nats": found["first_half"] - found["second_half"],
+        **{f"{name} ppl": None if loss is None else math.exp(loss) for name, loss in losses.items()},
+        "copied nats": _copied(found),
+        "copies from": None if tokens is None else tokens / 1e6,
         "to first token": max(found["first_token"].values()) if found["first_token"] else None,
     }
     return {name: value for name, value in figures.items() if value is not None}
+
+
+def _copied(copying: Mapping[str, Any] | None) -> float:
+    return 0.0 if copying is None else copying["first_half"] - copying["second_half"]
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
@@ -98,7 +107,7 @@ def columns_of(table: Sequence[Row]) -> dict[str, list[str]]:
         if file in table[0]["accuracy"]:
             columns[f"{file} acc"] = [_spread(row["accuracy"][file], "{:.1%}") for row in table]
     for title in COPYING:
-        form = "{:,.1f}" if title.endswith("ppl") else "{:,.2f}"
+        form = "{:,.1f}" if title.endswith("ppl") else "{:,.1f}M" if title == "copies from" else "{:,.2f}"
         cells = [_spread(row["copying"][title], form) if title in row["copying"] else "" for row in table]
         if any(cells):
             columns[title] = cells

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from peerlm.errors import UserError
+from peerlm_studies.comparison.figures import plot_copying
 from peerlm_studies.comparison.make_rows import rows_of
 from peerlm_studies.comparison.tables import columns_of, summarise
 from peerlm_studies.equal_seconds.plan import load_seconds
@@ -220,14 +221,17 @@ def _comparison(config: SectionConfig, rows: Sequence[Row], root: Path) -> Secti
         named.add(name)
     tables = [*note, markdown_rows(columns_of(summarise(own)))]
     plot = config.plot or PlotConfig()
+    copying = plot_copying(own)
+    others = {} if copying is None else {"copying": copying}
     if not plot.x:
-        return Section(rows=own, tables=tables, figures={"perplexity": _plot_labels(own)})
+        return Section(rows=own, tables=tables, figures={"perplexity": _plot_labels(own), **others})
     points: dict[tuple[str, float], list[float]] = {}
     for row in own:
         settings = {**row["config"], "method": row["method"]}
         place = (_name(settings, plot.by), _product(settings, plot.x, config))
         points.setdefault(place, []).append(math.exp(row["summary"]["validation_loss"]))
-    return Section(rows=own, tables=tables, figures={"perplexity": _plot_lines(points, plot, "held-out perplexity")})
+    lines = _plot_lines(points, plot, "held-out perplexity")
+    return Section(rows=own, tables=tables, figures={"perplexity": lines, **others})
 
 
 def _table(config: SectionConfig, rows: Sequence[Row]) -> Section:

@@ -66,26 +66,41 @@ def test_what_runs_copied_has_columns_where_it_was_measured() -> None:
     found = {
         "poor": math.log(40),
         "rich": None,
+        "repeats": math.log(6),
         "first_half": 8.5,
         "second_half": 6.25,
         "first_token": {"0": 0.1, "1": 0.3},
     }
-    measured = row("PEER", 0, math.log(20)) | {"curve": [{}, {"copying": found}]}
+    early = {"tokens": 1_000_000, "copying": found | {"second_half": 8.41}}
+    begun = {"tokens": 2_000_000, "copying": found | {"second_half": 8.375}}
+    last = {"tokens": 3_000_000, "copying": found}
+    measured = row("PEER", 0, math.log(20)) | {"curve": [{"tokens": 0}, early, begun, last]}
     table = summarise([row("dense", 0, math.log(30)), measured])
     assert [entry["copying"] for entry in table] == [
         {},
         {
             "poor ppl": {"mean": pytest.approx(40), "spread": None},
+            "repeats ppl": {"mean": pytest.approx(6), "spread": None},
             "copied nats": {"mean": 2.25, "spread": None},
+            "copies from": {"mean": 2.0, "spread": None},
             "to first token": {"mean": 0.3, "spread": None},
         },
     ]
     columns = columns_of(table)
     assert columns["poor ppl"] == ["", "40.0"]
     assert columns["copied nats"] == ["", "2.25"]
+    assert columns["copies from"] == ["", "2.0M"]
     assert columns["to first token"] == ["", "0.30"]
     assert "rich ppl" not in columns
     assert "poor ppl" not in columns_of(table[:1])
+
+
+def test_a_model_that_copies_nothing_has_no_tokens_from_which_on_it_does() -> None:
+    found = {"poor": 1.0, "rich": 1.0, "repeats": None, "first_half": 8.0, "second_half": 7.95, "first_token": {}}
+    (entry,) = summarise([row("PEER", 0, 1.0) | {"curve": [{"tokens": 10, "copying": found}]}])
+    assert "copies from" not in entry["copying"]
+    assert "repeats ppl" not in entry["copying"]
+    assert entry["copying"]["copied nats"]["mean"] == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

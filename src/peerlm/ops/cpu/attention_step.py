@@ -43,8 +43,7 @@ def through_blocks(steps: Sequence[Step], layers: Sequence[Layer], last: AddedNo
         if not (is_plain(hidden) and _fits(hidden, width, mask, positions)):
             return None
         y = torch.empty_like(hidden)
-        by_kind = map(list, zip(*places, strict=True))
-        done = run(hidden.data_ptr(), len(hidden), *by_kind, *_given(width, mask, positions, y))
+        done = run(hidden.data_ptr(), len(hidden), places, *_given(width, mask, positions, y))
         return y if done else None
 
     return through
@@ -71,7 +70,9 @@ class _Step:
             step.frequencies,
             step.rotation_scale,
             step.scaling,
+            None if step.shift is None else tuple(weight.detach() for weight in step.shift.tensors()),
         )
+        self._key_size = 2 * len(step.frequencies) + (step.shift is not None)
         self._dim, self._size = len(step.before.weight), 2 * len(step.frequencies)
         self._groups = len(step.key_map) // self._size
 
@@ -91,19 +92,22 @@ class _Step:
             return None
         y = torch.empty_like(hidden)
         rows, to_add = len(hidden), 0 if added is None else added.data_ptr()
-        done = self.native.run(hidden.data_ptr(), rows, to_add, *place, *_given(columns, mask, positions, y))
+        done = self.native.run(hidden.data_ptr(), rows, to_add, place, *_given(columns, mask, positions, y))
         return y if done else None
 
-    def place(self, hidden: Tensor, keys: Tensor, values: Tensor) -> tuple[int, int, int, int] | None:
-        """Where keys and values are, and the strides of rows and heads; None where they cannot be of this step."""
-        rows, shape, strides = len(hidden), keys.shape, keys.stride()
-        if shape != (rows, self._groups, shape[2], self._size) or values.shape != shape or values.stride() != strides:
+    def place(self, hidden: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...] | None:
+        """Where keys and values are, and strides of rows and heads of each; None where they cannot be of this step."""
+        rows, shape, strides, others = len(hidden), keys.shape, keys.stride(), values.stride()
+        columns = (rows, self._groups, shape[2])
+        if shape != (*columns, self._key_size) or values.shape != (*columns, self._size):
             return None
-        if hidden.shape != (rows, 1, self._dim) or strides[2:] != (self._size, 1):
+        if hidden.shape != (rows, 1, self._dim):
+            return None
+        if strides[2:] != (self._key_size, 1) or others[2:] != (self._size, 1):
             return None
         if not (keys.dtype == values.dtype == torch.float32 and keys.is_cpu and values.is_cpu):
             return None
-        return keys.data_ptr(), values.data_ptr(), strides[0], strides[1]
+        return keys.data_ptr(), values.data_ptr(), *strides[:2], *others[:2]
 
 
 class _Norm:

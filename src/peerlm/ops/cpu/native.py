@@ -10,6 +10,7 @@ from peerlm.ops.compiled import constant_in_graphs
 from peerlm.ops.tensors import has_values
 
 _WORTH_KEEPING = 2**22  # bytes; torch keeps smaller ones itself
+_CALLS = 2  # as in bindings.cpp
 
 try:
     import peerlm.ops.cpu._native as module
@@ -50,7 +51,7 @@ def description() -> str:
 
 def joins_calls() -> bool:
     """Whether layers and attention have calls for few tokens: not in a module that was built from older sources."""
-    return not unavailable() and hasattr(module, "attention_step")
+    return not unavailable() and getattr(module, "calls", None) == _CALLS
 
 
 def use_huge_pages(tensor: Tensor) -> bool:
