@@ -4,7 +4,9 @@ Width 256, 2,048 tokens a step, 1,048,576 experts a table: PEER in the inner two
 whose neurons cost as many FLOPs. Steps of both are run in turn; so is decoding of one sequence with a cache.
 The machine has to be idle. Markdown and JSON.
 
-    python benchmarks/language_model.py [--experts-per-head 16] [--row-format int8] [--json FILE]
+    python benchmarks/language_model.py [--experts-per-head 16] [--row-format int8] [--kv-shift] [--json FILE]
+
+With --kv-shift both are measured with shifted keys and values too.
 """
 
 # ruff: noqa: T201, tables on the terminal are what this is for
@@ -50,7 +52,9 @@ def neurons_of_equal_flops(dim: int, settings: dict[str, Any]) -> int:
     return round(multiplications / (2 * dim))
 
 
-def model_of(dim: int, inner: Callable[[], nn.Module], peer: dict[str, Any]) -> PeerForCausalLM:
+def model_of(
+    dim: int, inner: Callable[[], nn.Module], peer: dict[str, Any], *, kv_shift: bool = False
+) -> PeerForCausalLM:
     """A language model whose inner blocks have these layers."""
     config = PeerConfig(
         vocab_size=VOCABULARY,
@@ -60,6 +64,7 @@ def model_of(dim: int, inner: Callable[[], nn.Module], peer: dict[str, Any]) -> 
         max_position_embeddings=CONTEXT,
         ffw_layers=["dense"] * BLOCKS,
         peer=peer,
+        kv_shift=kv_shift,
     )
     model = PeerForCausalLM(config)
     for block in model.model.layers[1:-1]:
@@ -130,6 +135,7 @@ def main() -> None:
     parser.add_argument("--num-experts", type=int, default=1024**2)
     parser.add_argument("--experts-per-head", type=int, default=16)
     parser.add_argument("--row-format", default="float32")
+    parser.add_argument("--kv-shift", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -137,10 +143,11 @@ def main() -> None:
     torch.manual_seed(0)
     dim, settings = arguments.dim, peer_settings(arguments)
     hidden = neurons_of_equal_flops(dim, settings)
-    models = {
-        "dense": model_of(dim, lambda: DenseFFW(dim, hidden=hidden), {}),
-        "PEER": model_of(dim, lambda: PEER(dim, **settings), settings),
-    }
+    models = {}
+    for shift in (False, True) if arguments.kv_shift else (False,):
+        name = ", shifted" if shift else ""
+        models[f"dense{name}"] = model_of(dim, lambda: DenseFFW(dim, hidden=hidden), {}, kv_shift=shift)
+        models[f"PEER{name}"] = model_of(dim, lambda: PEER(dim, **settings), settings, kv_shift=shift)
     sizes = {"dim": dim, **settings, "dense_neurons": hidden}
 
     def measure(part: str, cases: dict[str, Callable[[], object]]) -> None:
@@ -149,7 +156,7 @@ def main() -> None:
     print(f"dense layers of {hidden} neurons; {torch.get_num_threads()} threads")
     print("| part | contender | median ms | range | ratio |\n|---|---|---|---|---|")
     # Before there are optimizers, which watch their tables, as no model has that was loaded to be used
-    layers = {name: model.model.layers[1].ffw for name, model in models.items()}
+    layers = {name: models[name].model.layers[1].ffw for name in ("dense", "PEER")}
     measure(
         "1,000 tokens, one by one, the layer alone", {n: layer_alone(each, dim, 1000) for n, each in layers.items()}
     )
@@ -157,7 +164,7 @@ def main() -> None:
         "100 prompts of 32 tokens, the layer alone", {n: layer_alone(each, dim, 100, 32) for n, each in layers.items()}
     )
     measure("64 tokens decoded", {name: decoding(model, 64) for name, model in models.items()})
-    trained = {name: Trained(model, by_rows=name == "PEER") for name, model in models.items()}
+    trained = {name: Trained(model, by_rows=name.startswith("PEER")) for name, model in models.items()}
     measure("training step", {name: each.step for name, each in trained.items()})
 
 
