@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
@@ -243,6 +244,31 @@ def test_it_steps_aside(model_of: Callable[..., PeerForCausalLM], calls: list[in
     with torch.no_grad():
         states = model(ids[:, :1], past_key_values=DynamicCache(), output_hidden_states=True).hidden_states
     assert len(states) == 4
+
+
+def test_weights_of_other_names_and_shapes_are_left_to_the_modules(
+    model_of: Callable[..., PeerForCausalLM], calls: list[int]
+) -> None:
+    ids = torch.randint(64, (1, PROMPT + 1))
+
+    def as_buffer(attention: Any) -> None:
+        own = attention.shift.key.detach().clone()
+        del attention.shift.key
+        attention.shift.register_buffer("key", own)
+
+    changes: list[Callable[[Any], object]] = [
+        lambda attention: prune.l1_unstructured(attention.shift, "key", amount=1),
+        as_buffer,
+        lambda attention: setattr(attention.shift, "key", nn.Parameter(torch.ones(1))),
+        lambda attention: attention.shift.register_parameter("note", nn.Parameter(torch.ones(1))),
+        lambda attention: attention.shift.register_parameter("note", None),
+        lambda attention: setattr(attention.q_norm, "weight", nn.Parameter(torch.ones(1))),
+    ]
+    for change in changes:
+        model = model_of(ffw_layers="dense", kv_shift=True, qk_norm=True)
+        change(model.model.layers[1].self_attn)
+        torch.testing.assert_close(decoded(model, ids), decoded(model, ids, in_parts=True))
+    assert calls == []
 
 
 def test_a_text_that_begins_anew_sees_no_token_before(

@@ -18,6 +18,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {}),
     "opt": ("opt", {}),
     "peer": ("peer", {"ffw_layers": "peer", "peer": PEER_SETTINGS}),
+    "peer with shifts": (
+        "peer",
+        {"ffw_layers": "peer", "peer": PEER_SETTINGS, "kv_shift": True, "num_key_value_heads": 2},
+    ),
     "peer with shifts and sinks": (
         "peer",
         {

@@ -87,10 +87,11 @@ def test_the_cache_stays_within_its_limit_and_is_reused(engine: New) -> None:
     assert "2 slots of 32 tokens, 192 bytes each" in served.description
 
 
-def test_columns_move_back_when_their_end_is_reached(engine: New, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["peer with shifts", "peer with shifts and sinks"])
+def test_columns_move_back_when_their_end_is_reached(name: str, engine: New, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peerlm.serve.cache.FIRST_COLUMNS", 8)
     monkeypatch.setattr("peerlm.serve.cache.MIN_SPARE", 2)
-    model = make("peer with shifts and sinks")
+    model = make(name)
     expected = {length: alone(model, range(3, 3 + length), 9) for length in (1, 4, 15)}
     served = engine(model, slots=5)
     handles = [(length, served.submit(greedy(range(3, 3 + length), 9))) for length in (1, 4, 15, 4, 1, 15, 1) * 2]

@@ -68,7 +68,7 @@ def previous_tokens(
 class KeyValueShift(nn.Module):
     """Each key and value becomes a learned mix of itself and that of the token before (KV-shift; arXiv 2411.19574).
 
-    Every head has its own four weights, which start at 1 and 0: no shift.
+    Every head has its own four weights. Here they are 1 and 0, no shift; a model starts them as its configuration says.
 
     Attributes:
         key, value: (G,), weights of a token's own.
@@ -92,6 +92,11 @@ class KeyValueShift(nn.Module):
         mixed_key = _per_head(self.key) * key + _per_head(self.previous_key) * (exists * before)
         mixed_value = _per_head(self.value) * value + _per_head(self.previous_value) * (exists * _shifted(value))
         return mixed_key.to(key.dtype), mixed_value.to(value.dtype)
+
+
+def shares_of_previous(heads: int) -> Tensor:
+    """How much of the token before is in the keys of each head (G,), from 0 to 1; of a single one, half."""
+    return torch.linspace(0, 1, heads) if heads > 1 else torch.full((heads,), 0.5)
 
 
 def _shifted(states_BGKC: Tensor) -> Tensor:

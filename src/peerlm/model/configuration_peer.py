@@ -40,6 +40,8 @@ INNER = ":inner"
 """Ends the name of a kind of which a quarter of the blocks at either end have none."""
 BESIDE = "+"
 """Stands between the names of layers that are beside each other in a block."""
+SHIFT_INITS = ("spread", "none")
+"""Names of where the weights of shifted keys and values start."""
 
 
 def kinds_of_blocks(ffw_layers: str | list[str] | None, blocks: int) -> list[str]:
@@ -93,7 +95,10 @@ class PeerConfig(PreTrainedConfig):
             the start: "token" or "feature" (`OutputGate`).
         qk_norm: whether attention norms the queries and keys of each head (RMSNorm, as in Qwen3).
         kv_shift: whether attention mixes each key and value with that of the token before, by learned weights of each
-            head that start at no mix (`KeyValueShift`).
+            head (`KeyValueShift`).
+        kv_shift_init: where these start. "spread": keys from a token's own in the first head to that of the token
+            before in the last, values a token's own, so that models copy from their context early (docs/results.md).
+            "none": no mix.
         attention_sink: whether each head of attention has a learned logit to which no value belongs, 0 at the start, so
             that it can attend to nothing (as in gpt-oss).
         rms_norm_eps, rope_parameters, attention_bias, attention_dropout, tie_word_embeddings, use_cache: as
@@ -125,6 +130,7 @@ class PeerConfig(PreTrainedConfig):
     ffw_output_gate: str | None = None
     qk_norm: bool = False
     kv_shift: bool = False
+    kv_shift_init: str = "spread"
     attention_sink: bool = False
     rms_norm_eps: float = 1e-6
     rope_parameters: RopeParameters | dict[str, Any] | None = None
@@ -195,6 +201,8 @@ class PeerConfig(PreTrainedConfig):
             )
         if self.ffw_output_gate not in (None, *GATES):
             raise ValueError(f"ffw_output_gate is {self.ffw_output_gate!r}; choose one of {', '.join(GATES)}, or None")
+        if self.kv_shift_init not in SHIFT_INITS:
+            raise ValueError(f"kv_shift_init is {self.kv_shift_init!r}; choose one of {', '.join(SHIFT_INITS)}")
         self._check_init_scale()
         for kind in CONFIGURABLE_KINDS:
             check_settings(FFW_KINDS[kind], kind, getattr(self, kind) or {})

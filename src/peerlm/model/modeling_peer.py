@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 from peerlm.layers import DenseFFW, OutputGate, ParallelFFW, TokenChoiceMoE
 from peerlm.layers.retrieval_layer import RetrievalLayer
 from peerlm.layers.table import rows_drawn_again
-from peerlm.model.attention import KeyValueShift, PeerAttention, previous_tokens
+from peerlm.model.attention import KeyValueShift, PeerAttention, previous_tokens, shares_of_previous
 from peerlm.model.configuration_peer import CONFIGURABLE_KINDS, FFW_KINDS, PeerConfig, parts_of
 from peerlm.model.one_token import OneToken
 from peerlm.model.token_history import preceding_tokens
@@ -200,8 +200,12 @@ class PeerPreTrainedModel(PreTrainedModel):
             if module.sinks is not None:
                 init.zeros_(module.sinks)
         elif isinstance(module, KeyValueShift):
-            for name, parameter in module.named_parameters():
-                init.constant_(parameter, 0.0 if name.startswith("previous") else 1.0)
+            spread = self.config.kv_shift_init == "spread"
+            previous = shares_of_previous(len(module.key)) if spread else torch.zeros(len(module.key))
+            init.copy_(module.key, 1 - previous)
+            init.copy_(module.previous_key, previous)
+            init.ones_(module.value)
+            init.zeros_(module.previous_value)
         elif isinstance(module, PeerDecoderLayer):
             module.reset_ffw()
         else:

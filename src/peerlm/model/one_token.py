@@ -1,5 +1,6 @@
 """One new token of each of a few sequences through a model's blocks, attention in one call of a backend for each."""
 
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -71,10 +72,10 @@ class OneToken:
             return None
         if not (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)):
             return None
-        if len(cache.layers) < len(model.layers):
+        if len(cache.layers) < len(model.layers) or not nobody_looks_on():
             return None
         made = self._ready(model)
-        if made.steps is None or made.last_norm is None or not nobody_looks_on() or any(made.of.hooks):
+        if made.steps is None or made.last_norm is None or any(made.of.hooks):
             return None
         rooms = [room for layer in cache.layers[: len(model.layers)] if (room := one_more_column(layer)) is not None]
         if len(rooms) < len(model.layers):
@@ -110,7 +111,12 @@ class OneToken:
             of, steps, last_norm = Unchanged(), None, None
             if _depends(of, model, *self._kinds):
                 last_norm = api.added_norm(_norm(model.norm))
-                found = [api.attention_step(_step_of(block, model.rotary_emb)) for block in model.layers]
+                try:
+                    found = [api.attention_step(_step_of(block, model.rotary_emb)) for block in model.layers]
+                except (
+                    ValueError
+                ):  # weights of other shapes, such as (1,): modules broadcast them, or say what is wrong
+                    found = [None]
                 steps = None if None in found else [step for step in found if step is not None]
             self._made = made = _Made(of, steps, last_norm)
         return made
@@ -165,9 +171,17 @@ def _depends(unchanged: Unchanged, model: Any, model_kind: type[nn.Module], bloc
                 kinds = (nn.Linear,) if name.endswith("_proj") else (nn.Identity, LlamaRMSNorm)
                 as_made &= unchanged.add(part) in kinds and getattr(part, "bias", None) is None
         shift = attention.shift
-        as_made &= shift is None or unchanged.add(shift) is KeyValueShift
+        as_made &= shift is None or (unchanged.add(shift) is KeyValueShift and _has_its_weights(shift))
         as_made &= attention.sinks is None and not getattr(block.ffw, "reads_tokens", 0)
     return as_made
+
+
+def _has_its_weights(shift: KeyValueShift) -> bool:
+    """Whether its weights are what it was made with: pruning, for one, gives them other names."""
+    weights = shift._parameters
+    return set(weights) == {field.name for field in fields(Shift)} and all(
+        isinstance(w, Tensor) for w in weights.values()
+    )
 
 
 def _step_of(block: Any, rotary: LlamaRotaryEmbedding) -> AttentionStep:
