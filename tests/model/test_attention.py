@@ -90,7 +90,7 @@ def test_attention_is_its_definition(trained: Build, option: str, implementation
 
 @pytest.mark.parametrize(
     "settings",
-    [{"kv_shift": True, "kv_shift_init": "none"}, {"ffw_output_gate": "token"}, {"ffw_output_gate": "feature"}],
+    [{"kv_shift": True}, {"ffw_output_gate": "token"}, {"ffw_output_gate": "feature"}],
 )
 def test_at_the_start_these_change_nothing(tiny_model: Build, settings: dict[str, Any]) -> None:
     model, plain, ids = tiny_model(**settings).eval(), tiny_model().eval(), draw(2, 9)
@@ -100,8 +100,8 @@ def test_at_the_start_these_change_nothing(tiny_model: Build, settings: dict[str
 
 
 @pytest.mark.parametrize(("groups", "previous"), [(4, [0, 1 / 3, 2 / 3, 1]), (2, [0, 1]), (1, [0.5])])
-def test_keys_start_spread_over_the_heads(tiny_model: Build, groups: int, previous: list[float]) -> None:
-    for layer in tiny_model(kv_shift=True, num_key_value_heads=groups).model.layers:
+def test_keys_may_start_spread_over_the_heads(tiny_model: Build, groups: int, previous: list[float]) -> None:
+    for layer in tiny_model(kv_shift=True, kv_shift_init="spread", num_key_value_heads=groups).model.layers:
         shift = layer.self_attn.shift
         torch.testing.assert_close(shift.previous_key, torch.tensor(previous).float())
         torch.testing.assert_close(shift.key, 1 - torch.tensor(previous).float())

@@ -40,7 +40,7 @@ INNER = ":inner"
 """Ends the name of a kind of which a quarter of the blocks at either end have none."""
 BESIDE = "+"
 """Stands between the names of layers that are beside each other in a block."""
-SHIFT_INITS = ("spread", "none")
+SHIFT_INITS = ("none", "spread")
 """Names of where the weights of shifted keys and values start."""
 
 
@@ -96,9 +96,9 @@ class PeerConfig(PreTrainedConfig):
         qk_norm: whether attention norms the queries and keys of each head (RMSNorm, as in Qwen3).
         kv_shift: whether attention mixes each key and value with that of the token before, by learned weights of each
             head (`KeyValueShift`).
-        kv_shift_init: where these start. "spread": keys from a token's own in the first head to that of the token
-            before in the last, values a token's own, so that models copy from their context early (docs/results.md).
-            "none": no mix.
+        kv_shift_init: where these start. "none": no mix. "spread": keys from a token's own in the first head to that
+            of the token before in the last, so that a model copies from its context earlier, and learns less of what
+            follows what (docs/results.md).
         attention_sink: whether each head of attention has a learned logit to which no value belongs, 0 at the start, so
             that it can attend to nothing (as in gpt-oss).
         rms_norm_eps, rope_parameters, attention_bias, attention_dropout, tie_word_embeddings, use_cache: as
@@ -130,7 +130,7 @@ class PeerConfig(PreTrainedConfig):
     ffw_output_gate: str | None = None
     qk_norm: bool = False
     kv_shift: bool = False
-    kv_shift_init: str = "spread"
+    kv_shift_init: str = "none"
     attention_sink: bool = False
     rms_norm_eps: float = 1e-6
     rope_parameters: RopeParameters | dict[str, Any] | None = None
