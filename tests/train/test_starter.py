@@ -58,7 +58,7 @@ def test_the_command_that_prepare_prints_trains(
     command = shown.strip().rpartition("Train on it: ")[2]
     words = shlex.split(command)
     assert words == ["peerlm", "train", f"data/{name}"]
-    tiny = ("model.hidden_size=8", "model.num_hidden_layers=1", "model.peer.num_experts=256", "budget.steps=1")
+    tiny = ("model.hidden_size=8", "model.num_hidden_layers=1", "model.peer.experts_per_head=16", "budget.steps=1")
     small = ("data.batch_size=1", "data.context=16", "eval.final_windows=1")
     report = json.loads(run(*words[1:], *(f"--set={setting}" for setting in (*tiny, *small)), "--json=-"))
     assert report["run"] == f"runs/{name}"

@@ -28,16 +28,16 @@ def starter_recipe(folder: Path) -> dict[str, Any]:
             "--holdout"
         )
     return {
+        "preset": "tuned",
         "run": str(Path("runs") / folder.resolve().name),
         "data": {"folder": str(folder), "context": context, "batch_size": 8},
         "model": {
             "hidden_size": 128,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
-            "ffw_layers": "peer",
-            "peer": {"num_experts": 16384, "heads": 4, "experts_per_head": 16, "key_dim": 64, "pairing": "shells"},
+            "kv_shift": True,
+            "peer": {"num_experts": 16384, "pairing": "shells"},
         },
-        "optim": {"learning_rate": 6e-3},
         "budget": {"minutes": 4},
         "eval": {"every": 200},
         "checkpoint": {"minutes": 1.0},
