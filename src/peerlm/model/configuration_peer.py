@@ -203,6 +203,10 @@ class PeerConfig(PreTrainedConfig):
             raise ValueError(f"ffw_output_gate is {self.ffw_output_gate!r}; choose one of {', '.join(GATES)}, or None")
         if self.kv_shift_init not in SHIFT_INITS:
             raise ValueError(f"kv_shift_init is {self.kv_shift_init!r}; choose one of {', '.join(SHIFT_INITS)}")
+        if self.kv_shift_init != "none" and not self.kv_shift:
+            raise ValueError(
+                f"kv_shift_init is {self.kv_shift_init!r}, but kv_shift is false: set it to true, or leave kv_shift_init out"
+            )
         self._check_init_scale()
         for kind in CONFIGURABLE_KINDS:
             check_settings(FFW_KINDS[kind], kind, getattr(self, kind) or {})
