@@ -205,7 +205,8 @@ class PeerConfig(PreTrainedConfig):
             raise ValueError(f"kv_shift_init is {self.kv_shift_init!r}; choose one of {', '.join(SHIFT_INITS)}")
         if self.kv_shift_init != "none" and not self.kv_shift:
             raise ValueError(
-                f"kv_shift_init is {self.kv_shift_init!r}, but kv_shift is false: set it to true, or leave kv_shift_init out"
+                f"kv_shift_init is {self.kv_shift_init!r}, but kv_shift is false: set that to true, "
+                "or leave kv_shift_init out"
             )
         self._check_init_scale()
         for kind in CONFIGURABLE_KINDS:
