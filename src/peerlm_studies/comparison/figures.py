@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from peerlm_studies.comparison.tables import copied_nats
 from peerlm_studies.figures import finish, save_plot
 
 
@@ -44,7 +45,7 @@ def plot_copying(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         curve = [point for point in _alike(row) if "copying" in point]
         tokens, found = [point["tokens"] / 1e6 for point in curve], [point["copying"] for point in curve]
         in_text.plot(tokens, [math.nan if each["repeats"] is None else each["repeats"] for each in found], **style)
-        at_random.plot(tokens, [each["first_half"] - each["second_half"] for each in found], **style)
+        at_random.plot(tokens, [copied_nats(each) for each in found], **style)
     for axes in (in_text, at_random):
         axes.set(xlabel="million tokens trained on")
         finish(axes)

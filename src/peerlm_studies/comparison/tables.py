@@ -74,18 +74,19 @@ def _copying(row: Row) -> dict[str, float]:
     if found is None:
         return {}
     losses = {name: found[name] for name in ("poor", "rich", "repeats")}
-    began = (point["tokens"] for point in curve if _copied(point.get("copying")) >= COPIED_NATS)
+    began = (point["tokens"] for point in curve if copied_nats(point.get("copying")) >= COPIED_NATS)
     tokens = next(began, None)
     figures = {
         **{f"{name} ppl": None if loss is None else math.exp(loss) for name, loss in losses.items()},
-        "copied nats": _copied(found),
+        "copied nats": copied_nats(found),
         "copies from": None if tokens is None else tokens / 1e6,
         "to first token": max(found["first_token"].values()) if found["first_token"] else None,
     }
     return {name: value for name, value in figures.items() if value is not None}
 
 
-def _copied(copying: Mapping[str, Any] | None) -> float:
+def copied_nats(copying: Mapping[str, Any] | None) -> float:
+    """What random tokens cost less when they are repeated; 0 where it was not measured."""
     return 0.0 if copying is None else copying["first_half"] - copying["second_half"]
 
 
