@@ -17,7 +17,7 @@ demo: setup  ## compare PEER with its baselines on the embedded corpus: table, p
 
 # Each core begins with files of its own, so that few fixtures of a module are made twice; who is done takes from others.
 test: setup  ## every test, on all cores, against the installed package
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations 25
 
 # What may know nothing of how a table keeps its rows.
 test-tables: setup  ## tests of layers, packs, growth, interpretation and optimizer with tables in two pieces, then in files

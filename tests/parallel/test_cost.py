@@ -15,9 +15,9 @@ from peerlm.parallel import mesh, parallelize, sharded_tables
 from peerlm.parallel.cost import GPUS, Shape, Tables, memory, received_per_token, seconds, step_bytes
 from peerlm.parallel.plans import plan_meshes, tables_of, what_would_fit
 
-from .pool import Pool
 from .test_exchange import LAYERS, TOKENS, peer
 from .test_exchange import memory as value_memory
+from .together import together
 
 SMALL = Tables(num_rows=49, dim=8, heads=2, per_head=3, key_dim=8, activation_bytes=4)
 MANY = 300
@@ -51,18 +51,18 @@ def received(layer: nn.Module, ranks: DeviceMesh, dtype: torch.dtype, tokens: in
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(2, 1), (1, 2), (2, 2)])
-def test_ranks_receive_what_is_planned(pool: Pool, rows: int, cols: int) -> None:
+def test_ranks_receive_what_is_planned(rows: int, cols: int) -> None:
     shape = Shape(cols=cols, rows=rows)
     planned = {kind: Tables(**{**vars(SMALL), "vectors": vectors}) for kind, vectors in GROUPS.items()}
     planned["half"] = Tables(**{**vars(SMALL), "activation_bytes": 2})
     expected = {kind: sum(received_per_token(tables, shape).values()) for kind, tables in planned.items()}
     assert len(set(expected.values())) >= 2
-    assert pool.run(counted, rows * cols, rows, cols) == [expected] * (rows * cols)
+    assert together(counted, rows * cols, rows, cols) == [expected] * (rows * cols)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(2, 1), (1, 2)])
-def test_copies_receive_the_gradients_of_rows_that_are_planned(pool: Pool, rows: int, cols: int) -> None:
-    for found in pool.run(counted_of_copies, 4, rows, cols):
+def test_copies_receive_the_gradients_of_rows_that_are_planned(rows: int, cols: int) -> None:
+    for found in together(counted_of_copies, 4, rows, cols):
         for (kind, num_rows), bytes_ in found.items():
             tables = Tables(
                 **{**vars(SMALL), "num_rows": num_rows, "vectors": GROUPS[kind], "per_head": 2, "tokens": MANY}

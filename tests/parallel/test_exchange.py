@@ -11,7 +11,7 @@ from peerlm.adapters.pool import AdapterPool
 from peerlm.layers import PEER, ProductKeyMemory
 from peerlm.parallel import mesh, parallelize, sharded_tables
 
-from .pool import Pool
+from .together import together
 
 TOKENS = 5
 MESHES = [(2, 1), (3, 1), (1, 2), (2, 2)]
@@ -74,9 +74,9 @@ def both_ways(rank: int, world: int, kind: str, rows: int, cols: int, uneven: bo
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize(("rows", "cols"), MESHES)
-def test_a_sharded_layer_is_the_whole_one(pool: Pool, kind: str, rows: int, cols: int) -> None:
+def test_a_sharded_layer_is_the_whole_one(kind: str, rows: int, cols: int) -> None:
     uneven = kind == "values" or (kind == "experts" and cols == 1 and rows == 2)
-    for found in pool.run(both_ways, rows * cols, kind, rows, cols, uneven):
+    for found in together(both_ways, rows * cols, kind, rows, cols, uneven):
         assert len(found) > 4
         for name, (actual, expected) in found.items():
             torch.testing.assert_close(
@@ -85,8 +85,8 @@ def test_a_sharded_layer_is_the_whole_one(pool: Pool, kind: str, rows: int, cols
 
 
 @pytest.mark.parametrize(("kind", "rows", "cols"), [("experts", 2, 1), ("gated experts", 1, 2), ("values", 1, 1)])
-def test_copies_of_a_sharded_layer_have_gradients_of_all_tokens(pool: Pool, kind: str, rows: int, cols: int) -> None:
-    for found in pool.run(both_ways, 2 * rows * cols, kind, rows, cols, True):
+def test_copies_of_a_sharded_layer_have_gradients_of_all_tokens(kind: str, rows: int, cols: int) -> None:
+    for found in together(both_ways, 2 * rows * cols, kind, rows, cols, True):
         for name, (actual, expected) in found.items():
             torch.testing.assert_close(
                 actual, expected, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
@@ -112,8 +112,8 @@ def narrow_rows(rank: int, world: int, row_format: str) -> list[tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("row_format", ["int8", "float8_e4m3fn", "int4"])
-def test_rows_with_scales_are_looked_up_and_read_at_any_rank(pool: Pool, row_format: str) -> None:
-    for found in pool.run(narrow_rows, 2, row_format):
+def test_rows_with_scales_are_looked_up_and_read_at_any_rank(row_format: str) -> None:
+    for found in together(narrow_rows, 2, row_format):
         for cut, whole in found:
             torch.testing.assert_close(cut, whole)
 
@@ -131,7 +131,7 @@ def bytes_per_token(rank: int, world: int, num_experts: int, k: int, rows: int, 
 
 
 @pytest.mark.parametrize(("rows", "cols"), MESHES)
-def test_bytes_are_those_of_the_formula(pool: Pool, rows: int, cols: int) -> None:
+def test_bytes_are_those_of_the_formula(rows: int, cols: int) -> None:
     ranks, dim, size = rows * cols, 8, 4
     for num_experts, k in ((49, 3), (400, 3), (49, 5)):
         entries = 2 * k
@@ -142,4 +142,4 @@ def test_bytes_are_those_of_the_formula(pool: Pool, rows: int, cols: int) -> Non
         else:
             across = 4 * dim * size * (cols - 1) / cols + 20 * entries * (cols - 1)
             expected = across + (rows - 1) * (4 * dim * size + 20 * entries * cols)
-        assert pool.run(bytes_per_token, ranks, num_experts, k, rows, cols) == [expected] * ranks
+        assert together(bytes_per_token, ranks, num_experts, k, rows, cols) == [expected] * ranks

@@ -16,7 +16,7 @@ from peerlm.parallel import build, mesh, parallelize, sharded_tables
 from peerlm.ranks import Ranks
 from peerlm.usage import record_usage
 
-from .pool import Pool
+from .together import together
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -37,12 +37,12 @@ def weights(rank: int, world: int, rows: int, cols: int) -> dict[str, Tensor]:
     return {**rest, **tables}
 
 
-def test_every_mesh_starts_from_the_same_bits(pool: Pool) -> None:
-    (one,) = pool.run(weights, 1, 1, 1)
+def test_every_mesh_starts_from_the_same_bits() -> None:
+    (one,) = together(weights, 1, 1, 1)
     rows = one["model.layers.0.ffw.experts.rows"]
     assert 0.8 < rows[:, 0].std() * 4 < 1.2  # u ~ N(0, 1 / 16)
     assert len(rows.flatten().unique()) > 0.99 * rows.numel()
-    for found in pool.run(weights, 4, 2, 2):
+    for found in together(weights, 4, 2, 2):
         assert found.keys() == one.keys()
         assert all(torch.equal(found[name], one[name]) for name in one)
 
@@ -73,8 +73,8 @@ def refusals(rank: int, world: int, folder: str) -> list[str]:
     return said
 
 
-def test_what_cannot_be_is_refused_in_a_sentence(pool: Pool, tmp_path: Path) -> None:
-    for said in pool.run(refusals, 2, str(tmp_path)):
+def test_what_cannot_be_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    for said in together(refusals, 2, str(tmp_path)):
         expected = (
             "cannot train: run `peerlm train`",
             "part of a sharded table under the name of the whole",
@@ -104,7 +104,7 @@ def with_pack(rank: int, world: int, folder: str) -> tuple[Tensor, Tensor]:
         return whole, parallelize(models[1], mesh(rows=2), dense="replicate")(input_ids=ids).logits
 
 
-def test_packs_are_retrieved_beside_sharded_experts(pool: Pool, tmp_path: Path) -> None:
+def test_packs_are_retrieved_beside_sharded_experts(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = PeerForCausalLM(config())
     new_pack(model, "more", num_experts=16)
@@ -112,7 +112,7 @@ def test_packs_are_retrieved_beside_sharded_experts(pool: Pool, tmp_path: Path) 
         if "packs" in name:
             torch.nn.init.normal_(parameter)
     save_pack(model, "more", tmp_path / "pack")
-    for whole, cut in pool.run(with_pack, 2, str(tmp_path / "pack")):
+    for whole, cut in together(with_pack, 2, str(tmp_path / "pack")):
         torch.testing.assert_close(cut, whole)
         assert not torch.equal(whole[0], whole[1])
 
@@ -138,8 +138,8 @@ def used(rank: int, world: int, rows: int, cols: int) -> list[tuple[float, float
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(2, 2), (2, 1)])
-def test_each_rank_counts_the_use_of_its_own_experts(pool: Pool, rows: int, cols: int) -> None:
-    for rank, (whole, cut) in enumerate(pool.run(used, 4, rows, cols)):
+def test_each_rank_counts_the_use_of_its_own_experts(rows: int, cols: int) -> None:
+    for rank, (whole, cut) in enumerate(together(used, 4, rows, cols)):
         assert cut[0] == whole[0]
         assert cut[1] == pytest.approx(whole[1], rel=1e-5)
         assert whole[2] == 49

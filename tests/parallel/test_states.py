@@ -28,7 +28,7 @@ from peerlm.train.checkpoint import (
 )
 from peerlm.train.space import checkpoint_bytes
 
-from .pool import Pool
+from .together import together
 
 STATE = TrainState(step=3, position=24, tokens=96)
 IDS = torch.arange(12).view(2, 6) % 11
@@ -112,10 +112,10 @@ def content(run: Path) -> tuple[dict[str, Tensor], Any]:
     ("shape", "settings"), [((4, 1), {}), ((2, 2), {"row_wise": 4, "betas": (0.0, 0.99), "lazy": True})]
 )
 def test_a_checkpoint_passes_through_any_mesh_unchanged(
-    pool: Pool, tmp_path: Path, shape: tuple[int, int], settings: dict[str, Any]
+    tmp_path: Path, shape: tuple[int, int], settings: dict[str, Any]
 ) -> None:
     four, one, out = tmp_path / "four", tmp_path / "one", tmp_path / "out"
-    logits = pool.run(train_and_save, 4, shape, settings, four, out)
+    logits = together(train_and_save, 4, shape, settings, four, out)
     expected = content(four)
     torch.manual_seed(2)
     model = PeerForCausalLM(config())
@@ -125,7 +125,7 @@ def test_a_checkpoint_passes_through_any_mesh_unchanged(
     runs = [one]
     for number, (each, world) in enumerate([((2, 1), 4), ((4, 2), 8), (shape, 4)]):  # the first has two copies
         runs.append(tmp_path / f"run{number}")
-        pool.run(load_and_save, world, each, settings, runs[-2], runs[-1])
+        together(load_and_save, world, each, settings, runs[-2], runs[-1])
     for run in runs:
         tensors, values = content(run)
         assert tensors.keys() == expected[0].keys()
@@ -168,8 +168,8 @@ def save_in_small_files(rank: int, world: int, run: Path) -> tuple[int, tuple[in
     return max(sizes), (foreseen, sum(sizes)), said[0]
 
 
-def test_large_tables_are_saved_in_several_files_and_only_where_there_is_room(pool: Pool, tmp_path: Path) -> None:
-    for largest, (foreseen, found), said in pool.run(save_in_small_files, 4, tmp_path):
+def test_large_tables_are_saved_in_several_files_and_only_where_there_is_room(tmp_path: Path) -> None:
+    for largest, (foreseen, found), said in together(save_in_small_files, 4, tmp_path):
         assert largest <= 2000
         assert foreseen == pytest.approx(found, rel=0.5)
         assert "step-00000004 needs" in said
@@ -190,8 +190,8 @@ def export_a_large_table(rank: int, world: int, folder: Path) -> list[str]:
     return [str(each.message) for each in said if each.category is PeerlmWarning]
 
 
-def test_a_table_that_one_file_must_hold_is_named_once(pool: Pool, tmp_path: Path) -> None:
-    (told,), others = pool.run(export_a_large_table, 2, tmp_path)
+def test_a_table_that_one_file_must_hold_is_named_once(tmp_path: Path) -> None:
+    (told,), others = together(export_a_large_table, 2, tmp_path)
     assert others == []
     assert re.fullmatch(r"model\..*\.rows takes .* GB in one file, model-00002-of-00002\.safetensors, for .*", told)
 
@@ -201,13 +201,13 @@ def load_exported(rank: int, world: int, shape: tuple[int, int], folder: Path, a
     save_pretrained(model, again)
 
 
-def test_an_exported_folder_is_loaded_over_a_mesh_and_written_again(pool: Pool, tmp_path: Path) -> None:
+def test_an_exported_folder_is_loaded_over_a_mesh_and_written_again(tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = PeerForCausalLM(config()).eval()
     model.save_pretrained(tmp_path / "whole")
     source = tmp_path / "whole"
     for number, (shape, world) in enumerate([((3, 1), 3), ((2, 2), 4), ((1, 2), 4)]):  # the last has two copies
-        pool.run(load_exported, world, shape, source, tmp_path / f"out{number}")
+        together(load_exported, world, shape, source, tmp_path / f"out{number}")
         source = tmp_path / f"out{number}"
     assert len(list(source.glob("model-*-of-00002.safetensors"))) == 2  # of the table, and of the rest
     loaded = AutoModelForCausalLM.from_pretrained(source).eval()

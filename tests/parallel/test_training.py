@@ -25,7 +25,7 @@ from peerlm.train.feed import Feed
 from peerlm.train.loop import take_step
 from peerlm.train.recipe import from_dict
 
-from .pool import Pool
+from .together import together
 
 STEPS = int(os.environ.get("PEERLM_STEPS", "4"))
 """50 and more show more than the suite has time for."""
@@ -107,8 +107,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def one(pool: Pool, recipe: dict[str, Any]) -> dict[str, Any]:
-    (found,) = pool.run(curve, 1, recipe, STEPS)
+def one(recipe: dict[str, Any]) -> dict[str, Any]:
+    (found,) = together(curve, 1, recipe, STEPS)
     return found  # type: ignore[no-any-return]
 
 
@@ -124,10 +124,10 @@ def one(pool: Pool, recipe: dict[str, Any]) -> dict[str, Any]:
     ids=["rows", "four rows, replicated", "grid", "columns, attention computed again", "two copies of rows"],
 )
 def test_losses_norms_and_ids_are_those_of_one_process(
-    pool: Pool, recipe: dict[str, Any], one: dict[str, Any], parallel: dict[str, Any], changes: dict[str, Any]
+    recipe: dict[str, Any], one: dict[str, Any], parallel: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     world = math.prod(size for size in parallel.values() if isinstance(size, int))
-    of_ranks = pool.run(curve, world, {**recipe, **changes, "parallel": parallel}, STEPS)
+    of_ranks = together(curve, world, {**recipe, **changes, "parallel": parallel}, STEPS)
     for found in of_ranks:
         assert all(map(torch.equal, found["rows"], of_ranks[0]["rows"]))  # copies of rows have the same bits
         torch.testing.assert_close(found["losses"], one["losses"], rtol=1e-5, atol=1e-5)
@@ -165,15 +165,15 @@ def test_losses_norms_and_ids_are_those_of_one_process(
     ids=["growth", "fused", "lazy, no first moment, one second for 8 columns", "accumulation", "copies of columns"],
 )
 def test_each_way_to_train_is_that_of_one_process(
-    pool: Pool, recipe: dict[str, Any], changes: dict[str, Any], parallel: dict[str, Any]
+    recipe: dict[str, Any], changes: dict[str, Any], parallel: dict[str, Any]
 ) -> None:
     world = math.prod(parallel.values())
     values = {**recipe, **{key: {**recipe.get(key, {}), **change} for key, change in changes.items()}}
     values["optim"] = {key: math.inf if value == "inf" else value for key, value in values["optim"].items()}
-    (alone,) = pool.run(curve, 1, values, STEPS)
+    (alone,) = together(curve, 1, values, STEPS)
     if micro := values["data"]["micro_batch_size"]:
         values = {**values, "data": {**values["data"], "micro_batch_size": micro // world}}
-    for found in pool.run(curve, world, {**values, "parallel": parallel}, STEPS):
+    for found in together(curve, world, {**values, "parallel": parallel}, STEPS):
         torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-5, atol=1e-5)
         assert torch.equal(found["ids"], alone["ids"])
         torch.testing.assert_close(found["rows"], alone["rows"], rtol=1e-3, atol=2e-4)
@@ -211,14 +211,14 @@ def cut_of_what_is_left(rank: int, world: int, values: dict[str, Any]) -> str:
     return ""
 
 
-def test_columns_that_rows_leave_are_refused_before_a_model_is_made(pool: Pool, recipe: dict[str, Any]) -> None:
+def test_columns_that_rows_leave_are_refused_before_a_model_is_made(recipe: dict[str, Any]) -> None:
     values = {**recipe, "model": {"peer": {"row_format": "float8_e4m3fn"}}, "parallel": {"rows": 1}}
-    for said in pool.run(cut_of_what_is_left, 2, values):
+    for said in together(cut_of_what_is_left, 2, values):
         assert "row_format = 'float8_e4m3fn' has scales of whole vectors, which cols = 2 would cut" in said
 
 
 @pytest.mark.parametrize("row_format", ["int8", "float8_e4m3fn"])
-def test_rows_of_8_bits_are_trained_on_shards(pool: Pool, recipe: dict[str, Any], row_format: str) -> None:
+def test_rows_of_8_bits_are_trained_on_shards(recipe: dict[str, Any], row_format: str) -> None:
     """Sums over tokens are rounded otherwise on two ranks, which now and then turns a number to the next code."""
     peer: Any = MODEL["peer"]
     optim = {"tables": "fused", "table_beta1": 0.0, "table_clip": math.inf, "table_moment_columns": 8, "clip": 0.5}
@@ -232,9 +232,9 @@ def test_rows_of_8_bits_are_trained_on_shards(pool: Pool, recipe: dict[str, Any]
         },
         "optim": {"learning_rate": 1e-2, **optim},
     }
-    (alone,) = pool.run(curve, 1, values, STEPS)
-    (start,) = pool.run(curve, 1, values, 1)
-    for found in pool.run(curve, 2, {**values, "parallel": {"rows": 2}}, STEPS):
+    (alone,) = together(curve, 1, values, STEPS)
+    (start,) = together(curve, 1, values, 1)
+    for found in together(curve, 2, {**values, "parallel": {"rows": 2}}, STEPS):
         torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-4, atol=1e-4)
         (one,), (two,), (before,) = alone["rows"], found["rows"], start["rows"]
         assert (one != before).float().mean() > 0.05
