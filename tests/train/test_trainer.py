@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -224,7 +225,7 @@ def test_a_prepared_folder_is_used_whatever_sources_the_recipe_names(
     assert TokenShards(data, "train").vocab_size < 4096
 
 
-@pytest.mark.parametrize("change", ["gone", "changed"])
+@pytest.mark.parametrize("change", ["gone", "changed", "copied"])
 def test_a_prepared_folder_is_used_though_its_sources_are_others_now(
     change: str, configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -236,13 +237,16 @@ def test_a_prepared_folder_is_used_though_its_sources_are_others_now(
     assert not caplog.messages
     if change == "gone":
         source.unlink()
-    else:
+    elif change == "changed":
         source.write_text("other text")
+    else:
+        os.utime(source, (1.0, 1.0))
     train(configure(data=settings, budget={"steps": 1}, run=str(tmp_path / "again")), progress=False)
     [said] = caplog.messages
     ending = {
         "gone": f"and those of the recipe cannot be read ({source} does not exist",
         "changed": f"of which {source} has changed since.",
+        "copied": f"of which {source} is dated otherwise now, as large as before.",
     }[change]
     assert f"was prepared with sources = {source}, {ending}" in said
 
