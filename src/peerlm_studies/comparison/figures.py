@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from peerlm_studies.comparison.tables import copied_nats
-from peerlm_studies.figures import finish, save_plot
+from peerlm_studies.figures import add_legend, finish, line_style, save_plot
 
 
 def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Held-out loss over training FLOPs and over seconds, a colour per label and a line per seed, as a PNG.
+    """Held-out loss over training FLOPs and over seconds, a style per label and a line per seed, as a PNG.
 
     The last evaluation of a run is left out where it read other windows than those before it: it does not compare.
     """
@@ -25,7 +25,7 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         over_seconds.plot([point["seconds"] for point in curve], losses, **style)
     over_flops.set(xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
     over_seconds.set(xlabel="training seconds")
-    over_flops.legend(frameon=False)
+    add_legend(figure, over_flops)
     for axes in (over_flops, over_seconds):
         finish(axes)
     save_plot(figure, path)
@@ -51,17 +51,17 @@ def plot_copying(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         finish(axes)
     in_text.set(ylabel="loss of targets that repeat (nats)")
     at_random.set(ylabel="nats saved on repeated random tokens")
-    in_text.legend(frameon=False)
+    add_legend(figure, in_text)
     return figure
 
 
 def _styles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How each row's lines are drawn: a colour and one entry of the legend per label."""
+    """How each row's lines are drawn: a style and one entry of the legend per label."""
     labels = list(dict.fromkeys(row["label"] for row in rows))
     first = {label: next(row for row in rows if row["label"] == label) for label in labels}
     return [
         {
-            "color": f"C{labels.index(row['label']) % 10}",
+            **line_style(labels.index(row["label"])),
             "label": row["label"] if row is first[row["label"]] else None,
             "marker": ".",
             "linewidth": 1.2,

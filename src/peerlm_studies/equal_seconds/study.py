@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from peerlm.files import write_bytes, write_json
@@ -18,7 +18,7 @@ from peerlm.train.recipe import to_dict
 from peerlm_studies.comparison.make_rows import make_rows
 from peerlm_studies.equal_seconds.plan import SecondsPlan, TimedRun, load_seconds
 from peerlm_studies.equal_seconds.speed import measure_speed
-from peerlm_studies.figures import finish, save_plot
+from peerlm_studies.figures import add_legend, finish, line_style, save_plot
 from peerlm_studies.frontier.tables import BUSY
 from peerlm_studies.intervals import plus_minus
 from peerlm_studies.isoflop.fit import pooled_spread
@@ -162,18 +162,19 @@ def plot_seconds(table: Sequence[Mapping[str, Any]]) -> Figure:
     """Perplexity over seconds, a line per method; both axes logarithmic."""
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in table):
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in table)):
         own = [row for row in table if row["method"] == method]
         bars = [(row["half_width"] or 0.0) * row["perplexity"] for row in own]
-        axes.errorbar(
-            [row["seconds"] for row in own], [row["perplexity"] for row in own], bars, marker="o", label=method
-        )
+        seconds, perplexities = ([row[name] for row in own] for name in ("seconds", "perplexity"))
+        axes.errorbar(seconds, perplexities, bars, marker="o", label=method, **line_style(number))
     axes.set(xscale="log", yscale="log", xlabel="seconds of training steps", ylabel="held-out perplexity")
     points = sorted({row["seconds"] for row in table})
     axes.set_xticks(points, [f"{point:,g}" for point in points])
+    lowest, highest = axes.get_ylim()
+    ticks = MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(lowest, highest)
+    inside = [tick for tick in ticks if lowest <= tick <= highest]
+    axes.set_yticks(inside, [f"{tick:,g}" for tick in inside])
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.legend(frameon=False)
+    add_legend(figure, axes)
     finish(axes)
     return figure

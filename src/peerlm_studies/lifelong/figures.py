@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from peerlm_studies.figures import finish, save_plot
+from peerlm_studies.figures import add_legend, finish, save_plot
 
 
 def plot_forgetting(summary: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -16,6 +16,6 @@ def plot_forgetting(summary: Sequence[Mapping[str, Any]], path: Path) -> None:
     for number, row in enumerate(summary):
         axes.plot(row["forgetting"], row["new_loss"], "o", color=f"C{number % 10}", label=row["label"])
     axes.set(xlabel="rise of the base domain's loss (nats per token)", ylabel="loss of a new domain after its stage")
-    axes.legend(frameon=False)
+    add_legend(figure, axes)
     finish(axes)
     save_plot(figure, path)

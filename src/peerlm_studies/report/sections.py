@@ -15,7 +15,7 @@ from peerlm_studies.comparison.make_rows import rows_of
 from peerlm_studies.comparison.tables import columns_of, summarise
 from peerlm_studies.equal_seconds.plan import load_seconds
 from peerlm_studies.equal_seconds.study import plot_seconds, seconds_markdown, seconds_table
-from peerlm_studies.figures import finish
+from peerlm_studies.figures import add_legend, finish
 from peerlm_studies.frontier.figures import plot_frontier
 from peerlm_studies.frontier.points import points_of
 from peerlm_studies.frontier.study import COSTS, check_alike
@@ -282,7 +282,7 @@ def _plot_lines(points: Mapping[tuple[str, float], Sequence[float]], plot: PlotC
     axes.set_xticks(ticks, [f"{tick:,.6g}" for tick in ticks])
     axes.minorticks_off()
     if any(name for name, _ in points):
-        axes.legend(frameon=False)
+        add_legend(figure, axes)
     finish(axes)
     return figure
 
