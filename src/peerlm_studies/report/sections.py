@@ -15,7 +15,7 @@ from peerlm_studies.comparison.make_rows import rows_of
 from peerlm_studies.comparison.tables import columns_of, summarise
 from peerlm_studies.equal_seconds.plan import load_seconds
 from peerlm_studies.equal_seconds.study import plot_seconds, seconds_markdown, seconds_table
-from peerlm_studies.figures import add_legend, finish
+from peerlm_studies.figures import add_legend, finish, line_style
 from peerlm_studies.frontier.figures import plot_frontier
 from peerlm_studies.frontier.points import points_of
 from peerlm_studies.frontier.study import COSTS, check_alike
@@ -274,9 +274,9 @@ def _plot_lines(points: Mapping[tuple[str, float], Sequence[float]], plot: PlotC
     """Means over x, a line per name; both axes logarithmic."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(name for name, _ in points):
+    for number, name in enumerate(dict.fromkeys(name for name, _ in points)):
         line = sorted((x, statistics.fmean(values)) for (other, x), values in points.items() if other == name)
-        axes.plot([x for x, _ in line], [y for _, y in line], marker="o", label=name)
+        axes.plot([x for x, _ in line], [y for _, y in line], marker="o", label=name, **line_style(number))
     axes.set(xscale="log", yscale="log", xlabel=plot.xlabel or " x ".join(plot.x), ylabel=ylabel)
     ticks = sorted({x for _, x in points})
     axes.set_xticks(ticks, [f"{tick:,.6g}" for tick in ticks])
