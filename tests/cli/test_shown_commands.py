@@ -208,7 +208,11 @@ def provide(parameters: dict[str, Any], world: Path) -> None:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / "results/frontier.jsonl", path)
-    if (recipe := parameters.get("recipe")) is not None and str(recipe).startswith("runs/"):
+    if (recipe := parameters.get("recipe")) is not None and recipe.parent.name == "recipes" and not recipe.exists():
+        recipe.parent.mkdir(parents=True)  # as `peerlm compare` leaves one for each of its runs
+        config = json.loads((world / "dense/config.json").read_text())
+        recipe.write_text(json.dumps({**config, "run": f"runs/{recipe.stem}"}))
+    elif recipe is not None and str(recipe).startswith("runs/"):
         copy(world / "peer", recipe.parent if recipe.suffix else recipe)
     elif recipe is not None and not recipe.suffix:
         copy(world / "data", recipe)
