@@ -25,12 +25,15 @@ class SecondsConfig:
     """Steps before those that are timed: memory is new in them."""
     rounds: int = 20
     """Steps that are timed, of which the median counts."""
+    passes: int = 1
+    """Times that all methods are timed, one after the other, so that slow minutes meet all; the median counts."""
 
     def __post_init__(self) -> None:
         if not self.points or min(self.points) <= 0:
             raise UserError(f"seconds.points = {list(self.points)}: name at least one number above 0")
-        if self.warm_up < 1 or self.rounds < 1:
-            raise UserError(f"seconds.warm_up = {self.warm_up}, seconds.rounds = {self.rounds}: each at least 1")
+        for name in ("warm_up", "rounds", "passes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"seconds.{name} = {getattr(self, name)}: at least 1")
         for method, points in self.only.items():
             if not isinstance(points, list) or not all(point in self.points for point in points):
                 raise UserError(f"seconds.only.{method} = {points!r}: give a list of some of {list(self.points)}")
@@ -99,6 +102,8 @@ class SecondsPlan(StudyPlan):
 def speed_key(timed: TrainConfig, threads: int, seconds: SecondsConfig) -> str:
     """Digest of all that the speed of a run depends on but the machine; see `SecondsPlan.timed`."""
     values = {**bound_values(timed), "threads": threads, "rounds": seconds.rounds}
+    if seconds.passes > 1:  # rows of a single pass keep their keys
+        values["passes"] = seconds.passes
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,41 @@ def measure_speeds(plan: SecondsPlan, console: Console, *, progress: bool) -> di
     """The rows of speeds by method; those that OUTPUT/speeds.jsonl lacks are measured now, one after the other."""
     path = plan.output / SPEEDS_FILE
     have = {row["key"]: row for row in read_rows(path)}
-    found = {}
-    for method in plan.recipe.methods:
-        key = plan.speed_key(method, torch.get_num_threads())
-        if key not in have:
+    keys = {method: plan.speed_key(method, torch.get_num_threads()) for method in plan.recipe.methods}
+    missing = [method for method, key in keys.items() if key not in have]
+    if missing:
+        prepare_data(plan.timed(missing[0]).data, progress=progress)
+    passes: dict[str, list[dict[str, Any]]] = {method: [] for method in missing}
+    for done in range(1, plan.seconds.passes + 1):
+        for method in missing:
             train = plan.timed(method)
-            prepare_data(train.data, progress=progress)
-            speed = measure_speed(train, warm_up=plan.seconds.warm_up)
-            have[key] = {"key": key, "method": method, **speed, "config": to_dict(train)}
-            append_row(path, have[key])
-            console.print(_said(have[key]), markup=False, highlight=False, soft_wrap=True)
-        found[method] = have[key]
-    return found
+            prepared = replace(train, data=replace(train.data, sources=()))  # what it was made from was said once
+            passes[method].append(measure_speed(prepared, warm_up=plan.seconds.warm_up))
+            if done == plan.seconds.passes:
+                speed = median_pass(passes[method])
+                have[keys[method]] = {"key": keys[method], "method": method, **speed, "config": to_dict(train)}
+                append_row(path, have[keys[method]])
+                console.print(_said(have[keys[method]]), markup=False, highlight=False, soft_wrap=True)
+        if missing and done < plan.seconds.passes:
+            console.print(f"pass {done} of {plan.seconds.passes} is done", highlight=False)
+    return {method: have[key] for method, key in keys.items()}
+
+
+def median_pass(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row of several of `measure_speed`: medians over them, and the seconds of each; a single one as it is."""
+    if len(passes) == 1:
+        return dict(passes[0])
+    seconds = [each["seconds_per_step"] for each in passes]
+    middle, quarter = statistics.median(seconds), len(seconds) // 4
+    others = [each["other_cores"] for each in passes]
+    return {
+        **passes[-1],
+        "seconds_per_step": middle,
+        "spread": (sorted(seconds)[-1 - quarter] - sorted(seconds)[quarter]) / middle,
+        "steps": sum(each["steps"] for each in passes),
+        "other_cores": None if None in others else statistics.median(others),
+        "passes": seconds,
+    }
 
 
 def _said(speed: Mapping[str, Any]) -> str:
