@@ -47,7 +47,7 @@ GPU_PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
 gpu:  ## one GPU in eight minutes: its limits, our layer beside others, correctness; OUTPUT=file; without a GPU, tiny sizes
 	$(GPU_PYTHON) benchmarks/gpu/run.py $(if $(OUTPUT),--output $(OUTPUT))
 
-gpu-wheels:  ## what travels with the checkout to such a machine: PEER-pytorch, below build/gpu
+gpu-wheels:  ## for a machine without a network: PEER-pytorch, below build/gpu of the checkout
 	$(GPU_PYTHON) benchmarks/gpu/run.py --prepare
 
 gpu-compile: setup  ## every Triton kernel compiled for four kinds of GPU; with TRITON=3.6.0, by that version

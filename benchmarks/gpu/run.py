@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=names, metavar="SECTION", help="these sections, in this order")
     parser.add_argument("--sizes", choices=SIZES, help="default: full on a GPU, tiny without one")
     parser.add_argument("--interpret", action="store_true", help="Triton's interpreter, on a CPU, at tiny sizes")
-    parser.add_argument("--prepare", action="store_true", help="fetch what travels with the checkout, and end")
+    parser.add_argument("--prepare", action="store_true", help="fetch what the run needs into build/gpu, and end")
     parser.add_argument("--table", type=Path, metavar="ROWS", help="print the table of a file of rows, and end")
     options = parser.parse_args()
     started = time.monotonic()

@@ -88,7 +88,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "no model in it": (lambda f: [f / "empty", f / "new"], "is neither a run"),
     "weights cut short": (lambda f: [f / "cut", f / "new"], "holds no model that can be read"),
     "a size that is no number": (lambda f: [f / "odd", f / "new"], "holds no model that can be read"),
-    "more experts than memory": (lambda f: [f / "bert", f / "new", "--set=num_experts=1000000000000"], "memory"),
+    "more experts than memory": (
+        lambda f: [f / "bert", f / "new", "--set=num_experts=1000000000000", "--set=heads=1", "--set=key_dim=2"],
+        "memory",
+    ),
     "seed too large": (lambda f: [f / "bert", f / "new", "--seed=99999999999999999999"], "seed is 9999"),
     "a word for a switch": (lambda f: [f / "bert", f / "new", "--set=gated=no"], "gated is 'no'; it must be true or"),
     "unknown class": (lambda f: [f / "foreign", f / "new"], "of the architecture 'BertForPoetry'"),

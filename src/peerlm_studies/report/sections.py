@@ -133,9 +133,9 @@ def _isoflop(config: SectionConfig, rows: Sequence[Row], root: Path) -> Section:
 
 
 def _same_text(config: SectionConfig) -> str:
-    """What a command needs besides to train on the text of the rows; nothing where that is the recipe's own."""
+    """What a command needs besides to train on the text of the rows, and no other; nothing where it is the recipe's."""
     folders = [each for each in config.settings if each.startswith("data.folder=")]
-    return "".join(f" --set {each.replace(chr(34), '')}" for each in folders)
+    return "".join(f" --set {each.replace(chr(34), '')} --set data.sources=[]" for each in folders)
 
 
 def _at_speeds(config: SectionConfig, speeds: Sequence[Row]) -> str:

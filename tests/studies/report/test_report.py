@@ -265,7 +265,7 @@ def test_settings_tell_with_what_rows_were_made(folder: Path, study: Any) -> Non
     Path("report.toml").write_text(f"{setting}{DEFINITION}")
     _, markdown, _ = compose("report.toml")
     assert "No rows yet: `peerlm isoflop isoflop.toml`" not in markdown
-    assert f"--output runs/again --set data.folder={before[1]}`" in markdown
+    assert f"--output runs/again --set data.folder={before[1]} --set data.sources=[]`" in markdown
     Path("report.toml").write_text(DEFINITION.replace('recipe = "isoflop.toml"', f'recipe = "isoflop.toml"\n{setting}'))
     assert "No rows yet: `peerlm isoflop isoflop.toml`" not in compose("report.toml")[1]
 
