@@ -69,7 +69,8 @@ def adopt_speeds(speeds: Path, recipe: Path, output: Path, settings: Sequence[st
     plan = load_seconds(recipe, list(settings))
     have, appended = {row["key"] for row in read_rows(output)}, 0
     for row in read_rows(speeds):
-        key = speed_key(_anywhere(from_dict(TrainConfig, row["config"])), row["threads"], plan.seconds)
+        timed = replace(plan.seconds, passes=len(row.get("passes", [row["seconds_per_step"]])))
+        key = speed_key(_anywhere(from_dict(TrainConfig, row["config"])), row["threads"], timed)
         for method in plan.recipe.methods:
             train, own = plan.timed(method), plan.speed_key(method, row["threads"])
             if own not in have and key == speed_key(_anywhere(train), row["threads"], plan.seconds):

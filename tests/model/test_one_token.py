@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -251,22 +252,24 @@ def test_weights_of_other_names_and_shapes_are_left_to_the_modules(
 ) -> None:
     ids = torch.randint(64, (1, PROMPT + 1))
 
-    def as_buffer(attention: Any) -> None:
+    def as_buffer(attention: Any, last_norm: Any) -> None:
         own = attention.shift.key.detach().clone()
         del attention.shift.key
         attention.shift.register_buffer("key", own)
 
-    changes: list[Callable[[Any], object]] = [
-        lambda attention: prune.l1_unstructured(attention.shift, "key", amount=1),
+    changes: list[Callable[[Any, Any], object]] = [
+        lambda attention, last_norm: prune.l1_unstructured(attention.shift, "key", amount=1),
         as_buffer,
-        lambda attention: setattr(attention.shift, "key", nn.Parameter(torch.ones(1))),
-        lambda attention: attention.shift.register_parameter("note", nn.Parameter(torch.ones(1))),
-        lambda attention: attention.shift.register_parameter("note", None),
-        lambda attention: setattr(attention.q_norm, "weight", nn.Parameter(torch.ones(1))),
+        lambda attention, last_norm: setattr(attention.shift, "key", nn.Parameter(torch.ones(1))),
+        lambda attention, last_norm: attention.shift.register_parameter("note", nn.Parameter(torch.ones(1))),
+        lambda attention, last_norm: attention.shift.register_parameter("note", None),
+        lambda attention, last_norm: setattr(attention.q_norm, "weight", nn.Parameter(torch.ones(1))),
+        lambda attention, last_norm: setattr(attention.q_norm, "variance_epsilon", 0.5),
+        lambda attention, last_norm: setattr(last_norm, "weight", nn.Parameter(torch.full((1,), 1.3))),
     ]
-    for change in changes:
-        model = model_of(ffw_layers="dense", kv_shift=True, qk_norm=True)
-        change(model.model.layers[1].self_attn)
+    for change, ffw in product(changes, ("dense", "fine_grained_moe")):
+        model = model_of(ffw_layers=ffw, kv_shift=True, qk_norm=True)
+        change(model.model.layers[1].self_attn, model.model.norm)
         torch.testing.assert_close(decoded(model, ids), decoded(model, ids, in_parts=True))
     assert calls == []
 

@@ -80,7 +80,8 @@ def test_the_architecture_is_registered_by_a_name_that_leads_to_the_class(regist
     ],
 )
 def test_a_model_that_would_be_wrong_is_refused(registered, changes, says):
-    with pytest.raises(ValueError, match=f"has {says}: use `peerlm serve`"):
+    without = ", or train it with --set model.kv_shift=false" if says == "kv_shift" else ""
+    with pytest.raises(ValueError, match=f"has {says}: use `peerlm serve`{without}$"):
         vllm_plugin.PeerForVllm(vllm_config=configured(ffw_layers="dense", **changes))
 
 

@@ -19,6 +19,7 @@ import peerlm.optim.saved
 import peerlm.train.loop
 from peerlm.accounting import model_cost
 from peerlm.data import TokenShards, TokenWindows
+from peerlm.data.request import difference
 from peerlm.errors import UserError
 from peerlm.evaluate import held_out_loss
 from peerlm.files import PARTIAL
@@ -249,6 +250,15 @@ def test_a_prepared_folder_is_used_though_its_sources_are_others_now(
         "copied": f"of which {source} is dated otherwise now, as large as before.",
     }[change]
     assert f"was prepared with sources = {source}, {ending}" in said
+
+
+@pytest.mark.parametrize("first_changed", [True, False])
+def test_of_several_sources_one_that_changed_is_named(first_changed: bool) -> None:
+    before = [{"path": name, "bytes": 3, "mtime_ns": 1} for name in ("/a", "/b")]
+    now = [{**source, "mtime_ns": 2} for source in before]
+    now[not first_changed]["bytes"] = 9
+    name = "/a" if first_changed else "/b"
+    assert difference("sources", before, now) == f"sources = /a and 1 more, of which {name} has changed since"
 
 
 def test_a_split_of_an_older_version_is_said(

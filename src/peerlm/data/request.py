@@ -57,10 +57,11 @@ def sources_said(sources: Sequence[Mapping[str, Any]]) -> str:
 
 def _source_difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:
     if list(map(source_name, before)) == list(map(source_name, now)):
-        old, new = next((old, new) for old, new in zip(before, now, strict=True) if old != new)
-        as_large = {**old, "mtime_ns": None} == {**new, "mtime_ns": None}
-        how = "is dated otherwise now, as large as before" if as_large else "has changed since"
-        return f"sources = {sources_said(before)}, of which {source_name(new)} {how}"
+        different = [(old, new) for old, new in zip(before, now, strict=True) if old != new]
+        changed = [new for old, new in different if {**old, "mtime_ns": None} != {**new, "mtime_ns": None}]
+        how = "has changed since" if changed else "is dated otherwise now, as large as before"
+        first = changed[0] if changed else different[0][1]
+        return f"sources = {sources_said(before)}, of which {source_name(first)} {how}"
     return f"sources = {sources_said(before)}, not {sources_said(now)}"
 
 

@@ -109,13 +109,12 @@ class OneToken:
         made = self._made
         if made is None or not made.of.holds():
             of, steps, last_norm = Unchanged(), None, None
-            if _depends(of, model, *self._kinds):
+            widths = {block.input_layernorm.weight.shape for block in model.layers} | {model.norm.weight.shape}
+            if len(widths) == 1 and _depends(of, model, *self._kinds):
                 last_norm = api.added_norm(_norm(model.norm))
                 try:
                     found = [api.attention_step(_step_of(block, model.rotary_emb)) for block in model.layers]
-                except (
-                    ValueError
-                ):  # weights of other shapes, such as (1,): modules broadcast them, or say what is wrong
+                except ValueError:  # weights of other shapes: modules broadcast them, or say what is wrong
                     found = [None]
                 steps = None if None in found else [step for step in found if step is not None]
             self._made = made = _Made(of, steps, last_norm)

@@ -66,7 +66,10 @@ def _model_class() -> type:
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             config = vllm_config.model_config.hf_config
             if config.model_type == MODEL_TYPE and (found := unsupported(config)):
-                raise ValueError(f"vLLM cannot serve this model, which has {', '.join(found)}: use `peerlm serve`")
+                without = ", or train it with --set model.kv_shift=false" if "kv_shift" in found else ""
+                raise ValueError(
+                    f"vLLM cannot serve this model, which has {', '.join(found)}: use `peerlm serve`{without}"
+                )
             super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     PeerForVllm.__module__ = __name__

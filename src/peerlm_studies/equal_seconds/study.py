@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from peerlm.files import write_bytes, write_json
@@ -19,7 +18,7 @@ from peerlm.train.recipe import to_dict
 from peerlm_studies.comparison.make_rows import make_rows
 from peerlm_studies.equal_seconds.plan import SecondsPlan, TimedRun, load_seconds
 from peerlm_studies.equal_seconds.speed import measure_speed
-from peerlm_studies.figures import add_legend, finish, line_style, save_plot
+from peerlm_studies.figures import add_legend, finish, line_style, name_ticks, save_plot
 from peerlm_studies.frontier.tables import BUSY
 from peerlm_studies.intervals import plus_minus
 from peerlm_studies.isoflop.fit import pooled_spread
@@ -29,6 +28,8 @@ from peerlm_studies.shards import read_study
 
 SPEEDS_FILE = "speeds.jsonl"
 """Where in the study's folder its speeds are; while a row is there it is not measured again."""
+PASSES_FILE = "passes.jsonl"
+"""Where single passes are until all of a method are there."""
 
 
 def equal_seconds(recipe: str | Path, overrides: Sequence[str] = (), *, progress: bool = True) -> list[dict[str, Any]]:
@@ -62,26 +63,32 @@ def equal_seconds(recipe: str | Path, overrides: Sequence[str] = (), *, progress
 
 
 def measure_speeds(plan: SecondsPlan, console: Console, *, progress: bool) -> dict[str, dict[str, Any]]:
-    """The rows of speeds by method; those that OUTPUT/speeds.jsonl lacks are measured now, one after the other."""
-    path = plan.output / SPEEDS_FILE
+    """The rows of speeds by method; those that OUTPUT/speeds.jsonl lacks are measured now, one after the other.
+
+    Each pass is kept in OUTPUT/passes.jsonl until all of them are done, so that what was stopped goes on.
+    """
+    path, passes_path = plan.output / SPEEDS_FILE, plan.output / PASSES_FILE
     have = {row["key"]: row for row in read_rows(path)}
     keys = {method: plan.speed_key(method, torch.get_num_threads()) for method in plan.recipe.methods}
-    missing = [method for method, key in keys.items() if key not in have]
-    if missing:
-        prepare_data(plan.timed(missing[0]).data, progress=progress)
-    passes: dict[str, list[dict[str, Any]]] = {method: [] for method in missing}
-    for done in range(1, plan.seconds.passes + 1):
-        for method in missing:
-            train = plan.timed(method)
-            prepared = replace(train, data=replace(train.data, sources=()))  # what it was made from was said once
-            passes[method].append(measure_speed(prepared, warm_up=plan.seconds.warm_up))
-            if done == plan.seconds.passes:
-                speed = median_pass(passes[method])
-                have[keys[method]] = {"key": keys[method], "method": method, **speed, "config": to_dict(train)}
-                append_row(path, have[keys[method]])
-                console.print(_said(have[keys[method]]), markup=False, highlight=False, soft_wrap=True)
-        if missing and done < plan.seconds.passes:
-            console.print(f"pass {done} of {plan.seconds.passes} is done", highlight=False)
+    missing = {method: plan.timed(method) for method, key in keys.items() if key not in have}
+    for data in {train.data.folder: train.data for train in missing.values()}.values():
+        prepare_data(data, progress=progress)
+    passes = {key: [row for row in read_rows(passes_path) if row["key"] == key] for key in keys.values()}
+    for number in range(1, plan.seconds.passes + 1):
+        for method, train in missing.items():
+            own = passes[key := keys[method]]
+            if len(own) < number:
+                prepared = replace(train, data=replace(train.data, sources=()))  # what it was made from was said once
+                own.append({"key": key, **measure_speed(prepared, warm_up=plan.seconds.warm_up)})
+                if plan.seconds.passes > 1:
+                    append_row(passes_path, own[-1])
+            if number == plan.seconds.passes:
+                have[key] = {"key": key, "method": method, **median_pass(own), "config": to_dict(train)}
+                append_row(path, have[key])
+                console.print(_said(have[key]), markup=False, highlight=False, soft_wrap=True)
+        if missing and number < plan.seconds.passes:
+            console.print(f"pass {number} of {plan.seconds.passes} is done", highlight=False)
+    passes_path.unlink(missing_ok=True)
     return {method: have[key] for method, key in keys.items()}
 
 
@@ -194,11 +201,7 @@ def plot_seconds(table: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel="seconds of training steps", ylabel="held-out perplexity")
     points = sorted({row["seconds"] for row in table})
     axes.set_xticks(points, [f"{point:,g}" for point in points])
-    lowest, highest = axes.get_ylim()
-    ticks = MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(lowest, highest)
-    inside = [tick for tick in ticks if lowest <= tick <= highest]
-    axes.set_yticks(inside, [f"{tick:,g}" for tick in inside])
-    axes.minorticks_off()
+    name_ticks(axes)
     add_legend(figure, axes)
     finish(axes)
     return figure

@@ -166,6 +166,41 @@ def test_methods_take_turns_and_the_median_pass_counts(recipe: Path, monkeypatch
     assert len(turns) == 10
 
 
+def test_passes_that_were_stopped_go_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+
+    def measure(train: Any, *, warm_up: int) -> dict[str, Any]:
+        if len(turns) == 3:
+            raise KeyboardInterrupt
+        turns.append(str(train.model["ffw_layers"]))
+        return {"seconds_per_step": 0.1 * len(turns), "spread": 0.5, "steps": 2, "other_cores": None, "threads": 1}
+
+    monkeypatch.setattr(study, "measure_speed", measure)
+    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+    plan, console = load_seconds(recipe, ["seconds.passes=2"]), Console(quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        study.measure_speeds(plan, console, progress=False)
+    assert len(read_rows(tmp_path / "out/passes.jsonl")) == 3
+    assert [row["method"] for row in read_rows(tmp_path / "out/speeds.jsonl")] == ["dense"]
+    monkeypatch.setattr(study, "measure_speed", lambda train, warm_up: {**measured()(train, warm_up=1), "steps": 2})
+    speeds = study.measure_speeds(plan, console, progress=False)
+    assert {method: row["passes"] for method, row in speeds.items()} == {
+        "dense": [0.1, pytest.approx(0.3)],
+        "PEER": [0.2, 0.2],
+    }
+    assert speeds["dense"]["seconds_per_step"] == pytest.approx(0.2)
+    assert not (tmp_path / "out/passes.jsonl").exists()
+
+
+def test_every_methods_own_text_is_prepared(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[str] = []
+    monkeypatch.setattr(study, "measure_speed", measured())
+    monkeypatch.setattr(study, "prepare_data", lambda data, progress: prepared.append(data.folder))
+    plan = load_seconds(recipe, [f"methods.PEER.data.folder={tmp_path}/other"])
+    study.measure_speeds(plan, Console(quiet=True), progress=False)
+    assert prepared == [f"{tmp_path}/tokens", f"{tmp_path}/other"]
+
+
 def test_a_disturbed_speed_says_how_to_measure_it_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "measure_speed", measured(1.5))
     monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
@@ -244,6 +279,7 @@ def test_rows_and_speeds_from_elsewhere_make_a_section_of_a_report(
     assert len(read_rows(results)) == 4
     assert "elsewhere" not in results.read_text() + speeds.read_text()
     assert adopt_speeds(out / "speeds.jsonl", recipe, speeds) == 0
+    assert adopt_speeds(out / "speeds.jsonl", recipe, tmp_path / "of-passes.jsonl", ["seconds.passes=5"]) == 0
     assert adopt(out / "rows.jsonl", recipe, results, speeds=speeds) == (0, [])
     plan = {"title": "At equal seconds", "kind": "seconds", "recipe": "recipe.toml", "command": "peerlm seconds"}
     section = make_section(SectionConfig(**plan, rows=("rows.jsonl",), speeds="speeds.jsonl"), tmp_path)

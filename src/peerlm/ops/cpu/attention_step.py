@@ -55,6 +55,9 @@ class _Step:
     def __init__(self, step: AttentionStep):
         heads = step.query_norm, step.key_norm
         query_norm, key_norm = (None if norm is None else norm.weight.detach() for norm in heads)
+        epsilons = {norm.epsilon for norm in heads if norm is not None} or {0.0}
+        if len(epsilons) > 1:
+            raise ValueError(f"norms of queries and keys have epsilons of their own: {sorted(epsilons)}")
         self.native = native.module.attention_step(
             step.before.weight.detach(),
             step.before.epsilon,
@@ -66,7 +69,7 @@ class _Step:
             step.output_map.detach(),
             query_norm,
             key_norm,
-            max([norm.epsilon for norm in heads if norm is not None], default=0.0),
+            epsilons.pop(),
             step.frequencies,
             step.rotation_scale,
             step.scaling,
