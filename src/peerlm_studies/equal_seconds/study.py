@@ -131,6 +131,7 @@ def seconds_table(
 
     Each has seconds, method, seeds, loss, half_width (of its 95% interval, from the spread of all methods at the
     point), perplexity, steps, tokens, seconds_per_step, threads, other_cores and `disturbed`, all three of the speed.
+    `poor_loss` is that of the half of the windows in which fewest targets repeat; None where a run did not measure it.
     """
     by_key = {row["key"]: row for row in rows}
     groups: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
@@ -148,6 +149,7 @@ def seconds_table(
             "loss": (loss := statistics.fmean(losses[point, method])),
             "half_width": spreads[point].half_width(len(own)),
             "perplexity": math.exp(loss),
+            "poor_loss": _poor_loss(own),
             "steps": own[0]["summary"]["steps"],
             "tokens": own[0]["summary"]["tokens"],
             **{name: speeds[method][name] for name in ("seconds_per_step", "threads", "other_cores")},
@@ -158,23 +160,18 @@ def seconds_table(
     ]
 
 
+def _poor_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    losses = [row["summary"].get("copying", {}).get("poor") for row in rows]
+    return None if None in losses else statistics.fmean(losses)
+
+
 def seconds_markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """Perplexity by method and point, with its interval where there are several seeds; an asterisk at the lowest."""
-    points = list(dict.fromkeys(row["seconds"] for row in table))
+    """Perplexity by method and point, with its interval where there are several seeds; an asterisk at the lowest.
+
+    Where runs measured copying, a second table has that of the windows in which fewest targets repeat.
+    """
     methods = list(dict.fromkeys(row["method"] for row in table))
-    found = {(row["method"], row["seconds"]): row for row in table}
-    best = {point: min(row["loss"] for row in table if row["seconds"] == point) for point in points}
-
-    def cell(method: str, point: float) -> str:
-        row = found.get((method, point))
-        if row is None:
-            return ""
-        half = None if row["half_width"] is None else row["perplexity"] * row["half_width"]
-        text = plus_minus(row["perplexity"], half, "{:,.1f}")
-        return f"{text}*" if row["loss"] == best[point] else text
-
-    columns = {"method": methods}
-    columns |= {f"{point:,g} s": [cell(method, point) for method in methods] for point in points}
+    columns = {"method": methods, **_perplexities(table, "loss")}
     speeds = {row["method"]: row for row in table}
     columns["ms a step"] = [f"{1e3 * speeds[method]['seconds_per_step']:,.1f}" for method in methods]
     threads = sorted({f"{row['device']}, {row['threads']} threads" for row in table})
@@ -186,7 +183,30 @@ def seconds_markdown(table: Sequence[Mapping[str, Any]]) -> str:
         notes.append(f"Other programs used the machine while speeds were measured of: {', '.join(disturbed)}.")
     if unknown := [method for method in methods if speeds[method]["disturbed"] is None]:
         notes.append(f"Whether they did is not known of: {', '.join(unknown)}.")
-    return f"{markdown_rows(columns)}\n{' '.join(notes)}\n"
+    text = f"{markdown_rows(columns)}\n{' '.join(notes)}\n"
+    if any(row["poor_loss"] is not None for row in table):
+        poor = markdown_rows({"method": methods, **_perplexities(table, "poor_loss")})
+        text += f"\nThe same in the half of the windows in which fewest targets repeat:\n\n{poor}"
+    return text
+
+
+def _perplexities(table: Sequence[Mapping[str, Any]], name: str) -> dict[str, list[str]]:
+    """Columns by point, a cell per method."""
+    columns: dict[str, list[str]] = {}
+    for point in dict.fromkeys(row["seconds"] for row in table):
+        own = {row["method"]: row for row in table if row["seconds"] == point and row[name] is not None}
+        best = min((row[name] for row in own.values()), default=math.nan)
+        cells = []
+        for method in dict.fromkeys(row["method"] for row in table):
+            if method not in own:
+                cells.append("")
+                continue
+            row, perplexity = own[method], math.exp(own[method][name])
+            half = row["half_width"] if name == "loss" else None  # which is of the whole loss
+            text = plus_minus(perplexity, None if half is None else perplexity * half, "{:,.1f}")
+            cells.append(f"{text}*" if row[name] == best else text)
+        columns[f"{point:,g} s"] = cells
+    return columns
 
 
 def plot_seconds(table: Sequence[Mapping[str, Any]]) -> Figure:

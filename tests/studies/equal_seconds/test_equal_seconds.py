@@ -75,7 +75,9 @@ def made(runs: Sequence[Any], compare: Any, output: Path, console: Console, *, s
     for run in runs:
         steps = run.train.budget.steps
         loss = 5 - math.log(steps) * (1.5 if run.method == "PEER" else 1) + 0.1 * run.seed
-        summary = {"validation_loss": loss, "steps": steps, "tokens": 64 * steps}
+        summary: dict[str, Any] = {"validation_loss": loss, "steps": steps, "tokens": 64 * steps}
+        if run.train.eval.copying:
+            summary["copying"] = {"poor": loss + 0.5}
         row = {"key": run.key(compare), "method": run.method, "label": run.label, "seed": run.seed, "sweep": run.sweep}
         append_row(output / "rows.jsonl", row | {"config": to_dict(run.train), "summary": summary})
 
@@ -115,6 +117,7 @@ def test_a_study_measures_once_and_its_table_has_the_best_of_each_point(
     assert table == json.loads((tmp_path / "out/seconds.json").read_text())
     assert (tmp_path / "out/seconds.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "out/seconds.md").read_text()
+    assert "fewest targets repeat" not in text
     row = next(line for line in text.splitlines() if line.startswith("| PEER |  | "))
     assert row.startswith(f"| PEER |  | {table[2]['perplexity']:.1f} ± ")
     assert "* | 200.0 |" in row
@@ -139,6 +142,22 @@ def test_other_programs_are_said(
     monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
     study.equal_seconds(recipe, progress=False)
     assert words in (tmp_path / "out/seconds.md").read_text()
+
+
+def test_windows_with_little_to_copy_have_a_table_of_their_own(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "measure_speed", measured())
+    monkeypatch.setattr(study, "make_rows", made)
+    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+    table = study.equal_seconds(recipe, ["eval.copying=true"], progress=False)
+    dense = table[1]
+    assert dense["poor_loss"] == pytest.approx(dense["loss"] + 0.5)
+    first, second = (tmp_path / "out/seconds.md").read_text().split("\nThe same in the half of the windows in which")
+    assert "ms a step" in first
+    assert "ms a step" not in second
+    assert f"| dense | {math.exp(table[0]['poor_loss']):,.1f}* | {math.exp(dense['poor_loss']):,.1f} |" in second
+    assert f"| PEER |  | {math.exp(table[2]['poor_loss']):,.1f}* |" in second
 
 
 def test_methods_take_turns_and_the_median_pass_counts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
