@@ -1,5 +1,7 @@
 """Batches: a permutation of any size, the same from any position, with any workers, on any ranks."""
 
+import multiprocessing
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -143,6 +145,18 @@ def test_workers_change_nothing(windows: TokenWindows) -> None:
         take(batches(windows, batch_size=7, seed=2, position=11, workers=workers), 12) for workers in (0, 2)
     )
     assert torch.equal(alone, helped)
+
+
+def test_workers_are_not_reached_by_signals_to_the_run(windows: TokenWindows) -> None:
+    """As torchrun sends SIGTERM to a rank's whole group; a worker that died of it would end the run within a step."""
+    stream = batches(windows, batch_size=2, seed=0, workers=2)
+    next(stream)
+    workers = multiprocessing.active_children()
+    assert len(workers) >= 2
+    for worker in workers:
+        assert worker.pid is not None
+        assert os.getpgid(worker.pid) == worker.pid
+    assert os.getpgrp() != workers[0].pid
 
 
 def test_global_random_state_is_left_alone(windows: TokenWindows) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AddedToken, PreTrainedModel
 
 from peerlm.serve import Engine, Event, Handle, Request, SamplingParams
 
@@ -41,6 +41,7 @@ class Letters:
     """A tokenizer whose token n is the n-th letter, again from a after z."""
 
     eos_token_id = None
+    added_tokens_decoder = {63: AddedToken("<end>", special=True)}  # noqa: RUF012
 
     def decode(self, ids: Sequence[int], **options: Any) -> str:
         """One letter for each token."""

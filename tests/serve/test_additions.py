@@ -14,6 +14,7 @@ from peerlm.adapters.library import AdapterLibrary
 from peerlm.errors import UserError
 from peerlm.packs.api import choose_packs, load_pack, new_pack, pack_parameters, save_pack, unload_pack
 from peerlm.serve import Engine, InUse
+from peerlm.serve.additions import Additions, Choice
 
 from .conftest import Gate, alone, greedy, make, tokens_of
 
@@ -35,16 +36,31 @@ def pack(folder: Path, seed: int) -> Path:
     return folder
 
 
-def lora(folder: Path, seed: int, targets: tuple[str, ...] = ("q_proj", "up_proj")) -> Path:
+def lora(folder: Path, seed: int, targets: tuple[str, ...] = ("q_proj", "up_proj"), kind: str = "llama") -> Path:
     """An adapter that changes what is written."""
     torch.manual_seed(seed)
-    model = get_peft_model(make("llama"), LoraConfig(r=2, lora_alpha=6, target_modules=list(targets)))
+    model = get_peft_model(make(kind), LoraConfig(r=2, lora_alpha=6, target_modules=list(targets)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     model.save_pretrained(folder)
     return folder
+
+
+def spoil(folder: Path) -> None:
+    """Let the first number of an adapter be no finite one."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = torch.inf
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def library_of(folder: Path, model: PreTrainedModel, *adapters: Path) -> AdapterLibrary:
+    """A library whose adapters are those of the prompts."""
+    library = AdapterLibrary(model, folder, top_k=1)
+    for adapter, prompt in zip(adapters, PROMPTS, strict=True):
+        library.add(adapter, texts=[torch.tensor(prompt)])
+    return library
 
 
 def merged(*folders: Path) -> PreTrainedModel:
@@ -118,9 +134,7 @@ def test_each_request_has_its_own_adapters_and_unloading_restores_the_bits(tmp_p
 
 def test_a_library_retrieves_adapters_for_each_prompt(tmp_path: Path, engine: New) -> None:
     model = make("llama")
-    library = AdapterLibrary(model, tmp_path / "library", top_k=1)
-    for seed, (name, prompt) in enumerate(zip("abc", PROMPTS, strict=True)):
-        library.add(lora(tmp_path / name, seed), texts=[torch.tensor(prompt)])
+    library = library_of(tmp_path / "library", model, *(lora(tmp_path / name, n) for n, name in enumerate("abc")))
     expected = []
     for prompt in PROMPTS:
         with library:
@@ -130,6 +144,60 @@ def test_a_library_retrieves_adapters_for_each_prompt(tmp_path: Path, engine: Ne
     assert served.load("all", tmp_path / "library").kind == "library"
     handles = [served.submit(greedy(prompt, 8, packs=("all",))) for prompt in PROMPTS]
     assert [tokens_of(handle) for handle in handles] == expected
+
+
+def test_a_library_does_not_see_packs_that_others_loaded(tmp_path: Path, engine: New) -> None:
+    model = make("peer")
+    adapters = [lora(tmp_path / name, seed, ("q_proj", "o_proj"), "peer") for seed, name in enumerate("abc")]
+    library_of(tmp_path / "library", model, *adapters)
+    served = engine(model, prefix_bytes=0)
+    served.load("all", tmp_path / "library")
+
+    def found() -> list[list[int]]:
+        return [tokens_of(served.submit(greedy(prompt, 8, packs=("all",)))) for prompt in PROMPTS]
+
+    choices = [served._additions.choice(["all"], prompt) for prompt in PROMPTS]
+    texts = found()
+    served.load("law", pack(tmp_path / "law", 1))
+    assert [served._additions.choice(["all"], prompt) for prompt in PROMPTS] == choices
+    assert found() == texts
+
+
+def test_an_adapter_of_a_library_that_is_not_finite_fails_its_own_requests_alone(tmp_path: Path, engine: New) -> None:
+    model = make("llama")
+    library_of(tmp_path / "library", model, *(lora(tmp_path / name, seed) for seed, name in enumerate("abc")))
+    served = engine(model, chunk=32)
+    served.load("all", tmp_path / "library")
+    expected = [tokens_of(served.submit(greedy(prompt, 8, packs=("all",)))) for prompt in PROMPTS]
+    served.unload("all")
+    spoil(tmp_path / "library" / "b")
+    served.load("all", tmp_path / "library")
+    gate = Gate(model)
+    handles = [served.submit(greedy(prompt, 8, packs=("all",))) for prompt in PROMPTS]
+    gate.open()
+    first, spoiled, last = (list(handle) for handle in handles)
+    assert [tokens_of(first), tokens_of(last)] == [expected[0], expected[2]]
+    assert "b has numbers for model.layers.0" in str(spoiled[-1].error)
+
+
+def test_adapters_of_a_library_that_no_request_names_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peerlm.serve.additions.MOST_BYTES", 0)
+    model, used = make("llama"), list[Choice]()
+    library_of(tmp_path / "library", model, *(lora(tmp_path / name, seed) for seed, name in enumerate("abc")))
+    additions = Additions(model, lambda: used)
+    for name, folder in (("all", tmp_path / "library"), ("one", tmp_path / "a")):
+        additions.read(name, folder)[1]()
+    of_first, of_second = ({name for name, _ in additions.choice(["all"], prompt).adapters} for prompt in PROMPTS[:2])
+    assert of_first != of_second
+    assert set(additions._adapters) == {"one", *of_second}
+    used.append(additions.choice(["all"], PROMPTS[0]))
+    additions.choice(["all"], PROMPTS[1])
+    assert set(additions._adapters) == {"one", *of_first, *of_second}
+    used.clear()
+    additions.choice(["one"], PROMPTS[1])
+    assert set(additions._adapters) == {"one"}
 
 
 def test_unloading_waits_for_requests_that_run(tmp_path: Path, engine: New) -> None:
@@ -170,9 +238,7 @@ def test_what_cannot_be_loaded_is_refused_and_nothing_changes(tmp_path: Path, en
     served = engine(make("llama"))
     good = lora(tmp_path / "good", 1)
     broken = lora(tmp_path / "broken", 1)
-    tensors = load_file(broken / "adapter_model.safetensors")
-    next(iter(tensors.values()))[0, 0] = torch.inf
-    save_file(tensors, broken / "adapter_model.safetensors")
+    spoil(broken)
     served.load("a", good)
     for name, folder, message in [
         ("a", good, "'a' is loaded already; unload it first, or take another name"),

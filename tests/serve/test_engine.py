@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peerlm.errors import UserError
-from peerlm.serve import Engine, QueueFull, Request, SamplingParams
+from peerlm.serve import Engine, QueueFull, Request, SamplingParams, cache
 
 from ..models import build
 from .conftest import MODELS, Gate, Letters, alone, greedy, make, tokens_of
@@ -150,6 +150,8 @@ def test_what_cannot_be_served_is_refused_and_disturbs_nobody(engine: New) -> No
         served.submit(greedy((64,), 1))
     with pytest.raises(UserError, match="logit_bias has the token id -1"):
         served.submit(greedy((3,), 1, logit_bias={-1: 1.0}))
+    with pytest.raises(UserError, match="stop_token_ids has the token id 64; the model knows 0 to 63"):
+        served.submit(greedy((3,), 1, stop_token_ids=(64,)))
     with pytest.raises(UserError, match="no pack or adapter 'law' is loaded; there is none"):
         served.submit(greedy((3,), 1, packs=("law",)))
     assert len(tokens_of(running)) == 31
@@ -223,6 +225,43 @@ def test_a_request_at_which_the_model_fails_ends_alone(fails: bool, place: str, 
         wanted = "the model failed with RuntimeError: a kernel failed" if fails else "logits are not finite"
         assert wanted in spoiled[-1].error
     assert served.stats().finished == {"length": 8, "error": 2}
+
+
+class Short:
+    """Memory that is short once: a function that makes tensors fails in its call of a certain number."""
+
+    def __init__(self, make: Callable[..., Any], call: int):
+        self._make, self._left = make, call
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            raise torch.OutOfMemoryError("no memory")
+        return self._make(*arguments, **options)
+
+
+@pytest.mark.parametrize("place", ["peerlm.serve.cache._empty", "torch.empty_like"])
+def test_a_request_for_which_memory_is_short_ends_alone(
+    place: str, engine: New, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("llama")
+    prompts = [(3,), (4,), (5,), (6,), tuple(range(3, 23)), tuple(range(13, 31))]
+    expected = [alone(model, prompt, 10) for prompt in prompts]
+    served = engine(model, slots=8, prefix_bytes=0)
+    running = [served.submit(greedy(prompt, 10)) for prompt in prompts[:4]]
+    first = [next(handle) for handle in running]
+    gate = Gate(model)
+    assert gate.reached.wait(10)
+    short = Short(cache._empty if "cache" in place else torch.empty_like, 3 if "cache" in place else 1)
+    monkeypatch.setattr(place, short)
+    late = [served.submit(greedy(prompt, 10)) for prompt in prompts[4:]]
+    gate.open()
+    found = [[event, *handle] for event, handle in zip(first, running, strict=True)]
+    refused, other = (list(handle) for handle in late)
+    assert [tokens_of(events) for events in (*found, other)] == [*expected[:4], expected[5]]
+    assert tokens_of(refused) == expected[4][:1]
+    assert refused[-1].error == "the model failed with OutOfMemoryError: no memory"
+    assert tokens_of(served.submit(greedy(prompts[4], 10))) == expected[4]
 
 
 def test_an_engine_outlives_faults_of_its_own(engine: New, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -300,6 +339,16 @@ def test_stop_strings_end_a_text_once_enough_is_written(engine: New) -> None:
     events = list(served.submit(greedy((5, 9), 12, stop=tuple(set(text)), min_tokens=8)))
     assert "".join(event.text for event in events) == text[:7]
     assert (len(tokens_of(events)), events[-1].stop) == (8, text[7])
+
+
+def test_the_text_of_a_special_token_ends_a_text_at_that_token(engine: New) -> None:
+    served = engine(make("llama"))
+    bias = {63: 100.0}
+    events = list(served.submit(greedy((5, 9), 12, stop=("<end>",), logit_bias=bias)))
+    assert (tokens_of(events), events[-1].finish_reason, events[-1].stop) == ([63], "stop", 63)
+    later = tokens_of(served.submit(greedy((5, 9), 12, stop=("<end>",), logit_bias=bias, min_tokens=3)))
+    assert later.index(63) == len(later) - 1 == 3
+    assert len(tokens_of(served.submit(greedy((5, 9), 12, stop=("<end",), logit_bias=bias)))) == 12
 
 
 def test_traces_are_those_of_the_token_before(engine: New) -> None:

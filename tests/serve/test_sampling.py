@@ -84,7 +84,7 @@ def test_presence_and_frequency_count_the_text_alone_and_biases_add() -> None:
 
 
 def test_ends_are_forbidden_until_enough_is_written() -> None:
-    one = sampler(ends=frozenset({4}), stop_token_ids=(0,), min_tokens=2, temperature=0)
+    one = sampler(ends=frozenset({0, 4}), min_tokens=2, temperature=0)
     assert [drawn(LOGITS, one) for _ in range(3)] == [1, 1, 4]
 
 

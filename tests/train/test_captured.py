@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,25 @@ def test_a_run_of_replays_resumes_to_the_same_bits(
             train(config, progress=False)
     train(config, resume=True, progress=False)
     assert_same(config.run, str(tmp_path / "straight"))
+
+
+@pytest.mark.usefixtures("graphs")
+def test_seconds_are_those_of_the_device_not_of_what_was_sent_ahead(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that takes 0.2 s for the steps between two reads: minutes of training end by its clock."""
+    read = Measures.read
+
+    def slowly(measures: Measures) -> tuple[float, Unusable | None]:
+        time.sleep(0.2)
+        return read(measures)
+
+    monkeypatch.setattr(Measures, "read", slowly)
+    settings = {"model": MODEL, "data": SHORT, "optim": BY_ROWS, "log": {"every": 1}, "checkpoint": {"every": 0}}
+    summary = train(configure(**settings, budget={"minutes": 0.7 / 60}), progress=False).summary
+    assert summary["steps"] <= 4
+    assert summary["seconds"] >= 0.2 * summary["steps"]
+    assert summary["tokens_per_second"] <= summary["tokens"] / (0.2 * summary["steps"])
 
 
 def test_layers_grow_between_replays(configure: Configure, tmp_path: Path, graphs: list[RecordedGraph]) -> None:

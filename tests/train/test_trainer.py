@@ -9,21 +9,28 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peerlm.optim.saved
+import peerlm.train.build
 import peerlm.train.loop
+import peerlm.train.run_folder
+import peerlm.train.watching
 from peerlm.accounting import model_cost
 from peerlm.data import TokenShards, TokenWindows
 from peerlm.data.request import difference
 from peerlm.errors import UserError
 from peerlm.evaluate import held_out_loss
 from peerlm.files import PARTIAL
+from peerlm.optim import RowAdamW
 from peerlm.train import TrainConfig, TrainingStopped, load_recipe, train
+from peerlm.train.build import build_optimizer
 from peerlm.train.checkpoint import list_checkpoints
 from peerlm.train.loop import take_step
 from peerlm.train.run_folder import check_run
@@ -361,6 +368,31 @@ def test_a_run_is_not_resumed_as_another(configure: Configure, straight: Path) -
         train(configure(run=str(straight), optim={"learning_rate": 0.1}), resume=True, progress=False)
 
 
+@pytest.mark.parametrize("left", ["nothing", "an empty folder of checkpoints"])
+def test_a_run_whose_folder_was_just_being_made_starts(
+    left: str, configure: Configure, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure()
+    with monkeypatch.context() as patch:
+        patch.setattr(peerlm.train.run_folder, "write_json", Mock(side_effect=OSError(122, "Disk quota exceeded")))
+        with pytest.raises(UserError, match="is full: free some space, then --resume"):
+            train(config, progress=False)
+    assert list(Path(config.run).iterdir()) == []
+    if left != "nothing":
+        (Path(config.run) / "checkpoints").mkdir()
+    train(config, resume=True, progress=False)
+    assert weights(Path(config.run)) == weights(straight)
+
+
+def test_a_loss_beyond_what_has_a_perplexity_is_written_down(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run with too high a rate ends with its figures, so that a study goes on."""
+    monkeypatch.setattr(peerlm.train.watching, "held_out_loss", lambda *arguments, **options: 1000.0)
+    summary = train(configure(budget={"steps": 2}), progress=False).summary
+    assert (summary["validation_loss"], summary["perplexity"]) == (1000.0, math.inf)
+
+
 def test_resuming_a_finished_run_returns_its_summary(configure: Configure, straight: Path) -> None:
     before = (straight / "log.jsonl").read_bytes()
     result = train(configure(run=str(straight)), resume=True, progress=False)
@@ -390,6 +422,37 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(
     train(config, resume=True, progress=False)
     assert weights(Path(config.run)) == weights(straight)
     assert untimed(Path(config.run)) == untimed(straight)
+
+
+@pytest.mark.parametrize("first_by_rows", [True, False])
+def test_a_run_goes_on_where_auto_chooses_another_optimizer(
+    first_by_rows: bool, configure: Configure, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over another number of processes: one process updates tables by rows, several that hold copies do not."""
+    config = configure()
+    kinds = []
+
+    def build(*arguments: Any) -> Any:
+        kinds.append(optimizer := build_optimizer(*arguments))
+        return optimizer
+
+    def signalled(training: Any, state: Any, *arguments: Any) -> Any:
+        if state.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return take_step(training, state, *arguments)
+
+    monkeypatch.setattr(peerlm.train.build, "build_optimizer", build)
+    with monkeypatch.context() as patch:
+        patch.setattr(peerlm.train.loop, "take_step", signalled)
+        patch.setattr(peerlm.train.build, "_rows_pay", lambda *arguments: first_by_rows)
+        with pytest.raises(TrainingStopped):
+            train(config, progress=False)
+    monkeypatch.setattr(peerlm.train.build, "_rows_pay", lambda *arguments: not first_by_rows)
+    train(config, resume=True, progress=False)
+    assert [isinstance(kind, RowAdamW) for kind in kinds] == [first_by_rows, not first_by_rows]
+    found, expected = (load_file(run / "model/model.safetensors") for run in (Path(config.run), straight))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_does_harm(configure: Configure) -> None:

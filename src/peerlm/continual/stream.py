@@ -1,7 +1,6 @@
 """A stream of domains, learned one after another; after each, how well the model knows all of them."""
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -25,7 +24,7 @@ from peerlm.data.tokenizer import keep_start
 from peerlm.errors import UserError, shortened
 from peerlm.evaluate import held_out_loss
 from peerlm.evaluate.held_out import Windows, windows_read
-from peerlm.evaluate.likelihood import check_context, device_of
+from peerlm.evaluate.likelihood import check_context, device_of, exp
 from peerlm.evaluate.loading import default_context, model_folder, trained_context
 from peerlm.evaluate.progress import progress_bar
 from peerlm.files import is_partial, remove_partials, write_bytes, write_json
@@ -258,7 +257,7 @@ class _Stream:
                 task = bar.add_task(f"measuring {name}", total=windows_read(text.heldout, limit))
                 advance = partial(_advance, bar, task)
                 losses[name] = held_out_loss(model, text.heldout, batch_size=per_pass, limit=limit, watch=advance)
-        figures = {"loss": losses, "perplexity": {name: math.exp(loss) for name, loss in losses.items()}}
+        figures = {"loss": losses, "perplexity": {name: exp(loss) for name, loss in losses.items()}}
         return figures | (self.measure(model, self.tokenizer) if self.measure else {})
 
     @staticmethod

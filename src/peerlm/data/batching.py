@@ -5,6 +5,7 @@ Shapes: B windows per batch, T tokens per window (`context`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import count
@@ -174,9 +175,24 @@ def batches(
     # A generator of its own: DataLoader would otherwise draw from the global one, and a resumed run would
     # draw twice.
     loader = DataLoader(
-        windows, batch_sampler=sampler, num_workers=workers, collate_fn=_collate, generator=torch.Generator()
+        windows,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_collate,
+        generator=torch.Generator(),
+        worker_init_fn=_leave_group,
     )
     return iter(loader)
+
+
+def _leave_group(worker: int) -> None:
+    """A reading process gets no signal that is sent to all of a run, which then ends it in its own time.
+
+    torchrun sends SIGTERM to a rank's group, and a terminal Ctrl-C; a reader that dies of it ends the run in the middle
+    of a step. One whose run is gone notices that by itself.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 class _BatchSampler:

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from peerlm.files import write_json
 from peerlm.ops.row_keeping import keeper_of, rows_stay
 from peerlm.ops.row_updates import scales_of
-from peerlm.optim.row_adamw import RowAdamW
-from peerlm.optim.table_state import PER_ROW, row_wise_of
+from peerlm.optim.other_kind import as_kept_by, catch_up_table
+from peerlm.optim.table_state import PER_ROW
 
 STALE = "stale_rows"
 """The field of a saved model's configuration that says so."""
@@ -58,11 +58,15 @@ def _of_checkpoint(entries: dict[str, Any], parameter: Tensor) -> dict[str, Any]
 
 
 def load_state(optimizer: Optimizer, folder: Path) -> None:
-    """Load what `save_state` wrote; settings stay those of the optimizer."""
+    """Load what `save_state` wrote, whichever kind of optimizer it was of; settings stay those of the optimizer.
+
+    The model's parameters have been loaded before: rows that this optimizer would leave stale are brought up to date.
+    """
     state = read_state(folder)
     for entries in state.values():
         entries.pop(_NAME, None)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    kept = as_kept_by(optimizer, state)
+    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def read_state(folder: Path) -> State:
@@ -120,9 +124,9 @@ def catch_up_tables(model: nn.Module, states: Mapping[str, dict[str, Any]], fold
             raise ValueError(f"rows of {name} are stale in {folder}, and cannot be updated on a disk: load them whole")
         scales = scales_of(table)
         if scales is None:
-            _catch_up(table, saved)
+            catch_up_table(table, saved)
         else:  # without momentum: rows decay, as their scales do
-            _catch_up(scales, {**saved, "exp_avg_sq": torch.zeros(len(scales))})
+            catch_up_table(scales, {**saved, "exp_avg_sq": torch.zeros(len(scales))})
 
 
 def mark_stale(folder: Path) -> None:
@@ -135,15 +139,3 @@ def mark_stale(folder: Path) -> None:
 def owes_updates(saved: dict[str, Any]) -> bool:
     """Whether rows of the table of this state are stale."""
     return saved.get("weights_step") is not None and saved["history_start"] != saved["step"]
-
-
-@torch.no_grad()
-def _catch_up(table: Tensor, saved: dict[str, Any]) -> None:
-    # The same memory where it can be, so that no optimizer is left watching the model.
-    twin = nn.Parameter(table.data.to(torch.promote_types(table.dtype, torch.float32)))
-    group = {"params": [twin], "rows": True, "row_wise": row_wise_of(twin, saved["exp_avg_sq"])}
-    optimizer = RowAdamW([group], betas=(saved["beta1"], saved["beta2"]), eps=saved["eps"])
-    optimizer.load_state_dict({"state": {0: saved}, "param_groups": optimizer.state_dict()["param_groups"]})
-    optimizer.catch_up()
-    if twin.dtype != table.dtype:
-        table.copy_(twin.data)

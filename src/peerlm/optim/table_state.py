@@ -61,6 +61,28 @@ def new_state(parameter: Tensor, group: dict[str, Any]) -> State:
     return state
 
 
+def by_rows(parameter: Tensor, group: dict[str, Any], saved: State) -> State:
+    """The state of an AdamW that updates the whole table as one that does so by rows, all of which are up to date."""
+    step = int(saved["step"])
+    state = new_state(parameter, group) | {"step": step}
+    state |= {name: saved[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
+    for name in ("moments_step", "weights_step"):
+        state[name].fill_(step)
+    keep_history(state, RateHistory.empty(step))
+    return state
+
+
+def as_of_all_rows(saved: State) -> State:
+    """The state of an AdamW by rows as one that updates the whole table: moments have decayed in steps without one."""
+    missed = (saved["step"] - saved["moments_step"]).double()
+    moments = {}
+    for name, beta in (("exp_avg", saved["beta1"]), ("exp_avg_sq", saved["beta2"])):
+        if name in saved:
+            decay = (beta**missed).to(saved[name])
+            moments[name] = saved[name] * decay.view(-1, *[1] * (saved[name].ndim - 1))
+    return {"step": torch.tensor(float(saved["step"])), **moments}
+
+
 def loaded_state(parameter: Tensor, group: dict[str, Any], saved: State) -> State:
     """What was saved of a table, on its device; raises ValueError where it does not fit the group's settings."""
     size = (rows_of_table(parameter), *parameter.shape[1:])

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from peerlm.ops.watched import raw
 from peerlm.optim import saved
+from peerlm.optim.other_kind import as_kept_by
 from peerlm.optim.table_state import PER_ROW
 from peerlm.parallel.cut import Cut, copied, cut_rows
 from peerlm.parallel.storage import INDEX, Entries, SafetensorsReader, read_shards
@@ -104,7 +105,8 @@ def load_states(
     if unknown := sorted(reader.tensors.keys() - entries.keys()):
         raise ValueError(f"the checkpoint has {unknown[0]}, which the model and its optimizer do not have")
     read_shards(reader, entries, group=group)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    kept_here = as_kept_by(optimizer, state)
+    optimizer.load_state_dict({"state": kept_here, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Packs, adapters and libraries beside a model, and which of them each row of a batch has."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from peerlm.adapters.library import AdapterLibrary
 from peerlm.adapters.library.base import BaseModel
+from peerlm.adapters.library.cache import num_bytes
 from peerlm.adapters.library.lora_files import CONFIG_NAME, LoraWeights, LowRank, read_lora
 from peerlm.adapters.library.manifest import MANIFEST
 from peerlm.adapters.library.mix import Mix
@@ -19,6 +20,9 @@ from peerlm.errors import UserError
 from peerlm.packs.api import choose_packs, load_pack, loaded_packs, unload_pack
 from peerlm.packs.base_hash import base_hash
 from peerlm.packs.files import check_pack_name
+
+MOST_BYTES = 2**30
+"""Of the adapters that libraries gave; those that requests use now stay in any case."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,12 @@ class Additions:
 
     Args:
         model: of transformers.
+        in_use: gives what the requests use that have not ended.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, in_use: Callable[[], Iterable[Choice]]):
         self._model = model
+        self._in_use = in_use
         self.kinds: dict[str, str] = dict.fromkeys(loaded_packs(model), "pack")
         self._adapters: dict[str, LoraWeights] = {}
         self._libraries: dict[str, AdapterLibrary] = {}
@@ -67,9 +73,7 @@ class Additions:
         if (folder / CONFIG_NAME).is_file():
             weights = read_lora(folder)
             BaseModel(self._model).check_adapts(weights, folder)
-            for path, term in weights.items():
-                if not (term.down.isfinite().all() and term.up.isfinite().all()):
-                    raise UserError(f"{folder} has numbers for {path} that are not finite; train it again")
+            _check_finite(weights, folder)
             return "adapter", lambda: self._put_adapter(name, self._placed(weights))
         base_hash(self._model)  # kept, so that the streams need not wait for it
         return "pack", lambda: self._put_pack(name, folder)
@@ -94,6 +98,7 @@ class Additions:
     @torch.no_grad()
     def choice(self, names: Sequence[str], prompt: Sequence[int]) -> Choice:
         """What these names mean for a prompt: a library retrieves its adapters by it."""
+        self._drop_unused()
         packs, adapters = [], []
         for name in names:
             kind = self.kinds[name]
@@ -109,8 +114,7 @@ class Additions:
     def chosen(self, choices: Sequence[Choice]) -> Iterator[None]:
         """Within this context the rows of a batch have what was chosen for each."""
         with ExitStack() as stack:
-            if "pack" in self.kinds.values():
-                stack.enter_context(choose_packs(self._model, [choice.packs for choice in choices]))
+            stack.enter_context(self._packs_of([choice.packs for choice in choices]))
             if self._hooks:
                 self._chosen = self._rows(tuple(choices))
             try:
@@ -155,18 +159,46 @@ class Additions:
 
     def _retrieved(self, name: str, prompt: Sequence[int]) -> list[tuple[str, float]]:
         library = self._libraries[name]
-        weights, names = library.retrieve(torch.tensor([list(prompt)], device=self._model.device))
+        with self._packs_of([()]):
+            weights, names = library.retrieve(torch.tensor([list(prompt)], device=self._model.device))
         found = []
         for adapter, weight in zip(names[0], weights[0].tolist(), strict=True):
             key = f"{name}/{adapter}"
-            if key not in self._adapters:
-                self._adapters[key] = self._placed(library.cache(adapter))
+            if key in self._adapters:
+                self._adapters[key] = self._adapters.pop(key)  # as the last one used
+            else:
+                read = library.cache(adapter)
+                _check_finite(read, library.folder / adapter)
+                self._adapters[key] = self._placed(read)
             found.append((key, weight))
         return found
+
+    def _packs_of(self, packs: Sequence[Sequence[str]]) -> AbstractContextManager[None]:
+        """Within this context each row has these packs, in place of all that are loaded."""
+        return choose_packs(self._model, packs) if "pack" in self.kinds.values() else nullcontext()
+
+    def _drop_unused(self) -> None:
+        """Drop what libraries gave and no request names, the least recently used first, while it takes too much."""
+        retrieved = {key: num_bytes(weights) for key, weights in self._adapters.items() if "/" in key}
+        too_much = sum(retrieved.values()) - MOST_BYTES
+        if too_much <= 0:
+            return
+        named = {key for choice in self._in_use() for key, _ in choice.adapters}
+        for key in [key for key in retrieved if key not in named]:
+            if too_much > 0:
+                del self._adapters[key]
+                too_much -= retrieved[key]
 
     def _placed(self, weights: LoraWeights) -> LoraWeights:
         device = self._model.device
         return {path: LowRank(down=term.down.to(device), up=term.up.to(device)) for path, term in weights.items()}
+
+
+def _check_finite(weights: LoraWeights, folder: Path) -> None:
+    """Raise a UserError where an adapter would spoil the rows of others: 0 times NaN is NaN."""
+    for path, term in weights.items():
+        if not (term.down.isfinite().all() and term.up.isfinite().all()):
+            raise UserError(f"{folder} has numbers for {path} that are not finite; train it again")
 
 
 class _Rows:

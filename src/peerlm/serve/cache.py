@@ -108,10 +108,8 @@ class SlotCache(Cache):
         end = max(self.end, length) if used else max(length, min(self.end, columns))
         if used == rows or end > columns:
             rows = min(self.slots, max(2 * rows, 4)) if used == rows else rows
-            self._move(rows, self._more_columns(end), end)
-        elif end > self.end and used:
-            self._move(rows, columns, end)
-        self.end = end
+            columns = self._more_columns(end)
+        self._move(rows, columns, end)
         for own, other in zip(self.layers, source.layers, strict=True):
             for part, new in zip(_parts(own), _parts(other), strict=True):
                 part[used, :, end - length : end] = new[row, :, new.shape[2] - length :].to(part.dtype)
@@ -145,10 +143,8 @@ class SlotCache(Cache):
             return
         length = self.end - self.begin
         if columns < self.most_columns and length > columns // 2:
-            self._move(rows, self._more_columns(columns + 1), length)
-        else:
-            self._move(rows, columns, length)
-        self.end = length
+            columns = self._more_columns(columns + 1)
+        self._move(rows, columns, length)
 
     def mask(self, device: torch.device) -> Tensor:
         """(rows, L + 1) int64: 1 where a row has a token, the new one included."""
@@ -172,21 +168,41 @@ class SlotCache(Cache):
         return min(columns, self.most_columns)
 
     def _move(self, rows: int, columns: int, end: int) -> None:
-        """Columns in use end at another one, in a block of so many rows and columns."""
-        used, length = len(self.lengths), self.end - self.begin
-        for layer in self.layers:
-            if not _parts(layer):
-                continue
-            for name in ("keys", "values"):
-                old: Tensor = getattr(layer, name)
-                held = old[:used, :, self.end - length : self.end]
-                if old.shape[0] == rows and old.shape[2] == columns:
-                    old[:used, :, end - length : end] = held.clone()
-                else:
-                    new = _empty(old, rows, columns)
-                    new[:used, :, end - length : end] = held
-                    setattr(layer, name, new)
+        """Columns in use end at another one, in a block of at least so many rows and columns.
+
+        Where memory is short, nothing has moved: a layer whose block has grown has all in the columns where it was.
+        """
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if layer.is_initialized:
+                self._grow(layer, rows, columns)
         self._room = (rows, columns)
+        if self.lengths and end != self.end:
+            self._shift(end)
+        self.end = end
+
+    def _grow(self, layer: Any, rows: int, columns: int) -> None:
+        """Give the block of a layer so many rows and columns, where it has fewer."""
+        used, begin, end = len(self.lengths), self.begin, self.end
+        grown = []
+        for old in _parts(layer):
+            new = old
+            if old.shape[0] < rows or old.shape[2] < columns:
+                new = _empty(old, max(rows, old.shape[0]), max(columns, old.shape[2]))
+                new[:used, :, begin:end] = old[:used, :, begin:end]
+            grown.append(new)
+        if grown:
+            layer.keys, layer.values = grown
+
+    def _shift(self, end: int) -> None:
+        """Columns in use end at another one. All memory is taken before anything moves."""
+        used, begin, length = len(self.lengths), self.begin, self.end - self.begin
+        parts = [part for layer in self.layers for part in _parts(layer)]
+        kinds = {_kind(part): part for part in parts}
+        room = {kind: torch.empty_like(part[:used, :, begin : self.end]) for kind, part in kinds.items()}
+        for part in parts:
+            held = room[_kind(part)].copy_(part[:used, :, begin : self.end])
+            part[:used, :, end - length : end] = held
 
 
 def cache_of(parts: list[tuple[Tensor, ...]]) -> DynamicCache:
@@ -226,6 +242,11 @@ def bytes_per_token(cache: Cache) -> int:
 
 def _parts(layer: Any) -> tuple[Tensor, ...]:
     return (layer.keys, layer.values) if layer.is_initialized else ()
+
+
+def _kind(part: Tensor) -> tuple[object, ...]:
+    """Parts of one kind can be copied to the same memory."""
+    return part.shape[1], part.shape[3], part.dtype, part.device
 
 
 def _empty(like: Tensor, rows: int, columns: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from peerlm.errors import UserError, listed
-from peerlm.serve.additions import Additions
+from peerlm.serve.additions import Additions, Choice
 from peerlm.serve.cache import SlotCache, cache_bytes, last_tokens
 from peerlm.serve.forward import Forward
 from peerlm.serve.handle import Handle
@@ -90,7 +90,7 @@ class Engine:
         self._forward = Forward(model)
         self.vocab_size = self._forward.vocab_size
         self._ends = _ends(model, tokenizer)
-        self._additions = Additions(model)
+        self._additions = Additions(model, self._choices)
         self._folders: dict[str, tuple[str, Path]] = {
             name: (kind, Path()) for name, kind in self._additions.kinds.items()
         }
@@ -241,7 +241,8 @@ class Engine:
             raise UserError(
                 f"the prompt has {length:,} tokens, but prompt and text together may have {self.context:,}; shorten it"
             )
-        for name, tokens in (("prompt", request.prompt), ("logit_bias", sampling.logit_bias)):
+        for name in ("prompt", "logit_bias", "stop_token_ids"):
+            tokens = request.prompt if name == "prompt" else getattr(sampling, name)
             wrong = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
             if wrong is not None:
                 raise UserError(f"{name} has the token id {wrong}; the model knows 0 to {self.vocab_size - 1}")
@@ -256,6 +257,11 @@ class Engine:
     def _active(self) -> list[Running]:
         """All requests that have not ended."""
         return [*self._prefill.waiting, *self._prefill.unread(), *self._running]
+
+    def _choices(self) -> list[Choice]:
+        """What requests use that have not ended."""
+        with self._changed:
+            return [entry.choice for entry in self._active()]
 
     def _users(self, name: str) -> int:
         return sum(name in entry.request.packs for entry in self._active())
@@ -342,14 +348,22 @@ class Engine:
 
     def _start(self, entry: Running, found: Chosen | Exception, cache: Cache, row: int, rows: int) -> None:
         """Write the first token of a request whose prompt was read, and let it join the running ones."""
-        prompt = entry.request.prompt
-        self._measures.prompt_tokens += len(prompt)
+        self._measures.prompt_tokens += len(entry.request.prompt)
         self._measures.cached_tokens += entry.cached_tokens
         if not entry.request.sampling.max_tokens and not isinstance(found, Exception):
             entry.end("length")
         else:
             self._measures.step(self._write(entry, found, row, rows))
-        if not isinstance(found, Exception) and self._prefixes.wants(entry.choice, prompt):
+        if not isinstance(found, Exception):
+            try:
+                self._take_in(entry, cache, row)
+            except Exception as error:  # its first token is written, so that its prompt must not be read again
+                entry.fail(error)
+
+    def _take_in(self, entry: Running, cache: Cache, row: int) -> None:
+        """Keep what was read of a prompt, for others and for the request itself."""
+        prompt = entry.request.prompt
+        if self._prefixes.wants(entry.choice, prompt):
             self._prefixes.keep(entry.choice, prompt, last_tokens(cache, row, len(prompt)))
         if not entry.ended:
             self._cache.join(cache, row, len(prompt))

@@ -26,14 +26,14 @@ class Sampler:
     Args:
         params: of the request.
         prompt: its token ids.
-        ends: tokens that end the text, which min_tokens forbids at first.
+        ends: all tokens that end the text, which min_tokens forbids at first.
         vocab_size: V.
     """
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], ends: frozenset[int], vocab_size: int):
         self.params = params
         self.written: Counter[int] = Counter()
-        self._ends = [token for token in sorted(ends | set(params.stop_token_ids)) if token < vocab_size]
+        self._ends = [token for token in sorted(ends) if token < vocab_size]
         self._read = set(prompt) if params.repetition_penalty != 1 else set()
         self._generator = torch.Generator()
         if params.seed is None:

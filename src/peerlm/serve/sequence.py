@@ -9,9 +9,9 @@ from peerlm.errors import UserError, shortened
 from peerlm.serve.additions import Choice
 from peerlm.serve.handle import Handle
 from peerlm.serve.measures import Measures
-from peerlm.serve.request import Event, Request, TokenLogprob
+from peerlm.serve.request import Event, Request, SamplingParams, TokenLogprob
 from peerlm.serve.sampling import Chosen, Sampler
-from peerlm.serve.text import TextStream
+from peerlm.serve.text import TextStream, special_tokens
 
 Experts = Mapping[str, tuple[tuple[int, float], ...]]
 
@@ -35,6 +35,7 @@ class Running:
         self._measures = measures
         self._last_event: float | None = None
         self._ends: frozenset[int] = frozenset()
+        """Tokens that end the text: the model's own, and those that the request names."""
         self._sampler: Sampler | None = None
         self._text: TextStream | None = None
 
@@ -43,7 +44,8 @@ class Running:
         self.prompt_logprobs = [None]
         self.begun = True
         request = self.request
-        self._ends = frozenset() if request.sampling.ignore_eos else ends
+        own = frozenset() if request.sampling.ignore_eos else ends
+        self._ends = own | _stop_tokens(tokenizer, request.sampling)
         self._sampler = Sampler(request.sampling, request.prompt, self._ends, vocab_size)
         self._text = TextStream(tokenizer, request.prompt, request.sampling.stop)
 
@@ -71,7 +73,7 @@ class Running:
         text = ""
         stop: int | str | None = None
         reason: str | None = None
-        if may_stop and (token in self._ends or token in sampling.stop_token_ids):
+        if may_stop and token in self._ends:
             stop, reason = token, "stop"
             text, _ = self._text.finish(may_stop=False)
         else:
@@ -119,3 +121,9 @@ class Running:
             self.ended = True
             self._measures.finished[event.finish_reason] += 1
         self.handle.put(event)
+
+
+def _stop_tokens(tokenizer: Any, sampling: SamplingParams) -> frozenset[int]:
+    """Tokens that a request wants to stop at; a special token may be one by its text, which no decoded text has."""
+    special = special_tokens(tokenizer) if sampling.stop else {}
+    return frozenset(sampling.stop_token_ids) | {special[stop] for stop in sampling.stop if stop in special}

@@ -64,6 +64,11 @@ class TextStream:
         return text, None
 
 
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The tokens that the decoded text leaves out, by what they are called."""
+    return {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 OPTIONS = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 

@@ -250,7 +250,10 @@ def load_checkpoint(
         restore_tables(folder, model)
         with rows_stay_in_files():
             load_model(model, folder / "model.safetensors", device=str(next(model.parameters()).device))
-            load_state(optimizer, folder)
+            try:
+                load_state(optimizer, folder)
+            except ValueError as error:
+                raise UserError(f"the checkpoint {folder} cannot be loaded: {error}") from error
     return state
 
 

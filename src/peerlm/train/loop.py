@@ -83,6 +83,7 @@ def fit(training: Training, state: TrainState) -> TrainState:
                     feed.read_ahead()
                 if is_row:
                     state = read_measures(training, state)
+                    done = budget.reached(state.step, state.seconds)  # by the clock, not by what was sent ahead
             if is_row or not training.runs_ahead:
                 _show(training, state)
             if is_row:
@@ -202,12 +203,21 @@ def _train_on(
 def read_measures(training: Training, state: TrainState) -> TrainState:
     """Wait for what the steps have measured; returns the state with the sum of the interval's losses.
 
+    Where steps are sent ahead of a device, this is where their time is spent, and it is theirs.
+
     Raises:
         TrainingStopped: since the last time a number was not finite.
     """
+    started = time.perf_counter()
     loss_sum, unusable = training.measures.read()
+    waited = training.ranks.of_main(time.perf_counter() - started) if training.runs_ahead else 0.0
     _require_finite(training, unusable)
-    return replace(state, interval_loss=loss_sum)
+    return replace(
+        state,
+        interval_loss=loss_sum,
+        seconds=state.seconds + waited,
+        interval_seconds=state.interval_seconds + waited,
+    )
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -217,8 +227,8 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def save(training: Training, state: TrainState) -> TrainState:
     """Write a checkpoint, which changes no weight; raises TrainingStopped where these are not what they should be."""
-    started = time.perf_counter()
     state = read_measures(training, state)
+    started = time.perf_counter()
     peak = max(state.peak_memory_bytes, peak_memory_bytes(training.ranks.device))
     state = replace(state, peak_memory_bytes=peak)
     with training.ranks.together():

@@ -43,16 +43,20 @@ def check_run(config: TrainConfig, *, resume: Resume) -> None:
 
 def _holds_other_things(run: Path) -> bool:
     """Whether a folder without config.json holds more than a killed process left half written."""
-    return not (run / "config.json").is_file() and any(not is_partial(path) for path in run.iterdir())
+    if (run / "config.json").is_file():
+        return False
+    empty = run / "checkpoints"  # as earlier versions made it first
+    return any(not is_partial(path) and not (path == empty and not any(empty.iterdir())) for path in run.iterdir())
 
 
 def open_run(config: TrainConfig) -> None:
     """Make the run's folder if need be, write config.json, remove what a killed process left half written."""
-    run = Path(config.run)
-    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for folder in (run, run / "checkpoints"):
-        remove_partials(folder)
-    write_json(run / "config.json", to_dict(config))
+    run, checkpoints = Path(config.run), Path(config.run) / "checkpoints"
+    run.mkdir(parents=True, exist_ok=True)
+    remove_partials(run)
+    write_json(run / "config.json", to_dict(config))  # first: by it the folder is known as a run
+    checkpoints.mkdir(exist_ok=True)
+    remove_partials(checkpoints)
 
 
 def resume_command(run: Path) -> str:

@@ -1,7 +1,6 @@
 """The training run: prepare the text, build, take all steps, evaluate, save."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from peerlm.accounting import BYTES, model_cost
 from peerlm.errors import RankLost, TrainingStopped, UserError
+from peerlm.evaluate.likelihood import exp
 from peerlm.files import is_disk_full, write_json
 from peerlm.ranks import join_ranks
 from peerlm.train.build import build_training, open_data
@@ -119,7 +119,7 @@ def _summary(training: Training, state: TrainState, evaluation: Mapping[str, Any
         "training_flops_per_token": cost.training_flops_per_token,
         **{name: getattr(cost, name) for name in BYTES},
         "train_loss": state.train_loss,
-        "perplexity": math.exp(evaluation["validation_loss"]),
+        "perplexity": exp(evaluation["validation_loss"]),
         **evaluation,
         "device": str(training.ranks.device),
         "processes": training.ranks.world_size,

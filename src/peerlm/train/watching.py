@@ -1,6 +1,5 @@
 """What a training run measures on the way, as hooks: held-out loss, use of experts, rows brought up to date."""
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 from peerlm.data import TokenWindows
 from peerlm.evaluate import CopyCounts, copy_probe, held_out_loss
 from peerlm.evaluate.copying import check_length
+from peerlm.evaluate.likelihood import exp
 from peerlm.optim import RowAdamW
 from peerlm.ranks import Ranks
 from peerlm.train.checkpoint import TrainState
@@ -54,7 +54,7 @@ class Evaluation(Hook):
                 probe = copy_probe(model, self.heldout, begin=self.heldout.shards.window_start)
             found["copying"] = {**copies.figures(), **probe}
         training.write({**place(state), **found})
-        training.display.note(f"step {state.step}  validation loss {loss:.4f}  perplexity {math.exp(loss):.2f}")
+        training.display.note(f"step {state.step}  validation loss {loss:.4f}  perplexity {exp(loss):.2f}")
         seconds = time.perf_counter() - started
         return replace(state, evaluation_seconds=state.evaluation_seconds + seconds), found
 

@@ -67,14 +67,15 @@ def compare(
     show_table(table, console)
     if sample:
         console.print(f"{plan.compare.sample} writes: {sample}", markup=False, highlight=False, soft_wrap=True)
-    what = "Table, plots, rows and sample" if drawn else "Table, plot, rows and sample"
-    console.print(f"{what} are in {plan.output}.", highlight=False, soft_wrap=True)
+    what = ["Table", "plots" if drawn else "plot", "rows", *(["sample"] if sample else [])]
+    console.print(f"{', '.join(what[:-1])} and {what[-1]} are in {plan.output}.", highlight=False, soft_wrap=True)
     return table
 
 
 def _write_sample(plan: ComparePlan) -> str:
-    chosen = next((run for run in plan.runs if run.method == plan.compare.sample), None)
-    if chosen is None:
+    own = (run for run in plan.runs if run.method == plan.compare.sample)
+    chosen = next((run for run in own if (Path(run.train.run) / "model").is_dir()), None)
+    if chosen is None:  # no such method, or rows without models, as they come from another machine
         return ""
     model, tokenizer = load_model(chosen.train.run)
     text = sample_text(

@@ -13,7 +13,7 @@ from peerlm.errors import TrainingStopped, UserError
 from peerlm.files import write_json
 from peerlm.ranks import ALONE, Ranks
 from peerlm.train.build import prepare_data
-from peerlm.train.recipe import to_dict
+from peerlm.train.recipe import load_recipe, to_dict
 from peerlm_studies.comparison.plan import CompareConfig, PlannedRun
 from peerlm_studies.processes import Processes
 from peerlm_studies.rows import append_row, machine_and_date, read_rows
@@ -45,7 +45,8 @@ def make_rows(
         ranks: those that train each run together; this is the first one, and the others are in `over_ranks`.
 
     Raises:
-        UserError: a file to evaluate does not exist, or the data cannot be prepared.
+        UserError: a file to evaluate does not exist, the data cannot be prepared, or a run without a row is done and
+            was measured with other settings of [eval].
         TrainingStopped: a run was stopped or its loss was not finite; it carries that run's exit code.
     """
     rows_path = rows_file(output, shard)
@@ -57,6 +58,8 @@ def make_rows(
     prepare_texts(runs, shown=shown)
     done = {row["key"] for row in read_study(output)}
     missing = [run for run in runs if run.key(compare) not in done]
+    for run in missing:
+        _check_measured_alike(run)
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} done before", highlight=False, soft_wrap=True)
     with ThreadPoolExecutor(compare.jobs) as pool, Processes(jobs=compare.jobs, shown=shown, ranks=ranks) as processes:
         coming = {pool.submit(_make_row, run, compare, output, processes, console): run for run in missing}
@@ -73,6 +76,20 @@ def prepare_texts(runs: Sequence[PlannedRun], *, shown: bool) -> None:
     """Prepare what the runs read, each folder once; raises UserError where that cannot be done."""
     for data in {run.train.data.folder: run.train.data for run in runs}.values():
         prepare_data(data, progress=shown)
+
+
+def _check_measured_alike(run: PlannedRun) -> None:
+    """A run that is done is not measured again: its figures would be filed under settings that it did not have."""
+    folder = Path(run.train.run)
+    if not (folder / "summary.json").is_file():
+        return
+    before, now = (to_dict(each)["eval"] for each in (load_recipe(folder / "config.json"), run.train))
+    for name, value in now.items():
+        if before[name] != value:
+            raise UserError(
+                f"{folder} is done and was measured with eval.{name} = {before[name]!r}, not {value!r}: delete that "
+                "folder to train it again, or name another for the study with --set run=..."
+            )
 
 
 def _free_disk(run: PlannedRun, compare: CompareConfig) -> None:

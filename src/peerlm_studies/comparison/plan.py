@@ -46,6 +46,13 @@ class CompareConfig:
             raise UserError(f"compare.jobs = {self.jobs}: must be at least 1")
         if not self.seeds:
             raise UserError("compare.seeds is empty: name at least one seed, for example [0]")
+        names = [Path(file).stem for file in self.evaluate]
+        for name in names:
+            if names.count(name) > 1 or name == "validation":  # the name of the held-out split in tables
+                raise UserError(
+                    f"compare.evaluate = {list(self.evaluate)}: tables call a file by its name without the ending, and "
+                    f"{name!r} is taken; rename or copy one"
+                )
         for key, values in self.sweep.items():
             if not isinstance(values, list) or not values:
                 raise UserError(f"compare.sweep.{key} = {values!r}: give a list of the values to try")

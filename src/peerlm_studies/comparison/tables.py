@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from peerlm.evaluate.likelihood import exp
 from peerlm.terminal import print_table
 from peerlm_studies.markdown import markdown_rows
 
@@ -35,7 +36,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _summarise_label(label: str, rows: Sequence[Row]) -> dict[str, Any]:
     summaries = [row["summary"] for row in rows]
-    perplexities = {"validation": _over_seeds([math.exp(summary["validation_loss"]) for summary in summaries])}
+    perplexities = {"validation": _over_seeds([exp(summary["validation_loss"]) for summary in summaries])}
     accuracies = {}
     for file in rows[0]["evaluation"]:
         results = [row["evaluation"][file] for row in rows]
@@ -77,7 +78,7 @@ def _copying(row: Row) -> dict[str, float]:
     began = (point["tokens"] for point in curve if copied_nats(point.get("copying")) >= COPIED_NATS)
     tokens = next(began, None)
     figures = {
-        **{f"{name} ppl": None if loss is None else math.exp(loss) for name, loss in losses.items()},
+        **{f"{name} ppl": None if loss is None else exp(loss) for name, loss in losses.items()},
         "copied nats": copied_nats(found),
         "copies from": None if tokens is None else tokens / 1e6,
         "to first token": max(found["first_token"].values()) if found["first_token"] else None,

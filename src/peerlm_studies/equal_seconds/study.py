@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from peerlm.evaluate.likelihood import exp
 from peerlm.files import write_bytes, write_json
 from peerlm.terminal import print_markdown
 from peerlm.train.build import prepare_data
@@ -148,7 +149,7 @@ def seconds_table(
             "seeds": [row["seed"] for row in own],
             "loss": (loss := statistics.fmean(losses[point, method])),
             "half_width": spreads[point].half_width(len(own)),
-            "perplexity": math.exp(loss),
+            "perplexity": exp(loss),
             "poor_loss": _poor_loss(own),
             "steps": own[0]["summary"]["steps"],
             "tokens": own[0]["summary"]["tokens"],
@@ -201,7 +202,7 @@ def _perplexities(table: Sequence[Mapping[str, Any]], name: str) -> dict[str, li
             if method not in own:
                 cells.append("")
                 continue
-            row, perplexity = own[method], math.exp(own[method][name])
+            row, perplexity = own[method], exp(own[method][name])
             half = row["half_width"] if name == "loss" else None  # which is of the whole loss
             text = plus_minus(perplexity, None if half is None else perplexity * half, "{:,.1f}")
             cells.append(f"{text}*" if row[name] == best else text)

@@ -1,11 +1,11 @@
 """Rows to points, each a setting at a budget with its loss and costs, and which of them no other beats."""
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peerlm.evaluate.likelihood import exp
 from peerlm_studies.isoflop.fit import pooled_spread
 from peerlm_studies.isoflop.seconds import comparable_seconds
 from peerlm_studies.row_cost import read_bytes_per_token, row_bytes
@@ -66,7 +66,7 @@ class Point:
     @property
     def perplexity(self) -> float:
         """Of the mean loss."""
-        return math.exp(self.loss)
+        return exp(self.loss)
 
 
 def points_of(rows: Sequence[Row]) -> list[Point]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from peerlm.errors import UserError
+from peerlm.evaluate.likelihood import exp
 from peerlm_studies.isoflop.fit import Optimum, SeedSpread, cost_of, fit_optimum, frontier, loss_at, pooled_spread
 from peerlm_studies.isoflop.plan import IsoflopPlan
 from peerlm_studies.isoflop.seconds import Cost, Row
@@ -120,10 +121,10 @@ def _optimum_row(curve: Curve, spreads: Mapping[str | None, SeedSpread], seconds
     """`spreads`: of the logarithm of each file's perplexity, and under None of the loss."""
     point, spread = curve.nearest, spreads[None]
     summaries = [row["summary"] for row in point.rows.values()]
-    perplexity = {"validation": _interval([math.exp(loss) for loss in point.losses], spread)}
+    perplexity = {"validation": _interval([exp(loss) for loss in point.losses], spread)}
     for file, of_file in spreads.items():
         if file is not None:
-            perplexity[file] = _interval([math.exp(value) for value in _log_perplexities(point, file)], of_file)
+            perplexity[file] = _interval([exp(value) for value in _log_perplexities(point, file)], of_file)
     return {
         "method": curve.method,
         "flops": curve.flops,

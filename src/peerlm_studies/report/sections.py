@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from peerlm.errors import UserError
+from peerlm.evaluate.likelihood import exp
 from peerlm_studies.comparison.figures import plot_copying
 from peerlm_studies.comparison.make_rows import rows_of
 from peerlm_studies.comparison.tables import columns_of, summarise
@@ -229,7 +230,7 @@ def _comparison(config: SectionConfig, rows: Sequence[Row], root: Path) -> Secti
     for row in own:
         settings = {**row["config"], "method": row["method"]}
         place = (_name(settings, plot.by), _product(settings, plot.x, config))
-        points.setdefault(place, []).append(math.exp(row["summary"]["validation_loss"]))
+        points.setdefault(place, []).append(exp(row["summary"]["validation_loss"]))
     lines = _plot_lines(points, plot, "held-out perplexity")
     return Section(rows=own, tables=tables, figures={"perplexity": lines, **others})
 
@@ -258,7 +259,7 @@ def _plot_labels(rows: Sequence[Row]) -> Figure:
     """Perplexity of each label, best on top, a dot per seed."""
     by_label: dict[str, list[float]] = {}
     for row in rows:
-        by_label.setdefault(row["label"], []).append(math.exp(row["summary"]["validation_loss"]))
+        by_label.setdefault(row["label"], []).append(exp(row["summary"]["validation_loss"]))
     labels = sorted(by_label, key=lambda label: statistics.fmean(by_label[label]), reverse=True)
     figure = Figure(figsize=(8, 0.8 + 0.3 * len(labels)), layout="constrained")
     axes = figure.subplots()

@@ -63,6 +63,9 @@ def test_messages_in_parts_are_joined(toy):
         ({"logprobs": True, "top_logprobs": 21}, "logprobs is 21"),
         ({"logprobs": 2}, "logprobs: "),
         ({"echo": True}, "unknown field 'echo'"),
+        ({"add_special_tokens": True}, "add_special_tokens: this server does not support it"),
+        ({"max_completion_tokens": 2}, "it is 2, but max_tokens is 1: they mean the same, so give one of them"),
+        ({"stream_options": {"include_usage": True}}, "stream_options: it needs stream = true"),
     ],
     ids=str,
 )
@@ -85,6 +88,34 @@ def test_fields_of_openai_that_change_nothing_are_taken(toy):
         "modalities": ["text"],
     }
     assert toy.post("/v1/chat/completions", messages=MESSAGES, max_tokens=1, **fields).status_code == 200
+
+
+def test_the_template_gets_the_names_of_who_speaks(toy, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.name or m.role }}, {% endfor %}")
+    messages = [{"role": "user", "name": "lamp", "content": "x"}, {"role": "user", "content": "y"}]
+    toy.post("/v1/chat/completions", messages=messages, max_tokens=1)
+    assert toy.engine.tokenizer.decode(toy.engine.requests[-1].prompt) == "lamp, user, "
+
+
+def test_a_chat_that_is_too_long_is_a_fault_of_its_messages(toy):
+    messages = [{"role": "user", "content": "lamp " * 64}]
+    answer = toy.post("/v1/chat/completions", messages=messages, max_tokens=1)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+
+
+def test_one_number_of_tokens_may_have_both_names(toy):
+    answer = toy.post("/v1/chat/completions", messages=MESSAGES, max_tokens=2, max_completion_tokens=2)
+    assert answer.json()["usage"]["completion_tokens"] == 2
+
+
+def test_what_tokenizing_would_ignore_is_refused(toy):
+    for fields, param in (
+        ({"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens"),
+        ({"prompt": "lamp", "add_generation_prompt": True}, "add_generation_prompt"),
+    ):
+        answer = toy.http.post("/tokenize", json=fields)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert toy.http.post("/tokenize", json={"messages": MESSAGES, "add_special_tokens": False}).status_code == 200
 
 
 def test_without_a_template_the_answer_says_what_to_use(start, tokenizer, monkeypatch):

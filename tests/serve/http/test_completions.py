@@ -180,6 +180,32 @@ def test_what_cannot_be_done_is_refused(toy, fields, says):
     assert error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logit_bias": {"1000000": 1}}, "logit_bias"),
+        ({"stop_token_ids": [10**6]}, "stop_token_ids"),
+        ({"temperature": -1}, "temperature"),
+        ({"prompt": [5] * 64}, "prompt"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream_options": {"include_usage": True}, "stream": False}, "stream_options"),
+    ],
+    ids=str,
+)
+def test_the_field_that_is_wrong_is_named(toy, fields, param):
+    answer = toy.post("/v1/completions", **{"prompt": "lamp", "max_tokens": 1, **fields})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_cached_tokens_of_a_prompt_count_once(toy, stream):
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    asked = {"model": "toy", "prompt": [[5, 6, 7], [8, 9]], "max_tokens": 2, "n": 3, **options}
+    answer = toy.openai.completions.create(**asked)
+    usage = list(answer)[-1].usage if stream else answer.usage
+    assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens) == (5, 3)
+
+
 def test_an_unknown_model_is_404(toy):
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'"):
         toy.openai.completions.create(model="gpt-4", prompt="x")
@@ -209,6 +235,7 @@ def test_more_tokens_than_allowed_are_refused(start):
     short = start(max_new_tokens=4)
     assert "at most 4" in short.post("/v1/completions", prompt="a", max_tokens=5).json()["error"]["message"]
     assert short.post("/v1/completions", prompt="a", max_tokens=4).status_code == 200
+    assert short.post("/v1/completions", prompt="a").json()["usage"]["completion_tokens"] == 4
 
 
 def test_a_failure_of_the_engine_is_500_in_words(start):

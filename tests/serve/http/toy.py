@@ -38,9 +38,11 @@ class ToyEngine:
                 raise QueueFull(f"{self.queue} requests wait; come again later")
             if len(request.prompt) >= self.context:
                 raise ValueError(f"the prompt has {len(request.prompt)} tokens; the context has {self.context}")
-            for token in (*request.prompt, *request.sampling.logit_bias, *request.sampling.stop_token_ids):
-                if token >= self.vocab_size:
-                    raise ValueError(f"there is no token {token}")
+            sampling = request.sampling
+            for name in ("prompt", "logit_bias", "stop_token_ids"):
+                for token in request.prompt if name == "prompt" else getattr(sampling, name):
+                    if token >= self.vocab_size:
+                        raise ValueError(f"{name} has {token}; there is no token {token}")
             for name in request.packs:
                 if name not in self._packs:
                     raise ValueError(f"no pack {name}")
@@ -79,7 +81,7 @@ class ToyEngine:
         token = order[len(written) % len(order)]
         first: dict[str, Any] = {}
         if not written:
-            first["cached_tokens"] = 0
+            first["cached_tokens"] = len(prompt) - 1
             if sampling.prompt_logprobs is not None:
                 first["prompt_logprobs"] = (None, *(self._entry(t, sampling.prompt_logprobs) for t in prompt[1:]))
         if sampling.max_tokens == 0:

@@ -133,9 +133,20 @@ def test_a_comparison_leaves_rows_table_plot_and_sample_and_goes_on(
     assert again[0] == rows[0]
     assert again[1]["summary"]["validation_loss"] == rows[1]["summary"]["validation_loss"]
 
+    with pytest.raises(UserError, match=r"dense-seed=0 is done and was measured with eval.copying = False, not True: "):
+        compare(recipe, ["eval.copying=true"], progress=False)
+    assert read_rows(output / "rows.jsonl") == again
+
+    for run in (output / "runs").iterdir():
+        (run / "model").rename(run / "elsewhere")
+    compare(recipe)
+    assert "Table, plots and rows are in" in capsys.readouterr().out
+
     monkeypatch.setattr("peerlm_studies.comparison.compare._write_sample", lambda plan: "text in [/b] brackets")
     compare(recipe)
-    assert "peer writes: text in [/b] brackets" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "peer writes: text in [/b] brackets" in said
+    assert "Table, plots, rows and sample are in" in said
 
 
 @pytest.mark.slow

@@ -97,6 +97,8 @@ def test_keys_of_rows_that_were_made_before_stay(tmp_path: Path) -> None:
         ("compare.only.dense.seed=[3]", "compare.only.dense.seed is not swept: choose from"),
         ("compare.sweep.seed=3", "compare.sweep.seed = 3: give a list"),
         ("compare.jobs=0", "compare.jobs = 0: must be at least 1"),
+        ('compare.evaluate=["a/test.txt", "b/test.txt"]', "by its name without the ending, and 'test' is taken"),
+        ('compare.evaluate=["a/validation.txt"]', "and 'validation' is taken; rename or copy one"),
         ("compare=3", "compare = 3: expected a section"),
         ("methods.dense=3", "methods.dense = 3: expected a section"),
         ("methods.dense.modl=3", "unknown key 'modl'"),

@@ -49,6 +49,11 @@ def test_means_and_spreads_are_over_seeds() -> None:
     assert peer["accuracy"] == {"last.jsonl": {"mean": 0.25, "spread": None}}
 
 
+def test_a_loss_beyond_what_has_a_perplexity_has_a_row_without_a_mean() -> None:
+    [peer] = summarise([row("PEER", 0, 1000.0, usage=0.5)])
+    assert peer["perplexity"]["validation"]["mean"] is None
+
+
 def test_markdown_names_command_seeds_machine_and_date() -> None:
     text = markdown_table(summarise(ROWS), command="peerlm compare x.toml", rows=ROWS)
     lines = text.splitlines()

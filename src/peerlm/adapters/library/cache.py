@@ -35,19 +35,20 @@ class AdapterCache:
         weights = self._load(name)
         self.loads += 1
         self._kept[name] = weights
-        self.num_bytes += _size(weights)
+        self.num_bytes += num_bytes(weights)
         while self.num_bytes > self.max_bytes:
-            self.num_bytes -= _size(self._kept.popitem(last=False)[1])
+            self.num_bytes -= num_bytes(self._kept.popitem(last=False)[1])
         return weights
 
     def forget(self, name: str) -> None:
         """Drop an adapter if it is there."""
         if name in self._kept:
-            self.num_bytes -= _size(self._kept.pop(name))
+            self.num_bytes -= num_bytes(self._kept.pop(name))
 
     def __contains__(self, name: str) -> bool:
         return name in self._kept
 
 
-def _size(weights: LoraWeights) -> int:
+def num_bytes(weights: LoraWeights) -> int:
+    """Memory of an adapter."""
     return sum(term.num_bytes for term in weights.values())

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from peerlm.errors import shortened
 
@@ -103,6 +103,13 @@ class Sampled(Body):
     store: Annotated[bool | None, only(False)] = None
     service_tier: Annotated[str | None, only("auto", "default")] = None
 
+    @field_validator("stream_options")
+    @classmethod
+    def _check_streams(cls, options: StreamOptions | None, others: ValidationInfo) -> StreamOptions | None:
+        if options is not None and not others.data.get("stream"):
+            raise ValueError("it needs stream = true: leave it out, or ask for a stream")
+        return options
+
     @field_validator("stop")
     @classmethod
     def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
@@ -173,6 +180,11 @@ class ChatMessage(Body):
     annotations: Empty = None
 
     @property
+    def for_template(self) -> dict[str, str]:
+        """What a chat template reads of it."""
+        return {"role": self.role, "content": self.text} | ({} if self.name is None else {"name": self.name})
+
+    @property
     def text(self) -> str:
         """The parts as one text."""
         if isinstance(self.content, str) or self.content is None:
@@ -191,6 +203,9 @@ class ChatBody(Sampled):
 
     messages: Annotated[list[ChatMessage], FIRST, Field(min_length=1, max_length=4096)]
     max_completion_tokens: Count | None = None
+    """Another name of max_tokens."""
+    add_special_tokens: Annotated[bool | None, only(False)] = None
+    """The template says what begins a chat."""
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     response_format: ResponseFormat | None = None
@@ -207,6 +222,14 @@ class ChatBody(Sampled):
     reasoning_effort: Annotated[str | None, only("none")] = None
     verbosity: Annotated[str | None, only("medium")] = None
     web_search_options: Annotated[Any, only()] = None
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _check_same(cls, most: int | None, others: ValidationInfo) -> int | None:
+        other = others.data.get("max_tokens")
+        if most is not None and other is not None and most != other:
+            raise ValueError(f"it is {most:,}, but max_tokens is {other:,}: they mean the same, so give one of them")
+        return most
 
 
 class LoadBody(Body):
@@ -231,8 +254,10 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], FIRST] | None = None
     model: Name | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = None
+    """Of a prompt: whether it begins as documents do; default: yes."""
+    add_generation_prompt: bool | None = None
+    """Of a chat: whether the next message begins; default: yes."""
     return_token_strs: bool | None = None
 
 

@@ -77,8 +77,7 @@ async def chat(body: ChatBody, request: Request, served: Served) -> Response:
     if body.top_logprobs is not None and not body.logprobs:
         raise Problem(400, "top_logprobs needs logprobs = true", param="top_logprobs")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    messages = [{"role": message.role, "content": message.text} for message in body.messages]
-    prompt = await served.tokenized(served.texts.chat_ids, messages)
+    prompt = await served.tokenized(served.texts.chat_ids, [message.for_template for message in body.messages])
     room = served.engine.context - len(prompt)
     most = served.settings.max_new_tokens
     sampling = sampling_of(

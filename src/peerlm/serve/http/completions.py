@@ -95,10 +95,11 @@ async def complete(body: CompletionBody, request: Request, served: Served) -> Re
     if len(body.prompts) > served.settings.max_sequences:
         message = f"{len(body.prompts):,} prompts are more than the {served.settings.max_sequences:,} of a request"
         raise Problem(400, message, param="prompt")
+    most = DEFAULT_MAX_TOKENS if served.settings.max_new_tokens is None else served.settings.max_new_tokens
     sampling = sampling_of(
         body,
         served.settings,
-        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        max_tokens=min(DEFAULT_MAX_TOKENS, most) if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )

@@ -48,10 +48,12 @@ class Generation:
     Args:
         handles: one for each choice, in order.
         prompt_tokens: of all prompts, each once.
+        choices: how many of the handles each prompt has.
     """
 
-    def __init__(self, handles: Sequence[Handle], prompt_tokens: int) -> None:
+    def __init__(self, handles: Sequence[Handle], prompt_tokens: int, choices: int) -> None:
         self.handles = list(handles)
+        self._choices = choices
         self.started = time.monotonic()
         self.first_seconds: float | None = None
         self.prompt_tokens = prompt_tokens
@@ -90,7 +92,8 @@ class Generation:
             if self.first_seconds is None:
                 self.first_seconds = time.monotonic() - self.started
             self.completion_tokens += event.token_id is not None
-            self.cached_tokens += event.cached_tokens or 0
+            if number % self._choices == 0:  # the prompt of the others is the same, and counts once
+                self.cached_tokens += event.cached_tokens or 0
             if event.finish_reason is not None:
                 self.finishes.append(event.finish_reason)
                 check_end(event)
@@ -157,7 +160,14 @@ def sampling_of(
             **given,
         )
     except ValueError as error:
-        raise Problem(400, str(error), param=str(error).partition(" ")[0]) from error
+        raise _refused(body, error) from error
+
+
+def _refused(body: Sampled, error: ValueError) -> Problem:
+    """What an engine refuses; its message begins with the field that is wrong, or is about the prompt."""
+    fields = type(body).model_fields
+    word = str(error).partition(" ")[0]
+    return Problem(400, str(error), param=word if word in fields else "prompt" if "prompt" in fields else "messages")
 
 
 def submit(
@@ -193,11 +203,11 @@ def submit(
     except ValueError as error:
         _cancel(handles)
         served.packs(body.model)  # a pack may be gone since
-        raise Problem(400, str(error), param="prompt") from error
+        raise _refused(body, error) from error
     except BaseException:
         _cancel(handles)
         raise
-    return Generation(handles, sum(map(len, prompts)))
+    return Generation(handles, sum(map(len, prompts)), choices)
 
 
 def _seed(seed: int) -> int:

@@ -35,11 +35,17 @@ async def tokenize(body: TokenizeBody, served: Served) -> Tokens:
         served.packs(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise Problem(400, "give either prompt or messages", param="prompt")
+    if body.messages is not None and body.add_special_tokens:
+        message = "add_special_tokens is true, but the chat template says what begins a chat: leave it out"
+        raise Problem(400, message, param="add_special_tokens")
+    if body.prompt is not None and body.add_generation_prompt:
+        message = "add_generation_prompt is true, but a prompt has no messages: leave it out"
+        raise Problem(400, message, param="add_generation_prompt")
     if body.messages is not None:
-        messages = [{"role": message.role, "content": message.text} for message in body.messages]
-        ids = await served.tokenized(served.texts.chat_ids, messages, answer=body.add_generation_prompt)
+        messages = [message.for_template for message in body.messages]
+        ids = await served.tokenized(served.texts.chat_ids, messages, answer=body.add_generation_prompt is not False)
     else:
-        ids = await served.tokenized(served.texts.ids, body.prompt, special=body.add_special_tokens)
+        ids = await served.tokenized(served.texts.ids, body.prompt, special=body.add_special_tokens is not False)
     shown = [served.texts.token(token)[0] for token in ids] if body.return_token_strs else None
     return Tokens(count=len(ids), max_model_len=served.engine.context, tokens=ids, token_strs=shown)
 
