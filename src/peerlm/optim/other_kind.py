@@ -1,6 +1,6 @@
 """What an optimizer remembers of a table as another kind of optimizer keeps it: by rows, or the table at once.
 
-A run that goes on over other processes may update its tables otherwise than before (`optim.tables = "auto"`). Both
+A run that resumes over other processes may update its tables otherwise than before (`optim.tables = "auto"`). Both
 remember the same numbers. By rows, those of a row that has had no gradient lately are of its last one.
 """
 

@@ -66,7 +66,7 @@ def equal_seconds(recipe: str | Path, overrides: Sequence[str] = (), *, progress
 def measure_speeds(plan: SecondsPlan, console: Console, *, progress: bool) -> dict[str, dict[str, Any]]:
     """The rows of speeds by method; those that OUTPUT/speeds.jsonl lacks are measured now, one after the other.
 
-    Each pass is kept in OUTPUT/passes.jsonl until all of them are done, so that what was stopped goes on.
+    Each pass is kept in OUTPUT/passes.jsonl until all of them are done, so that what was stopped resumes.
     """
     path, passes_path = plan.output / SPEEDS_FILE, plan.output / PASSES_FILE
     have = {row["key"]: row for row in read_rows(path)}
