@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from peerlm.ops.row_keeping import keeper_of
 from peerlm.optim.row_adamw import RowAdamW
 from peerlm.optim.table_state import as_of_all_rows, by_rows, row_wise_of
 
@@ -30,7 +31,8 @@ def as_kept_by(optimizer: Optimizer, saved: Mapping[int, State]) -> dict[int, St
         is_table = group.get("rows", False)
         number = next(tables) if is_table else None
         state = saved.get(index, {})
-        if is_table and not group["lazy"] and "step" in state and "weights_step" not in state:
+        elsewhere = keeper_of(parameter) is not None  # what is kept of its rows, which is by rows always
+        if is_table and not elsewhere and not group["lazy"] and "step" in state and "weights_step" not in state:
             state = by_rows(parameter, group, state) | {"number": number}
         elif not is_table and "weights_step" in state:
             catch_up_table(parameter, state)
