@@ -33,7 +33,7 @@ def test_thirty_lines_differ_by_colour_or_dashes() -> None:
     ("values", "said"),
     [
         ([40, 65], ["40", "45", "50", "55", "60", "65"]),
-        ([11, 4000], ["20", "50", "100", "200", "500", "1,000", "2,000"]),
+        ([11, 4000], ["10", "20", "50", "100", "200", "500", "1,000", "2,000", "5,000"]),
         ([0.3, 5], ["0.5", "1", "2", "5"]),
     ],
 )
@@ -43,7 +43,7 @@ def test_ticks_of_a_logarithmic_axis_are_round_and_name_all_of_it(values: list[f
     axes.set(yscale="log")
     name_ticks(axes)
     labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert [label for label in labels if label in said] == said
+    assert labels == said
 
 
 @pytest.mark.parametrize("values", [[], [math.nan, math.inf]])

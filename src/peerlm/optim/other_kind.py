@@ -19,27 +19,28 @@ from peerlm.optim.table_state import as_of_all_rows, by_rows, row_wise_of
 State = dict[str, Any]
 
 
-def as_kept_by(optimizer: Optimizer, saved: Mapping[int, State]) -> dict[int, State]:
-    """Saved states, by the number of their parameter over the groups, as this optimizer keeps them.
+def load_kept(optimizer: Optimizer, saved: Mapping[int, State]) -> None:
+    """Load saved states, by the number of their parameter over the groups; settings stay those of the optimizer.
 
     Where rows wait for updates that this optimizer will not make, they are made now: parameters have been loaded.
+
+    Raises:
+        ValueError: a state does not fit the optimizer's settings.
     """
     members = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
     tables = count()
-    kept = {}
+    kept = dict(saved)
     for index, (group, parameter) in enumerate(members):
-        is_table = group.get("rows", False)
-        number = next(tables) if is_table else None
-        state = saved.get(index, {})
-        elsewhere = keeper_of(parameter) is not None  # what is kept of its rows, which is by rows always
-        if is_table and not elsewhere and not group["lazy"] and "step" in state and "weights_step" not in state:
-            state = by_rows(parameter, group, state) | {"number": number}
-        elif not is_table and "weights_step" in state:
+        number = next(tables) if group.get("rows", False) else None
+        state = saved.get(index)
+        if not state or keeper_of(parameter) is not None:  # rows in files are updated by rows always
+            continue
+        if number is None and "weights_step" in state:
             catch_up_table(parameter, state)
-            state = as_of_all_rows(state)
-        if state:
-            kept[index] = state
-    return kept
+            kept[index] = as_of_all_rows(state)
+        elif number is not None and "weights_step" not in state and not group["lazy"]:
+            kept[index] = by_rows(parameter, group, state) | {"number": number}
+    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @torch.no_grad()

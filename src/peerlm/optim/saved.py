@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from peerlm.files import write_json
 from peerlm.ops.row_keeping import keeper_of, rows_stay
 from peerlm.ops.row_updates import scales_of
-from peerlm.optim.other_kind import as_kept_by, catch_up_table
+from peerlm.optim.other_kind import catch_up_table, load_kept
 from peerlm.optim.table_state import PER_ROW
 
 STALE = "stale_rows"
@@ -65,8 +65,7 @@ def load_state(optimizer: Optimizer, folder: Path) -> None:
     state = read_state(folder)
     for entries in state.values():
         entries.pop(_NAME, None)
-    kept = as_kept_by(optimizer, state)
-    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+    load_kept(optimizer, state)
 
 
 def read_state(folder: Path) -> State:

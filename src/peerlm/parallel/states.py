@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from peerlm.ops.watched import raw
 from peerlm.optim import saved
-from peerlm.optim.other_kind import as_kept_by
+from peerlm.optim.other_kind import load_kept
 from peerlm.optim.table_state import PER_ROW
 from peerlm.parallel.cut import Cut, copied, cut_rows
 from peerlm.parallel.storage import INDEX, Entries, SafetensorsReader, read_shards
@@ -105,8 +105,7 @@ def load_states(
     if unknown := sorted(reader.tensors.keys() - entries.keys()):
         raise ValueError(f"the checkpoint has {unknown[0]}, which the model and its optimizer do not have")
     read_shards(reader, entries, group=group)
-    kept_here = as_kept_by(optimizer, state)
-    optimizer.load_state_dict({"state": kept_here, "param_groups": optimizer.state_dict()["param_groups"]})
+    load_kept(optimizer, state)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -82,6 +82,13 @@ def made(runs: Sequence[Any], compare: Any, output: Path, console: Console, *, s
         append_row(output / "rows.jsonl", row | {"config": to_dict(run.train), "summary": summary})
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, measure: Any) -> None:
+    """Nothing is prepared, timed or trained: `measure` says the speeds."""
+    monkeypatch.setattr(study, "measure_speed", measure)
+    monkeypatch.setattr(study, "make_rows", made)
+    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+
+
 def test_points_become_steps_with_seeds_and_few_seconds_first(recipe: Path) -> None:
     runs = load_seconds(recipe).runs({"dense": 0.1, "PEER": 0.7})
     assert [(run.seconds, run.method, run.planned.seed, run.planned.train.budget.steps) for run in runs] == [
@@ -101,9 +108,7 @@ def test_a_study_measures_once_and_its_table_has_the_best_of_each_point(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure = measured()
-    monkeypatch.setattr(study, "measure_speed", measure)
-    monkeypatch.setattr(study, "make_rows", made)
-    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+    stand_in(monkeypatch, measure)
     table = study.equal_seconds(recipe, progress=False)
     assert measure.calls == 2
     assert [(row["seconds"], row["method"], row["steps"]) for row in table] == [
@@ -137,9 +142,7 @@ def test_a_study_measures_once_and_its_table_has_the_best_of_each_point(
 def test_other_programs_are_said(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: float | None, words: str
 ) -> None:
-    monkeypatch.setattr(study, "measure_speed", measured(others))
-    monkeypatch.setattr(study, "make_rows", made)
-    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+    stand_in(monkeypatch, measured(others))
     study.equal_seconds(recipe, progress=False)
     assert words in (tmp_path / "out/seconds.md").read_text()
 
@@ -147,9 +150,7 @@ def test_other_programs_are_said(
 def test_windows_with_little_to_copy_have_a_table_of_their_own(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "measure_speed", measured())
-    monkeypatch.setattr(study, "make_rows", made)
-    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+    stand_in(monkeypatch, measured())
     table = study.equal_seconds(recipe, ["eval.copying=true"], progress=False)
     dense = table[1]
     assert dense["poor_loss"] == pytest.approx(dense["loss"] + 0.5)
@@ -169,8 +170,7 @@ def test_methods_take_turns_and_the_median_pass_counts(recipe: Path, monkeypatch
         seconds = [0.1, 0.4, 0.2, 0.3, 9.0][(len(turns) - 1) // 2]
         return {"seconds_per_step": seconds, "spread": 0.5, "steps": 2, "other_cores": seconds, "threads": 1}
 
-    monkeypatch.setattr(study, "measure_speed", measure)
-    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+    stand_in(monkeypatch, measure)
     plan = load_seconds(recipe, ["seconds.passes=5"])
     console = Console(file=io.StringIO(), width=80)
     speeds = study.measure_speeds(plan, console, progress=True)
@@ -194,8 +194,7 @@ def test_passes_that_were_stopped_go_on(recipe: Path, tmp_path: Path, monkeypatc
         turns.append(str(train.model["ffw_layers"]))
         return {"seconds_per_step": 0.1 * len(turns), "spread": 0.5, "steps": 2, "other_cores": None, "threads": 1}
 
-    monkeypatch.setattr(study, "measure_speed", measure)
-    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+    stand_in(monkeypatch, measure)
     plan, console = load_seconds(recipe, ["seconds.passes=2"]), Console(quiet=True)
     with pytest.raises(KeyboardInterrupt):
         study.measure_speeds(plan, console, progress=False)
@@ -221,8 +220,7 @@ def test_every_methods_own_text_is_prepared(recipe: Path, tmp_path: Path, monkey
 
 
 def test_a_disturbed_speed_says_how_to_measure_it_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "measure_speed", measured(1.5))
-    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+    stand_in(monkeypatch, measured(1.5))
     console = Console(file=io.StringIO(), width=500)
     study.measure_speeds(load_seconds(recipe), console, progress=False)
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -288,9 +286,7 @@ def test_a_speed_is_known_by_what_it_depends_on(recipe: Path) -> None:
 def test_rows_and_speeds_from_elsewhere_make_a_section_of_a_report(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "measure_speed", measured())
-    monkeypatch.setattr(study, "make_rows", made)
-    monkeypatch.setattr(study, "prepare_data", lambda data, progress: None)
+    stand_in(monkeypatch, measured())
     table = study.equal_seconds(recipe, [f"data.folder={tmp_path}/elsewhere", "seconds.points=[3]"], progress=False)
     out, results, speeds = tmp_path / "out", tmp_path / "rows.jsonl", tmp_path / "speeds.jsonl"
     main_of_adopt(out / "rows.jsonl", recipe, results, speeds=out / "speeds.jsonl", speeds_output=speeds)
