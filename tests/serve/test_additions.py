@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from transformers import PreTrainedModel
 
 from peerlm.adapters.library import AdapterLibrary
 from peerlm.errors import UserError
+from peerlm.layers.mapped.cached import cache_tables
+from peerlm.packs import api as packs
 from peerlm.packs.api import choose_packs, load_pack, new_pack, pack_parameters, save_pack, unload_pack
 from peerlm.serve import Engine, InUse
 from peerlm.serve.additions import Additions, Choice
@@ -110,6 +114,65 @@ def test_each_request_has_its_own_packs_and_unloading_restores_the_bits(tmp_path
     assert torch.equal(logits(model), before)
     with pytest.raises(UserError, match="no pack or adapter 'law' is loaded; there is none"):
         served.submit(greedy((3,), 1, packs=("law",)))
+
+
+def test_a_pack_is_read_while_requests_are_answered(
+    tmp_path: Path, engine: New, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model, read = pack(tmp_path / "law", 1), make("peer"), threading.Event()
+    read_tensors = packs.read_tensors
+
+    def reading(*arguments: Any) -> dict[str, torch.Tensor]:
+        read.set()
+        return read_tensors(*arguments)
+
+    monkeypatch.setattr(packs, "read_tensors", reading)
+    served = engine(model)
+    gate = Gate(model)
+    handle = served.submit(greedy((3,), 5))
+    assert gate.reached.wait(10)
+    loading = threading.Thread(target=served.load, args=("law", folder))
+    loading.start()
+    assert read.wait(10)
+    assert not served.loaded()
+    gate.open()
+    loading.join(10)
+    assert sorted(served.loaded()) == ["law"]
+    assert tokens_of(handle) == alone(make("peer"), (3,), 5)
+
+
+def test_one_name_is_loaded_by_one_of_many_threads(tmp_path: Path, engine: New) -> None:
+    folder, served = pack(tmp_path / "law", 1), engine(make("peer"))
+
+    def load(_: int) -> str:
+        try:
+            return served.load("law", folder).name
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as threads:
+        found = sorted(threads.map(load, range(4)))
+    assert found == ["'law' is loaded already; unload it first, or take another name"] * 3 + ["law"]
+    served.unload("law")
+
+
+def test_packs_and_adapters_go_beside_tables_whose_rows_stay_on_the_host(tmp_path: Path, engine: New) -> None:
+    folders = {"law": pack(tmp_path / "law", 1), "low": lora(tmp_path / "low", 2, ("q_proj", "o_proj"), "peer")}
+    plain, model = engine(make("peer")), make("peer")
+    assert cache_tables(model, torch.device("cpu"), 56)  # of 64 rows
+    cached = engine(model)
+    for served in (plain, cached):
+        for name, folder in folders.items():
+            served.load(name, folder)
+    choices: list[tuple[str, ...]] = [(), ("law",), ("low",), ("law", "low")]
+    found = [
+        [tokens_of(served.submit(greedy(PROMPTS[2], 8, packs=names))) for names in choices]
+        for served in (plain, cached)
+    ]
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1] != found[0][3]
+    cached.unload("law")
+    assert tokens_of(cached.submit(greedy(PROMPTS[2], 8))) == found[0][0]
 
 
 def test_each_request_has_its_own_adapters_and_unloading_restores_the_bits(tmp_path: Path, engine: New) -> None:

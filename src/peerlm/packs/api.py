@@ -18,7 +18,7 @@ joins, and for all other causal models of transformers, beside whose feed-forwar
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -204,10 +204,22 @@ def load_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> 
     Raises:
         ValueError: the pack is damaged or belongs to another model, or the name is taken. Nothing is changed.
     """
+    return read_pack(model, folder, name)()
+
+
+@torch.no_grad()
+def read_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> Callable[[], str]:
+    """The part of `load_pack` that takes long and changes nothing; what is returned does the rest, between two passes.
+
+    So a model may compute while a pack is read. Until the pack is there, no other is loaded or unloaded.
+
+    Raises:
+        ValueError: as `load_pack`.
+    """
     manifest = read_manifest(folder)
-    name = manifest.name if name is None else name
-    check_pack_name(name)
-    _check_free(model, name)
+    called = manifest.name if name is None else name
+    check_pack_name(called)
+    _check_free(model, called)
     found = base_hash(model)
     if found != manifest.base:
         raise UserError(
@@ -215,13 +227,29 @@ def load_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> 
             f"is {found[:12]}: load that model in the same format, or train a new pack"
         )
     tensors = read_tensors(folder, manifest)
-    if manifest.settings is not None:
-        beside = plain.read(model, folder, manifest, tensors)
-        _check_all_known(folder, tensors)
-        plain.put(model, name, beside)
-        return name
-    layers = _peer_layers(model)
-    made = {}
+    read = _read_into_layers if manifest.settings is None else _read_beside
+    put = read(model, called, folder, manifest, tensors)
+    if tensors:
+        raise UserError(f"the pack in {folder} has unknown tensors, such as {min(tensors)!r}; restore it")
+
+    def load() -> str:
+        put()
+        return called
+
+    return load
+
+
+def _read_beside(
+    model: nn.Module, name: str, folder: str | Path, manifest: PackManifest, tensors: dict[str, Tensor]
+) -> Callable[[], None]:
+    made = plain.read(model, folder, manifest, tensors)
+    return lambda: plain.put(model, name, made)
+
+
+def _read_into_layers(
+    model: nn.Module, name: str, folder: str | Path, manifest: PackManifest, tensors: dict[str, Tensor]
+) -> Callable[[], None]:
+    layers, made = _peer_layers(model), {}
     for path, count in manifest.layers.items():
         if path not in layers:
             raise UserError(f"the pack in {folder} has experts for {path!r}, which is no PEER layer of the model")
@@ -237,9 +265,7 @@ def load_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> 
                 )
             parts[part] = tensor.to(index.sub_keys.device)
         made[path] = Pack(parts["sub_keys"], experts.like(parts["rows"], trained=False), trained=False)
-    _check_all_known(folder, tensors)
-    _put({path: layers[path] for path in made}, name, made)
-    return name
+    return lambda: _put({path: layers[path] for path in made}, name, made)
 
 
 def unload_pack(model: nn.Module, name: str) -> None:
@@ -341,11 +367,6 @@ def _packs(model: nn.Module, name: str) -> dict[str, Pack | PackBeside]:
     if not found:
         raise ValueError(_not_loaded(name, loaded_packs(model)))
     return found
-
-
-def _check_all_known(folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    if tensors:
-        raise UserError(f"the pack in {folder} has unknown tensors, such as {min(tensors)!r}; restore it")
 
 
 def _not_loaded(name: str, known: Sequence[str]) -> str:

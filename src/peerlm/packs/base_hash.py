@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,13 @@ def base_hash(model: nn.Module) -> str:
     Packs are not in it, where the tensors lie does not matter. Digests of tensors are kept while their versions do not
     change; writing through `tensor.data` does not change a version.
     """
-    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    state: dict[str, Tensor] = model.state_dict()
+    lasting = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
     whole = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name]
-        whole.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), _digest(tensor)]).encode())
+        digest = _digest(tensor, lasting.get(name, tensor))
+        whole.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), digest]).encode())
     for name, layer in own_peer_layers(model).items():
         whole.update(json.dumps([name, *_settings(layer)]).encode())
     return whole.hexdigest()
@@ -57,14 +60,15 @@ def _settings(layer: PEER) -> tuple[object, ...]:
     )
 
 
-def _digest(tensor: Tensor) -> str:
+def _digest(tensor: Tensor, lasting: Tensor) -> str:
+    """Of a tensor of a state dict, kept for the parameter or buffer that it is of."""
     seen = None if tensor.is_inference() else (tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape)
-    if seen is not None and not is_watched(tensor) and (known := _digests.get(tensor)) and known[0] == seen:
+    if seen is not None and not is_watched(lasting) and (known := _digests.get(lasting)) and known[0] == seen:
         return str(known[1])
     digest = hashlib.sha256()
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     for chunk in flat.split(_CHUNK_BYTES):
         digest.update(memoryview(chunk.cpu().numpy()))
     if seen is not None:
-        _digests[tensor] = seen, digest.hexdigest()
+        _digests[lasting] = seen, digest.hexdigest()
     return digest.hexdigest()

@@ -17,8 +17,7 @@ from peerlm.adapters.library.lora_files import CONFIG_NAME, LoraWeights, LowRank
 from peerlm.adapters.library.manifest import MANIFEST
 from peerlm.adapters.library.mix import Mix
 from peerlm.errors import UserError
-from peerlm.packs.api import choose_packs, load_pack, loaded_packs, unload_pack
-from peerlm.packs.base_hash import base_hash
+from peerlm.packs.api import choose_packs, loaded_packs, read_pack, unload_pack
 from peerlm.packs.files import check_pack_name
 
 MOST_BYTES = 2**30
@@ -75,8 +74,8 @@ class Additions:
             BaseModel(self._model).check_adapts(weights, folder)
             _check_finite(weights, folder)
             return "adapter", lambda: self._put_adapter(name, self._placed(weights))
-        base_hash(self._model)  # kept, so that the streams need not wait for it
-        return "pack", lambda: self._put_pack(name, folder)
+        load = read_pack(self._model, folder, name)
+        return "pack", lambda: self._put_pack(name, load)
 
     def take(self, name: str) -> None:
         """Unload; afterwards the model has the bits that it had before."""
@@ -130,8 +129,8 @@ class Additions:
             self._last = (choices, _Rows(choices, self._adapters, self._model.device))
         return self._last[1]
 
-    def _put_pack(self, name: str, folder: Path) -> None:
-        load_pack(self._model, folder, name)
+    def _put_pack(self, name: str, load: Callable[[], str]) -> None:
+        load()
         self.kinds[name] = "pack"
 
     def _put_adapter(self, name: str, weights: LoraWeights) -> None:

@@ -95,6 +95,8 @@ class Engine:
             name: (kind, Path()) for name, kind in self._additions.kinds.items()
         }
         self._leaving: set[str] = set()
+        self._one_change = threading.Lock()
+        """Of what is loaded: held while a thread reads the model to load, or takes something away."""
         self._cache = SlotCache(slots, context)
         self._prefixes = Prefixes(prefix_bytes, self._forward.bytes_per_token)
         per_token = self._forward.bytes_per_token
@@ -146,18 +148,17 @@ class Engine:
     def load(self, name: str, folder: str | Path) -> Loaded:
         """As `EngineProtocol.load`."""
         folder = Path(folder)
-        with self._changed:
-            self._check_free(name)
-        kind, put = self._additions.read(name, folder)
-
-        def add() -> None:
+        with self._one_change:
             with self._changed:
                 self._check_free(name)
-            put()
-            with self._changed:
-                self._folders[name] = (kind, folder)
+            kind, put = self._additions.read(name, folder)
 
-        self._between_steps(add)
+            def add() -> None:
+                put()
+                with self._changed:
+                    self._folders[name] = (kind, folder)
+
+            self._between_steps(add)
         return Loaded(name, folder, kind, 0)
 
     def unload(self, name: str, timeout: float = 60.0) -> None:
@@ -187,7 +188,8 @@ class Engine:
                 with self._changed:
                     self._leaving.discard(name)
 
-        self._between_steps(remove)
+        with self._one_change:
+            self._between_steps(remove)
 
     def loaded(self) -> Mapping[str, Loaded]:
         """As `EngineProtocol.loaded`."""

@@ -79,6 +79,18 @@ def test_echo_and_log_probabilities_are_those_that_lm_eval_reads(toy):
         assert [choice["text"][place] for place in logprobs["text_offset"]] == [t[0] for t in logprobs["tokens"]]
 
 
+def test_the_places_of_tokens_are_those_of_the_text(toy):
+    prompt = "a café 灯"
+    asked = {"prompt": prompt, "max_tokens": 2, "logprobs": 0, "echo": True, "temperature": 0}
+    choice = toy.post("/v1/completions", **asked).json()["choices"][0]
+    places = choice["logprobs"]["text_offset"]
+    assert places == sorted(places)
+    assert places[0] == 0
+    assert places[-2] == len(prompt)
+    begun = [text for text in choice["logprobs"]["tokens"] if not text.startswith("bytes:")]
+    assert all(choice["text"].find(text) in places for text in begun if text in choice["text"])
+
+
 def test_a_prompt_alone_is_scored_without_a_new_token(toy):
     answer = toy.post("/v1/completions", prompt="the lamp", max_tokens=0, echo=True, logprobs=0).json()
     assert answer["choices"][0]["text"] == "the lamp"

@@ -170,6 +170,10 @@ class CachedTable(Table):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if keep_vars:
             self._refuse("saved with keep_vars=True")
+        if self._cache is not None and isinstance(self._cache.home, LoadedRows):  # as they are, beside all passes
+            if self.persistent:
+                destination.update({f"{prefix}{name}": rows for name, rows in self._cache.home.tensors.items()})
+            return
         self.catch_up()
         with self._at_home(changes=False):
             super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -10,6 +10,7 @@ from peerlm.serve.http.answers import by_text, finite
 from peerlm.serve.http.bodies import CompletionBody
 from peerlm.serve.http.exchange import Piece, answer
 from peerlm.serve.http.generation import sampling_of, submit
+from peerlm.serve.http.offsets import Offsets
 from peerlm.serve.http.problems import Problem, documented
 from peerlm.serve.http.served import Served
 from peerlm.serve.http.strict import StrictRoute
@@ -36,7 +37,7 @@ class CompletionStyle:
     def __init__(self, texts: Texts, echoes: Sequence[tuple[str, Sequence[int]] | None]) -> None:
         self.texts = texts
         self.echoes = list(echoes)
-        self.offsets = [0] * len(self.echoes)
+        self.offsets = [Offsets(texts) for _ in self.echoes]
 
     def opening(self, number: int) -> list[Mapping[str, Any]]:
         """Nothing: a text begins with its first token."""
@@ -49,20 +50,20 @@ class CompletionStyle:
         if echo is not None:
             piece.text = echo[0] + event.text
             for token, entry in zip(echo[1], event.prompt_logprobs or (), strict=False):
-                self._add(piece, number, token, entry)
+                self._add(piece, number, token, entry, within=echo[0])
         if event.logprobs is not None:
             self._add(piece, number, event.logprobs.token_id, event.logprobs)
         return piece
 
-    def _add(self, piece: Piece, number: int, token: int, entry: TokenLogprob | None) -> None:
-        text = self.texts.token(token)[0]
+    def _add(
+        self, piece: Piece, number: int, token: int, entry: TokenLogprob | None, *, within: str | None = None
+    ) -> None:
         row = {
-            "tokens": text,
+            "tokens": self.texts.token(token)[0],
             "token_logprobs": None if entry is None else finite(entry.logprob),
             "top_logprobs": None if entry is None else by_text(self.texts, entry),
-            "text_offset": self.offsets[number],
+            "text_offset": self.offsets[number].next(token, within),
         }
-        self.offsets[number] += len(text)
         for name, value in row.items():
             piece.logprobs.setdefault(name, []).append(value)
 

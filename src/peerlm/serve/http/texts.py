@@ -11,6 +11,7 @@ from peerlm.chat import chat_ids
 from peerlm.evaluate.sample import prompt_ids
 from peerlm.marks import Marks
 from peerlm.serve.http.problems import Problem
+from peerlm.serve.text import special_tokens
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -31,6 +32,8 @@ class Texts:
         self.tokenizer = tokenizer
         self.marks = marks
         self.token = lru_cache(maxsize=2**16)(self._token)
+        self.special = frozenset(special_tokens(tokenizer).values())
+        """Tokens that written texts leave out."""
 
     @property
     def has_chat(self) -> bool:
