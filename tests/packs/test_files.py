@@ -20,7 +20,7 @@ from peerlm.data.tokenizer import END_OF_TEXT
 from peerlm.errors import UserError
 from peerlm.evaluate import evaluate, load_model
 from peerlm.layers import PEER
-from peerlm.packs.api import load_pack, loaded_packs, new_pack, pack_parameters, save_pack
+from peerlm.packs.api import load_pack, loaded_packs, new_pack, pack_parameters, read_pack, save_pack
 from peerlm.packs.files import read_manifest
 
 from ..models import contents, run
@@ -245,6 +245,17 @@ def test_a_name_that_is_taken(folder: Path) -> None:
     with pytest.raises(ValueError, match="a pack cannot be called 'a/b'"):
         load_pack(layer, folder, "a/b")
     assert load_pack(layer, folder, "law-2") == "law-2"
+
+
+def test_a_pack_that_was_read_is_there_once_it_is_put_there(folder: Path) -> None:
+    layer, other = small_layer(), small_layer()
+    first, second = read_pack(layer, folder), read_pack(layer, folder)
+    assert loaded_packs(layer) == []
+    load_pack(other, folder)
+    assert first() == "law"
+    assert torch.equal(layer(X), other(X))
+    with pytest.raises(ValueError, match="a pack 'law' is loaded already"):
+        second()
 
 
 @pytest.mark.parametrize("options", [{"data": {1, 2}}, {"metrics": {"loss": float("nan")}}, {"licence": b"x"}], ids=str)

@@ -211,10 +211,10 @@ def load_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> 
 def read_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> Callable[[], str]:
     """The part of `load_pack` that takes long and changes nothing; what is returned does the rest, between two passes.
 
-    So a model may compute while a pack is read. Until the pack is there, no other is loaded or unloaded.
+    So a model may compute while a pack is read. Until it is there, no other is loaded or unloaded, and weights stay.
 
     Raises:
-        ValueError: as `load_pack`.
+        ValueError: as `load_pack`; the returned function raises it where the name is taken by then.
     """
     manifest = read_manifest(folder)
     called = manifest.name if name is None else name
@@ -233,6 +233,7 @@ def read_pack(model: nn.Module, folder: str | Path, name: str | None = None) -> 
         raise UserError(f"the pack in {folder} has unknown tensors, such as {min(tensors)!r}; restore it")
 
     def load() -> str:
+        _check_free(model, called)  # it may be taken since
         put()
         return called
 
