@@ -12,9 +12,9 @@ import torch
 from rich.progress import Progress, TaskID
 from torch import nn
 
-from peerlm.accounting import model_cost
+from peerlm.accounting import Cost, model_cost
 from peerlm.convert.insertion import FFWSite, put_in_place
-from peerlm.convert.neurons.layer import NeuronLayer
+from peerlm.convert.neurons.layer import NeuronLayer, neuron_layer
 from peerlm.errors import TrainingStopped, UserError
 from peerlm.evaluate import held_out_loss
 from peerlm.evaluate.likelihood import device_of
@@ -30,6 +30,7 @@ from peerlm_studies.neurons.setup import (
     key_of,
     layer_inputs,
     load_setup,
+    replaced,
 )
 from peerlm_studies.rows import append_row, provenance, read_rows
 
@@ -79,7 +80,7 @@ def finetune_neurons(
         The rows, in the order of starts, budgets and rates.
 
     Raises:
-        UserError: as `load_setup`, an unknown start, or a budget that is less than one step.
+        UserError: as `load_setup`, an unknown start, or a budget that is less than one step; before any training.
         TrainingStopped: the loss or a gradient was not finite.
     """
     settings = {**(settings or {}), "share": share}
@@ -101,6 +102,7 @@ def finetune_neurons(
     }
     done = {row["key"] for row in read_rows(rows_path)}
     missing = {key: point for key, point in points.items() if key not in done}
+    _check_budgets(setup, settings, [(start, budget) for start, budget, _ in missing.values()])
     learned: dict[str, NeuronLayer] = {}
     with progress_bar(shown=progress) as bar:
         if any(start != "dense" for start, _, _ in missing.values()):
@@ -117,6 +119,23 @@ def finetune_neurons(
             append_row(rows_path, row)
     by_key = {row["key"]: row for row in read_rows(rows_path)}
     return [by_key[key] for key in points]
+
+
+def _check_budgets(setup: NeuronSetup, settings: Mapping[str, Any], planned: Sequence[tuple[str, float]]) -> None:
+    """Raise a UserError where a budget is less than one step, before indices are learned for long."""
+    costs = {"dense": model_cost(setup.model, setup.context)}
+    if any(start != "dense" for start, _ in planned):
+        with replaced(setup, {path: neuron_layer(neurons, settings) for path, neurons in setup.layers.items()}):
+            costs["retrieved"] = model_cost(setup.model, setup.context)
+    for start, flops in planned:
+        _steps(flops, costs["dense" if start == "dense" else "retrieved"], setup)
+
+
+def _steps(flops: float, cost: Cost, setup: NeuronSetup) -> int:
+    step = WINDOWS_PER_PASS * setup.context * cost.training_flops_per_token
+    if flops and flops < step:
+        raise UserError(f"{flops:g} FLOPs are less than one step, which takes {step:g}: raise the budget")
+    return int(flops // step)
 
 
 def _advance(bar: Progress, task: TaskID, share: float) -> None:
@@ -157,12 +176,7 @@ def _train(
     """AdamW on the whole model until the FLOPs are spent; what that took."""
     cost = model_cost(model, setup.context)
     tokens_per_step = WINDOWS_PER_PASS * setup.context
-    steps = int(flops // (tokens_per_step * cost.training_flops_per_token))
-    if flops and not steps:
-        raise UserError(
-            f"{flops:g} FLOPs are less than one step, which takes {tokens_per_step * cost.training_flops_per_token:g}: "
-            "raise the budget"
-        )
+    steps = _steps(flops, cost, setup)
     groups = parameter_groups(model, weight_decay=WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
     torch.manual_seed(seed)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import peerlm_studies.neurons.finetune as finetuning
 import peerlm_studies.neurons.measure as neurons_module
 from peerlm import UserError
 from peerlm.cli import main
@@ -379,6 +380,16 @@ def test_a_mistake_is_one_sentence(
 def test_unknown_start(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no start 'peer'; choose from neurons, random, dense"):
         finetune(folder, tmp_path, starts=("peer",))
+
+
+@pytest.mark.parametrize("starts", [("neurons",), ("random",), ("dense",)])
+def test_a_budget_of_less_than_a_step_is_known_before_an_index_is_learned(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starts: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(finetuning, "fitted_layers", lambda *arguments, **options: pytest.fail("learns indices"))
+    with pytest.raises(UserError, match=r"5 FLOPs are less than one step, which takes .*: raise the budget"):
+        finetune(folder, tmp_path, starts=starts, flops=(0.0, 5.0))
+    assert not (tmp_path / "finetune.jsonl").exists()
 
 
 def test_example_of_the_document_runs() -> None:
