@@ -71,8 +71,8 @@ class SecondsPlan(StudyPlan):
         """By method, the row of speeds that is its own; methods without one are left out."""
         by_key = {row["key"]: row for row in rows}
         threads = {row["threads"] for row in by_key.values()}
-        keys = {self.speed_key(method, count): method for method in self.recipe.methods for count in threads}
-        return {method: by_key[key] for key, method in keys.items() if key in by_key}
+        keys = [(method, self.speed_key(method, count)) for method in self.recipe.methods for count in threads]
+        return {method: by_key[key] for method, key in keys if key in by_key}
 
     def runs(self, seconds_per_step: Mapping[str, float]) -> list[TimedRun]:
         """The runs at these speeds, those of few seconds first; seeds within. Methods without a speed have none.
@@ -100,8 +100,12 @@ class SecondsPlan(StudyPlan):
 
 
 def speed_key(timed: TrainConfig, threads: int, seconds: SecondsConfig) -> str:
-    """Digest of all that the speed of a run depends on but the machine; see `SecondsPlan.timed`."""
+    """Digest of all that the speed of a run depends on but the machine; see `SecondsPlan.timed`.
+
+    Methods that differ in the start of a mix of keys alone have one: its weights take the same products.
+    """
     values = {**bound_values(timed), "threads": threads, "rounds": seconds.rounds}
+    values.pop("model.kv_shift_init", None)
     if seconds.passes > 1:  # rows of a single pass keep their keys
         values["passes"] = seconds.passes
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

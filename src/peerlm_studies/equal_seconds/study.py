@@ -66,12 +66,16 @@ def equal_seconds(recipe: str | Path, overrides: Sequence[str] = (), *, progress
 def measure_speeds(plan: SecondsPlan, console: Console, *, progress: bool) -> dict[str, dict[str, Any]]:
     """The rows of speeds by method; those that OUTPUT/speeds.jsonl lacks are measured now, one after the other.
 
+    Of methods whose speed is known to be one, the first is measured.
     Each pass is kept in OUTPUT/passes.jsonl until all of them are done, so that what was stopped resumes.
     """
     path, passes_path = plan.output / SPEEDS_FILE, plan.output / PASSES_FILE
     have = {row["key"]: row for row in read_rows(path)}
     keys = {method: plan.speed_key(method, torch.get_num_threads()) for method in plan.recipe.methods}
-    missing = {method: plan.timed(method) for method, key in keys.items() if key not in have}
+    first: dict[str, str] = {}
+    for method, key in keys.items():
+        first.setdefault(key, method)
+    missing = {method: plan.timed(method) for key, method in first.items() if key not in have}
     for data in {train.data.folder: train.data for train in missing.values()}.values():
         prepare_data(data, progress=progress)
     passes = {key: [row for row in read_rows(passes_path) if row["key"] == key] for key in keys.values()}

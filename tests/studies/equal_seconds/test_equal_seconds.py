@@ -274,6 +274,21 @@ def test_mistakes_are_named(recipe: Path, old: str, new: str, message: str) -> N
         load_seconds(recipe)
 
 
+def test_methods_that_start_otherwise_alone_have_one_speed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with recipe.open("a") as file:
+        file.write('\n[methods.mixed]\nmodel.ffw_layers = "dense"\nmodel.kv_shift_init = "spread"\n')
+    measure = measured()
+    stand_in(monkeypatch, measure)
+    plan = load_seconds(recipe, ["model.kv_shift=true"])
+    speeds = study.measure_speeds(plan, Console(quiet=True), progress=False)
+    assert measure.calls == 2
+    assert list(speeds) == ["dense", "PEER", "mixed"]
+    assert speeds["mixed"] == speeds["dense"] != speeds["PEER"]
+    assert plan.speeds(speeds.values()) == speeds
+    runs = {run.method: run.planned.train.budget.steps for run in plan.runs({"dense": 0.1, "mixed": 0.1})}
+    assert runs["mixed"] == runs["dense"]
+
+
 def test_a_speed_is_known_by_what_it_depends_on(recipe: Path) -> None:
     plan: SecondsPlan = load_seconds(recipe)
     keys = {plan.speed_key("dense", 2), plan.speed_key("dense", 1), plan.speed_key("PEER", 2)}
