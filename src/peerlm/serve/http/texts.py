@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -32,8 +32,11 @@ class Texts:
         self.tokenizer = tokenizer
         self.marks = marks
         self.token = lru_cache(maxsize=2**16)(self._token)
-        self.special = frozenset(special_tokens(tokenizer).values())
+
+    @cached_property
+    def special(self) -> frozenset[int]:
         """Tokens that written texts leave out."""
+        return frozenset(special_tokens(self.tokenizer).values())
 
     @property
     def has_chat(self) -> bool:
