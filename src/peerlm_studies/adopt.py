@@ -5,10 +5,10 @@ python -m peerlm_studies.adopt runs/elsewhere/rows.jsonl recipes/seconds.toml re
     --speeds runs/elsewhere/speeds.jsonl --speeds-output results/seconds_speeds.jsonl
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,7 +32,8 @@ def adopt(
     file of `speeds` that its runs were made at, as `adopt_speeds` writes it.
 
     Returns:
-        How many rows were appended, and the labels of those that belong to no run of the recipe.
+        How many rows were appended, and the labels of those that belong to no run of the recipe, or whose models were
+        evaluated on other files or on other parts of them.
 
     Raises:
         UserError: a file or a recipe cannot be read.
@@ -49,13 +50,20 @@ def adopt(
     for row in read_runs(rows):
         train = from_dict(TrainConfig, row["config"])
         run = planned.get(_key(PlannedRun(method=row["method"], seed=row["seed"], sweep={}, train=train), compare))
-        if run is None:
+        if run is None or not _evaluated_alike(row, compare):
             strangers.append(row["label"])
         elif run.key(compare) not in have:
             names = {"method": run.method, "label": run.label, "sweep": run.sweep}
             append_row(output, {**row, "key": run.key(compare), **names, "config": to_dict(run.train)})
             appended += 1
     return appended, strangers
+
+
+def _evaluated_alike(row: Mapping[str, Any], compare: CompareConfig) -> bool:
+    """Whether a row has the figures that the recipe asks for; older rows do not say how much of a file was read."""
+    files = {Path(file).stem for file in compare.evaluate}
+    limit = row.get("evaluate_limit", compare.evaluate_limit) if files else compare.evaluate_limit
+    return set(row.get("evaluation") or {}) == files and limit == compare.evaluate_limit
 
 
 def adopt_speeds(speeds: Path, recipe: Path, output: Path, settings: Sequence[str] = ()) -> int:

@@ -46,15 +46,25 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row, whole and synced to disk; what a kill left of a line is cut off first."""
+    """Add a row, whole and synced to disk; what a kill left of a line is cut off first, unless it is a whole row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.seek(0)
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-        file.write(json.dumps(row).encode() + b"\n")
+        last = file.read().rpartition(b"\n")[2]
+        whole = _is_row(last)
+        if not whole:
+            file.truncate(file.tell() - len(last))
+        file.write(b"\n" * whole + json.dumps(row).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _is_row(line: bytes) -> bool:
+    """Whether `read_rows` counts this last line, which ends without a newline, as a row."""
+    try:
+        return bool(line) and json.loads(line) is not None
+    except ValueError:
+        return False
 
 
 def machine_and_date() -> dict[str, Any]:

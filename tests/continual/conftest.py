@@ -32,7 +32,7 @@ def write_model(folder: Path, texts: dict[str, str], **settings: Any) -> Path:
     """A new model and the tokenizer of these texts."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(texts.values(), vocab_size=300)
-    model = PeerForCausalLM(PeerConfig(**SIZES, eos_token_id=tokenizer.eos_token_id, **settings))
+    model = PeerForCausalLM(PeerConfig(**{**SIZES, **settings}, eos_token_id=tokenizer.eos_token_id))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

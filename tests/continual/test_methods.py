@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from peerlm.continual import LearnConfig, learn
-from peerlm.continual.method import freeze, peer_layers
+from peerlm.continual.method import freeze
 from peerlm.continual.methods import METHODS, method_of
+from peerlm.convert.rows import convert_rows_of_folder
 from peerlm.data import TokenShards, TokenWindows
 from peerlm.errors import UserError
 from peerlm.evaluate import held_out_loss, load_model
 from peerlm.growth import to_shells
 from peerlm.packs.api import load_pack, loaded_packs
+
+from .conftest import EXPERTS, WORDS, write_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2},
@@ -159,14 +162,25 @@ def test_methods_of_experts_refuse_a_model_without(
 def test_experts_that_are_not_trained_are_refused(
     method: str, configure: Callable[..., LearnConfig], texts: Path, tmp_path: Path
 ) -> None:
-    model, tokenizer = load_model(texts / "peer")
-    for layer in peer_layers(model).values():
-        layer.experts.convert_rows("int8")
-    model.config.peer = {**model.config.peer, "row_format": "int8"}
-    model.save_pretrained(tmp_path / "int8")
-    tokenizer.save_pretrained(tmp_path / "int8")
-    with pytest.raises(UserError, match=r"ffw are stored as int8, which is not trained"):
+    convert_rows_of_folder(texts / "peer", tmp_path / "int8", "int8")
+    with pytest.raises(UserError, match=r"ffw are stored as int8, in which no method trains them"):
         learn(configure(method=method, model=str(tmp_path / "int8")), progress=False)
+
+
+@pytest.mark.parametrize("row_format", ["int8", "int4"])
+@pytest.mark.parametrize("method", ["pack", "lora", "pool"])
+def test_rows_of_few_bits_stay_as_they_are_beside_what_is_trained(
+    method: str, row_format: str, configure: Callable[..., LearnConfig], texts: Path, tmp_path: Path
+) -> None:
+    base = texts / "peer"
+    if row_format == "int4":  # whose groups are of 32
+        written = {name: (texts / f"{name}.txt").read_text() for name in WORDS}
+        base = write_model(tmp_path / "wide", written, hidden_size=32, ffw_layers="peer", peer=EXPERTS)
+    convert_rows_of_folder(base, tmp_path / "base", row_format)
+    config = configure(only=1, method=method, model=str(tmp_path / "base"), budget={"steps": 2})
+    learn(config, progress=False)
+    if method == "pack":  # refused beside another base
+        load_model(tmp_path / "base", [Path(config.run) / "stages" / "1-code" / "pack"])
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "pool"])

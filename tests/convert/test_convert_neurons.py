@@ -52,7 +52,13 @@ def test_a_learned_index_errs_less_than_a_random_one(name: str) -> None:
     inputs = batch(dense, seed=99)
     expected = logits(dense, inputs)
     learned = convert(
-        copy.deepcopy(dense), mode="replace", init="neurons", samples=samples(dense), share=0.4, **SETTINGS
+        copy.deepcopy(dense),
+        mode="replace",
+        init="neurons",
+        samples=samples(dense),
+        fit={"steps": 60},
+        share=0.4,
+        **SETTINGS,
     )
     random = copy.deepcopy(learned)
     for layer in layers_of(random).values():

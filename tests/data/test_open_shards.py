@@ -87,7 +87,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 
 
 def recipe(folder: Path, run: Path) -> TrainConfig:
-    model = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "peer": {"num_experts": 256}}
     values = {"run": str(run), "data": {"folder": str(folder), "context": 8, "batch_size": 4}, "model": model}
     return from_dict(TrainConfig, values | {"budget": {"steps": 3}, "eval": {"final_windows": 2}})
 

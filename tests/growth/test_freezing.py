@@ -132,6 +132,18 @@ def test_what_cannot_be_frozen_is_refused(what: list[str], before: int | None, m
         freeze_grown(layer, what, before=before)
 
 
+def test_rows_that_change_in_the_backward_pass_are_not_frozen_in_vain() -> None:
+    layer = grow(small("peer", row_format="int8"), 49)
+    layer.experts.train_in_place()
+    with pytest.raises(ValueError, match="rows in int8 are updated in the backward pass, frozen or not"):
+        freeze_grown(layer, ["rows"])
+    freeze_grown(layer, ["keys"]).remove()
+    layer = grow(small("peer"), 49)
+    with freeze_grown(layer, ["rows"]), pytest.raises(ValueError, match=r"fused=True .* use fused=False"):
+        RowAdamW(parameter_groups(layer), lr=0.05, fused=True)
+    RowAdamW(parameter_groups(layer), lr=0.05, fused=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -695,3 +695,14 @@ def test_nothing_to_open() -> None:
 def test_layers_that_cannot_have_grown(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_peer(**settings)
+
+
+def test_layers_of_different_sizes_do_not_grow_to_what_no_configuration_says() -> None:
+    peer = {"num_experts": 64, "heads": 1, "experts_per_head": 2, "key_dim": 4, "pairing": "shells"}
+    sizes = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = PeerForCausalLM(PeerConfig(**sizes, ffw_layers=["peer", "dense"], peer=peer))
+    convert(model, mode="replace", layers=[0], **{**peer, "num_experts": 49})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"has 64 experts and .* 49; a saved model says one number"):
+        grow(model, 100)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from peerlm.layers import FineGrainedMoE
 from peerlm.layers.balanced_router import BalancedRouter
 from peerlm.optim import RowAdamW
+
+from ..processes import ranks
+from .zero_rank import biases
 
 
 def router(num_experts: int = 4, experts_per_token: int = 1, **settings: float) -> BalancedRouter:
@@ -131,3 +136,44 @@ def test_routers_are_forgotten_with_their_models() -> None:
     del each
     gc.collect()
     assert len(_routers) == before - 1
+
+
+def test_an_optimizer_within_another_one_moves_no_bias() -> None:
+    """ZeroRedundancyOptimizer steps one that has the weights of its own rank alone."""
+
+    class Outer(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:
+            torch.optim.SGD(first.parameters(), lr=0.0).step()
+            moved.append(first.bias.tolist())
+
+    moved: list[list[float]] = []
+    (first, x), second = choosing([5, 1, 2, 0]), router()
+    outer = Outer([*first.parameters(), *second.parameters()], lr=0.0)
+    first(x)
+    outer.step()
+    assert moved == [[0, 0, 0, 0]]
+    assert first.bias.tolist() == [-0.125, 0.125, 0, 0.125]
+
+
+def test_a_step_that_failed_is_not_waited_for() -> None:
+    class Fails(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:
+            raise RuntimeError("no step")
+
+    (first, x), second = choosing([5, 1, 2, 0]), router()
+    with pytest.raises(RuntimeError, match="no step"):
+        Fails(second.parameters(), lr=0.0).step()
+    first(x)
+    step(first)
+    assert first.bias.tolist() == [-0.125, 0.125, 0, 0.125]
+
+
+@pytest.mark.slow
+def test_ranks_share_loads_whoever_has_the_weights_in_its_optimizer(tmp_path: Path) -> None:
+    with ranks(2, tmp_path, biases, tmp_path) as both:
+        assert both.wait() == [0, 0], both.said()
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["shared out"] == first["whole"]
+    assert all(any(bias) for bias in first["whole"])
+    assert first["whole"][0] != first["whole"][1]

@@ -151,3 +151,9 @@ def test_impossible_inputs() -> None:
         layer(torch.ones(2, 6).double())
     with pytest.raises(ValueError, match=r"tokens has shape \(2, 2\); for this x it must be \(2, 3\)"):
         layer(torch.ones(2, 6).double(), tokens=torch.ones(2, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("row_format", ["int8", "float8_e4m3fn", "int4"])
+def test_rows_that_could_not_be_mixed_are_refused(row_format: str) -> None:
+    with pytest.raises(ValueError, match=f"row_format is '{row_format}'; hashed n-grams have rows in 'float32' or"):
+        small(row_format=row_format)

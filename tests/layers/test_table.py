@@ -124,4 +124,30 @@ def test_reads_are_views_where_they_can_be() -> None:
     assert table.read(2, 3).data_ptr() == table.rows[2].data_ptr()
     table.convert_rows("int8")
     assert table.read(2, 3).dtype == torch.float32
-    assert not table.can_be_trained
+    assert not table.has_gradients
+
+
+def test_what_is_frozen_or_trained_stays_so_in_another_format() -> None:
+    table = Table(6, 4).requires_grad_(False)
+    table.convert_rows("bfloat16")
+    assert not table.requires_grad
+    table = Table(6, 4)
+    table.convert_rows("int8")
+    assert not table.requires_grad
+    table.train_in_place()
+    table.convert_rows("float8_e4m3fn")
+    assert table.trained_in_place
+    table.convert_rows("int4" if table.row_shape[-1] % 32 == 0 else "float32")
+    assert not table.trained_in_place
+    assert table.requires_grad
+
+
+def test_rows_of_4_bits_are_trained_by_nobody() -> None:
+    table = Table(6, 32)
+    table.convert_rows("int8")
+    table.train_in_place()
+    table.convert_rows("int4")
+    assert not table.trained_in_place
+    table.train_in_place(False)
+    with pytest.raises(ValueError, match="rows in int4 are not trained"):
+        table.train_in_place()

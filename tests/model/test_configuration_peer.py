@@ -80,6 +80,7 @@ def test_round_trip(tiny_config: Callable[..., PeerConfig], tmp_path: Path) -> N
         ({"ffw_output_gate": "expert"}, "ffw_output_gate is 'expert'; choose one of token, feature, or None"),
         ({"kv_shift_init": "own"}, "kv_shift_init is 'own'; choose one of none, spread"),
         ({"kv_shift_init": "spread"}, "kv_shift_init is 'spread', but kv_shift is false: set that to true, or leave"),
+        ({"parallel_intermediate_size": 8}, "parallel_intermediate_size is 8, but no block of ffw_layers has a dense"),
         ({"share_tables": True}, "share_tables is true, but no two blocks of ffw_layers have the same of peer, pkm"),
         ({"ffw_init_scale": -1.0}, "ffw_init_scale has -1.0; give finite numbers of at least 0"),
         ({"peer": {"num_expert": 4}}, "peer has no setting 'num_expert'; did you mean 'num_experts'?"),

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from peerlm import PEER, PeerConfig, PeerForCausalLM
+from peerlm.convert import convert
+from peerlm.convert.rows import convert_rows_of_folder
 from peerlm.convert.saved import load_saved
+from peerlm.errors import UserError
 from peerlm.layers import ExpertTable
 from peerlm.ops import api
 from peerlm.ops.cpu import native
@@ -111,3 +114,13 @@ def test_a_model_is_converted_saved_and_mapped(tmp_path: Path) -> None:
     assert torch.equal(load_saved(tmp_path / "back").state_dict()["model.layers.0.ffw.experts.rows"], table.read())
     assert run("convert-rows", source, output, "--row-format=int4") == 2
     assert run("convert-rows", source, tmp_path / "other", "--row-format=int5") == 2
+
+
+def test_a_converted_model_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = PeerForCausalLM(PeerConfig(**sizes, ffw_layers="dense"))
+    convert(model, mode="replace", num_experts=16, heads=1, experts_per_head=2, key_dim=8)
+    model.save_pretrained(tmp_path / "converted")
+    with pytest.raises(UserError, match=r"converted was converted .*: take a model of PEER layers that was trained"):
+        convert_rows_of_folder(tmp_path / "converted", tmp_path / "small", "int4")
+    assert not (tmp_path / "small").exists()

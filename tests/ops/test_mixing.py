@@ -104,6 +104,8 @@ def test_backend_errs_no_more_than_the_definition_in_plain_low_precision(
     backend: str, dtype: torch.dtype, size: tuple[int, int, int, int, bool], gated: bool
 ) -> None:
     tokens, per_token, dim, num_experts, one_expert = size
+    if backend == "triton":  # which is interpreted here, a token at a time
+        tokens = min(tokens, 19)
     inputs = mix_inputs(tokens, per_token, dim, num_experts, gated=gated, one_expert=one_expert)
     exact = values_and_gradients(inputs, "gelu", "reference")
     plain = values_and_gradients(inputs.to(dtype), "gelu", None)

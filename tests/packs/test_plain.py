@@ -160,6 +160,8 @@ def test_impossible_packs_are_refused() -> None:
         ({"keys": "crowded"}, "has no PEER layer whose sub-keys"),
         ({"settings": {"cleverness": 3}}, "none of PEER's"),
         ({"settings": {"experts_per_head": 5}}, "experts_per_head is 5, more than"),
+        ({"settings": {"row_format": "bfloat16"}}, "settings has row_format, which new_pack takes by itself"),
+        ({"settings": {"num_experts": 64}}, "settings has num_experts, which new_pack takes by itself: num_experts=64"),
     ):
         with pytest.raises(ValueError, match=message):
             new_pack(model, "law", 16, **options)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ def elsewhere(study: Any) -> Path:
         run = plan.runs[1]
         rows.append(
             {"key": run.key(plan.compare), "method": "another", "label": f"of {size}", "seed": seed, "sweep": {}}
-            | {"config": to_dict(run.train), "summary": {"validation_loss": float(size)}}
+            | {"config": to_dict(run.train), "summary": {"validation_loss": float(size)}, "evaluation": {"other": {}}}
         )
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "rows.jsonl"
@@ -51,3 +51,19 @@ def test_rows_are_those_of_the_recipe_afterwards(study: Any, elsewhere: Path, tm
 def test_rows_that_are_not_there_are_named(study: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are no rows at"):
         adopt(tmp_path / "none.jsonl", study.path, tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "limit", "adopted"),
+    [(["two"], 5, True), (["one"], 5, False), ([], 5, False), (["two"], None, False), (["two"], "older", True)],
+)
+def test_rows_that_were_evaluated_otherwise_belong_to_no_run(
+    study: Any, elsewhere: Path, tmp_path: Path, evaluation: list[str], limit: Any, adopted: bool
+) -> None:
+    settings = ['compare.evaluate=["some/two.txt"]', "compare.evaluate_limit=5"]
+    rows = [{**row, "evaluation": {name: {} for name in evaluation}} for row in read_rows(elsewhere)]
+    if limit != "older":  # rows of older versions do not say
+        rows = [{**row, "evaluate_limit": limit} for row in rows]
+    elsewhere.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = (2, ["of 24"]) if adopted else (0, ["of 16", "of 64", "of 24"])
+    assert adopt(elsewhere, study.path, tmp_path / "rows.jsonl", settings) == expected

@@ -38,20 +38,37 @@ def test_bytes_are_those_of_weights_and_moments(options: dict[str, Any], moments
     optimizer = RowAdamW(groups, lr=1e-3)
     weights, checkpoint = checkpoint_bytes(optimizer)
     assert weights == 4 * sum(parameter.numel() for parameter in peer.parameters())
-    assert checkpoint / weights == pytest.approx(1 + moments, rel=0.1)
+    assert checkpoint / weights == pytest.approx(1 + moments, rel=0.15)  # a row has two steps, too
     adamw = torch.optim.AdamW(peer.parameters())
     assert checkpoint_bytes(adamw) == (weights, 3 * weights)
 
 
-def test_a_checkpoint_takes_about_what_was_foreseen(configure: Configure, tmp_path: Path) -> None:
-    config = configure()
+ROWS = {"num_experts": 1024, "heads": 2, "experts_per_head": 2, "key_dim": 8}
+IN_PLACE = {"table_clip": float("inf"), "table_beta1": 0.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model": {"peer": {**ROWS, "row_format": "bfloat16"}}, "optim": {"table_beta1": 0.0}},
+        {
+            "model": {"peer": {**ROWS, "row_format": "int8"}},
+            "optim": IN_PLACE,
+            "data": {"micro_batch_size": None},
+        },
+    ],
+    ids=["float32", "bfloat16", "int8"],
+)
+def test_a_checkpoint_takes_about_what_was_foreseen(configure: Configure, changes: dict[str, Any]) -> None:
+    config = configure(**changes)
     train(config, progress=False)
     (newest, *_) = list_checkpoints(Path(config.run))[::-1]
     found = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
     ranks = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
     model = build_model(config, TokenShards(config.data.folder, "train"), ranks.device)
     _, foreseen = checkpoint_bytes(build_optimizer(model, config, ranks))
-    assert foreseen == pytest.approx(found, rel=0.3)
+    assert foreseen == pytest.approx(found, rel=0.3 if not changes else 0.1)
 
 
 def test_too_little_is_refused_and_little_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

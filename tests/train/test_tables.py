@@ -88,14 +88,30 @@ def test_moments_of_tables_are_those_of_the_recipe(configure: Configure) -> None
         ),
         (
             {"optim": {"tables": "exact"}, "model": {"peer": {**MANY["peer"], "row_format": "bfloat16"}}},
-            "optim.tables = 'exact': .*bfloat16.*",
+            "'bfloat16' cannot be combined with a first moment of tables, beta1 = 0.9: set optim.table_beta1 = 0.0, or",
         ),
         (
             {"optim": {"tables": "exact"}, "model": EIGHT_BITS},
             "'exact' cannot be combined with row_format = 'int8', whose rows have no gradient: set it to 'fused'",
         ),
         ({"model": EIGHT_BITS}, "optim.table_clip = 1.0: set it to inf"),
-        ({"optim": UNCLIPPED, "model": EIGHT_BITS, "data": WHOLE_BATCHES}, "int8.*betas with beta1 = 0"),
+        (
+            {"optim": UNCLIPPED, "model": EIGHT_BITS, "data": WHOLE_BATCHES},
+            "'int8' cannot be combined with a first moment of tables, beta1 = 0.9: set optim.table_beta1 = 0.0$",
+        ),
+        (
+            {
+                "optim": {**UNCLIPPED, "table_beta1": 0.0},
+                "model": EIGHT_BITS,
+                "data": WHOLE_BATCHES,
+                "grow": {"at": "33@50%", "freeze": ("rows",)},
+            },
+            "row_format = 'int8' cannot be combined with grow.freeze: the backward pass updates all rows",
+        ),
+        (
+            {"model": {"hidden_size": 32, "peer": {**MANY["peer"], "row_format": "int4"}}},
+            "row_format = 'int4' in .model.: rows in int4 are not trained: .*; train in float32, and convert the model",
+        ),
     ],
 )
 def test_what_does_not_go_together(configure: Configure, changes: dict[str, Any], message: str) -> None:
@@ -196,3 +212,13 @@ def test_muon_trains_matrices_whatever_trains_tables(
     assert groups["muon"]["momentum"] == 0.9
     assert groups["table"]["rows"] == (tables == "exact")
     assert "AdamW trains the output head and matrices of one row: 299x16" in caplog.text
+
+
+def test_small_steps_of_other_tables_in_bfloat16_are_not_lost(configure: Configure) -> None:
+    ngrams = {"num_rows": 32, "orders": [2], "hashes": 1}
+    model = {"ffw_layers": "hashed_ngrams+dense", "hashed_ngrams": ngrams}
+    assert isinstance(optimizer_of(configure(model=model)), torch.optim.AdamW)
+    ngrams["row_format"] = "bfloat16"
+    with pytest.raises(UserError, match="row_format = 'bfloat16' cannot be combined with a first moment of tables"):
+        optimizer_of(configure(model=model))
+    assert isinstance(optimizer_of(configure(model=model, optim={"tables": "lazy"})), RowAdamW)

@@ -14,7 +14,7 @@ from peerlm.errors import UserError
 from peerlm.evaluate.held_out import Windows
 from peerlm.evaluate.loading import load_model
 from peerlm.files import atomic_folder
-from peerlm.layers import PEER
+from peerlm.layers import PEER, Table
 from peerlm.layers.query_norm import QueryBatchNorm
 from peerlm.train.checkpoint import save_model
 from peerlm.usage import ExpertUsage
@@ -141,17 +141,20 @@ def peer_layers(model: nn.Module) -> dict[str, PEER]:
 def check_rows(model: nn.Module) -> None:
     """Raise UserError where experts are stored in a format that is not trained."""
     for name, layer in peer_layers(model).items():
-        if not layer.experts.can_be_trained:
+        if not layer.experts.has_gradients:
             raise UserError(
-                f"the experts of {name} are stored as {layer.experts.row_format}, which is not trained: take the model "
-                "as it was before, or --method pack"
+                f"the experts of {name} are stored as {layer.experts.row_format}, in which no method trains them: take "
+                "the model as it was before, or --method pack"
             )
 
 
 def freeze(model: nn.Module) -> None:
-    """Let no parameter of the model be trained."""
+    """Let no parameter of the model be trained, nor rows of 8 bits."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Table):
+            module.trained_in_place = False
 
 
 def train_with_fixed_statistics(model: nn.Module) -> None:

@@ -27,6 +27,8 @@ PACK = "pack"
 """Folder of the pack within that of a stage."""
 GATES = "gates.json"
 """How often the gates of a stage's pack open, in the folder of the stage."""
+_TOKENS_AT_ONCE = 1024
+"""Tokens in a batch of those that gates are fitted on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,11 @@ class PackPerStage(Method):
         step = max(1, len(stage.new) // windows)
         own = [stage.new[place] for place in range(0, len(stage.new), step)][:windows]
         other = [*stage.earlier.draw(0, windows * 3 // 2)]
-        own, other = ([each[None].to(model.device) for each in begun(text, stage.start)] for text in (own, other))
+        at_once = max(1, _TOKENS_AT_ONCE // len(stage.new[0]))
+        own, other = (
+            [batch.to(model.device) for batch in torch.stack(begun(text, stage.start)).split(at_once)]
+            for text in (own, other)
+        )
         autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=stage.bf16)
         with progress_bar(shown=stage.progress) as bar, autocast:
             task = bar.add_task("fitting the gates", total=len(own) + len(other))

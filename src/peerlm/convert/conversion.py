@@ -61,7 +61,8 @@ def convert(
             as {"input_ids": ...}; a few ten thousand tokens in all.
         fit: how the index is learned, keyword arguments of `fit_neurons`: steps, max_tokens, seed, report,
             learned.
-        settings: PEER's own, such as num_experts=128**2, the rest as PEER has it; of init="neurons" those of
+        settings: PEER's own, such as num_experts=128**2, the rest as PEER has it, which is 1024**2 experts for each
+            layer where nothing is said, 4 GB at width 512 in float32; of init="neurons" those of
             `NeuronLayer`, such as share=0.35, and pool=True for one table that all layers share.
 
     Raises:

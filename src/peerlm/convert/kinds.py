@@ -36,7 +36,7 @@ class Kind:
 def _random_peer(ffw: FFW, mode: str, settings: dict[str, Any]) -> PEER:
     """PEER whose output is zero beside a layer, or of the scale of the layer that it replaces."""
     peer = PEER(ffw.dim, **settings)
-    if not peer.experts.can_be_trained:
+    if not peer.experts.has_gradients:
         raise ValueError(
             f"row_format is {peer.experts.row_format!r}, whose rows are not trained; choose 'float32' or 'bfloat16'"
         )

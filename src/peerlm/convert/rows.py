@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from peerlm.convert.record import conversion_of
 from peerlm.convert.saved import load_saved, save_changed
 from peerlm.errors import UserError
 from peerlm.files import free_bytes
@@ -47,6 +48,11 @@ def convert_rows_of_folder(source: Path, output: Path, row_format: str) -> dict[
     layers = {path: module for path, module in model.named_modules() if isinstance(module, PEER)}
     if not layers or not isinstance(model.config, PeerConfig):
         raise UserError(f"{source} is no language model with PEER layers, whose configuration could name a row format")
+    if conversion_of(model) is not None:
+        raise UserError(
+            f"{source} was converted (`peerlm convert`), and its layers have settings of their own, which name no row "
+            "format: take a model of PEER layers that was trained as one"
+        )
     experts = {id(layer.experts) for layer in layers.values()}
     tables: dict[str, Any] = {path: module for path, module in model.named_modules() if id(module) in experts}
     try:

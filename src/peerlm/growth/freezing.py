@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peerlm.growth.indexed import find_indexed_layers
 from peerlm.ops.row_keeping import names_of
 from peerlm.optim.replace import holds
-from peerlm.optim.restrict import restrict_gradient
+from peerlm.optim.restrict import hold
 
 PARTS = ("rows", "keys", "query", "rest")
 
@@ -42,12 +42,8 @@ class Frozen:
                 self._undo.append(lambda parameter=parameter: parameter.requires_grad_(True))  # type: ignore[misc]
 
     def _hold(self, parameter: nn.Parameter, keep: Tensor, dim: int) -> None:
-        def restrict(parameter: Tensor) -> None:
-            restrict_gradient(parameter, keep, dim=dim)
-
         if parameter.requires_grad:
-            restrict(parameter)
-            self._undo.append(parameter.register_post_accumulate_grad_hook(restrict).remove)
+            self._undo.append(hold(parameter, keep, dim=dim))
 
 
 @torch.no_grad()
@@ -75,7 +71,7 @@ def freeze_grown(
     Raises:
         ValueError: a part that does not exist; experts that a device caches (`layers.mapped.cached`); the layers do not
             say what they had before and nor does `before`; the optimizer would move what has no gradient, by weight
-            decay or in the backward pass. Nothing is frozen then.
+            decay or in the backward pass; rows of 8 bits that are trained. Nothing is frozen then.
     """
     parts = tuple(what)
     for part in parts:
@@ -92,6 +88,11 @@ def freeze_grown(
                 f"before is {old}; give a square number up to the {layer.index.num_experts} of {layer.where()}"
             )
         if "rows" in parts:
+            if layer.table.trained_in_place:
+                raise ValueError(
+                    f"rows in {layer.table.row_format} are updated in the backward pass, frozen or not; take rows in "
+                    "float32 or bfloat16"
+                )
             keep = torch.arange(layer.table.num_rows, device=layer.table.device) >= old
             held |= {id(parameter): (parameter, keep[rows], 0) for parameter, rows in layer.table.parts()}
         if "keys" in parts:

@@ -1,7 +1,7 @@
 """Layers that grow: more experts for a trained model, whose output they leave as it is until they are opened."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ def grow(
     """
     layers = find_indexed_layers(model)
     check_not_shared(model, layers)
+    _check_one_size(model, layers)
     for layer in layers:
         _check_grows(layer, num_experts)
         check_new_sub_keys(layer, keys, usage, queries, noise)
@@ -123,6 +124,18 @@ def to_shells(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = Non
             layer.index.pairing = "shells"
     record_settings(model, pairing="shells")
     return model
+
+
+def _check_one_size(model: nn.Module, layers: Sequence[IndexedLayer]) -> None:
+    """Raise ValueError where layers of one kind had different numbers of experts, of which a configuration has one."""
+    of_kind: dict[type[nn.Module], IndexedLayer] = {}
+    for layer in layers:
+        other = of_kind.setdefault(type(layer.module), layer)
+        if getattr(model, "config", None) is not None and other.index.num_experts != layer.index.num_experts:
+            raise ValueError(
+                f"{other.where()} has {other.index.num_experts} experts and {layer.where()} "
+                f"{layer.index.num_experts}; a saved model says one number for all that grow: it cannot grow"
+            )
 
 
 def _check_grows(layer: IndexedLayer, num_experts: int) -> None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from peerlm.layers.checks import flatten_tokens
 from peerlm.layers.shared_statistics import SharesStatistics
@@ -114,10 +114,29 @@ class BalancedRouter(SharesStatistics):
 _routers: WeakSet[BalancedRouter] = WeakSet()
 
 
+_outermost: ref[Optimizer] | None = None
+"""The optimizer that steps now, not one within it: ZeroRedundancyOptimizer steps another one, which has the weights of
+its own rank alone."""
+
+
+def _note_outermost(optimizer: Optimizer, _args: object, _settings: object) -> None:
+    global _outermost
+    outer = None if _outermost is None else _outermost()
+    # One whose step has failed is still noted here.
+    if _routers and (outer is None or not _weights(optimizer) <= _weights(outer)):
+        _outermost = ref(optimizer)
+
+
+def _weights(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
 def _update_biases(optimizer: Optimizer, _args: object, _settings: object) -> None:
     """After a step of any optimizer: routers whose weights it has, in the order of these, which ranks share."""
-    if not _routers:
+    global _outermost
+    if not _routers or (_outermost is not None and _outermost() not in (None, optimizer)):
         return
+    _outermost = None
     router_of = {id(router.score.weight): router for router in list(_routers)}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -125,4 +144,5 @@ def _update_biases(optimizer: Optimizer, _args: object, _settings: object) -> No
                 router_of[id(parameter)].update_bias()
 
 
+register_optimizer_step_pre_hook(_note_outermost)
 register_optimizer_step_post_hook(_update_biases)

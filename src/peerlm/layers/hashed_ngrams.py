@@ -86,7 +86,7 @@ class HashedNgrams(nn.Module):
         row_dim: width of a row; dim / hashes rounded down if None, so that all rows of an order are as wide as x.
         seed: of the hashes. Layers of one model may have the same.
         backend: a name in `peerlm.ops.api.BACKENDS`.
-        row_format: as in `Table`.
+        row_format: "float32" or "bfloat16".
 
     Attributes:
         index: `NgramIndex`.
@@ -115,6 +115,8 @@ class HashedNgrams(nn.Module):
             raise ValueError(f"orders is {orders!r}; name each order once")
         if num_rows < len(orders) * hashes:
             raise ValueError(f"num_rows is {num_rows}; each of {len(orders)} * {hashes} hashes needs one at least")
+        if row_format not in ("float32", "bfloat16"):
+            raise ValueError(f"row_format is {row_format!r}; hashed n-grams have rows in 'float32' or 'bfloat16'")
         self.dim = dim
         self.reads_tokens = max(orders)
         self.index = NgramIndex(num_rows, orders=orders, hashes=hashes, seed=seed)

@@ -24,7 +24,8 @@ class PEER(RetrievalLayer):
 
     Small models learn more from one head of small keys: heads=1, key_dim=32, shared_keys=False, key_norm=True,
     activation="one_plus", weight_scale=256. With these, 16 experts of 512**2 read a quarter of the bytes of 64 of
-    256**2 for about the same loss, and 32 of 512**2 have the lowest loss. docs/frontier.md says which setting for which
+    256**2 for about the same loss, and 32 of 512**2 have a lower one. Tables and keys then take a quarter of the
+    learning rate. docs/frontier.md says which setting for which
     purpose, and when not to use this layer; recipes have these settings as `preset = "few-experts"` and "tuned".
 
     With a `row_dim` below `dim` experts are narrower than the model: u and v have row_dim entries, and y = W_out sum of
@@ -35,8 +36,8 @@ class PEER(RetrievalLayer):
         dim: width of input and output.
         num_experts: N, a square number.
         heads: independent queries per token.
-        experts_per_head: k, experts that each query retrieves; heads * experts_per_head neurons are active
-            per token.
+        experts_per_head: k, experts that each query retrieves, at most sqrt(num_experts); heads * experts_per_head
+            neurons are active per token.
         key_dim: size of a query, even.
         shared_keys: one set of sub-keys for all heads (the paper's text), or one per head (Lample 2019).
         query_norm: "batch", "layer" or "none".
@@ -48,7 +49,7 @@ class PEER(RetrievalLayer):
         dropout: share of retrieved experts dropped per token in training; the others' weights are scaled up.
         backend: a name in `peerlm.ops.api.BACKENDS`.
         row_format: how experts are stored: "float32", "bfloat16", or "int8" or "float8_e4m3fn", which are
-            trained by `experts.train_in_place()` alone.
+            trained by `experts.train_in_place()` alone, or "int4", which is not trained.
         weight_scale: what weights are multiplied by; 1 is the paper's. Vectors v start smaller by as much, so that
             the output scale at the start is the same; steps of AdamW, whose size is the learning rate, then change
             the output more.
@@ -139,13 +140,20 @@ class PEER(RetrievalLayer):
         return output_std(self.product_keys.initial_weight_power(), activation) / self.weight_scale
 
     def retrieve(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights (float32 at least) and expert ids (int64) of x without packs, (..., heads, experts_per_head)."""
+        """Weights (float32 at least) and expert ids (int64) of x without packs, (..., heads, experts_per_head).
+
+        x, mask, errors: as of `forward`.
+        """
         return self.product_keys(x, mask)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map x (..., dim) to (..., dim); the bool `mask` (...) is True at real tokens and False at padding.
 
         Padding is mapped as well, but does not enter the statistics of a query BatchNorm.
+
+        Raises:
+            TypeError: x is not floating point.
+            ValueError: its last dimension is not dim, or the mask has not its other ones.
         """
         if (y := in_one_call(self, x, mask)) is not None:
             return y

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peerlm.layers.row_memory import blocks, chosen_rows, empty_rows, longer_rows
 from peerlm.ops import api
 from peerlm.ops.row_formats import (
+    EIGHT_BIT_DTYPES,
     GROUP,
     INT4,
     SCALED_DTYPES,
@@ -172,8 +173,8 @@ class Table(nn.Module):
         return self.parts()[0][0].device
 
     @property
-    def can_be_trained(self) -> bool:
-        """Whether rows have a format that gradients can change."""
+    def has_gradients(self) -> bool:
+        """Whether rows have a format that can have a gradient; of others those of 8 bits are trained in place."""
         return self.dtype not in SCALED_DTYPES
 
     @property
@@ -184,14 +185,15 @@ class Table(nn.Module):
     def train_in_place(self, trained: bool = True) -> None:
         """Let rows of 8 bits be trained, or no longer: by `optim.RowAdamW(fused=True)`, to be made afterwards.
 
-        They have no gradient: the optimizer changes them, and their scales, in the backward pass.
+        They have no gradient: the optimizer changes them, and their scales, in the backward pass. So
+        `model.requires_grad_(False)` does not reach them, and this does.
 
         Raises:
-            ValueError: rows of another format, which `requires_grad_` is for.
+            ValueError: rows of another format are to be trained, which `requires_grad_` is for; none is for int4.
         """
-        if self.dtype == INT4:
+        if trained and self.dtype == INT4:
             raise ValueError("rows in int4 are not trained: convert them to another format")
-        if self.scales is None:
+        if trained and self.scales is None:
             raise ValueError(f"rows in {self.row_format} have gradients: use requires_grad_({trained})")
         self.trained_in_place = trained
 
@@ -409,8 +411,9 @@ class Table(nn.Module):
             if scales is not None:
                 assert own_scales is not None
                 scales[part] = own_scales
-        self._keep(rows)
+        self._keep(rows, trained=self.requires_grad or not self.has_gradients)
         self.scales = scales
+        self.trained_in_place &= dtype in EIGHT_BIT_DTYPES
 
     @torch.no_grad()
     def rows_in(self, row_format: str) -> Iterator[tuple[slice, Tensor, Tensor | None]]:

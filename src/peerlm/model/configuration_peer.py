@@ -89,7 +89,8 @@ class PeerConfig(PreTrainedConfig):
         balance_loss_coefficient: weight of the load-balancing loss that token-choice layers add in training.
         ffw_init_scale: output scale of feed-forward layers at the start, relative to the rule of `layers.output_scale`
             over sqrt(2 * num_hidden_layers): one number, a list with one for each block, or a dict with one for each
-            kind. The default is the best of recipes/tune.toml, for every kind of layer. Of n layers beside each other
+            kind. The default is the best of recipes/tune.toml, for every kind of layer; with the settings of the preset
+            "tuned" PEER has 1. Of n layers beside each other
             each starts at 1 / sqrt(n) of its number, so that their sum has the scale of one.
         ffw_output_gate: None, or what the output of each feed-forward layer has factors for, which are learned and 1 at
             the start: "token" or "feature" (`OutputGate`).
@@ -97,12 +98,18 @@ class PeerConfig(PreTrainedConfig):
         kv_shift: whether attention mixes each key and value with that of the token before, by learned weights of each
             head (`KeyValueShift`).
         kv_shift_init: where these start. "none": no mix. "spread": keys from a token's own in the first head to that
-            of the token before in the last, so that a model copies from its context earlier, and learns less of what
-            follows what (docs/results.md).
+            of the token before in the last, so that a model copies from its context earlier; PEER then learns less of
+            what is not copied (docs/frontier.md).
         attention_sink: whether each head of attention has a learned logit to which no value belongs, 0 at the start, so
             that it can attend to nothing (as in gpt-oss).
         rms_norm_eps, rope_parameters, attention_bias, attention_dropout, tie_word_embeddings, use_cache: as
             in LlamaConfig.
+
+    With peer=None the middle block has `PEER`'s own 1,048,576 experts: 2.1 GB at the default width of 256 in float32.
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassError: a setting is impossible, or has a value of another type; its cause
+            has the setting, its value, and the fix.
     """
 
     model_type = MODEL_TYPE
@@ -198,6 +205,14 @@ class PeerConfig(PreTrainedConfig):
             raise ValueError(
                 f"share_tables is true, but no two blocks of ffw_layers have the same of {', '.join(with_tables)}; "
                 "name such a kind twice, or leave share_tables out"
+            )
+        beside_dense = any(
+            len(parts := parts_of(kind)) > 1 and {"dense", "swiglu"} & {*parts} for kind in self.ffw_layers
+        )
+        if self.parallel_intermediate_size is not None and not beside_dense:
+            raise ValueError(
+                f"parallel_intermediate_size is {self.parallel_intermediate_size}, but no block of ffw_layers has a "
+                'dense layer beside another, such as "peer+dense": name one, or leave it out'
             )
         if self.ffw_output_gate not in (None, *GATES):
             raise ValueError(f"ffw_output_gate is {self.ffw_output_gate!r}; choose one of {', '.join(GATES)}, or None")

@@ -13,6 +13,7 @@ from peerlm.ops.row_formats import EIGHT_BIT_DTYPES
 from peerlm.ops.row_shards import shard_of
 from peerlm.optim import muon
 from peerlm.optim.catch_up import check_betas
+from peerlm.optim.restrict import is_held
 from peerlm.optim.table_state import second_moments
 
 
@@ -51,6 +52,10 @@ def check_group(group: dict[str, Any], *, wait: bool = True) -> None:
         if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16, *EIGHT_BIT_DTYPES):
             taken = "float32, float64, bfloat16, int8 or float8_e4m3fn"
             raise ValueError(f"a table has dtype {parameter.dtype}: tables are {taken}")
+        if group["fused"] and is_held(parameter):
+            raise ValueError(
+                "fused=True updates rows in the backward pass, frozen (freeze_grown) or not: use fused=False"
+            )
         shard = shard_of(parameter)
         if group["fused"] and shard is not None and shard.copies > 1:
             raise ValueError(

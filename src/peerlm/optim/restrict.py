@@ -1,10 +1,40 @@
 """Gradients of chosen entries alone: between the backward pass and the optimizer's step."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from peerlm.ops.padded_rows import pad, padded_ids
 from peerlm.optim.sparse_gradients import sum_rows
+
+_HELD = "_peerlm_held"
+"""Attribute of a parameter: how many `hold` it now."""
+
+
+def hold(parameter: Tensor, keep: Tensor, *, dim: int = 0) -> Callable[[], None]:
+    """Restrict the gradient of `parameter` after each backward pass (`restrict_gradient`), until the result is called.
+
+    An optimizer that updates rows within the backward pass gets no gradient that could be restricted: it asks
+    `is_held`.
+    """
+
+    def restrict(parameter: Tensor) -> None:
+        restrict_gradient(parameter, keep, dim=dim)
+
+    def release() -> None:
+        hook.remove()
+        setattr(parameter, _HELD, getattr(parameter, _HELD) - 1)
+
+    restrict(parameter)
+    hook = parameter.register_post_accumulate_grad_hook(restrict)
+    setattr(parameter, _HELD, getattr(parameter, _HELD, 0) + 1)
+    return release
+
+
+def is_held(parameter: Tensor) -> bool:
+    """Whether `hold` restricts the gradient of this parameter now."""
+    return bool(getattr(parameter, _HELD, 0))
 
 
 @torch.no_grad()

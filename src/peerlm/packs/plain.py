@@ -42,6 +42,9 @@ def make(
         ValueError: the model has no feed-forward layers, or none of these names; a setting is impossible.
     """
     made: Made = {}
+    for key in ("num_experts", "row_format"):
+        if key in settings:
+            raise ValueError(f"settings has {key}, which new_pack takes by itself: {key}={settings[key]!r}")
     chosen = {**DEFAULTS, "experts_per_head": min(DEFAULTS["experts_per_head"], math.isqrt(num_experts)), **settings}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))

@@ -20,7 +20,7 @@ from peerlm.data.output import say_old_split
 from peerlm.data.request import difference, sources_said
 from peerlm.data.sources import fingerprint, resolve
 from peerlm.errors import UserError
-from peerlm.layers import ExpertTable, Table
+from peerlm.layers import Table
 from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.ops import api
 from peerlm.optim import RowAdamW, parameter_groups
@@ -210,6 +210,7 @@ def build_model(
     elif config.gradient_checkpointing:
         # transformers renamed it after 5.20, the last release for Python 3.10
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    train_scaled_rows(model)
     cache_on(model, config, device)
     nn.Module.to(model, device)
     return model
@@ -232,15 +233,29 @@ def _spread(make: Callable[[], PeerForCausalLM], config: TrainConfig) -> PeerFor
         raise UserError(f"tables cannot be sharded as [parallel] says: {error}") from error
 
 
+def train_scaled_rows(model: nn.Module) -> None:
+    """Let a new model's rows of 8 bits be trained, which have no gradient that a parameter could ask for.
+
+    Raises UserError where rows are of a format that is not trained at all.
+    """
+    for module in model.modules():
+        if isinstance(module, Table) and not module.has_gradients:
+            try:
+                module.train_in_place()
+            except ValueError as error:
+                raise UserError(
+                    f"row_format = {module.row_format!r} in [model]: {error}; train in float32, and convert the model "
+                    "with `peerlm convert-rows`"
+                ) from error
+
+
 def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torch.optim.Optimizer:
     """AdamW over the groups of `parameter_groups`; set_learning_rates sets the rates before each step.
 
     Raises UserError where `optim.tables` asks for what this run cannot have.
     """
     optim = config.optim
-    scaled = [module for module in model.modules() if isinstance(module, Table) and not module.can_be_trained]
-    for table in scaled:
-        table.train_in_place()
+    scaled = [module for module in model.modules() if isinstance(module, Table) and module.trained_in_place]
     groups = parameter_groups(
         model,
         weight_decay=optim.weight_decay,
@@ -258,12 +273,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
     tables: str = optim.tables
     obstacle = _obstacle_to_rows(config, ranks)
     needs_rows = _need_of_rows(model, config)
-    if tables == "fused" and config.grow.freeze:
-        raise UserError(
-            "optim.tables = 'fused' cannot be combined with grow.freeze: its backward pass updates all rows"
-        )
     if scaled:
         tables = _tables_in_place(tables, scaled[0].row_format)
+    if tables == "fused" and config.grow.freeze:
+        what = f"row_format = {scaled[0].row_format!r}" if scaled else "optim.tables = 'fused'"
+        raise UserError(f"{what} cannot be combined with grow.freeze: the backward pass updates all rows")
     if tables == "auto" and config.parallel.sharded:
         tables = "exact"
     elif tables == "auto":
@@ -285,12 +299,26 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
             obstacle = f"optim.table_clip = {optim.table_clip}: set it to inf"
         elif micro_batch_size < config.data.batch_size:
             obstacle = f"data.micro_batch_size = {micro_batch_size}: leave it out"
+    if not obstacle and tables != "lazy" and (narrow := _narrow_rows(model)):
+        beta1 = optim.beta1 if optim.table_beta1 is None else optim.table_beta1
+        if beta1:
+            other = ", or optim.tables = 'lazy'" if narrow == "bfloat16" else ""
+            raise UserError(
+                f"row_format = {narrow!r} cannot be combined with a first moment of tables, beta1 = {beta1}: set "
+                f"optim.table_beta1 = 0.0{other}"
+            )
     if obstacle:
         raise UserError(f"optim.tables = {tables!r} cannot be combined with {obstacle}, or choose another value")
     try:
         return RowAdamW(groups, **options, lazy=tables == "lazy", fused=tables == "fused")
     except ValueError as error:
         raise UserError(f"optim.tables = {tables!r}: {error}") from error
+
+
+def _narrow_rows(model: nn.Module) -> str | None:
+    """The format of rows with fewer than 32 bits that are trained."""
+    formats = (module.row_format for module in model.modules() if isinstance(module, Table) and module.requires_grad)
+    return next((each for each in formats if each not in ("float32", "float64")), None)
 
 
 def _tables_in_place(tables: str, row_format: str) -> str:
@@ -336,7 +364,7 @@ def _need_of_rows(model: nn.Module, run: TrainConfig) -> str:
         return "optim.table_row_wise = true"
     if config.table_moment_columns:
         return f"optim.table_moment_columns = {config.table_moment_columns}"
-    if any(isinstance(module, ExpertTable) and module.row_format == "bfloat16" for module in model.modules()):
+    if any(isinstance(module, Table) and module.row_format == "bfloat16" for module in model.modules()):
         return "row_format = 'bfloat16', whose small steps would be lost by rounding"
     return ""
 

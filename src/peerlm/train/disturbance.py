@@ -5,8 +5,15 @@ import time
 from pathlib import Path
 
 STAT = Path("/proc/stat")
+BUSY = 0.1
+"""Cores that other programs may use on average before what was measured meanwhile counts as disturbed."""
 _BUSY_FIELDS = (0, 1, 2, 5, 6, 7)
 """Of a processor's line in STAT: user, nice, system, irq, softirq, steal; not idle and waiting for a disk."""
+
+
+def disturbed(other_cores: float | None) -> bool | None:
+    """Whether other programs used the machine, by the cores that they used on average; None where nobody counted."""
+    return None if other_cores is None else other_cores > BUSY
 
 
 class OtherPrograms:

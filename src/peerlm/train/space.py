@@ -1,6 +1,5 @@
 """Whether the disk has room for what a run will save, known before its first step."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from peerlm.errors import UserError
 from peerlm.files import free_bytes
 from peerlm.ops.row_keeping import keeper_of, rows_of_table
 from peerlm.ops.row_shards import shard_of
+from peerlm.ops.row_updates import scales_of
 from peerlm.optim import RowAdamW
 from peerlm.optim.muon import GROUP
-from peerlm.optim.table_state import second_moments
+from peerlm.optim.table_state import new_state
 
 
 def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
@@ -29,17 +29,19 @@ def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
             if keeper_of(parameter) is None:  # of rows in files a checkpoint names a state
                 shard = shard_of(parameter)
                 parts = 1 if shard is None or shard.group is None else dist.get_world_size(shard.group)
-                weights += parts * parameter.numel() * parameter.element_size()
+                scales = scales_of(parameter)
+                weights += parts * (parameter.nbytes + (0 if scales is None else scales.nbytes))
                 moments += parts * _moments_bytes(optimizer, group, parameter)
     return weights, weights + moments
 
 
 def _moments_bytes(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> int:
     by_rows = isinstance(optimizer, RowAdamW)
+    if by_rows and group["rows"]:
+        state = new_state(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), group)
+        return sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
     one = by_rows and (group["betas"][0] == 0 or group.get("name") == GROUP)
-    row_wise = by_rows and group.get("row_wise") and group.get("rows")
-    size = parameter.nbytes
-    return int((not one) * size + (math.prod(second_moments(parameter, row_wise)) * 4 if row_wise else size))
+    return (2 - one) * parameter.nbytes
 
 
 def check_space(

@@ -10,6 +10,13 @@ from peerlm.optim.sparse_gradients import shorten
 from peerlm.parallel import unsynchronised
 
 
+def autocast(precision: str, device_type: str) -> AbstractContextManager[None]:
+    """The context of forward passes, by a recipe's precision."""
+    if precision == "bf16":
+        return torch.autocast(device_type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
 def accumulate_gradients(
     model: nn.Module,
     input_ids_BT: Tensor,

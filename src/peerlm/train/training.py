@@ -28,6 +28,7 @@ from peerlm.train.measures import Measures
 from peerlm.train.runlog import Display, RunLog
 from peerlm.train.saving import Saver
 from peerlm.train.space import check_space
+from peerlm.train.step import autocast
 
 
 @dataclass(kw_only=True)
@@ -91,9 +92,7 @@ class Training:
 
     def autocast(self) -> AbstractContextManager[None]:
         """The context of forward passes, by the configured precision."""
-        if self.config.precision == "bf16":
-            return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        return autocast(self.config.precision, self.ranks.device.type)
 
     def check_space(self, *, progress: bool) -> None:
         """Raise UserError, or say, where the disk has no room for the checkpoints to come; see `peerlm.train.space`."""

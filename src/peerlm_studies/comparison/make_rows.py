@@ -146,6 +146,7 @@ def _make_row(
         "config": to_dict(run.train),
         "summary": summary,
         "evaluation": evaluation,
+        "evaluate_limit": compare.evaluate_limit,
         "curve": [
             {name: row[name] for name in (*CURVE, "copying") if name in row}
             for row in read_rows(folder / "log.jsonl")

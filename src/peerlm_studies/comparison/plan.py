@@ -110,18 +110,28 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> ComparePlan:
     the comparison.
 
     Raises:
-        UserError: as `peerlm.train.load_recipe`, or the recipe names no method.
+        UserError: as `peerlm.train.load_recipe`, or the recipe names no method, or two whose rows would be one.
     """
     recipe = read_comparison(path, overrides)
-    return ComparePlan(
-        output=recipe.output,
-        compare=recipe.compare,
-        runs=[
-            recipe.run(name, seed=seed, sweep=point)
-            for seed, name in itertools.product(recipe.compare.seeds, recipe.methods)
-            for point in recipe.compare.points(name)
-        ],
-    )
+    runs = [
+        recipe.run(name, seed=seed, sweep=point)
+        for seed, name in itertools.product(recipe.compare.seeds, recipe.methods)
+        for point in recipe.compare.points(name)
+    ]
+    check_told_apart(runs, recipe.compare)
+    return ComparePlan(output=recipe.output, compare=recipe.compare, runs=runs)
+
+
+def check_told_apart(runs: Sequence[PlannedRun], compare: CompareConfig) -> None:
+    """Raise UserError where two runs differ in nothing that weights or figures depend on, so that one row is both's."""
+    labels: dict[str, str] = {}
+    for run in runs:
+        label = f"{run.label}, seed {run.seed}"
+        if (other := labels.setdefault(run.key(compare), label)) != label:
+            raise UserError(
+                f"{other!r} and {label!r} are one run: they differ in nothing that the weights depend on (where tables "
+                "are, graphs and processes are nothing of the kind); leave one out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +157,16 @@ class ComparisonRecipe:
             changes: keys and values; `sweep` if None.
 
         Raises:
-            UserError: the run's configuration is none.
+            UserError: the run's configuration is none, or names a seed itself.
         """
         merged = copy.deepcopy(merge(self.shared, with_preset(self.methods[method], f"methods.{method}.")))
         for key, value in (sweep if changes is None else changes).items():
             set_key(merged, key, value)
+        if "seed" in merged:
+            raise UserError(
+                f"the recipe has seed = {merged['seed']!r}, and seeds of a study are compare.seeds: leave seed out, or "
+                f"set compare.seeds = [{merged['seed']!r}]"
+            )
         merged["seed"] = seed
         run = PlannedRun(
             method=method, seed=seed, sweep=dict(sweep), train=from_dict(TrainConfig, merged | {"run": "-"})

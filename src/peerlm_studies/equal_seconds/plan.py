@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peerlm.errors import UserError, listed
-from peerlm.train.config import TrainConfig
-from peerlm.train.recipe import bound_values, from_dict, read_recipe
+from peerlm.train.config import ParallelConfig, TablesConfig, TrainConfig
+from peerlm.train.recipe import bound_values, from_dict, plain_values, read_recipe
 from peerlm_studies.comparison.plan import CompareConfig, PlannedRun, StudyPlan, comparison_of, take_section
 
 
@@ -64,15 +64,30 @@ class SecondsPlan(StudyPlan):
         return self.recipe.run(method, seed=self.compare.seeds[0], sweep={}, changes={"budget.steps": steps}).train
 
     def speed_key(self, method: str, threads: int) -> str:
-        """Digest of all that a method's speed depends on but the machine."""
+        """Digest of all that a method's speed depends on but the machine; see `speed_key`."""
         return speed_key(self.timed(method), threads, self.seconds)
 
     def speeds(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-        """By method, the row of speeds that is its own; methods without one are left out."""
+        """By method, the row of speeds that is its own; methods without one are left out.
+
+        Of rows of several numbers of threads those of one count that all these methods have, the largest.
+
+        Raises:
+            UserError: no number of threads has the speeds of all methods that have one.
+        """
         by_key = {row["key"]: row for row in rows}
-        threads = {row["threads"] for row in by_key.values()}
-        keys = [(method, self.speed_key(method, count)) for method in self.recipe.methods for count in threads]
-        return {method: by_key[key] for method, key in keys if key in by_key}
+        found: dict[int, dict[str, Mapping[str, Any]]] = {}
+        for threads in sorted({row["threads"] for row in by_key.values()}):
+            keys = {method: self.speed_key(method, threads) for method in self.recipe.methods}
+            if own := {method: by_key[key] for method, key in keys.items() if key in by_key}:
+                found[threads] = own
+        measured = {method for own in found.values() for method in own}
+        for threads in reversed(found):
+            if found[threads].keys() == measured:
+                return found[threads]
+        if found:
+            raise UserError(f"speeds were measured with {[*found]} threads: keep the rows of one number")
+        return {}
 
     def runs(self, seconds_per_step: Mapping[str, float]) -> list[TimedRun]:
         """The runs at these speeds, those of few seconds first; seeds within. Methods without a speed have none.
@@ -95,8 +110,14 @@ class SecondsPlan(StudyPlan):
                     planned = self.recipe.run(
                         method, seed=seed, sweep={"seconds": f"{point:g}"}, changes={"budget.steps": steps}
                     )
-                    runs.append(TimedRun(method=method, seconds=point, planned=planned))
+                    # A speed that is measured again makes another run, which has a folder of its own.
+                    train = replace(planned.train, run=f"{planned.train.run}-steps={steps}")
+                    runs.append(TimedRun(method=method, seconds=point, planned=replace(planned, train=train)))
         return runs
+
+
+_DEFAULTS: dict[str, Any] = {"tables": TablesConfig(), "parallel": ParallelConfig(), "graph": "auto"}
+"""Settings that a step's time depends on, though no weight does, where they are as in old rows."""
 
 
 def speed_key(timed: TrainConfig, threads: int, seconds: SecondsConfig) -> str:
@@ -106,6 +127,8 @@ def speed_key(timed: TrainConfig, threads: int, seconds: SecondsConfig) -> str:
     """
     values = {**bound_values(timed), "threads": threads, "rounds": seconds.rounds}
     values.pop("model.kv_shift_init", None)
+    own, plain = plain_values(timed), plain_values(replace(timed, **_DEFAULTS))
+    values |= {name: own.get(name) for name in _DEFAULTS if own.get(name) != plain.get(name)}
     if seconds.passes > 1:  # rows of a single pass keep their keys
         values["passes"] = seconds.passes
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -115,7 +138,7 @@ def load_seconds(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) 
     """Read a recipe of equal seconds: a comparison's (see `load_plan`) with [seconds] in the place of [budget].
 
     Raises:
-        UserError: as `load_plan`, or [seconds] is wrong or not there, or the recipe has what it replaces.
+        UserError: as `load_plan`, or [seconds] is wrong or not there, or the recipe has what it replaces, or grows.
     """
     values = read_recipe(path, overrides)
     seconds = take_section(values, "seconds")
@@ -130,7 +153,13 @@ def load_seconds(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) 
     for method in study.only:
         if method not in recipe.methods:
             raise UserError(f"seconds.only names {method!r}: choose from {listed(recipe.methods)}")
-    return SecondsPlan(seconds=study, recipe=replace(recipe, shared=recipe.shared | {"budget": {}}))
+    plan = SecondsPlan(seconds=study, recipe=replace(recipe, shared=recipe.shared | {"budget": {}}))
+    for method in recipe.methods:
+        if at := plan.timed(method).grow.at:
+            raise UserError(
+                f"{method} has grow.at = {at!r}, and its speed, which is measured once, changes: leave it out"
+            )
+    return plan
 
 
 def runs_at_speeds(

@@ -1,6 +1,5 @@
 """Losses at equal seconds: speeds are measured once, then runs are made of as many steps as fit."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,22 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 
-from peerlm.evaluate.likelihood import exp
 from peerlm.files import write_bytes, write_json
 from peerlm.terminal import print_markdown
 from peerlm.train.build import prepare_data
+from peerlm.train.disturbance import disturbed
 from peerlm.train.recipe import to_dict
 from peerlm_studies.comparison.make_rows import make_rows
-from peerlm_studies.equal_seconds.plan import SecondsPlan, TimedRun, load_seconds
+from peerlm_studies.equal_seconds.plan import SecondsPlan, load_seconds
+from peerlm_studies.equal_seconds.plot import plot_seconds
 from peerlm_studies.equal_seconds.speed import measure_speed
-from peerlm_studies.figures import add_legend, finish, line_style, name_ticks, save_plot
-from peerlm_studies.frontier.tables import BUSY
-from peerlm_studies.intervals import plus_minus
-from peerlm_studies.isoflop.fit import pooled_spread
-from peerlm_studies.markdown import markdown_rows
+from peerlm_studies.equal_seconds.tables import seconds_markdown, seconds_table
+from peerlm_studies.figures import save_plot
 from peerlm_studies.rows import append_row, read_rows
 from peerlm_studies.shards import read_study
 
@@ -116,117 +112,9 @@ def median_pass(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _said(speed: Mapping[str, Any]) -> str:
     text = f"{speed['method']}: {1e3 * speed['seconds_per_step']:.1f} ms a step"
-    if busy(speed):
+    if disturbed(speed["other_cores"]):
         text += (
             f"; other programs used {speed['other_cores']:.1f} cores meanwhile: for seconds that compare, delete the "
             f"row from {SPEEDS_FILE} and measure again on a quiet machine"
         )
     return text
-
-
-def busy(speed: Mapping[str, Any]) -> bool | None:
-    """Whether other programs used the machine while a speed was measured; None where that is not known."""
-    return None if speed["other_cores"] is None else speed["other_cores"] > BUSY
-
-
-def seconds_table(
-    plan: SecondsPlan, runs: Sequence[TimedRun], rows: Sequence[Mapping[str, Any]], speeds: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """One row per point and method whose runs were made, over its seeds.
-
-    Each has seconds, method, seeds, loss, half_width (of its 95% interval, from the spread of all methods at the
-    point), perplexity, steps, tokens, seconds_per_step, threads, other_cores and `disturbed`, all three of the speed.
-    `poor_loss` is that of the half of the windows in which fewest targets repeat; None where a run did not measure it.
-    """
-    by_key = {row["key"]: row for row in rows}
-    groups: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
-    for run in runs:
-        row = by_key.get(run.planned.key(plan.compare))
-        if row is not None:
-            groups.setdefault((run.seconds, run.method), []).append(row)
-    losses = {place: [row["summary"]["validation_loss"] for row in own] for place, own in groups.items()}
-    spreads = {point: pooled_spread(own for (other, _), own in losses.items() if other == point) for point, _ in groups}
-    return [
-        {
-            "seconds": point,
-            "method": method,
-            "seeds": [row["seed"] for row in own],
-            "loss": (loss := statistics.fmean(losses[point, method])),
-            "half_width": spreads[point].half_width(len(own)),
-            "perplexity": exp(loss),
-            "poor_loss": _poor_loss(own),
-            "steps": own[0]["summary"]["steps"],
-            "tokens": own[0]["summary"]["tokens"],
-            **{name: speeds[method][name] for name in ("seconds_per_step", "threads", "other_cores")},
-            "device": speeds[method]["machine"].get("accelerator", "cpu"),
-            "disturbed": busy(speeds[method]),
-        }
-        for (point, method), own in groups.items()
-    ]
-
-
-def _poor_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    losses = [row["summary"].get("copying", {}).get("poor") for row in rows]
-    return None if None in losses else statistics.fmean(losses)
-
-
-def seconds_markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """Perplexity by method and point, with its interval where there are several seeds; an asterisk at the lowest.
-
-    Where runs measured copying, a second table has that of the windows in which fewest targets repeat.
-    """
-    methods = list(dict.fromkeys(row["method"] for row in table))
-    columns = {"method": methods, **_perplexities(table, "loss")}
-    speeds = {row["method"]: row for row in table}
-    columns["ms a step"] = [f"{1e3 * speeds[method]['seconds_per_step']:,.1f}" for method in methods]
-    threads = sorted({f"{row['device']}, {row['threads']} threads" for row in table})
-    notes = [
-        f"Held-out perplexity after so many seconds of training steps, at speeds on {'; '.join(threads)}. "
-        "An asterisk: the lowest of all."
-    ]
-    if disturbed := [method for method in methods if speeds[method]["disturbed"]]:
-        notes.append(f"Other programs used the machine while speeds were measured of: {', '.join(disturbed)}.")
-    if unknown := [method for method in methods if speeds[method]["disturbed"] is None]:
-        notes.append(f"Whether they did is not known of: {', '.join(unknown)}.")
-    text = f"{markdown_rows(columns)}\n{' '.join(notes)}\n"
-    if any(row["poor_loss"] is not None for row in table):
-        poor = markdown_rows({"method": methods, **_perplexities(table, "poor_loss")})
-        text += f"\nThe same in the half of the windows in which fewest targets repeat:\n\n{poor}"
-    return text
-
-
-def _perplexities(table: Sequence[Mapping[str, Any]], name: str) -> dict[str, list[str]]:
-    """Columns by point, a cell per method."""
-    columns: dict[str, list[str]] = {}
-    for point in dict.fromkeys(row["seconds"] for row in table):
-        own = {row["method"]: row for row in table if row["seconds"] == point and row[name] is not None}
-        best = min((row[name] for row in own.values()), default=math.nan)
-        cells = []
-        for method in dict.fromkeys(row["method"] for row in table):
-            if method not in own:
-                cells.append("")
-                continue
-            row, perplexity = own[method], exp(own[method][name])
-            half = row["half_width"] if name == "loss" else None  # which is of the whole loss
-            text = plus_minus(perplexity, None if half is None else perplexity * half, "{:,.1f}")
-            cells.append(f"{text}*" if row[name] == best else text)
-        columns[f"{point:,g} s"] = cells
-    return columns
-
-
-def plot_seconds(table: Sequence[Mapping[str, Any]]) -> Figure:
-    """Perplexity over seconds, a line per method; both axes logarithmic."""
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.subplots()
-    for number, method in enumerate(dict.fromkeys(row["method"] for row in table)):
-        own = [row for row in table if row["method"] == method]
-        bars = [(row["half_width"] or 0.0) * row["perplexity"] for row in own]
-        seconds, perplexities = ([row[name] for row in own] for name in ("seconds", "perplexity"))
-        axes.errorbar(seconds, perplexities, bars, marker="o", label=method, **line_style(number))
-    axes.set(xscale="log", yscale="log", xlabel="seconds of training steps", ylabel="held-out perplexity")
-    points = sorted({row["seconds"] for row in table})
-    axes.set_xticks(points, [f"{point:,g}" for point in points])
-    name_ticks(axes)
-    add_legend(figure, axes)
-    finish(axes)
-    return figure

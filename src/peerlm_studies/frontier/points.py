@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peerlm.errors import UserError
 from peerlm.evaluate.likelihood import exp
 from peerlm_studies.isoflop.fit import pooled_spread
 from peerlm_studies.isoflop.seconds import comparable_seconds
@@ -73,6 +74,9 @@ def points_of(rows: Sequence[Row]) -> list[Point]:
     """Points of rows that `peerlm compare` or `peerlm isoflop` wrote, by budget and then loss.
 
     Seconds are those of `peerlm_studies.isoflop.seconds`, and known only where all runs were on CPUs, or none.
+
+    Raises:
+        UserError: a setting has two runs of one seed, or seeds of different models: rows of different studies.
     """
     groups: dict[tuple[str, str], dict[int, Row]] = {}
     sizes: dict[str, set[object]] = {}
@@ -80,7 +84,20 @@ def points_of(rows: Sequence[Row]) -> list[Point]:
         sizes.setdefault(budget_of(row), set()).add((row.get("sweep") or {}).get("size"))
     for row in rows:
         budget = budget_of(row)
-        groups.setdefault((budget, label_of(row, with_size=len(sizes[budget]) > 1)), {})[row["seed"]] = row
+        label = label_of(row, with_size=len(sizes[budget]) > 1)
+        own = groups.setdefault((budget, label), {})
+        same_seed = own.setdefault(row["seed"], row)
+        if same_seed["key"] != row["key"]:
+            raise UserError(
+                f"{label!r} has two runs of seed {row['seed']} at {budget}, with different settings: name rows of one "
+                "study, or leave one of the files out"
+            )
+        for other in own.values():
+            if other["config"].get("model") != row["config"].get("model"):
+                raise UserError(
+                    f"{label!r} has runs of different models at {budget}, with seeds {other['seed']} and "
+                    f"{row['seed']}: name rows of one study, or leave one of the files out"
+                )
     losses = {place: [row["summary"]["validation_loss"] for row in own.values()] for place, own in groups.items()}
     spreads = {
         budget: pooled_spread(each for (other, _), each in losses.items() if other == budget) for budget, _ in groups

@@ -5,19 +5,22 @@ from dataclasses import asdict
 from typing import Any
 
 from peerlm.errors import listed
+from peerlm.train.disturbance import disturbed
 from peerlm_studies.frontier.points import MEASURES, Point, front, groups_of
 from peerlm_studies.intervals import plus_minus
 from peerlm_studies.markdown import markdown_rows
-
-BUSY = 0.1
-"""Cores that other programs may use on average before a run counts as disturbed."""
 
 
 def frontier_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
     """Points ready for JSON, with the measures by which each is on the front."""
     leads = _leads(points)
     return [
-        {**asdict(point), "perplexity": point.perplexity, "disturbed": disturbed(point), "front": leads[place]}
+        {
+            **asdict(point),
+            "perplexity": point.perplexity,
+            "disturbed": disturbed(point.other_cores),
+            "front": leads[place],
+        }
         for place, point in enumerate(points)
     ]
 
@@ -59,11 +62,6 @@ def _cells(points: Sequence[Point], leads: Sequence[Sequence[str]], name: str) -
     ]
 
 
-def disturbed(point: Point) -> bool | None:
-    """Whether other programs used the machine; None where that was not measured."""
-    return None if point.other_cores is None else point.other_cores > BUSY
-
-
 def _leads(points: Sequence[Point]) -> list[list[str]]:
     fronts = {name: [p for own in groups_of(points, name).values() for p in front(own, name)] for name in MEASURES}
     return [[name for name in MEASURES if point in fronts[name]] for point in points]
@@ -84,9 +82,9 @@ def _seconds_note(points: Sequence[Point]) -> str:
     devices = "; ".join(sorted({f"{p.device}, {p.threads} thread{'s' * (p.threads > 1)}" for p in points}))
     what = "the processor's, over its threads" if all(point.device == "cpu" for point in points) else "the clock's"
     text = f"Seconds are {what} ({devices})."
-    if busy := [point.label for point in points if disturbed(point)]:
+    if busy := [point.label for point in points if disturbed(point.other_cores)]:
         text += f" Other programs used the machine during {listed(busy)}."
-    if unknown := sum(disturbed(point) is None for point in points):
+    if unknown := sum(disturbed(point.other_cores) is None for point in points):
         text += f" Whether other programs used it was not measured for {unknown} of {len(points)} settings."
     return text
 

@@ -6,6 +6,7 @@ python -m peerlm_studies.isoflop.cost recipes/isoflop.toml results/cost.jsonl --
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +15,12 @@ import typer
 from torch import Tensor, nn
 
 from peerlm.accounting import model_cost
+from peerlm.errors import UserError
 from peerlm.optim import clip_gradients
 from peerlm.ranks import Ranks
-from peerlm.train.build import build_optimizer, new_model
+from peerlm.train.build import build_optimizer, new_model, train_scaled_rows
 from peerlm.train.config import TrainConfig
-from peerlm.train.step import accumulate_gradients
+from peerlm.train.step import accumulate_gradients, autocast
 from peerlm_studies.isoflop.plan import load_isoflop
 from peerlm_studies.rows import append_row, machine_and_date, read_rows
 from peerlm_studies.script import run_script
@@ -57,11 +59,18 @@ def measure_costs(
         The rows of this recipe's runs: method, size, batch_size, parameters, FLOPs, `activation_bytes` kept between
         forward and backward pass, and `train_seconds`, `prefill_seconds` and `decode_seconds` per token. Their key is
         that of the run of this method and size with the fewest FLOPs.
+
+    Raises:
+        UserError: a run is compiled or checkpoints gradients, which is not measured here.
     """
     plan = load_isoflop(recipe, settings)
     rows = read_rows(output)
     done = {(row["key"], row["batch_size"], row["threads"]) for row in rows}
     runs = {(run.method, run.size): run for run in reversed(plan.runs(plan.compare.seeds[:1], sizes=sizes, whole=True))}
+    for run in runs.values():
+        for name in ("compile", "gradient_checkpointing"):
+            if getattr(run.planned.train, name):
+                raise UserError(f"{run.planned.label} has {name} = true, which is not measured here: set it to false")
     keys = {model: run.planned.key(plan.compare) for model, run in runs.items()}
     for (method, size), run in reversed(runs.items()):
         for batch_size in batch_sizes:
@@ -86,26 +95,30 @@ def _measure(train: TrainConfig, batch_size: int, rounds: int) -> dict[str, Any]
     context = train.data.context
     tokens_BT = draw_tokens(batch_size, context, train.data.vocab_size)
     ranks = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+    train_scaled_rows(model)
     optimizer = build_optimizer(model, train, ranks)
+    precision = partial(autocast, train.precision, "cpu")
 
     def step() -> None:
         batch_BT = draw_tokens(batch_size, context, train.data.vocab_size)
-        accumulate_gradients(model, batch_BT, micro_batch_size=batch_size)
+        accumulate_gradients(model, batch_BT, micro_batch_size=batch_size, autocast=precision)
         clip_gradients(optimizer.param_groups, max_norm=train.optim.clip, table_max_norm=train.optim.table_clip)
         optimizer.step()
 
     model.train()
     cost = model_cost(model, context)
+    with precision():
+        kept = activation_bytes(model, tokens_BT)
     row = {
         "batch_size": batch_size,
         "total_parameters": cost.total_parameters,
         "active_parameters": cost.active_parameters,
         "forward_flops_per_token": cost.forward_flops_per_token,
-        "activation_bytes": activation_bytes(model, tokens_BT),
+        "activation_bytes": kept,
         "train_seconds": seconds(step, rounds) / tokens_BT.numel(),
     }
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), precision():
         half = context // 2
         cache = model(tokens_BT[:, :half], use_cache=True).past_key_values
         prefill = seconds(lambda: model(tokens_BT, use_cache=False), rounds)

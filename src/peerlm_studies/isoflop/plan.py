@@ -11,6 +11,7 @@ from peerlm_studies.comparison.plan import (
     CompareConfig,
     PlannedRun,
     StudyPlan,
+    check_told_apart,
     comparison_of,
     load_plan,
     take_section,
@@ -163,7 +164,9 @@ def load_isoflop(path: str | Path, overrides: Sequence[str] = ()) -> IsoflopPlan
         if method not in recipe.methods:
             raise UserError(f"isoflop.only names {method!r}: choose from {listed(recipe.methods)}")
     recipe = replace(recipe, shared=recipe.shared | {"budget": {}})
-    return IsoflopPlan(isoflop=study, recipe=recipe)
+    plan = IsoflopPlan(isoflop=study, recipe=recipe)
+    check_told_apart([run.planned for run in plan.runs(plan.compare.seeds[:1])], plan.compare)
+    return plan
 
 
 def runs_of_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CompareConfig, list[PlannedRun]]:

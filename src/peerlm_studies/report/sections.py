@@ -15,7 +15,8 @@ from peerlm_studies.comparison.figures import plot_copying
 from peerlm_studies.comparison.make_rows import rows_of
 from peerlm_studies.comparison.tables import columns_of, summarise
 from peerlm_studies.equal_seconds.plan import load_seconds
-from peerlm_studies.equal_seconds.study import plot_seconds, seconds_markdown, seconds_table
+from peerlm_studies.equal_seconds.plot import plot_seconds
+from peerlm_studies.equal_seconds.tables import seconds_markdown, seconds_table
 from peerlm_studies.figures import add_legend, finish, line_style
 from peerlm_studies.frontier.figures import plot_frontier
 from peerlm_studies.frontier.points import points_of

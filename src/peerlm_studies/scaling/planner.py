@@ -293,7 +293,8 @@ def _cost(settings: Mapping[str, Any], context: int) -> Cost:
 
 def _backbone_text(settings: Mapping[str, Any], layers: int) -> str:
     """The settings of a model of dense blocks, as JSON: every method and number of experts asks for the same."""
-    kept = {name: value for name, value in settings.items() if name not in (*CONFIGURABLE_KINDS, "share_tables")}
+    left_out = (*CONFIGURABLE_KINDS, "share_tables", "ffw_init_scale", "parallel_intermediate_size")
+    kept = {name: value for name, value in settings.items() if name not in left_out}
     return json.dumps({**kept, "ffw_layers": "dense", "num_hidden_layers": layers}, sort_keys=True)
 
 

@@ -103,6 +103,13 @@ def test_keys_of_rows_that_were_made_before_stay(tmp_path: Path) -> None:
         ("methods.dense=3", "methods.dense = 3: expected a section"),
         ("methods.dense.modl=3", "unknown key 'modl'"),
         ("methods.dense.data.context=1", "data.context = 1"),
+        ("seed=7", "the recipe has seed = 7, and seeds of a study are compare.seeds: leave seed out, or set"),
+        ("methods.dense.seed=7", "set compare.seeds = [7]"),
+        ("compare.sweep.seed=[1, 2]", "the recipe has seed = 1"),
+        (
+            "methods.PEER={model = {ffw_layers = 'dense'}, tables = {folder = 'x'}}",
+            "'dense, seed 0' and 'PEER, seed 0' are",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: str, message: str) -> None:

@@ -21,6 +21,8 @@ from peerlm_studies.adopt import adopt, adopt_speeds
 from peerlm_studies.adopt import main as main_of_adopt
 from peerlm_studies.equal_seconds import study
 from peerlm_studies.equal_seconds.plan import SecondsPlan, load_seconds
+from peerlm_studies.equal_seconds.plot import plot_seconds
+from peerlm_studies.equal_seconds.tables import best_of_families, families, seconds_markdown
 from peerlm_studies.report.plan import SectionConfig
 from peerlm_studies.report.sections import make_section
 from peerlm_studies.rows import append_row, read_rows
@@ -161,6 +163,59 @@ def test_windows_with_little_to_copy_have_a_table_of_their_own(
     assert f"| PEER |  | {math.exp(table[2]['poor_loss']):,.1f}* |" in second
 
 
+def test_families_are_compared_at_their_best_settings(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with recipe.open("a") as file:
+        file.write('\n[methods."PEER wide".model]\nffw_layers = "peer"\nhidden_size = 32\n')
+        file.write("peer = { num_experts = 16, heads = 1, experts_per_head = 2, key_dim = 4 }\n")
+    stand_in(monkeypatch, measured())
+    table = study.equal_seconds(recipe, ["eval.copying=true"], progress=False)
+    assert {row["method"]: row["family"] for row in table} == {"dense": "dense", "PEER": "PEER", "PEER wide": "PEER"}
+    best = {family: [row["method"] for row in rows] for family, rows in best_of_families(table).items()}
+    assert best == {"dense": ["dense", "dense"], "PEER": ["PEER wide", "PEER"]}
+    whole, poor = (tmp_path / "out/seconds.md").read_text().split("\nThe same in the half of the windows")
+    by_place = {(row["method"], row["seconds"]): row["loss"] for row in table}
+    first = 100 * math.expm1(by_place["PEER wide", 1.0] - by_place["dense", 1.0])
+    last = 100 * math.expm1(by_place["dense", 3.0] - by_place["PEER", 3.0])
+    assert f"| dense | lowest | +{last:,.0f}% |" in whole
+    assert f"| PEER | +{first:,.0f}% | lowest |" in whole
+    assert "In brackets: by less than the intervals of both." in whole
+    assert f"| PEER | +{first:,.0f}% | lowest |" in poor
+    assert "In brackets" not in poor
+    labels = [text.get_text() for text in plot_seconds(table).axes[0].get_legend().get_texts()]
+    assert labels == ["dense", "PEER"]
+
+
+def test_a_lead_within_the_intervals_is_in_brackets(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, measured())
+    table = study.equal_seconds(recipe, ["seconds.points=[3]"], progress=False)
+    dense, peer = table
+    halves = math.hypot(dense["half_width"], peer["half_width"])
+    for less, form in ((0.99, "({})"), (1.01, "{}")):
+        dense["loss"] = peer["loss"] + less * halves
+        above = f"+{100 * math.expm1(less * halves):,.0f}%"
+        assert f"| dense | {form.format(above)} |" in seconds_markdown(table)
+    assert "all have one seed" not in seconds_markdown(table)
+    dense["half_width"] = None  # of which nothing is known
+    assert f"| dense | {above} |" in seconds_markdown(table)
+    later = [{**row, "seconds": 1500.0, "half_width": None} for row in table]
+    assert " At 1500 seconds all have one seed, and no interval." in seconds_markdown([*table, *later])
+
+
+def test_a_family_has_the_words_with_which_its_methods_begin() -> None:
+    kinds = {"MoE fine d64": "moe", "MoE fine d96 spread": "moe", "a": "peer", "b": "peer", "c d": "dense"}
+    assert families(kinds) == {
+        "MoE fine d64": "MoE fine",
+        "MoE fine d96 spread": "MoE fine",
+        "a": "peer",
+        "b": "peer",
+        "c d": "c d",
+    }
+
+
 def test_methods_take_turns_and_the_median_pass_counts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a slow minute of the machine meets all methods, and no single one for good."""
     turns: list[str] = []
@@ -263,6 +318,11 @@ def test_speeds_are_of_the_trainers_steps(
         ("PEER = [3]", "MoE = [3]", "seconds.only names 'MoE': choose from dense, PEER"),
         ("seeds = [0, 1]", 'sweep = { "model.hidden_size" = [16] }', "compare.sweep beside seconds.points"),
         ("[model]", "[budget]\nsteps = 3\n[model]", "sets a budget beside seconds.points"),
+        (
+            "[model]",
+            "[grow]\nat = '8@50%'\n[model]",
+            "dense has grow.at = '8@50%', and its speed, which is measured once, changes",
+        ),
         ("[seconds]\npoints = [3, 1]\nwarm_up = 1\nrounds = 2\n[seconds.only]\nPEER = [3]\n", "", "no recipe of equal"),
     ],
 )
@@ -289,12 +349,37 @@ def test_methods_that_start_otherwise_alone_have_one_speed(recipe: Path, monkeyp
     assert runs["mixed"] == runs["dense"]
 
 
+def test_a_speed_that_is_measured_again_makes_runs_of_their_own(recipe: Path) -> None:
+    folders = {
+        run.planned.train.run
+        for seconds in (0.1, 0.11)
+        for run in load_seconds(recipe, ["compare.seeds=[0]"]).runs({"dense": seconds})
+    }
+    assert len(folders) == 4
+
+
+def test_speeds_are_of_one_number_of_threads(recipe: Path) -> None:
+    plan = load_seconds(recipe)
+
+    def measured_with(threads: int, *methods: str) -> list[dict[str, Any]]:
+        return [{"key": plan.speed_key(method, threads), "threads": threads} for method in methods]
+
+    both = [*measured_with(1, "dense", "PEER"), *measured_with(2, "dense"), *measured_with(4, "dense", "PEER")]
+    assert {method: row["threads"] for method, row in plan.speeds(both).items()} == {"dense": 4, "PEER": 4}
+    assert list(plan.speeds(measured_with(2, "dense"))) == ["dense"]
+    assert plan.speeds([]) == {}
+    with pytest.raises(UserError, match=r"speeds were measured with \[1, 2\] threads: keep the rows of one number"):
+        plan.speeds([*measured_with(2, "dense"), *measured_with(1, "PEER")])
+
+
 def test_a_speed_is_known_by_what_it_depends_on(recipe: Path) -> None:
     plan: SecondsPlan = load_seconds(recipe)
     keys = {plan.speed_key("dense", 2), plan.speed_key("dense", 1), plan.speed_key("PEER", 2)}
     for change in ("data.context=8", "seconds.rounds=3", "seconds.passes=3"):
         keys.add(load_seconds(recipe, [change]).speed_key("dense", 2))
-    assert len(keys) == 6
+    for change in ("tables.folder='rows'", "parallel.rows=2", "graph='off'"):
+        keys.add(load_seconds(recipe, [change]).speed_key("dense", 2))
+    assert len(keys) == 9
     assert load_seconds(recipe, ["seconds.points=[5, 3]"]).speed_key("dense", 2) == plan.speed_key("dense", 2)
 
 

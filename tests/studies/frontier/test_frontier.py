@@ -194,6 +194,18 @@ def test_rows_that_do_not_compare_are_refused(tmp_path: Path) -> None:
         frontier([rows], tmp_path)
 
 
+def test_rows_of_different_studies_are_no_point_together() -> None:
+    first, second = row(4, 8, 3.0), row(4, 8, 2.9, seed=1)
+    assert [point.seeds for point in points_of([first, second, first])] == [(0, 1)]
+    for changed, message in ((first, "has two runs of seed 0"), (second, "has runs of different models")):
+        other = json.loads(json.dumps(changed))
+        other["key"] = "another"
+        other["config"]["model"]["kv_shift"] = True
+        rows = [first, other] if changed is second else [first, second, other]
+        with pytest.raises(UserError, match=rf"'4 of 8²' {message}.* at 1e\+12 FLOPs.*: name rows of one study"):
+            points_of(rows)
+
+
 def test_a_study_of_nothing_to_choose_has_no_frontier(tmp_path: Path) -> None:
     assert not frontier_of_study(ROWS[:1], tmp_path)
     grown = [json.loads(json.dumps(each)) for each in ROWS[:2]]

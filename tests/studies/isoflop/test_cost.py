@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peerlm import UserError
+from peerlm_studies.isoflop import cost
 from peerlm_studies.isoflop.cost import activation_bytes, draw_tokens, measure_costs
 from peerlm_studies.rows import read_rows
 
@@ -64,3 +66,25 @@ def test_rows_are_measured_once(study: Any, tmp_path: Path) -> None:
     assert len(lines) == 5
     assert [(row["method"], row["batch_size"]) for row in again[-1:]] == [("dense", 1)]
     assert again[:3] == rows[1:]
+
+
+def test_products_have_the_recipes_precision(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[bool]] = {"fp32": set(), "bf16": set()}
+    accumulate = cost.accumulate_gradients
+    for precision, found in seen.items():
+
+        def watched(model: Any, batch: Tensor, *, autocast: Any, found: set[bool] = found, **options: Any) -> Tensor:
+            with autocast():
+                found.add(torch.is_autocast_enabled("cpu"))
+            return accumulate(model, batch, autocast=autocast, **options)
+
+        monkeypatch.setattr(cost, "accumulate_gradients", watched)
+        options: dict[str, Any] = {"batch_sizes": (1,), "sizes": ["small"], "rounds": 1}
+        measure_costs(study.path, tmp_path / precision, settings=[f'precision="{precision}"'], **options)
+    assert seen == {"fp32": {False}, "bf16": {True}}
+
+
+@pytest.mark.parametrize("name", ["compile", "gradient_checkpointing"])
+def test_what_is_not_measured_is_refused(name: str, study: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"has {name} = true, which is not measured here: set it to false"):
+        measure_costs(study.path, tmp_path / "cost.jsonl", settings=[f"{name}=true"])

@@ -218,6 +218,8 @@ def test_speeds_say_what_runs_cost_wherever_they_were_made(study: Any) -> None:
         ("isoflop={}", "is no isoFLOP recipe: add a section [isoflop]"),
         ("budget.steps=3", "sets a budget beside isoflop.budgets"),
         ("compare.sweep.seed=[3]", "has compare.sweep beside isoflop.sizes"),
+        ("isoflop.sizes.small={seed = 3}", "the recipe has seed = 3"),
+        ("methods.PEER={model = {ffw_layers = 'dense'}, graph = 'off'}", "are one run: they differ in nothing"),
     ],
 )
 def test_mistakes_are_named(study: Any, change: str, message: str) -> None:

@@ -285,7 +285,7 @@ def test_command_measures_finetunes_and_prints(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["neurons", f"{folder}/dense", "--data", f"{folder}/tokens", "--output", f"{tmp_path}/out", "--heads=2"]
-    command += ["--key-dim=8", "--fit-steps=2", "--windows=2"]
+    command += ["--key-dim=8", "--fit-tokens=640", "--fit-steps=2", "--windows=2"]
     for more, expected in (
         ([], ["learned 2%", "oracle 100%", "smallest share"]),
         (["--finetune=0.5", "--flops=0"], ["neurons, 0 FLOPs", "dense, 0 FLOPs"]),

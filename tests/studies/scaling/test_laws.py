@@ -129,7 +129,7 @@ def test_a_model_left_out_is_not_seen_by_the_fit_that_predicts_it(tmp_path: Path
     for each in (rows[5], rows[-1]):  # both seeds of one model
         each["summary"]["validation_loss"] *= 1.1
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
-    fit = scaling([tmp_path / "rows.jsonl"], tmp_path / "law.json", times=1, starts=20)["methods"]["dense"]
+    fit = scaling([tmp_path / "rows.jsonl"], tmp_path / "law.json", times=1, starts=8)["methods"]["dense"]
     assert fit["left_out"]["worst"] == pytest.approx(1 - 1 / 1.1, abs=0.01)
     budgets = (1e11, 4e11, 1.6e12)
     once = [row("PEER", width, flops, n) for flops in budgets for width in (32, 64) for n in (64, 256)]
@@ -183,6 +183,22 @@ def test_figures_of_deep_models_are_those_of_the_whole_model(law_file: Path, mea
     assert found.tokens == int(1e17 / cost.training_flops_per_token)
     assert (found.row_bytes, found.decoding_bytes) == (cost.row_bytes_per_token, cost.parameter_bytes_per_token)
     assert found.table_gib * 2**30 == cost.table_training_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ffw_layers": ["dense", "peer", "peer", "dense"], "ffw_init_scale": [1.0, 2.0, 2.0, 1.0]},
+        {"ffw_layers": "peer", "ffw_init_scale": {"peer": 1.0}},
+        {"ffw_layers": "peer+swiglu", "ffw_init_scale": {"peer": 1.0, "swiglu": 2.0}, "parallel_intermediate_size": 8},
+    ],
+)
+def test_where_outputs_start_and_what_is_beside_costs_what_the_model_does(settings: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 300}
+    settings = {**sizes, **settings, "peer": MODELS["PEER"]["peer"]}
+    with torch.device("meta"):
+        whole = model_cost(PeerForCausalLM(PeerConfig(**settings)), 64)
+    assert planner._cost(settings, 64) == whole
 
 
 def test_a_plan_stays_within_the_experts_that_were_measured(law_file: Path) -> None:
