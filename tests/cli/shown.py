@@ -106,7 +106,9 @@ TEXT = "\n<|endoftext|>\n".join(SENTENCE.format(n=number) * 2 for number in rang
 
 
 def provide_text(path: Path) -> None:
-    """A file of text, passages or choices, by its name, or a folder of one."""
+    """A file of text, passages or choices, by its name, or a folder of one; what the repository has is taken."""
+    if path.resolve().is_relative_to(ROOT) and path.is_file():
+        return
     assert not path.resolve().is_relative_to(ROOT), f"{path} would be written into the repository"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.suffix:

@@ -120,6 +120,8 @@ def test_output_scales_of_blocks_and_of_kinds(tiny_model: Build) -> None:
 
 @pytest.mark.parametrize("scale", [2, [1, 2.5, 3], {"dense": 3.0, "peer": 1}])
 def test_configurations_keep_their_scales(tmp_path: Path, scale: Any) -> None:
-    PeerConfig(num_hidden_layers=3, ffw_init_scale=scale, parallel_intermediate_size=5).save_pretrained(tmp_path)
+    blocks = ["dense", "peer+dense", "dense"]
+    config = PeerConfig(num_hidden_layers=3, ffw_layers=blocks, ffw_init_scale=scale, parallel_intermediate_size=5)
+    config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert (loaded.ffw_init_scale, loaded.parallel_intermediate_size) == (scale, 5)
