@@ -288,9 +288,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
         if optim.matrices == "adamw":
             return torch.optim.AdamW(groups, **options, fused=True)
         return RowAdamW([{"rows": False, **group} for group in groups], **options)
+    beta1 = optim.beta1 if optim.table_beta1 is None else optim.table_beta1
     for group in groups:
         if group["name"] == "table":
-            beta1 = optim.beta1 if optim.table_beta1 is None else optim.table_beta1
             row_wise = optim.table_moment_columns or optim.table_row_wise
             group.update(betas=(beta1, optim.beta2), row_wise=row_wise)
     if tables == "fused" and not obstacle:
@@ -299,14 +299,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> torc
             obstacle = f"optim.table_clip = {optim.table_clip}: set it to inf"
         elif micro_batch_size < config.data.batch_size:
             obstacle = f"data.micro_batch_size = {micro_batch_size}: leave it out"
-    if not obstacle and tables != "lazy" and (narrow := _narrow_rows(model)):
-        beta1 = optim.beta1 if optim.table_beta1 is None else optim.table_beta1
-        if beta1:
-            other = ", or optim.tables = 'lazy'" if narrow == "bfloat16" else ""
-            raise UserError(
-                f"row_format = {narrow!r} cannot be combined with a first moment of tables, beta1 = {beta1}: set "
-                f"optim.table_beta1 = 0.0{other}"
-            )
+    if not obstacle and beta1 and tables != "lazy" and (narrow := _narrow_rows(model)):
+        other = ", or optim.tables = 'lazy'" if narrow == "bfloat16" else ""
+        raise UserError(
+            f"row_format = {narrow!r} cannot be combined with a first moment of tables, beta1 = {beta1}: set "
+            f"optim.table_beta1 = 0.0{other}"
+        )
     if obstacle:
         raise UserError(f"optim.tables = {tables!r} cannot be combined with {obstacle}, or choose another value")
     try:
