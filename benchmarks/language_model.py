@@ -6,6 +6,8 @@ The machine has to be idle. Markdown and JSON.
 
     python benchmarks/language_model.py [--experts-per-head 16] [--row-format int8] [--kv-shift] [--json FILE]
 
+Rows of tables have one second moment a row and no first, and are updated in the backward pass. With --tables exact they
+have both moments of every weight and all gradients are clipped, as presets train; dense layers are clipped then, too.
 With --kv-shift both are measured with shifted keys and values too.
 """
 
@@ -25,7 +27,7 @@ from transformers import PreTrainedModel
 from peerlm import PEER, DenseFFW, PeerConfig, PeerForCausalLM
 from peerlm.layers import Table
 from peerlm.malloc import keep_freed_memory
-from peerlm.optim import RowAdamW, parameter_groups
+from peerlm.optim import RowAdamW, clip_gradients, parameter_groups
 
 VOCABULARY, CONTEXT, WINDOWS, BLOCKS = 4096, 256, 8, 4
 
@@ -75,19 +77,19 @@ def model_of(
 class Trained:
     """A model and its optimizer."""
 
-    def __init__(self, model: PeerForCausalLM, *, by_rows: bool):
-        self.model = model
+    def __init__(self, model: PeerForCausalLM, *, by_rows: bool, tables: str = "fused"):
+        self.model, self.clipped = model, tables == "exact"
         for table in (module for module in model.modules() if isinstance(module, Table)):
             if table.scales is not None:
                 table.train_in_place()
         groups = parameter_groups(model)
         options: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.98)}
-        if by_rows:
+        if by_rows and tables == "fused":
             for group in groups:
                 if group["name"] == "table":
                     group.update(betas=(0.0, 0.98), row_wise=True)
         self.optimizer: torch.optim.Optimizer = (
-            RowAdamW(groups, fused=True, weight_decay=0.0, **options)
+            RowAdamW(groups, fused=tables == "fused", weight_decay=0.0, **options)
             if by_rows
             else torch.optim.AdamW(groups, fused=True, **options)
         )
@@ -97,6 +99,8 @@ class Trained:
         ids = torch.randint(VOCABULARY, (WINDOWS, CONTEXT))
         self.model.train()
         self.model(ids, labels=ids).loss.backward()
+        if self.clipped:
+            clip_gradients(self.optimizer.param_groups, max_norm=1.0, table_max_norm=1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -135,6 +139,7 @@ def main() -> None:
     parser.add_argument("--num-experts", type=int, default=1024**2)
     parser.add_argument("--experts-per-head", type=int, default=16)
     parser.add_argument("--row-format", default="float32")
+    parser.add_argument("--tables", choices=["fused", "exact"], default="fused")
     parser.add_argument("--kv-shift", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
@@ -148,7 +153,7 @@ def main() -> None:
         name = ", shifted" if shift else ""
         models[f"dense{name}"] = model_of(dim, lambda: DenseFFW(dim, hidden=hidden), {}, kv_shift=shift)
         models[f"PEER{name}"] = model_of(dim, lambda: PEER(dim, **settings), settings, kv_shift=shift)
-    sizes = {"dim": dim, **settings, "dense_neurons": hidden}
+    sizes = {"dim": dim, **settings, "dense_neurons": hidden, "tables": arguments.tables}
 
     def measure(part: str, cases: dict[str, Callable[[], object]]) -> None:
         report(part, interleave(cases, rounds=arguments.rounds), sizes, arguments.json)
@@ -164,7 +169,9 @@ def main() -> None:
         "100 prompts of 32 tokens, the layer alone", {n: layer_alone(each, dim, 100, 32) for n, each in layers.items()}
     )
     measure("64 tokens decoded", {name: decoding(model, 64) for name, model in models.items()})
-    trained = {name: Trained(model, by_rows=name.startswith("PEER")) for name, model in models.items()}
+    trained = {
+        name: Trained(model, by_rows=name.startswith("PEER"), tables=arguments.tables) for name, model in models.items()
+    }
     measure("training step", {name: each.step for name, each in trained.items()})
 
 

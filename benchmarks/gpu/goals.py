@@ -144,7 +144,7 @@ GOALS = (
     *(
         Goal(
             f"one head, {case}, T={tokens:,}, times as fast as dense 4 D",
-            None,
+            1.0 if (case, tokens) == ("step", 8192) else None,
             _times(DENSE, OURS, case, section="one-head", tokens=tokens),
         )
         for case in ("forward", "backward", "step")

@@ -32,13 +32,14 @@ def row_by_hand(index: NgramIndex, lookup: int, tokens: list[int]) -> int:
     return begin + (mixed ^ (mixed >> 29)) % rows
 
 
-def test_equals_loops() -> None:
-    layer = small()
+@pytest.mark.parametrize("weight_scale", [1.0, 4.0])
+def test_equals_loops(weight_scale: float) -> None:
+    layer = small(weight_scale=weight_scale)
     x, tokens = torch.randn(5, 6, dtype=torch.float64), torch.randint(-1, 1000, (5, 3))
     expected = []
     for vector, ids in zip(x, tokens.tolist(), strict=True):
         rows = [row_by_hand(layer.index, lookup, ids) for lookup in range(4)]
-        read = torch.cat([layer.table.rows[row] for row in rows])
+        read = weight_scale * torch.cat([layer.table.rows[row] for row in rows])
         key = layer.key_proj.weight @ read
         key = key / (key.square().mean() + torch.finfo(torch.float64).eps).sqrt() * layer.key_scale
         query = vector / (vector.square().mean() + torch.finfo(torch.float64).eps).sqrt()
@@ -101,6 +102,26 @@ def test_rows_have_sparse_gradients_and_only_those_move() -> None:
     assert set(moved.tolist()) == set(ids.flatten().tolist())
 
 
+def test_scaled_rows_start_the_same_and_move_further() -> None:
+    x, tokens = torch.randn(4, 6), torch.randint(1000, (4, 3))
+
+    def before_and_after_a_step(weight_scale: float, multiplier: float) -> list[Tensor]:
+        torch.manual_seed(1)
+        layer = small(weight_scale=weight_scale).float()
+        found = [layer(x, tokens=tokens).detach()]
+        optimizer = RowAdamW(parameter_groups(layer, table_lr_multiplier=multiplier), lr=0.1)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * multiplier if group["name"] == "table" else 0.0
+        layer(x, tokens=tokens).square().sum().backward()
+        optimizer.step()
+        return [*found, layer(x, tokens=tokens).detach()]
+
+    scaled, plain = before_and_after_a_step(8.0, 0.5), before_and_after_a_step(1.0, 4.0)
+    for found, expected in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(scaled[0], scaled[1], atol=1e-2)
+
+
 def test_preceding_stops_where_a_text_begins() -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     assert preceding(ids, 3)[0].tolist() == [[5, -1, -1], [6, 5, -1], [7, 6, 5], [8, 7, 6]]
@@ -138,6 +159,7 @@ def test_beside_another_layer() -> None:
         ({"num_rows": 3}, r"num_rows is 3; each of 2 \* 2 hashes needs one at least"),
         ({"row_dim": 0}, "row_dim is 0; it must be at least 1"),
         ({"hashes": 0}, "hashes is 0; it must be at least 1"),
+        ({"weight_scale": 0.0}, r"weight_scale is 0.0; it multiplies weights, so take a number above 0"),
     ],
 )
 def test_impossible_settings(settings: dict[str, object], message: str) -> None:

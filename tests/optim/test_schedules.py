@@ -51,3 +51,18 @@ def test_learning_rates_follow_the_multipliers() -> None:
     assert rates(progress=0.5) == pytest.approx(steady)
     assert rates(progress=0.5, table_lr_decay=True) == pytest.approx(steady | {"table": 0.25})
     assert rates(progress=1.0, table_lr_decay=True) == pytest.approx(steady | {"table": 0.1})
+
+
+def test_tables_may_warm_up_longer_than_the_rest() -> None:
+    groups = [{"name": name, "lr_multiplier": 0.25} for name in ("matrix", "table", "keys")]
+
+    def rates(progress: float, **settings: float) -> list[float]:
+        set_learning_rates(groups, 0.1, progress=progress, table_warmup=0.4, **settings)
+        return [group["lr"] for group in groups]
+
+    assert rates(0.0) == pytest.approx([0.025, 0.0, 0.025])
+    assert rates(0.1) == pytest.approx([0.025, 0.025 / 4, 0.025])
+    assert rates(0.4) == pytest.approx([0.025, 0.025, 0.025])
+    assert rates(1.0) == pytest.approx([0.025, 0.025, 0.025])
+    with_decay = 0.1 * decaying_multiplier(0.2, start=0.25) / 2
+    assert rates(0.2, table_lr_decay=True) == pytest.approx([0.025, with_decay, 0.025])

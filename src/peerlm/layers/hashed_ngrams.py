@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlm.layers.checks import check_sizes, flatten_tokens
+from peerlm.layers.checks import check_sizes, check_weight_scale, flatten_tokens
 from peerlm.layers.output_scale import output_std
 from peerlm.layers.table import Table
 
@@ -85,6 +85,8 @@ class HashedNgrams(nn.Module):
         hashes: of each order, each with its own rows.
         row_dim: width of a row; dim / hashes rounded down if None, so that all rows of an order are as wide as x.
         seed: of the hashes. Layers of one model may have the same.
+        weight_scale: what rows are multiplied by, as in PEER; they start smaller by as much, so that a step of their
+            optimizer moves what is read by as much more.
         backend: a name in `peerlm.ops.api.BACKENDS`.
         row_format: "float32" or "bfloat16".
 
@@ -103,6 +105,7 @@ class HashedNgrams(nn.Module):
         hashes: int = 4,
         row_dim: int | None = None,
         seed: int = 0,
+        weight_scale: float = 1.0,
         backend: str = "auto",
         row_format: str = "float32",
     ):
@@ -117,7 +120,8 @@ class HashedNgrams(nn.Module):
             raise ValueError(f"num_rows is {num_rows}; each of {len(orders)} * {hashes} hashes needs one at least")
         if row_format not in ("float32", "bfloat16"):
             raise ValueError(f"row_format is {row_format!r}; hashed n-grams have rows in 'float32' or 'bfloat16'")
-        self.dim = dim
+        check_weight_scale(weight_scale)
+        self.dim, self.weight_scale = dim, weight_scale
         self.reads_tokens = max(orders)
         self.index = NgramIndex(num_rows, orders=orders, hashes=hashes, seed=seed)
         self.table = Table(num_rows, row_dim, backend=backend, row_format=row_format)
@@ -128,9 +132,9 @@ class HashedNgrams(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
-        """Rows N(0, 1), keys of unit mean square, values by `output_scale.py`, times `output_scale`."""
+        """Rows that are read as N(0, 1), keys of unit mean square, values by `output_scale.py`, times `output_scale`."""
         read = self.value_proj.in_features
-        self.table.fill(lambda rows: rows.normal_())
+        self.table.fill(lambda rows: rows.normal_(std=1 / self.weight_scale))
         nn.init.normal_(self.key_proj.weight, std=read**-0.5)
         nn.init.normal_(self.value_proj.weight, std=output_scale * output_std(read * GATE_POWER))
         nn.init.ones_(self.key_scale)
@@ -153,6 +157,8 @@ class HashedNgrams(nn.Module):
                 f"{(*x.shape[:-1], self.reads_tokens)}: each token's id and those before it"
             )
         weights, ids = self.index(tokens, mask)
+        if self.weight_scale != 1:
+            weights = weights * self.weight_scale
         read_TM = self.table.mix(weights.reshape(-1, 1), ids.reshape(-1, 1)).to(x.dtype)
         read_TM = read_TM.view(len(x_TD), self.value_proj.in_features)
         query_TD, key_TD = (F.rms_norm(each, (self.dim,)) for each in (x_TD, self.key_proj(read_TM)))

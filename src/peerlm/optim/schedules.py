@@ -64,17 +64,26 @@ def decaying_multiplier(progress: float, *, start: float) -> float:
 
 
 def set_learning_rates(
-    groups: Sequence[dict[str, Any]], learning_rate: float, *, progress: float, table_lr_decay: bool = False
+    groups: Sequence[dict[str, Any]],
+    learning_rate: float,
+    *,
+    progress: float,
+    table_lr_decay: bool = False,
+    table_warmup: float = 0.0,
 ) -> None:
     """Set "lr" in each group of `parameter_groups`: the scheduled learning rate times its multiplier.
 
-    With table_lr_decay, the multiplier of "table" goes linearly to 1 over the run. A learning rate that is a tensor
-    stays one, and gets the value.
+    With table_lr_decay, the multiplier of "table" goes linearly to 1 over the run. It is then reduced while progress is
+    below table_warmup, a share of the budget: linearly from 0. A learning rate that is a tensor stays one, and gets the
+    value.
     """
     for group in groups:
         multiplier = group["lr_multiplier"]
-        if table_lr_decay and group["name"] == "table":
-            multiplier = decaying_multiplier(progress, start=multiplier)
+        if group["name"] == "table":
+            if table_lr_decay:
+                multiplier = decaying_multiplier(progress, start=multiplier)
+            if progress < table_warmup:
+                multiplier *= progress / table_warmup
         if isinstance(group.get("lr"), Tensor):
             group["lr"].fill_(learning_rate * multiplier)
         else:

@@ -115,6 +115,9 @@ class OptimConfig:
     """Learning rate of expert tables over the learning rate of the rest."""
     table_lr_decay: bool = False
     """Whether table_lr_multiplier goes linearly to 1 over the run."""
+    table_warmup: float = added(0.0)
+    """Share of the run in which table_lr_multiplier rises linearly from 0, beside the warmup of all rates. Tables that
+    learn later leave models time to learn to copy first."""
     keys_lr_multiplier: float = 1.0
     """Learning rate of sub-keys over the learning rate of the rest."""
     clip: float = 1.0
@@ -126,7 +129,9 @@ class OptimConfig:
         rates = "learning_rate eps table_lr_multiplier keys_lr_multiplier"
         _require(self, "optim.", rates, _above_0_and_finite, "must be above 0 and finite")
         _require(self, "optim.", "clip table_clip", lambda value: value > 0, "must be above 0")
-        _require(self, "optim.", "warmup decay final", lambda value: 0 <= value <= 1, "must lie from 0 to 1")
+        _require(
+            self, "optim.", "warmup decay final table_warmup", lambda value: 0 <= value <= 1, "must lie from 0 to 1"
+        )
         betas = "beta1 beta2 momentum" if self.table_beta1 is None else "beta1 beta2 momentum table_beta1"
         _require(self, "optim.", betas, lambda value: 0 <= value < 1, "must be 0 or more, below 1")
         _require(self, "optim.", "weight_decay", _at_least_0, "must be 0 or more")

@@ -132,7 +132,13 @@ def take_step(
         final=optim.final,
     )
     groups = training.optimizer.param_groups
-    set_learning_rates(groups, rate, progress=progress, table_lr_decay=optim.table_lr_decay)
+    set_learning_rates(
+        groups,
+        rate,
+        progress=progress,
+        table_lr_decay=optim.table_lr_decay,
+        table_warmup=optim.table_warmup,
+    )
     training.measures.count_step(state.step + 1, rate)
     seed_step(config.seed, state.step, ranks.rank)
     input_ids_BT = next(stream)["input_ids"]

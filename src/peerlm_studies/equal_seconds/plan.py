@@ -120,13 +120,29 @@ _DEFAULTS: dict[str, Any] = {"tables": TablesConfig(), "parallel": ParallelConfi
 """Settings that a step's time depends on, though no weight does, where they are as in old rows."""
 
 
+_TIMELESS = (
+    "model.ffw_init_scale",
+    "model.kv_shift_init",
+    "optim.decay",
+    "optim.final",
+    "optim.keys_lr_multiplier",
+    "optim.learning_rate",
+    "optim.schedule",
+    "optim.table_lr_decay",
+    "optim.table_lr_multiplier",
+    "optim.table_warmup",
+    "optim.warmup",
+)
+"""Settings that weights depend on and no step's time: where weights start, and how far a step moves them."""
+
+
 def speed_key(timed: TrainConfig, threads: int, seconds: SecondsConfig) -> str:
     """Digest of all that the speed of a run depends on but the machine; see `SecondsPlan.timed`.
 
-    Methods that differ in the start of a mix of keys alone have one: its weights take the same products.
+    Methods that differ in their rates alone, or in where weights start, have one: they compute the same products.
     """
-    values = {**bound_values(timed), "threads": threads, "rounds": seconds.rounds}
-    values.pop("model.kv_shift_init", None)
+    bound = {key: value for key, value in bound_values(timed).items() if not key.startswith(_TIMELESS)}
+    values = {**bound, "threads": threads, "rounds": seconds.rounds}
     own, plain = plain_values(timed), plain_values(replace(timed, **_DEFAULTS))
     values |= {name: own.get(name) for name in _DEFAULTS if own.get(name) != plain.get(name)}
     if seconds.passes > 1:  # rows of a single pass keep their keys

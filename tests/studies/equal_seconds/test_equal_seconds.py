@@ -334,9 +334,14 @@ def test_mistakes_are_named(recipe: Path, old: str, new: str, message: str) -> N
         load_seconds(recipe)
 
 
-def test_methods_that_start_otherwise_alone_have_one_speed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "otherwise", ['model.kv_shift_init = "spread"', "optim.learning_rate = 0.1", "optim.table_lr_multiplier = 5.0"]
+)
+def test_methods_that_start_or_step_otherwise_alone_have_one_speed(
+    otherwise: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with recipe.open("a") as file:
-        file.write('\n[methods.mixed]\nmodel.ffw_layers = "dense"\nmodel.kv_shift_init = "spread"\n')
+        file.write(f'\n[methods.mixed]\nmodel.ffw_layers = "dense"\n{otherwise}\n')
     measure = measured()
     stand_in(monkeypatch, measure)
     plan = load_seconds(recipe, ["model.kv_shift=true"])
