@@ -132,7 +132,7 @@ class HashedNgrams(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, output_scale: float = 1.0) -> None:
-        """Rows that are read as N(0, 1), keys of unit mean square, values by `output_scale.py`, times `output_scale`."""
+        """Rows that are read as N(0, 1), keys of unit mean square, values by `output_scale.py` times `output_scale`."""
         read = self.value_proj.in_features
         self.table.fill(lambda rows: rows.normal_(std=1 / self.weight_scale))
         nn.init.normal_(self.key_proj.weight, std=read**-0.5)
