@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -107,11 +107,16 @@ def plain_values(config: Any) -> Any:
 
 def bound_values(config: TrainConfig) -> dict[str, Any]:
     """The values that the weights depend on, by full key: all but `config.UNBOUND_KEYS`, and [grow] if none does."""
-    unbound = UNBOUND_KEYS if config.grow.at else (*UNBOUND_KEYS, "grow")
+    return without_keys(_flatten(plain_values(config)), UNBOUND_KEYS if config.grow.at else (*UNBOUND_KEYS, "grow"))
+
+
+def without_keys(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Values by full key, but for keys of these names and those below them."""
+    names = tuple(names)
     return {
         key: value
-        for key, value in _flatten(plain_values(config)).items()
-        if not any(key == free or key.startswith(free + ".") for free in unbound)
+        for key, value in values.items()
+        if not any(key == name or key.startswith(name + ".") for name in names)
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from peerlm.errors import UserError, listed
 from peerlm.train.config import ParallelConfig, TablesConfig, TrainConfig
-from peerlm.train.recipe import bound_values, from_dict, plain_values, read_recipe
+from peerlm.train.recipe import bound_values, from_dict, plain_values, read_recipe, without_keys
 from peerlm_studies.comparison.plan import CompareConfig, PlannedRun, StudyPlan, comparison_of, take_section
 
 
@@ -141,8 +141,7 @@ def speed_key(timed: TrainConfig, threads: int, seconds: SecondsConfig) -> str:
 
     Methods that differ in their rates alone, or in where weights start, have one: they compute the same products.
     """
-    bound = {key: value for key, value in bound_values(timed).items() if not key.startswith(_TIMELESS)}
-    values = {**bound, "threads": threads, "rounds": seconds.rounds}
+    values = {**without_keys(bound_values(timed), _TIMELESS), "threads": threads, "rounds": seconds.rounds}
     own, plain = plain_values(timed), plain_values(replace(timed, **_DEFAULTS))
     values |= {name: own.get(name) for name in _DEFAULTS if own.get(name) != plain.get(name)}
     if seconds.passes > 1:  # rows of a single pass keep their keys
