@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from peerlm import UserError
-from peerlm.layers import PEER
+from peerlm.layers import PEER, HashedNgrams
+from peerlm.model import PeerConfig, PeerForCausalLM
 from peerlm.train import load_recipe
 from peerlm.train.presets import PRESETS, merge
 from peerlm_studies.comparison.plan import load_plan
@@ -67,6 +68,25 @@ def test_few_experts_are_a_quarter_of_the_tuned_ones_from_a_table_four_times_as_
     assert merge(PRESETS["few-experts"], {"model": PRESETS["tuned"]["model"]}) == PRESETS["tuned"]
 
 
+def test_bigrams_stand_beside_few_experts_and_a_model_is_built() -> None:
+    few, both = PRESETS["few-experts"], PRESETS["with-bigrams"]
+    assert both["optim"] == few["optim"]
+    assert both["model"]["peer"] == few["model"]["peer"]
+    small = merge(
+        both["model"],
+        {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 32}
+        | {"peer": {"num_experts": 256}, "hashed_ngrams": {"num_rows": 64}},
+    )
+    model = PeerForCausalLM(PeerConfig(**small))
+    kinds = [[type(part).__name__ for part in layer.modules()] for layer in model.model.layers]
+    assert [("HashedNgrams" in own, "PEER" in own) for own in kinds] == [(False, False)] + 2 * [(True, True)] + [
+        (False, False)
+    ]
+    ngrams = next(part for part in model.modules() if isinstance(part, HashedNgrams))
+    # What is read moves by 80 times what matrices do.
+    assert ngrams.weight_scale * both["optim"]["table_lr_multiplier"] == 80
+
+
 def test_presets_are_settings_of_the_layer() -> None:
     layer = PEER(8, **merge(PRESETS["tuned"]["model"]["peer"], {"num_experts": 64**2}))
     assert layer.weight_scale == 256.0
@@ -80,5 +100,7 @@ def test_a_preset_that_is_not_there_is_named(tmp_path: Path, where: str) -> None
     path = recipe(tmp_path, "" if where else 'preset = "best"')
     if where:
         path.write_text(path.read_text() + '[methods.PEER]\npreset = "best"\n')
-    with pytest.raises(UserError, match=f"^{where}preset = 'best': choose from paper, tuned, few-experts$"):
+    with pytest.raises(
+        UserError, match=f"^{where}preset = 'best': choose from paper, tuned, few-experts, with-bigrams$"
+    ):
         load_plan(path)

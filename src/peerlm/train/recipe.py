@@ -1,6 +1,7 @@
 """Recipes: a TOML file, changed by `key=value`, becomes a TrainConfig; every mistake is named."""
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -21,6 +22,9 @@ else:
     import tomli as tomllib
 
 ConfigT = TypeVar("ConfigT")
+
+_type_hints = functools.cache(get_type_hints)
+"""A study reads hundreds of configurations of the same few classes."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -64,7 +68,7 @@ def from_dict(config_class: type[ConfigT], values: Mapping[str, Any], prefix: st
     Integers pass for floats, lists for tuples, and nothing else for anything else. `prefix` goes before the
     keys in messages.
     """
-    hints = get_type_hints(config_class)
+    hints = _type_hints(config_class)
     fields = {entry.name: entry for entry in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -187,7 +191,7 @@ def _convert(value: Any, expected: Any, key: str) -> Any:
 
 def _all_keys(config_class: Any, prefix: str) -> list[str]:
     keys = []
-    for name, hint in get_type_hints(config_class).items():
+    for name, hint in _type_hints(config_class).items():
         keys.append(prefix + name)
         if dataclasses.is_dataclass(hint):
             keys += _all_keys(hint, f"{prefix}{name}.")

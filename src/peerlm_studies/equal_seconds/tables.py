@@ -2,7 +2,9 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from peerlm.errors import listed
@@ -12,7 +14,7 @@ from peerlm_studies.equal_seconds.plan import SecondsPlan, TimedRun
 from peerlm_studies.intervals import plus_minus
 from peerlm_studies.isoflop.fit import pooled_spread
 from peerlm_studies.markdown import markdown_rows
-from peerlm_studies.scaling.points import kind_of
+from peerlm_studies.scaling.points import kinds_of
 
 Table = Sequence[Mapping[str, Any]]
 """What `seconds_table` returns."""
@@ -36,7 +38,7 @@ def seconds_table(
             groups.setdefault((run.seconds, run.method), []).append(row)
     losses = {place: [row["summary"]["validation_loss"] for row in own] for place, own in groups.items()}
     spreads = {point: pooled_spread(own for (other, _), own in losses.items() if other == point) for point, _ in groups}
-    names = families({method: kind_of(own[0]["config"]["model"]) for (_, method), own in groups.items()})
+    names = families({method: _kinds(own[0]["config"]["model"]) for (_, method), own in groups.items()})
     return [
         {
             "seconds": point,
@@ -58,19 +60,22 @@ def seconds_table(
 
 
 def families(kinds: Mapping[str, str]) -> dict[str, str]:
-    """The family of each method: all with one kind of layer, by the words with which their names begin.
+    """The family of each method: all with the same kinds of layers, by the words with which their names begin.
 
     Args:
-        kinds: the kind of layer of each method. Where its methods' names share no first word, it is the name.
+        kinds: the kinds of layers of each method. They are the family's name where its methods' names share no first
+            word, and behind these words where another family has the same ones.
     """
-    names = {}
-    for method, kind in kinds.items():
-        words = [other.split() for other in kinds if kinds[other] == kind]
-        shared = 0
-        while all(len(each) > shared and each[shared] == words[0][shared] for each in words):
-            shared += 1
-        names[method] = " ".join(words[0][:shared]) or kind
-    return names
+    shared = {kind: _shared_words([method for method in kinds if kinds[method] == kind]) for kind in kinds.values()}
+    taken = Counter(shared.values())
+    names = {kind: words if taken[words] == 1 else f"{words} ({kind})" for kind, words in shared.items() if words}
+    return {method: names.get(kind, kind) for method, kind in kinds.items()}
+
+
+def _shared_words(names: Sequence[str]) -> str:
+    """The words with which all these names begin."""
+    words = [name.split() for name in names]
+    return " ".join(column[0] for column in takewhile(lambda column: len({*column}) == 1, zip(*words, strict=False)))
 
 
 def best_of_families(table: Table, loss: str = "loss") -> dict[str, list[Mapping[str, Any]]]:
@@ -110,6 +115,10 @@ def seconds_markdown(table: Table) -> str:
         text += f"\nThe same in the half of the windows in which fewest targets repeat:\n\n{poor}"
         text += _best_markdown(table, "poor_loss")
     return text
+
+
+def _kinds(model: Mapping[str, Any]) -> str:
+    return "+".join(sorted(kinds_of(model))) or "dense"
 
 
 def _poor_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:

@@ -88,12 +88,18 @@ def _signature(config: Mapping[str, Any]) -> str:
     )
 
 
-def kind_of(model: Mapping[str, Any]) -> str:
-    """The kind of layer in a [model] that is not dense, alone or beside another; "dense" where all are."""
+def kinds_of(model: Mapping[str, Any]) -> list[str]:
+    """The kinds of layers in a [model] that are not dense, alone or beside another; each once, in order of blocks."""
     from peerlm.model.configuration_peer import kinds_of_blocks, parts_of
 
     kinds = kinds_of_blocks(model.get("ffw_layers", "peer"), model.get("num_hidden_layers", 1))
-    return next((part for kind in kinds for part in parts_of(kind) if part in SIZES), "dense")
+    return list(dict.fromkeys(part for kind in kinds for part in parts_of(kind) if part in SIZES))
+
+
+def kind_of(model: Mapping[str, Any]) -> str:
+    """Of `kinds_of` the first in `SIZES`: an index counts before n-grams beside it; "dense" where all layers are."""
+    kinds = kinds_of(model)
+    return next((kind for kind in SIZES if kind in kinds), "dense")
 
 
 def point_of(row: Row) -> RunPoint:

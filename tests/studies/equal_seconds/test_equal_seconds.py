@@ -216,6 +216,22 @@ def test_a_family_has_the_words_with_which_its_methods_begin() -> None:
     }
 
 
+def test_families_whose_methods_begin_alike_are_told_apart() -> None:
+    kinds = {"PEER d64": "peer", "PEER d96": "peer", "PEER and bigrams": "ngrams+peer", "PEER beside": "ngrams+peer"}
+    assert [*families(kinds).values()] == ["PEER (peer)"] * 2 + ["PEER (ngrams+peer)"] * 2
+
+
+def test_layers_beside_others_are_a_family_of_their_own(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with recipe.open("a") as file:
+        for kind in ("dense", "peer"):
+            file.write(f'\n[methods."bigrams and {kind}".model]\nffw_layers = "hashed_ngrams+{kind}"\n')
+            file.write("hashed_ngrams = { num_rows = 16, orders = [2] }\n")
+            file.write("peer = { num_experts = 16, heads = 1, experts_per_head = 2, key_dim = 4 }\n" * (kind == "peer"))
+    stand_in(monkeypatch, measured())
+    table = study.equal_seconds(recipe, progress=False)
+    assert {row["family"] for row in table} == {"dense", "PEER", "bigrams and dense", "bigrams and peer"}
+
+
 def test_methods_take_turns_and_the_median_pass_counts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a slow minute of the machine meets all methods, and no single one for good."""
     turns: list[str] = []

@@ -68,3 +68,14 @@ def test_recipes_of_the_paper_read(name: str) -> None:
     assert [row["method"] for row in rows] == ["dense", "expert-choice MoE", "PKM", "PEER"]
     assert rows[3]["total_parameters"] > 2 * 512 * 1024**2
     assert all(row["gpu_hours"] == pytest.approx(float(name) / 1.6e14 / 3600, rel=1e-3) for row in rows)
+
+
+def test_the_recipe_for_larger_budgets_fits_one_gpu() -> None:
+    plan = load_isoflop(Path(__file__).parents[3] / "recipes" / "isoflop_gpu.toml")
+    rows = {row["method"]: row for row in dry_run(plan, gpu_tflops=400, utilisation=0.4, budgets=["1e16"])}
+    assert [*rows][:3] == ["PEER", "PKM", "dense"]  # what is worth most
+    assert max(row["memory_gib"] for row in rows.values()) < 80
+    assert rows["PEER"]["total_parameters"] > 4 * 2 * 512**2 * 384
+    assert rows["PEER of 1024²"]["row_bytes"] == rows["PEER"]["row_bytes"]
+    for method in ("PEER", "PKM", "dense"):  # a table of bigrams costs nearly nothing
+        assert 0.95 < rows[f"{method} with bigrams"]["tokens"] / rows[method]["tokens"] < 1

@@ -315,6 +315,7 @@ def test_experts_are_counted_by_the_kind_of_layer() -> None:
     assert experts_of({}) == (128.0, 8192.0)
     assert kind_of({"ffw_layers": None}) == "peer"
     assert kind_of({"ffw_layers": ["dense", "dense+pkm"]}) == "pkm"
+    assert kind_of({"ffw_layers": ["dense", "hashed_ngrams+peer"]}) == "peer"  # whose experts are searched
 
 
 def test_fits_that_cannot_be_made_are_named(tmp_path: Path) -> None:
