@@ -23,8 +23,11 @@ else:
 
 ConfigT = TypeVar("ConfigT")
 
-_type_hints = functools.cache(get_type_hints)
-"""A study reads hundreds of configurations of the same few classes."""
+
+@functools.cache
+def _type_hints(config_class: Any) -> dict[str, Any]:
+    """A study reads hundreds of configurations of the same few classes."""
+    return get_type_hints(config_class)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -68,7 +71,7 @@ def from_dict(config_class: type[ConfigT], values: Mapping[str, Any], prefix: st
     Integers pass for floats, lists for tuples, and nothing else for anything else. `prefix` goes before the
     keys in messages.
     """
-    hints = _type_hints(config_class)
+    hints = _type_hints(config_class)  # type: ignore[arg-type]  # classes are hashable
     fields = {entry.name: entry for entry in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
