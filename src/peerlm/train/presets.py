@@ -58,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["few-experts"] = merge(PRESETS["tuned"], {"model": {"peer": {"num_experts": 512**2, "experts_per_head": 16}}})
 
 # Bigrams beside each layer of PEER, their rows at 80 times the rate of matrices: 320 times that of tables, which is a
-# quarter. With kv_shift below PEER alone at equal FLOPs and seconds (recipes/shifted.toml, seconds_shifted.toml).
+# quarter. Below PEER alone at equal seconds with kv_shift (recipes/seconds_shifted.toml, "twice").
 PRESETS["with-bigrams"] = merge(
     PRESETS["few-experts"],
     {
